@@ -1,0 +1,73 @@
+"""Per-layer RoPE scaling as a PEFT adapter. Importing this package registers `LAYER_ROPE` with PEFT."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .config import LayerRopeConfig
+from .demo import demo_model_path
+from .errors import (
+    AdapterMismatchError,
+    InvalidConfigError,
+    LayerRopeError,
+    SearchError,
+    TaskError,
+    UnsupportedModelError,
+)
+from .model import LayerRopeModel, restore_baked
+from .registration import register
+
+if TYPE_CHECKING:
+    from .evaluation import PositionScores, evaluate
+    from .search import SearchResult, SearchSettings, search
+    from .tasks import Example, KeyValueRetrieval, Split, Task, TokenTask
+
+register(LayerRopeConfig, LayerRopeModel)
+
+# Loaded at first use, so that serving an adapter needs neither DEAP nor SciPy nor matplotlib.
+_LAZY = {
+    "Example": ".tasks",
+    "KeyValueRetrieval": ".tasks",
+    "PositionScores": ".evaluation",
+    "SearchResult": ".search",
+    "SearchSettings": ".search",
+    "Split": ".tasks",
+    "Task": ".tasks",
+    "TokenTask": ".tasks",
+    "evaluate": ".evaluation",
+    "search": ".search",
+}
+
+__all__ = [
+    "AdapterMismatchError",
+    "Example",
+    "InvalidConfigError",
+    "KeyValueRetrieval",
+    "LayerRopeConfig",
+    "LayerRopeError",
+    "LayerRopeModel",
+    "PositionScores",
+    "SearchError",
+    "SearchResult",
+    "SearchSettings",
+    "Split",
+    "Task",
+    "TaskError",
+    "TokenTask",
+    "UnsupportedModelError",
+    "__version__",
+    "demo_model_path",
+    "evaluate",
+    "restore_baked",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value

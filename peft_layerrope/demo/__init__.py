@@ -1,0 +1,10 @@
+"""The shipped demo model: a small Llama trained by `examples/train_demo_model.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def demo_model_path() -> str:
+    """Returns the folder of the demo model, for `AutoModelForCausalLM.from_pretrained`."""
+    return str(Path(__file__).parent)

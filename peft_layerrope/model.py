@@ -1,0 +1,287 @@
+"""`LayerRopeModel`: the PEFT tuner. Injects, saves and loads, bakes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from .config import LayerRopeConfig
+from .errors import AdapterMismatchError, LayerRopeError
+from .registration import PREFIX
+from .rotary import BakedLayerRope, LayerRopeLayer, LayerScaling, LayerTableHook
+from .verify import RotarySite, find_rotary, model_type, prove_rotary_scales
+
+FACTORS_KEY = "base_model.model.layer_factors"
+"""The one tensor of `adapter_model.safetensors`: float32, shape `(num_hidden_layers,)`."""
+
+BAKED_CONFIG_KEY = "layer_rope"
+"""Entry of a baked model's `config.json` that remembers what was baked in."""
+
+
+class LayerRopeModel(BaseTuner):
+    """Scales the rotary embedding of every decoder layer by that layer's factor (arXiv 2503.04355).
+
+    The method adds no trainable weight and touches no existing one. Use it as any PEFT tuner: through
+    `get_peft_model` or `PeftModel.from_pretrained`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model to be adapted, changed in place.
+        config ([`LayerRopeConfig`]): The factors.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+
+    Raises:
+        UnsupportedModelError: the model's rotation cannot be scaled per layer; the message says why.
+        AdapterMismatchError: the number of factors is not the model's number of layers.
+
+    Example:
+
+    ```py
+    >>> from transformers import AutoModelForCausalLM
+    >>> from peft import get_peft_model
+    >>> from peft_layerrope import LayerRopeConfig, demo_model_path
+
+    >>> base = AutoModelForCausalLM.from_pretrained(demo_model_path())
+    >>> model = get_peft_model(base, LayerRopeConfig(layer_factors=[1.1] * base.config.num_hidden_layers))
+    >>> model.print_trainable_parameters()
+    ```
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = LayerRopeLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Wraps the shared rotary embedding (first adapter) or adds the adapter to the wrapper (later ones).
+
+        Everything is checked before the model is changed. `state_dict`, `low_cpu_mem_usage` and
+        `autocast_adapter_dtype` are accepted for PEFT's sake: there are no weights to place or cast.
+        """
+        config: LayerRopeConfig = self.peft_config[adapter_name]
+        site = find_rotary(model)
+        scaling = _scaling_for(config, model, site)
+        if isinstance(site.rotary, BakedLayerRope):
+            raise LayerRopeError(
+                "this model has LAYER_ROPE factors baked in already; load the plain base model to add an adapter."
+            )
+        if not isinstance(site.rotary, LayerRopeLayer):
+            if getattr(model.config, BAKED_CONFIG_KEY, None) is not None:
+                raise LayerRopeError(
+                    f"this model was saved after merge_and_unload(): its config.json holds `{BAKED_CONFIG_KEY}`, whose "
+                    "factors are not applied yet. Call peft_layerrope.restore_baked(model) to apply them, or delete "
+                    "the entry to start from the plain base model."
+                )
+            prove_rotary_scales(site.rotary, model_type(model))
+            self._wrap(site, model)
+        site.rotary.set_scaling(adapter_name, scaling)
+        config.layer_factors = list(scaling.layer_factors)
+        if site.name not in self.targeted_module_names:
+            self.targeted_module_names.append(site.name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("inject_adapter replaces PEFT's walk over target modules.")
+
+    def _wrap(self, site: RotarySite, model: nn.Module) -> None:
+        wrapper = LayerRopeLayer(site.rotary, len(site.layers))
+        other_tuner = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        site.replace(wrapper)
+        wrapper.hook_handles = _register_hooks(site)
+        # As every PEFT tuner, freeze the base model; but not the weights of a LoRA that is already there.
+        wrapper.frozen_by_injection = [] if other_tuner else [p for p in model.parameters() if p.requires_grad]
+        for parameter in wrapper.frozen_by_injection:
+            parameter.requires_grad_(False)
+
+    def _rotary_layer(self) -> LayerRopeLayer:
+        rotary = find_rotary(self.model).rotary
+        if not isinstance(rotary, LayerRopeLayer):
+            raise LayerRopeError("the adapter is no longer in this model: it was unloaded or merged.")
+        return rotary
+
+    def set_layer_factors(self, layer_factors: Sequence[float], adapter_name: str = "default") -> None:
+        """Replaces an adapter's factors in place, validated as on construction.
+
+        Args:
+            layer_factors: one positive factor per layer.
+            adapter_name: an adapter of this model.
+
+        Raises:
+            InvalidConfigError: a factor is not a positive finite number.
+            AdapterMismatchError: wrong number of factors.
+        """
+        config: LayerRopeConfig = self.peft_config[adapter_name]
+        changed = LayerRopeConfig(**{**config.to_dict(), "layer_factors": list(layer_factors)})
+        site = find_rotary(self.model)
+        self._rotary_layer().set_scaling(adapter_name, _scaling_for(changed, self.model, site))
+        config.layer_factors = changed.layer_factors
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self._rotary_layer().enable_adapters(enabled)  # and not a LoRA that shares the model
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        site = find_rotary(self.model)
+        layer = self._rotary_layer()
+        if merge:
+            names = adapter_names if adapter_names is not None else layer.active_adapters
+            _check_mergeable(names, layer)
+            _bake(self.model, site, layer.scalings[names[0]])
+        else:
+            layer.remove_hooks()
+            site.replace(layer.base_layer)
+        for parameter in layer.frozen_by_injection:
+            parameter.requires_grad_(True)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Nothing to cast: there are no weights."""
+
+    # Saving and loading. PEFT calls these as class methods; `model` is the PeftModel (or an injected base model).
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LayerRopeConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        return _FactorsOnly({FACTORS_KEY: torch.tensor(config.layer_factors, dtype=torch.float32)})
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LayerRopeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Checks the file against the config, which is the source of truth; there is nothing to load."""
+        check_factors_tensor(state_dict, config)
+        return {}
+
+
+class _FactorsOnly(dict):
+    """The adapter's tensors, closed to additions: PEFT adds the embeddings of a base model with a resized
+    vocabulary afterwards, by `update`, and this adapter never owns those."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def check_factors_tensor(state_dict: dict[str, torch.Tensor], config: LayerRopeConfig) -> None:
+    """Checks the content of `adapter_model.safetensors` against `adapter_config.json`.
+
+    Raises:
+        AdapterMismatchError: the file holds anything but one float32 tensor of the config's factors.
+    """
+    keys = sorted(state_dict)
+    if keys != [FACTORS_KEY]:
+        shown = ", ".join(keys[:5]) or "nothing"
+        raise AdapterMismatchError(f"adapter_model.safetensors holds {shown}; expected the one tensor {FACTORS_KEY}.")
+    tensor = state_dict[FACTORS_KEY]
+    expected = torch.tensor(config.layer_factors, dtype=torch.float32)
+    if tensor.dtype != torch.float32 or tensor.shape != expected.shape:
+        raise AdapterMismatchError(
+            f"adapter_model.safetensors: {FACTORS_KEY} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected "
+            f"torch.float32 of shape {tuple(expected.shape)} as in adapter_config.json."
+        )
+    different = (tensor.cpu() != expected).nonzero().flatten().tolist()
+    if different:
+        first = different[0]
+        raise AdapterMismatchError(
+            f"adapter_model.safetensors and adapter_config.json disagree on {len(different)} of {len(expected)} "
+            f"layer_factors, first at layer {first}: {tensor[first].item()} and {expected[first].item()}."
+        )
+
+
+def restore_baked(model: nn.Module) -> nn.Module:
+    """Re-applies the factors of a model that was saved with `save_pretrained` after `merge_and_unload()`.
+
+    Such a checkpoint holds plain weights; its `config.json` remembers the factors.
+
+    Args:
+        model: a model loaded with `from_pretrained`; changed in place.
+
+    Returns:
+        The same model, scaled.
+
+    Raises:
+        LayerRopeError: the config holds no baked factors, or they are applied already.
+    """
+    baked = getattr(model.config, BAKED_CONFIG_KEY, None)
+    if not isinstance(baked, dict):
+        raise LayerRopeError(f"config.{BAKED_CONFIG_KEY} is {baked!r}: this model was not saved from a baked one.")
+    site = find_rotary(model)
+    if isinstance(site.rotary, (BakedLayerRope, LayerRopeLayer)):
+        raise LayerRopeError("the factors are applied to this model already.")
+    config = LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
+    prove_rotary_scales(site.rotary, model_type(model))
+    _bake(model, site, _scaling_for(config, model, site))
+    return model
+
+
+_SCALING_FIELDS = ("rope_type", "factor", "layer_factors", "original_max_position_embeddings")
+
+
+def _scaling_for(config: LayerRopeConfig, model: nn.Module, site: RotarySite) -> LayerScaling:
+    num_layers = len(site.layers)
+    factors = config.resolved_layer_factors(num_layers)
+    if len(factors) != num_layers:
+        raise AdapterMismatchError(
+            f"layer_factors has {len(factors)} entries, but {model_type(model)} has {num_layers} decoder layers."
+        )
+    base_rope_type = getattr(site.rotary, "rope_type", "default")
+    if config.rope_type == "dynamic" and base_rope_type in ("dynamic", "longrope"):
+        raise AdapterMismatchError(
+            f"rope_type='dynamic' on a model whose own rope_type is {base_rope_type!r}: both depend on the length. "
+            "Use rope_type='default', or set the model's own rope_parameters to 'default'."
+        )
+    text_config = model.config.get_text_config(decoder=True)
+    window = config.original_max_position_embeddings or text_config.max_position_embeddings
+    return LayerScaling(config.rope_type, config.factor, tuple(factors), window)
+
+
+def _register_hooks(site: RotarySite) -> list[Any]:
+    return [
+        layer.register_forward_pre_hook(LayerTableHook(index), with_kwargs=True)
+        for index, layer in enumerate(site.layers)
+    ]
+
+
+def _check_mergeable(names: Sequence[str], layer: LayerRopeLayer) -> None:
+    unknown = [name for name in names if name not in layer.scalings]
+    if unknown:
+        raise ValueError(f"adapters {unknown} do not exist; this model has {sorted(layer.scalings)}.")
+    if len(names) != 1:
+        raise ValueError(f"merge_and_unload() bakes one LAYER_ROPE adapter, got {list(names)}.")
+
+
+def _bake(model: nn.Module, site: RotarySite, scaling: LayerScaling) -> None:
+    """Puts a `BakedLayerRope` in place and records it in `model.config`, which `save_pretrained` writes."""
+    if isinstance(site.rotary, LayerRopeLayer):
+        original = site.rotary.base_layer  # its hooks stay: they serve the baked module too
+    else:
+        original = site.rotary
+        _register_hooks(site)
+    site.replace(BakedLayerRope(original, len(site.layers), scaling))
+    values = {name: getattr(scaling, name) for name in _SCALING_FIELDS}
+    setattr(model.config, BAKED_CONFIG_KEY, {**values, "layer_factors": list(scaling.layer_factors)})

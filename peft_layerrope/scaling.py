@@ -1,0 +1,73 @@
+"""Inverse frequencies per layer: the mathematics, as pure tensor functions.
+
+Shapes: L = number of layers, r = rotary dimension of a head (`head_dim`, or less with partial rotary).
+Everything is differentiable in `layer_factors`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ROPE_TYPES = ("default", "linear", "dynamic")
+"""transformers' names for plain per-layer scaling, Position Interpolation and Dynamic-NTK."""
+
+
+def scale_inv_freq(
+    inv_freq: torch.Tensor,
+    layer_factors: torch.Tensor,
+    *,
+    rope_type: str = "default",
+    factor: float = 1.0,
+    seq_len: int | torch.Tensor | None = None,
+    original_max_position_embeddings: int | None = None,
+) -> torch.Tensor:
+    """Returns the inverse frequencies of every layer.
+
+    With `s` a layer's factor, `n` the current length and `N` the trained window:
+
+    - `default`: `inv_freq / s` (arXiv 2503.04355: positions divided by `s`).
+    - `linear`: `inv_freq / (factor * s)`; `s = 1` is transformers' `_compute_linear_scaling_rope_parameters`.
+    - `dynamic`: `inv_freq * alpha ** (-2i / (r - 2))`, `alpha = f * n / N - (f - 1)`, `f = factor * s`, for
+      `n > N`, unchanged otherwise; `s = 1` is transformers' `_compute_dynamic_ntk_parameters`.
+
+    Args:
+        inv_freq: base inverse frequencies, shape `(r / 2,)`, float32.
+        layer_factors: one factor per layer (or per distinct factor), shape `(L,)`, all > 0.
+        rope_type: one of `ROPE_TYPES`.
+        factor: the global factor of `linear` and `dynamic`.
+        seq_len: `n` in tokens, needed for `dynamic`; an int or a 0-dim tensor.
+        original_max_position_embeddings: `N` in tokens, needed for `dynamic`.
+
+    Returns:
+        Tensor of shape `(L, r / 2)`, in `inv_freq`'s dtype and on its device.
+
+    Raises:
+        ValueError: unknown `rope_type`, or `dynamic` without its two lengths.
+    """
+    factors = layer_factors.to(device=inv_freq.device, dtype=inv_freq.dtype)[:, None]
+    if rope_type == "default":
+        return inv_freq / factors
+    if rope_type == "linear":
+        return inv_freq / (factor * factors)
+    if rope_type != "dynamic":
+        raise ValueError(f"rope_type={rope_type!r} is unknown, expected one of {', '.join(ROPE_TYPES)}.")
+    if seq_len is None or original_max_position_embeddings is None:
+        raise ValueError("rope_type='dynamic' needs seq_len and original_max_position_embeddings.")
+    alpha = dynamic_alpha(factor * factors, seq_len, original_max_position_embeddings)
+    pairs = inv_freq.shape[0]
+    # 2i / (r - 2) with r = 2 * pairs; a single pair has i = 0 only and keeps its frequency.
+    exponents = torch.arange(pairs, device=inv_freq.device, dtype=inv_freq.dtype) / max(pairs - 1, 1)
+    return inv_freq * alpha**-exponents
+
+
+def dynamic_alpha(
+    factors: torch.Tensor, seq_len: int | torch.Tensor, original_max_position_embeddings: int
+) -> torch.Tensor:
+    """Returns Dynamic-NTK's growth of the base, `f * n / N - (f - 1)`, and 1 for `n <= N`.
+
+    Written as `1 + f * (n / N - 1)`, so that a length inside the window gives exactly 1 and leaves the base
+    frequencies bit for bit. A tensor `seq_len` stays a tensor: no device synchronisation.
+    """
+    length = torch.as_tensor(seq_len, device=factors.device).to(factors.dtype)
+    excess = (length / original_max_position_embeddings - 1).clamp(min=0)
+    return 1 + factors * excess
