@@ -44,7 +44,6 @@ class LayerRopeConfig(PeftConfig):
         InvalidConfigError: a `ValueError` that names the field, its value and what was expected.
 
     Example:
-
     ```py
     >>> from peft import get_peft_model
     >>> from peft_layerrope import LayerRopeConfig
@@ -76,7 +75,9 @@ class LayerRopeConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = LAYER_ROPE
         if self.rope_type not in ROPE_TYPES:
-            raise InvalidConfigError(f"rope_type={self.rope_type!r} is unknown, expected one of {', '.join(ROPE_TYPES)}.")
+            raise InvalidConfigError(
+                f"rope_type={self.rope_type!r} is unknown, expected one of {', '.join(ROPE_TYPES)}."
+            )
         self.factor = _positive_float("factor", self.factor)
         if self.rope_type == "default" and self.factor != 1.0:
             raise InvalidConfigError(

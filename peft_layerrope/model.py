@@ -38,7 +38,6 @@ class LayerRopeModel(BaseTuner):
         AdapterMismatchError: the number of factors is not the model's number of layers.
 
     Example:
-
     ```py
     >>> from transformers import AutoModelForCausalLM
     >>> from peft import get_peft_model
@@ -181,7 +180,8 @@ class LayerRopeModel(BaseTuner):
 
 class _FactorsOnly(dict):
     """The adapter's tensors, closed to additions: PEFT adds the embeddings of a base model with a resized
-    vocabulary afterwards, by `update`, and this adapter never owns those."""
+    vocabulary afterwards, by `update`, and this adapter never owns those.
+    """
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         pass

@@ -6,8 +6,8 @@ extended here, once. If PEFT ships the name itself one day, that member is used 
 
 from __future__ import annotations
 
-from peft.utils import PeftType, register_peft_method
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, register_peft_method
 
 PEFT_TYPE_NAME = "LAYER_ROPE"
 PREFIX = "inv_freq_scaling_"
@@ -43,6 +43,4 @@ LAYER_ROPE = ensure_peft_type()
 def register(config_cls: type, model_cls: type) -> None:
     """Registers config and tuner with PEFT; a second call changes nothing."""
     if LAYER_ROPE not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(
-            name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX
-        )
+        register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)

@@ -48,7 +48,7 @@ class LayerScaling:
 class LayerTables:
     """The position tables of all layers. Opaque to the model; only `LayerTableHook` opens it."""
 
-    __slots__ = ("_tables", "_index")
+    __slots__ = ("_index", "_tables")
 
     def __init__(self, tables: Sequence[Any], index: Sequence[int]) -> None:
         self._tables = tables  # U tables, each what the family's rotary returns: (cos, sin) of shape (B, S, r)

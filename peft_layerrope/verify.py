@@ -63,7 +63,9 @@ def find_rotary(model: nn.Module) -> RotarySite:
         raise UnsupportedModelError(f"{name_of_model}: {_why_not_found(model)}")
     if len(found) > 1:
         names = ", ".join(site.name for site in found)
-        raise UnsupportedModelError(f"{name_of_model}: has several rotary embeddings ({names}), which is not supported yet.")
+        raise UnsupportedModelError(
+            f"{name_of_model}: has several rotary embeddings ({names}), which is not supported yet."
+        )
     site = found[0]
     for index, layer in enumerate(site.layers):
         if "position_embeddings" not in inspect.signature(layer.forward).parameters:

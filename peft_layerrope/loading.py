@@ -1,0 +1,56 @@
+"""Loads models, tokenizers and adapters for the command line, with errors a person can act on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import LayerRopeError
+
+
+def load_model(
+    name_or_path: str, *, device: str | None = None, dtype: str = "auto", revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a causal language model and its tokenizer from the Hub or a folder.
+
+    Never runs code from the repository (`trust_remote_code` stays off) and reads safetensors only.
+
+    Args:
+        name_or_path: Hub id or folder.
+        device: `"cpu"`, `"cuda"`, ...; default: a GPU when there is one.
+        dtype: `"auto"` or a torch dtype's name.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise LayerRopeError(f"cannot load model {name_or_path!r}: {_first_line(error)}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
+    """Loads a LAYER_ROPE adapter (or any PEFT adapter) from the Hub or a folder onto `model`.
+
+    Raises:
+        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
+    """
+    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
+        raise LayerRopeError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json.")
+    try:
+        return PeftModel.from_pretrained(model, adapter).eval()
+    except LayerRopeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise LayerRopeError(f"cannot load adapter {adapter!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

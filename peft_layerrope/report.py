@@ -1,0 +1,174 @@
+"""Tables and plots, from plain results. Knows nothing of how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from .bezier import sample_curve
+from .evaluation import PositionScores
+from .statistics import Interval
+
+
+class Row(Protocol):
+    """A line of the held-out table."""
+
+    name: str
+    label: str
+    factors: Sequence[float]
+    evaluations: int
+    scores: PositionScores
+
+
+class Comparison(Protocol):
+    """A held-out table with paired differences."""
+
+    def __iter__(self) -> Iterable[Row]: ...
+
+    def difference(self, name: str, baseline: str) -> Interval: ...
+
+
+_DPI = 150
+_GREY, _COLOURS = "0.55", ("0.55", "tab:orange", "tab:green", "tab:blue")
+
+
+def format_factors(factors: Sequence[float]) -> str:
+    """Writes factors for people; a uniform vector as a single number."""
+    if len(set(factors)) == 1:
+        return f"{factors[0]:g}"
+    return " ".join(f"{factor:g}" for factor in factors)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _percent_interval(interval: Interval, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{100 * interval.value:{sign}.1f} [{100 * interval.low:{sign}.1f}, {100 * interval.high:{sign}.1f}]"
+
+
+def _comparison_cells(table: Comparison, baselines: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells shared by the terminal's and the card's table."""
+    present = {row.name for row in table}
+    against = [name for name in baselines if name in present]
+    header = ["method", "factors", "evaluations", "accuracy %", "worst position %", "U"]
+    header += [f"minus {name.replace('_', ' ')}" for name in against]
+    cells = []
+    for row in table:
+        line = [
+            row.label,
+            format_factors(row.factors),
+            str(row.evaluations),
+            _percent_interval(row.scores.average()),
+            _percent(row.scores.accuracy_by_position.min()),
+            f"{row.scores.utilisation():.3f}",
+        ]
+        for name in against:
+            line.append("" if name == row.name else _percent_interval(table.difference(row.name, name), signed=True))
+        cells.append(line)
+    return header, cells
+
+
+_BASELINES = ("none", "uniform")
+
+
+def comparison_table(table: Comparison, title: str) -> Table:
+    """Returns the held-out comparison as a rich table: 95 % intervals, paired differences."""
+    header, cells = _comparison_cells(table, _BASELINES)
+    rendered = Table(title=title, caption="Brackets: 95 % intervals over contexts; differences are paired.")
+    for i, column in enumerate(header):
+        rendered.add_column(column, justify="left" if i < 2 else "right")
+    for line in cells:
+        rendered.add_row(*line)
+    return rendered
+
+
+def markdown_table(table: Comparison) -> str:
+    """Returns the held-out comparison in Markdown, for a model card."""
+    header, cells = _comparison_cells(table, _BASELINES)
+    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def position_table(scores: PositionScores, title: str) -> Table:
+    """Returns accuracy and gold log-probability by gold position as a rich table."""
+    rendered = Table(title=title, caption="Brackets: 95 % Wilson intervals.")
+    for column in ("gold position", "accuracy %", "gold log-prob"):
+        rendered.add_column(column, justify="right")
+    for position, interval, log_prob in zip(
+        scores.positions, scores.intervals(), scores.log_prob_by_position, strict=True
+    ):
+        rendered.add_row(str(position), _percent_interval(interval), f"{log_prob:.3f}")
+    rendered.add_section()
+    rendered.add_row("average", _percent_interval(scores.average()), f"{scores.log_prob_by_position.mean():.3f}")
+    rendered.add_row("utilisation U", f"{scores.utilisation():.3f}", f"{scores.log_prob_utilisation():.3f}")
+    return rendered
+
+
+def plot_accuracy_by_position(curves: Mapping[str, PositionScores], path: str | Path, subtitle: str) -> None:
+    """Draws accuracy over gold position with 95 % Wilson bands, one line per method, as PNG.
+
+    Args:
+        curves: label to scores; the first is drawn in grey as "before".
+        path: file to write.
+        subtitle: what was measured, under the title.
+    """
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for (label, scores), colour in zip(curves.items(), _COLOURS, strict=False):
+        intervals = scores.intervals()
+        low, high = [100 * i.low for i in intervals], [100 * i.high for i in intervals]
+        axes.fill_between(scores.positions, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(scores.positions, 100 * scores.accuracy_by_position, "o-", color=colour, label=label, markersize=4)
+    axes.set(xlabel="position of the answer (index of the pair)", ylabel="accuracy (%)", ylim=(-3, 103))
+    axes.set_title("Accuracy by position of the answer", loc="left")
+    _finish(figure, axes, subtitle, path)
+
+
+def plot_factors_by_depth(
+    factors: Sequence[float],
+    path: str | Path,
+    *,
+    control_points: Sequence[Sequence[float]] | None = None,
+    scaled_layers: Sequence[int] | None = None,
+) -> None:
+    """Draws the factor of every layer, and the Bézier curve that the search came from, as PNG.
+
+    Args:
+        factors: one per layer.
+        path: file to write.
+        control_points: four `(x, y)` points; x runs over `scaled_layers`.
+        scaled_layers: layers that the curve spans; default: all.
+    """
+    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
+    axes = figure.subplots()
+    layers = list(range(len(factors)))
+    axes.bar(layers, factors, width=0.6, color="tab:blue", alpha=0.8, label="factor of the layer")
+    if control_points is not None:
+        spanned = list(scaled_layers) if scaled_layers is not None else layers
+        depth = np.linspace(spanned[0], spanned[-1], 200)
+        axes.plot(depth, sample_curve(control_points, 200), color="tab:orange", label="Bézier curve before refinement")
+        x = [spanned[0] + point[0] * (spanned[-1] - spanned[0]) for point in control_points]
+        axes.plot(x, [point[1] for point in control_points], "s:", color=_GREY, markersize=4, label="control points")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set(
+        xlabel="layer", ylabel="factor (positions are divided by it)", xticks=layers if len(layers) <= 16 else None
+    )
+    axes.set_title("RoPE scaling factor by depth", loc="left")
+    _finish(figure, axes, "1.0 leaves a layer as it was trained", path)
+
+
+def _finish(figure: Figure, axes: Axes, subtitle: str, path: str | Path) -> None:
+    axes.text(0, 1.01, subtitle, transform=axes.transAxes, fontsize=8, color="0.35")
+    axes.title.set_position((0, 1.0))
+    axes.title.set_y(1.05)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=_DPI)

@@ -1,0 +1,17 @@
+"""The search: a genetic algorithm over Bézier curves, refinement, controls, and the held-out table."""
+
+from .grid import FactorGrid, Factors, default_scaled_layers
+from .result import ResultTable, SearchResult, TableRow
+from .run import search
+from .settings import SearchSettings
+
+__all__ = [
+    "FactorGrid",
+    "Factors",
+    "ResultTable",
+    "SearchResult",
+    "SearchSettings",
+    "TableRow",
+    "default_scaled_layers",
+    "search",
+]

@@ -1,0 +1,195 @@
+"""What a search returns: the adapter, the held-out table, and everything needed to check them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import report
+from ..artifacts import save_adapter
+from ..card import model_card
+from ..config import LayerRopeConfig
+from ..evaluation import PositionScores
+from ..statistics import Interval
+from .grid import Factors
+from .settings import SearchSettings
+
+NONE, UNIFORM, ALONE, FIRST_REST, RANDOM, CURVE, REFINED = (
+    "none",
+    "uniform",
+    "first_layers_alone",
+    "first_and_rest",
+    "random",
+    "curve",
+    "refined",
+)
+LABELS = {
+    NONE: "no scaling",
+    UNIFORM: "best uniform factor",
+    ALONE: "control: first k layers 1.0, one factor for the rest",
+    FIRST_REST: "control: first layer a, the rest b",
+    RANDOM: "random per-layer factors",
+    CURVE: "per layer: Bézier curve",
+    REFINED: "per layer: curve, refined",
+}
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One method on the held-out split.
+
+    Attributes:
+        name: key of `LABELS`.
+        factors: the factors it chose on the search split.
+        fitness: their fitness on the search split.
+        evaluations: distinct vectors it evaluated to choose them.
+        exhaustive: whether that was its whole family on the grid.
+        scores: held-out scores.
+    """
+
+    name: str
+    factors: Factors
+    fitness: float
+    evaluations: int
+    exhaustive: bool
+    scores: PositionScores
+
+    @property
+    def label(self) -> str:
+        """Human-readable name."""
+        return LABELS[self.name]
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """The held-out comparison: every row scored on the same examples."""
+
+    rows: tuple[TableRow, ...]
+
+    def __iter__(self) -> Iterator[TableRow]:
+        return iter(self.rows)
+
+    def __getitem__(self, name: str) -> TableRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no row {name!r}; the table has {', '.join(row.name for row in self.rows)}.")
+
+    def __contains__(self, name: object) -> bool:
+        return any(row.name == name for row in self.rows)
+
+    def difference(self, name: str, baseline: str) -> Interval:
+        """Average accuracy of row `name` minus that of `baseline`, with a paired 95 % interval."""
+        return self[name].scores.paired_difference(self[baseline].scores)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Result of [`search`].
+
+    Attributes:
+        config: the adapter's config, with the factors chosen and their provenance.
+        table: the held-out comparison.
+        settings: the search's settings.
+        chosen: name of the table's row that `config` holds.
+        control_points: the curve's four `(x, y)` points.
+        model_name: name of the base model, free of local paths.
+        model_window: the model's trained window in tokens.
+        task: the task's description.
+        splits: descriptions of the search and test split.
+        history: one record per generation.
+        evaluations: distinct vectors evaluated by all methods together, and the like.
+        seconds: wall time by stage.
+    """
+
+    config: LayerRopeConfig
+    table: ResultTable
+    settings: SearchSettings
+    chosen: str
+    control_points: list[list[float]]
+    model_name: str
+    model_window: int
+    task: dict[str, Any]
+    splits: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    evaluations: dict[str, int]
+    seconds: dict[str, float]
+    edge_layers: list[int] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values: the content of `search.json`."""
+        return {
+            "searcher": "peft_layerrope",
+            "searcher_version": self.config.searcher_version,
+            "model": self.model_name,
+            "model_window": self.model_window,
+            "task": self.task,
+            "splits": self.splits,
+            "settings": self.settings.to_dict(),
+            "layer_factors": self.config.layer_factors,
+            "chosen": self.chosen,
+            "control_points": self.control_points,
+            "layers_at_edge_of_range": self.edge_layers,
+            "table": [self._row_dict(row) for row in self.table],
+            "evaluations": self.evaluations,
+            "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
+            "history": self.history,
+        }
+
+    def _row_dict(self, row: TableRow) -> dict[str, Any]:
+        differences = {
+            other.name: [round(v, 6) for v in (gap.value, gap.low, gap.high)]
+            for other in self.table
+            if other.name != row.name
+            for gap in [self.table.difference(row.name, other.name)]
+        }
+        return {
+            "name": row.name,
+            "label": row.label,
+            "layer_factors": list(row.factors),
+            "search_fitness": round(row.fitness, 6),
+            "evaluations": row.evaluations,
+            "exhaustive": row.exhaustive,
+            "test": row.scores.to_dict(),
+            "average_accuracy_minus": differences,
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the adapter folder: both adapter files, model card, `search.json`, two plots.
+
+        Args:
+            directory: created if missing; files of the same names are replaced.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter(self.config, folder)
+        (folder / "search.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        report.plot_accuracy_by_position(self.curves_to_plot(), folder / "accuracy_by_position.png", self.subtitle())
+        report.plot_factors_by_depth(
+            self.table[self.chosen].factors,
+            folder / "factors_by_depth.png",
+            control_points=self.control_points,
+            scaled_layers=self.config.scaled_layers,
+        )
+        card = model_card(
+            self.model_name, self.config, self.table[self.chosen].scores, self.task, report.markdown_table(self.table)
+        )
+        card.save(folder / "README.md")
+
+    def subtitle(self) -> str:
+        """Says in one line what was measured."""
+        length = self.splits[-1]["max_tokens"]
+        return (
+            f"{self.task['name']}, {length} tokens = {length / self.model_window:.1f}× the trained window, "
+            f"{self.splits[-1]['groups']} held-out contexts"
+        )
+
+    def curves_to_plot(self) -> dict[str, PositionScores]:
+        """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""
+        controls = [name for name in (ALONE, FIRST_REST) if name in self.table]
+        best_control = max(controls, key=lambda name: self.table[name].fitness, default=None)
+        names = [NONE, UNIFORM, best_control, self.chosen]
+        return {self.table[name].label: self.table[name].scores for name in names if name in self.table}

@@ -1,0 +1,139 @@
+"""What a task is: seeded, disjoint splits of examples with the answer at known positions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+from ..errors import TaskError
+
+SplitName = Literal["search", "validation", "test"]
+SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its answer, as token ids.
+
+    The prompt is `context_ids + query_ids`. Examples that ask different things of one context repeat the same
+    `context_ids`; an evaluator may then run the context once.
+
+    Attributes:
+        context_ids: token ids of the prompt up to the question, with any special tokens.
+        query_ids: token ids of the question; at least one, since the first answer token is read after it.
+        answer_ids: token ids of the gold answer; at least one.
+        position: index into the task's `positions` of where the answer stands in the context.
+        group: number of the independent draw that this example belongs to, the unit of all statistics:
+            examples of one group (one context asked at every position) are not independent of each other.
+    """
+
+    context_ids: tuple[int, ...]
+    query_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    position: int
+    group: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of prompt and answer together, in tokens."""
+        return len(self.context_ids) + len(self.query_ids) + len(self.answer_ids)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The examples of one split, complete by group: every group has one example for every position."""
+
+    name: str
+    seed: int
+    positions: tuple[int, ...]
+    examples: tuple[Example, ...]
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise TaskError(f"split {self.name!r} has no examples.")
+        wanted = list(range(len(self.positions)))
+        by_group: dict[int, list[int]] = {}
+        for example in self.examples:
+            if not (example.query_ids and example.answer_ids):
+                raise TaskError(
+                    f"split {self.name!r}: an example of group {example.group} has an empty query or answer."
+                )
+            by_group.setdefault(example.group, []).append(example.position)
+        for group, found in by_group.items():
+            if sorted(found) != wanted:
+                raise TaskError(
+                    f"split {self.name!r}: group {group} has position indices {sorted(found)}, expected one example "
+                    f"for each of the {len(wanted)} positions."
+                )
+
+    @property
+    def num_groups(self) -> int:
+        """Number of independent draws."""
+        return len(self.examples) // len(self.positions)
+
+    @property
+    def max_tokens(self) -> int:
+        """Length of the longest prompt with its answer, in tokens."""
+        return max(example.num_tokens for example in self.examples)
+
+    def fingerprint(self) -> str:
+        """Returns a hash of the examples' token ids, so that a report can name the data it stands on."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(repr((example.context_ids, example.query_ids, example.answer_ids)).encode())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """Returns name, seed, sizes and fingerprint, for a report."""
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "groups": self.num_groups,
+            "examples": len(self.examples),
+            "max_tokens": self.max_tokens,
+            "fingerprint": self.fingerprint(),
+        }
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A source of splits. Build a new task by giving these three members."""
+
+    name: str
+    positions: tuple[int, ...]
+    """Where the answer stands, first to last, in the task's own unit (index of a pair, of a document ...)."""
+
+    def split(self, name: SplitName, num_groups: int) -> Split:
+        """Returns `num_groups` groups of the named split; the same call gives the same examples."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the task's settings, for a report."""
+
+
+def check_disjoint(splits: Sequence[Split]) -> None:
+    """Checks that no two splits share a context, the premise of every held-out figure.
+
+    Raises:
+        TaskError: naming the two splits and how many contexts they share.
+    """
+    contexts = [{example.context_ids for example in split.examples} for split in splits]
+    for i, first in enumerate(splits):
+        for j in range(i + 1, len(splits)):
+            shared = len(contexts[i] & contexts[j])
+            if shared:
+                raise TaskError(f"splits {first.name!r} and {splits[j].name!r} share {shared} contexts.")
+
+
+def spread_positions(num_items: int, num_positions: int) -> tuple[int, ...]:
+    """Returns `num_positions` indices spread evenly over `num_items`, first and last included.
+
+    Raises:
+        TaskError: fewer than 3 positions (first, middle, last), or more positions than items.
+    """
+    if not 3 <= num_positions <= num_items:
+        raise TaskError(
+            f"{num_positions} gold positions among {num_items} items: expected 3 (first, middle, last) to {num_items}."
+        )
+    return tuple(round(i * (num_items - 1) / (num_positions - 1)) for i in range(num_positions))
