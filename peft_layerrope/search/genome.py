@@ -30,7 +30,7 @@ class BezierGenome:
         """Draws genes: heights around the middle of the range (1.5 by default), depths anywhere."""
         middle, spread = (self.grid.low + self.grid.high) / 2, (self.grid.high - self.grid.low) / 4
         heights = [min(max(rng.gauss(middle, spread), self.grid.low), self.grid.high) for _ in range(4)]
-        return heights + [rng.random(), rng.random()]
+        return [*heights, rng.random(), rng.random()]
 
     def constant(self, factor: float) -> list[float]:
         """Returns the genes of a flat curve, for seeding."""

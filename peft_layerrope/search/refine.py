@@ -52,7 +52,7 @@ def refine_by_coordinates(
 def _neighbours(vector: Factors, layer: int, stride: int, values: Sequence[float]) -> list[Factors]:
     at = values.index(vector[layer])
     return [
-        vector[:layer] + (values[index],) + vector[layer + 1 :]
+        (*vector[:layer], values[index], *vector[layer + 1 :])
         for index in (at - stride, at + stride)
         if 0 <= index < len(values)
     ]

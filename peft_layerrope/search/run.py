@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ class _Run:
         self.audience.note(f"best {self.best_so_far:.3f}")
 
     @contextmanager
-    def _stage(self, name: str, total: int):
+    def _stage(self, name: str, total: int) -> Iterator[None]:
         started = time.perf_counter()
         self.audience.stage(name, total)
         yield
