@@ -67,7 +67,7 @@ class KeyValueRetrieval:
             )
         if num_pairs < num_positions:
             raise TaskError(
-                f"length={length} tokens holds {max(num_pairs, 0)} pairs, but {num_positions} gold positions are wanted."
+                f"length={length} tokens holds {max(num_pairs, 0)} pairs, fewer than {num_positions} gold positions."
             )
         self.num_pairs = num_pairs
         self.positions = spread_positions(num_pairs, num_positions)

@@ -1,0 +1,82 @@
+"""Tiny models of the supported families, built from configurations: no download."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+import peft_layerrope
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+NUM_LAYERS = 4
+VOCAB = 99
+WINDOW = 64
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": WINDOW,
+    "initializer_range": 0.2,  # large enough that positions matter to the logits
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2}
+
+FAMILIES: dict[str, dict] = {
+    "llama": _GROUPED,
+    "mistral": _GROUPED,
+    "qwen2": _GROUPED,
+    "qwen3": {**_GROUPED, "head_dim": 16},
+    "gemma2": {**_GROUPED, "head_dim": 16},
+    "gpt_neox": {**_COMMON, "rotary_pct": 0.5},
+}
+
+
+def build_model(model_type: str, **overrides: object) -> PreTrainedModel:
+    """A tiny randomly initialised model; the same weights at every call."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type, **{**FAMILIES[model_type], **overrides})
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def logits(model: torch.nn.Module, ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    """Two prompts of 40 tokens, inside the window."""
+    return torch.randint(0, VOCAB, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def long_ids() -> torch.Tensor:
+    """Two prompts of twice the window."""
+    return torch.randint(0, VOCAB, (2, 2 * WINDOW), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer():
+    return AutoTokenizer.from_pretrained(peft_layerrope.demo_model_path())
+
+
+@pytest.fixture
+def demo_model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(peft_layerrope.demo_model_path()).eval()

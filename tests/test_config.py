@@ -1,0 +1,85 @@
+"""Validation messages, whole; JSON round trip."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from peft import PeftConfig, PeftType
+
+from peft_layerrope import InvalidConfigError, LayerRopeConfig
+
+
+def test_defaults():
+    config = LayerRopeConfig()
+    assert (config.rope_type, config.factor, config.layer_factors) == ("default", 1.0, None)
+    assert config.peft_type is PeftType.LAYER_ROPE
+    assert config.resolved_layer_factors(3) == [1.0, 1.0, 1.0]
+
+
+def test_integers_become_floats():
+    config = LayerRopeConfig(rope_type="linear", factor=2, layer_factors=(1, 2))
+    assert config.layer_factors == [1.0, 2.0]
+    assert all(type(value) is float for value in [config.factor, *config.layer_factors])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_type": "ntk"}, "rope_type='ntk' is unknown, expected one of default, linear, dynamic."),
+        ({"rope_type": "linear", "factor": 0}, "factor=0 must be greater than 0."),
+        ({"rope_type": "linear", "factor": math.inf}, "factor=inf must be finite."),
+        ({"rope_type": "linear", "factor": "2"}, "factor='2' must be a number."),
+        ({"rope_type": "linear", "factor": True}, "factor=True must be a number."),
+        (
+            {"factor": 2.0},
+            "factor=2.0 has no effect with rope_type='default': use rope_type='linear' or 'dynamic', or put it into "
+            "layer_factors.",
+        ),
+        ({"layer_factors": [1.0, -1.5]}, "layer_factors[1]=-1.5 must be greater than 0."),
+        ({"layer_factors": [math.nan]}, "layer_factors[0]=nan must be finite."),
+        ({"layer_factors": [None]}, "layer_factors[0]=None must be a number."),
+        ({"layer_factors": []}, "layer_factors has 0 entries, expected 1 to 4096."),
+        ({"layer_factors": [1.0] * 5000}, "layer_factors has 5000 entries, expected 1 to 4096."),
+        ({"layer_factors": "1.0"}, "layer_factors must be a list, got str."),
+        ({"layer_factors": {"0": 1.0}}, "layer_factors must be a list, got dict."),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings=0 must be at least 1 token."),
+        ({"original_max_position_embeddings": 2.5}, "original_max_position_embeddings=2.5 must be an integer."),
+        ({"control_points": [[0, 1]]}, "control_points has 1 points, expected 4 (x, y) pairs."),
+        ({"control_points": [[0, 1], [1, 1], [1], [1, 1]]}, "control_points[2] has 1 entries, expected 2."),
+        ({"scaled_layers": [-1]}, "scaled_layers=[-1] must be layer indices, 0 or more."),
+        ({"scaled_layers": [0.5]}, "scaled_layers[0]=0.5 must be an integer."),
+        ({"searcher_version": 1}, "searcher_version=1 must be a string."),
+    ],
+)
+def test_invalid_values(fields, message):
+    with pytest.raises(InvalidConfigError) as caught:
+        LayerRopeConfig(**fields)
+    assert str(caught.value) == message
+
+
+def test_json_round_trip(tmp_path):
+    config = LayerRopeConfig(
+        rope_type="dynamic",
+        factor=2.0,
+        layer_factors=[1.0, 1.3],
+        original_max_position_embeddings=256,
+        control_points=[[0, 1.0], [0.2, 1.5], [0.7, 1.2], [1, 2.0]],
+        scaled_layers=[0, 1],
+        searcher_version="0.1.0",
+        base_model_name_or_path="someone/model",
+        task_type="CAUSAL_LM",
+    )
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, LayerRopeConfig)
+    assert loaded == config
+
+
+def test_unknown_field_of_a_newer_version_warns(tmp_path):
+    LayerRopeConfig(layer_factors=[1.0]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 1}))
+    with pytest.warns(UserWarning, match="from_the_future"):
+        assert PeftConfig.from_pretrained(tmp_path).layer_factors == [1.0]
