@@ -40,7 +40,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training."""
+    """One stretch of training; one with a curriculum ends early, once lists fill the window."""
 
     name: str
     tokens: float
@@ -160,7 +160,7 @@ def train(model: LlamaForCausalLM, seed: int, device: str, scale: float = 1.0) -
     roped.train()
     for phase in PHASES:
         done, step, budget = 0, 0, phase.tokens * scale
-        while done < budget:
+        while done < budget and not (phase.curriculum and curriculum.longest == MOST_PAIRS):
             warmup = min(1.0, (total + 1024) / 2e5)
             rate = warmup * (phase.first_lr + (phase.last_lr - phase.first_lr) * done / budget)
             for group in optimizer.param_groups:

@@ -21,7 +21,7 @@ from .registration import register
 
 if TYPE_CHECKING:
     from .evaluation import PositionScores, evaluate
-    from .search import SearchResult, SearchSettings, search
+    from .searcher import SearchResult, SearchSettings, search
     from .tasks import Example, KeyValueRetrieval, Split, Task, TokenTask
 
 register(LayerRopeConfig, LayerRopeModel)
@@ -31,13 +31,13 @@ _LAZY = {
     "Example": ".tasks",
     "KeyValueRetrieval": ".tasks",
     "PositionScores": ".evaluation",
-    "SearchResult": ".search",
-    "SearchSettings": ".search",
+    "SearchResult": ".searcher",
+    "SearchSettings": ".searcher",
     "Split": ".tasks",
     "Task": ".tasks",
     "TokenTask": ".tasks",
     "evaluate": ".evaluation",
-    "search": ".search",
+    "search": ".searcher",
 }
 
 __all__ = [

@@ -22,8 +22,8 @@ from .demo import demo_model_path
 from .errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
 from .evaluation import DEFAULT_BATCH_TOKENS, DEFAULT_WEIGHTS, PositionScores, evaluate
 from .loading import load_adapter, load_model
-from .search import FactorGrid, SearchResult, SearchSettings
-from .search import search as run_search
+from .searcher import FactorGrid, SearchResult, SearchSettings
+from .searcher import search as run_search
 from .tasks import SPLIT_NAMES, KeyValueRetrieval, Task
 
 app = typer.Typer(

@@ -21,7 +21,9 @@ def test_flat_curve_is_constant_whatever_the_abscissae():
 def test_matches_brute_force(inner):
     points = np.array([(0, 1.0), (inner[0], 2.0), (inner[1], 0.5), (1, 1.7)])
     t = np.linspace(0, 1, 2_000_001)[:, None]
-    dense = (1 - t) ** 3 * points[0] + 3 * (1 - t) ** 2 * t * points[1] + 3 * (1 - t) * t**2 * points[2] + t**3 * points[3]
+    dense = (
+        (1 - t) ** 3 * points[0] + 3 * (1 - t) ** 2 * t * points[1] + 3 * (1 - t) * t**2 * points[2] + t**3 * points[3]
+    )
     depths = np.linspace(0, 1, 9)
     expected = np.interp(depths, dense[:, 0], dense[:, 1])
     np.testing.assert_allclose(sample_curve(points, 9), expected, atol=2e-3)

@@ -136,4 +136,5 @@ def spread_positions(num_items: int, num_positions: int) -> tuple[int, ...]:
         raise TaskError(
             f"{num_positions} gold positions among {num_items} items: expected 3 (first, middle, last) to {num_items}."
         )
-    return tuple(round(i * (num_items - 1) / (num_positions - 1)) for i in range(num_positions))
+    # rounded down, which gives the published positions: 0, 18, 37, 55, 74 of 75 and 0, 34, 69, 104, 139 of 140
+    return tuple(i * (num_items - 1) // (num_positions - 1) for i in range(num_positions))

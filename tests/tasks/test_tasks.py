@@ -1,0 +1,120 @@
+"""Splits: complete, seeded, disjoint; answers really stand where the examples say."""
+
+from __future__ import annotations
+
+import pytest
+
+from peft_layerrope import Example, KeyValueRetrieval, Split, Task, TaskError, TokenTask
+from peft_layerrope.tasks import SPLIT_NAMES, check_disjoint, spread_positions
+from peft_layerrope.tasks.words import NUM_KEYS, NUM_VALUES, key_words, value_words
+
+
+def token_examples(groups: int, positions: int = 3) -> list[Example]:
+    return [
+        Example((100 * g + 5, 100 * g + 6), (7, i), (8, i), position=i, group=g)
+        for g in range(groups)
+        for i in range(positions)
+    ]
+
+
+def test_words_are_distinct_and_disjoint():
+    keys, values = key_words(), value_words()
+    assert (len(set(keys)), len(set(values))) == (NUM_KEYS, NUM_VALUES)
+    assert not set(keys) & set(values)
+
+
+@pytest.mark.parametrize("length", [128, 256, 512, 1024])
+def test_kv_prompts_fill_the_length_and_hold_the_answer_where_they_say(demo_tokenizer, length):
+    task = KeyValueRetrieval(demo_tokenizer, length, num_positions=5)
+    split = task.split("search", 3)
+    assert length - 4 < split.max_tokens <= length
+    for example in split.examples:
+        words = demo_tokenizer.decode(example.context_ids).split()[1:]  # after [BOS]
+        pairs = [words[i : i + 4] for i in range(0, len(words), 4)]
+        question = demo_tokenizer.decode(example.query_ids).split()
+        gold = pairs[task.positions[example.position]]
+        assert question == ["?", gold[0]]
+        assert demo_tokenizer.decode(example.answer_ids).split() == gold[1:3]
+        assert len({pair[0] for pair in pairs}) == len(pairs) == task.num_pairs
+
+
+def test_kv_prompt_reads_as_text(demo_tokenizer):
+    example = KeyValueRetrieval(demo_tokenizer, 64, num_positions=3).split("search", 1).examples[0]
+    text = demo_tokenizer.decode(example.context_ids + example.query_ids)
+    assert demo_tokenizer(text.removeprefix("[BOS]"))["input_ids"] == [*example.context_ids, *example.query_ids]
+
+
+def test_splits_are_seeded_and_disjoint(demo_tokenizer):
+    def splits(seed: int) -> list[Split]:
+        task = KeyValueRetrieval(demo_tokenizer, 128, num_positions=3, seed=seed)
+        return [task.split(name, 20) for name in SPLIT_NAMES]
+
+    first, again, other = splits(0), splits(0), splits(1)
+    assert first == again
+    assert [s.fingerprint() for s in first] == [s.fingerprint() for s in again]
+    check_disjoint([*first, *other])  # raises if any two share a context
+
+
+def test_a_larger_split_begins_with_the_smaller(demo_tokenizer):
+    task = KeyValueRetrieval(demo_tokenizer, 128, num_positions=3)
+    assert task.split("test", 9).examples[: 3 * 4] == task.split("test", 4).examples
+
+
+def test_overlapping_splits_are_refused():
+    split = Split("search", 0, (0, 1, 2), tuple(token_examples(2)))
+    other = Split("test", 0, (0, 1, 2), tuple(token_examples(1)))
+    with pytest.raises(TaskError, match="splits 'search' and 'test' share 1 contexts"):
+        check_disjoint([split, other])
+
+
+def test_incomplete_groups_are_refused():
+    with pytest.raises(TaskError, match=r"group 1 has position indices \[0, 1\], expected one example for each of"):
+        Split("search", 0, (0, 1, 2), tuple(token_examples(2)[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"length": 30}, "length=30 tokens holds 6 pairs, fewer than 11 gold positions."),
+        ({"length": 64, "num_pairs": 20}, "20 pairs need up to 85 tokens, more than length=64."),
+        ({"length": 4096, "num_pairs": 500}, "num_pairs=500, but the task has 384 distinct keys."),
+        (
+            {"length": 64, "num_positions": 2},
+            "2 gold positions among 14 items: expected 3 (first, middle, last) to 14.",
+        ),
+    ],
+)
+def test_kv_settings_that_cannot_work(demo_tokenizer, arguments, message):
+    with pytest.raises(TaskError) as caught:
+        KeyValueRetrieval(demo_tokenizer, **arguments)
+    assert str(caught.value) == message
+
+
+def test_spread_positions_are_the_published_ones():
+    assert spread_positions(75, 5) == (0, 18, 37, 55, 74)
+    assert spread_positions(140, 5) == (0, 34, 69, 104, 139)
+    assert spread_positions(3, 3) == (0, 1, 2)
+
+
+def test_token_task_splits_whole_groups():
+    task = TokenTask(token_examples(10), positions=(0, 18, 37), seed=3)
+    assert isinstance(task, Task)
+    sizes = {name: len(task._groups[name]) for name in SPLIT_NAMES}
+    assert sizes == {"search": 4, "validation": 2, "test": 4}
+    check_disjoint([task.split(name, size) for name, size in sizes.items()])
+    assert task.split("test", 2).positions == (0, 18, 37)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TokenTask([]), "a TokenTask needs examples, got none."),
+        (lambda: TokenTask(token_examples(2)), "2 groups are too few: split 'search' would be empty."),
+        (lambda: TokenTask(token_examples(10)).split("test", 5), "split 'test' has 4 groups, 5 were asked for."),
+        (lambda: TokenTask(token_examples(10)).split("train", 1), "split 'train' is unknown"),
+        (lambda: TokenTask(token_examples(10), fractions=(0.9, 0.2, 0.1)), "must be three positive shares"),
+    ],
+)
+def test_token_task_errors(make, message):
+    with pytest.raises(TaskError, match=message):
+        make()
