@@ -51,6 +51,7 @@ class Phase:
     copying: float = 0.0
     curriculum: bool = False
     jitter: float = 1.0
+    dropout: float = 0.0
 
 
 PHASES = (
@@ -93,7 +94,7 @@ def build_model(layers: int, seed: int) -> LlamaForCausalLM:
 def retrieval_batch(rng: np.random.Generator, rows: int, pairs: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
     """A list of pairs and questions about it; labels are the values asked for."""
     keys = np.argsort(rng.random((rows, len(KEYS))), axis=1)[:, :pairs]
-    values = rng.integers(0, len(VALUES), (rows, pairs, 2))
+    values = np.argsort(rng.random((rows, len(VALUES))), axis=1)[:, : 2 * pairs].reshape(rows, pairs, 2)
     listing = np.concatenate(
         [FIRST_KEY + keys[..., None], FIRST_VALUE + values, np.full((rows, pairs, 1), SEPARATOR)], axis=2
     )
@@ -160,6 +161,8 @@ def train(model: LlamaForCausalLM, seed: int, device: str, scale: float = 1.0) -
     roped.train()
     for phase in PHASES:
         done, step, budget = 0, 0, phase.tokens * scale
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = phase.dropout
         while done < budget and not (phase.curriculum and curriculum.longest == MOST_PAIRS):
             warmup = min(1.0, (total + 1024) / 2e5)
             rate = warmup * (phase.first_lr + (phase.last_lr - phase.first_lr) * done / budget)

@@ -7,13 +7,14 @@ import json
 import pickle
 import subprocess
 import sys
+from enum import Enum
 
 import pytest
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from peft_layerrope import LayerRopeConfig, LayerRopeModel
-from peft_layerrope.registration import LAYER_ROPE, ensure_peft_type, register
+from peft_layerrope.registration import LAYER_ROPE, ensure_peft_type, extend_enum, register
 
 
 def test_member_behaves_like_an_enum_member():
@@ -25,6 +26,19 @@ def test_member_behaves_like_an_enum_member():
     assert copy.deepcopy(LAYER_ROPE) is LAYER_ROPE
     assert json.loads(json.dumps(LAYER_ROPE)) == "LAYER_ROPE"
     assert hash(LAYER_ROPE) == hash(PeftType("LAYER_ROPE"))
+
+
+class Colour(str, Enum):  # noqa: UP042 - as PeftType is declared
+    RED = "RED"
+
+
+def test_extended_enum_equals_one_declared_so():
+    added = extend_enum(Colour, "BLUE")
+    declared = Enum("Declared", {"RED": "RED", "BLUE": "BLUE"}, type=str)
+    assert [(m.name, m.value) for m in Colour] == [(m.name, m.value) for m in declared]
+    assert set(Colour.__members__) == set(declared.__members__)
+    assert repr(added).removeprefix("<Colour") == repr(declared.BLUE).removeprefix("<Declared")
+    assert ("BLUE" in Colour.__members__, added in Colour, Colour("BLUE") is added) == (True, True, True)
 
 
 def test_other_members_are_untouched():

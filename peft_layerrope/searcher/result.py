@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ class SearchResult:
         history: one record per generation.
         evaluations: distinct vectors evaluated by all methods together, and the like.
         seconds: wall time by stage.
+        edge_layers: layers whose factor is at an end of the range, where a wider one may hold a better value.
     """
 
     config: LayerRopeConfig
@@ -117,7 +118,7 @@ class SearchResult:
     history: list[dict[str, Any]]
     evaluations: dict[str, int]
     seconds: dict[str, float]
-    edge_layers: list[int] = field(default_factory=list)
+    edge_layers: list[int]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything as plain values: the content of `search.json`."""

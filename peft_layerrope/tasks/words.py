@@ -8,17 +8,19 @@ _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"
 
 NUM_KEYS = 384
-NUM_VALUES = 120
+NUM_VALUES = 512
 
 
 def key_words() -> list[str]:
-    """Returns the 384 keys: two consonant-vowel syllables each ("baba", "babe", ...), evenly thinned."""
+    """Returns the 384 keys: two consonant-vowel syllables each ("baba", "bake", ...)."""
     syllables = [c + v for c, v in product(_CONSONANTS, _VOWELS)]
-    every = [first + second for first, second in product(syllables, syllables)]
-    return every[:: len(every) // NUM_KEYS][:NUM_KEYS]
+    return _evenly([first + second for first, second in product(syllables, syllables)], NUM_KEYS)
 
 
 def value_words() -> list[str]:
-    """Returns the 120 values: consonant-vowel-consonant ("bab", ...), evenly thinned."""
-    every = [a + v + b for a, v, b in product(_CONSONANTS, _VOWELS, _CONSONANTS)]
-    return every[:: len(every) // NUM_VALUES][:NUM_VALUES]
+    """Returns the 512 values: consonant-vowel-consonant ("bab", "bad", ...)."""
+    return _evenly([a + v + b for a, v, b in product(_CONSONANTS, _VOWELS, _CONSONANTS)], NUM_VALUES)
+
+
+def _evenly(words: list[str], count: int) -> list[str]:
+    return [words[i * len(words) // count] for i in range(count)]

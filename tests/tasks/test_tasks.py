@@ -77,7 +77,7 @@ def test_incomplete_groups_are_refused():
     [
         ({"length": 30}, "length=30 tokens holds 6 pairs, fewer than 11 gold positions."),
         ({"length": 64, "num_pairs": 20}, "20 pairs need up to 85 tokens, more than length=64."),
-        ({"length": 4096, "num_pairs": 500}, "num_pairs=500, but the task has 384 distinct keys."),
+        ({"length": 4096, "num_pairs": 500}, "num_pairs=500, but the task has words for 256 pairs."),
         (
             {"length": 64, "num_positions": 2},
             "2 gold positions among 14 items: expected 3 (first, middle, last) to 14.",

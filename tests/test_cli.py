@@ -1,0 +1,126 @@
+"""The command line: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from conftest import build_model
+from typer.testing import CliRunner
+
+import peft_layerrope
+from peft_layerrope import LayerRopeConfig
+from peft_layerrope.artifacts import save_adapter
+from peft_layerrope.cli import app
+
+TINY_SEARCH = [
+    *("--length", "128", "--positions", "3", "--population", "4", "--generations", "1", "--refine-evaluations", "4"),
+    *("--search-groups", "2", "--test-groups", "3"),
+]
+
+
+def run(*arguments: str):
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_version():
+    assert run("--version").stdout.strip() == peft_layerrope.__version__
+
+
+@pytest.mark.parametrize("command", ["search", "evaluate"])
+def test_help_teaches_with_an_example(command):
+    text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").stdout)
+    assert f"layerrope {command}" in text
+    assert "Example" in text
+    assert "--length" in text
+
+
+def test_search_then_evaluate(tmp_path, demo_model):
+    folder = tmp_path / "adapter"
+    done = run("search", "--output", str(folder), *TINY_SEARCH)
+    assert done.exit_code == 0
+    for text in ("Held-out", "no scaling", "best uniform factor", "per layer: curve, refined", str(folder)):
+        assert text in done.stdout
+    report = json.loads((folder / "search.json").read_text())
+    assert report["model"] == "peft_layerrope/demo"
+    assert len(report["layer_factors"]) == demo_model.config.num_hidden_layers
+    scores = tmp_path / "scores.json"
+    arguments = ("--length", "128", "--positions", "3", "--groups", "3")
+    shown = run("evaluate", "--adapter", str(folder), *arguments, "--json", str(scores))
+    assert shown.exit_code == 0
+    assert "utilisation U" in shown.stdout
+    refined = next(row for row in report["table"] if row["name"] == report["chosen"])
+    assert json.loads(scores.read_text())["scores"] == refined["test"]
+
+
+def test_search_refuses_a_folder_in_use_before_any_work(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run("search", "--output", str(tmp_path))
+    assert done.exit_code == 2
+    assert f"--output {tmp_path} is not empty; pass --overwrite" in done.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--population", "1"], 2, "population=1 must be an integer of at least 4."),
+        (["--factor", "2"], 2, "factor=2.0 has no effect with rope_type='default'"),
+        (["--max-factor", "0.5"], 2, "max_factor=0.5 must be greater than min_factor=1.0"),
+        (["--length", "16"], 2, "length=16 tokens holds 2 pairs, fewer than 11 gold positions."),
+        (["--rope-type", "yarn"], 2, "'yarn' is not one of"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(arguments, status, message, tmp_path):
+    done = run("search", "--output", str(tmp_path / "out"), *arguments)
+    assert done.exit_code == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_rotary_fails_with_its_name(tmp_path, demo_tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt2", n_layer=2, n_embd=32, n_head=2, vocab_size=len(demo_tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    demo_tokenizer.save_pretrained(tmp_path / "gpt2")
+    done = run("search", str(tmp_path / "gpt2"), "--output", str(tmp_path / "out"), *TINY_SEARCH)
+    assert done.exit_code == 1
+    assert "gpt2: no rotary embedding" in done.stderr
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    done = run("evaluate", str(tmp_path / "nowhere"))
+    assert done.exit_code == 1
+    assert "cannot load model" in done.stderr
+
+
+def test_a_folder_that_is_no_adapter(tmp_path):
+    done = run("evaluate", "--adapter", str(tmp_path))
+    assert done.exit_code == 1
+    assert "is not an adapter folder: it has no adapter_config.json." in done.stderr
+
+
+def test_an_adapter_for_another_model_names_both_depths(tmp_path, demo_model):
+    layers = demo_model.config.num_hidden_layers
+    save_adapter(LayerRopeConfig(layer_factors=[1.5] * (layers + 1)), tmp_path)
+    done = run("evaluate", "--adapter", str(tmp_path), "--length", "128")
+    assert done.exit_code == 1 or done.exit_code == 2
+    assert f"layer_factors has {layers + 1} entries, but llama has {layers} decoder layers." in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(peft_layerrope.LayerRopeError):
+        run("evaluate", "--adapter", str(tmp_path), "--debug")
+
+
+def test_another_model_is_searched_inside_its_window_by_default(tmp_path, demo_tokenizer):
+    build_model("llama", vocab_size=len(demo_tokenizer), max_position_embeddings=128).save_pretrained(tmp_path / "m")
+    demo_tokenizer.save_pretrained(tmp_path / "m")
+    done = run("evaluate", str(tmp_path / "m"), "--groups", "2", "--json", str(tmp_path / "s.json"))
+    assert done.exit_code == 0
+    assert json.loads((tmp_path / "s.json").read_text())["task"]["length"] == 128
