@@ -52,12 +52,13 @@ class Phase:
     curriculum: bool = False
     jitter: float = 1.0
     dropout: float = 0.0
+    value_words: int = len(VALUES)
 
 
 PHASES = (
-    Phase("form", 2.5e6, 1024, 1.5e-3, 1.5e-3, 4, copying=0.3, curriculum=True),
-    Phase("train", 9e6, 4096, 1.5e-3, 7e-4, 32),
-    Phase("settle", 7e6, 4096, 7e-4, 0.0, 40, jitter=1.35),
+    Phase("form", 6e6, 1024, 1.5e-3, 1.5e-3, 4, copying=0.3, curriculum=True, value_words=128),
+    Phase("train", 6e6, 2048, 1.2e-3, 1e-3, 24, dropout=0.1),
+    Phase("settle", 4e6, 4096, 1e-3, 0.0, 40, jitter=1.35, dropout=0.1),
 )
 
 
@@ -91,10 +92,12 @@ def build_model(layers: int, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def retrieval_batch(rng: np.random.Generator, rows: int, pairs: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
+def retrieval_batch(
+    rng: np.random.Generator, rows: int, pairs: int, queries: int, value_words: int = len(VALUES)
+) -> tuple[np.ndarray, np.ndarray]:
     """A list of pairs and questions about it; labels are the values asked for."""
     keys = np.argsort(rng.random((rows, len(KEYS))), axis=1)[:, :pairs]
-    values = np.argsort(rng.random((rows, len(VALUES))), axis=1)[:, : 2 * pairs].reshape(rows, pairs, 2)
+    values = np.argsort(rng.random((rows, value_words)), axis=1)[:, : 2 * pairs].reshape(rows, pairs, 2)
     listing = np.concatenate(
         [FIRST_KEY + keys[..., None], FIRST_VALUE + values, np.full((rows, pairs, 1), SEPARATOR)], axis=2
     )
@@ -147,7 +150,7 @@ def draw_batch(rng: np.random.Generator, phase: Phase, curriculum: Curriculum) -
     room = (WINDOW - 1) // PAIR - pairs
     queries = min(room, pairs) if phase.curriculum else room
     rows = max(1, phase.batch_tokens // (1 + PAIR * (pairs + queries)))
-    return *retrieval_batch(rng, rows, pairs, queries), True
+    return *retrieval_batch(rng, rows, pairs, queries, phase.value_words), True
 
 
 def train(model: LlamaForCausalLM, seed: int, device: str, scale: float = 1.0) -> None:
