@@ -31,6 +31,10 @@ from .settings import SearchSettings
 
 DEMO_NAME = "peft_layerrope/demo"
 
+MIN_CONTROL_BUDGET = 150
+"""Controls get as many evaluations as the per-layer search took, and never fewer than this: enough to try every
+(a, b) on the default grid, so that a control that loses does not lose for want of trying."""
+
 
 def search(
     model: nn.Module,
@@ -81,13 +85,14 @@ def search(
     test_split = task.split("test", settings.test_groups)
     check_disjoint([search_split, test_split])
     check_vocabulary(model, search_split)
+    was_training = model.training
     peft_model = get_peft_model(model, settings.adapter_config([1.0] * num_layers))
     try:
         with _audience(progress) as audience:
             run = _Run(peft_model, settings, scaled_layers, num_layers, search_split, test_split, audience)
             return run.result(task, model_name(model))
     finally:
-        peft_model.unload()
+        peft_model.unload().train(was_training)
 
 
 def model_name(model: nn.Module) -> str:
@@ -180,7 +185,7 @@ class _Run:
                 )
             per_layer.append(Control(REFINED, refined, fitness, view.evaluations, False))
         if settings.controls:
-            found += self._controls(grid, budget=view.evaluations)
+            found += self._controls(grid, budget=max(view.evaluations, MIN_CONTROL_BUDGET))
         table = self._held_out(found + per_layer)
         chosen = per_layer[-1]
         return SearchResult(

@@ -17,8 +17,6 @@ from .words import NUM_KEYS, NUM_VALUES, key_words, value_words
 
 SEPARATOR = ","
 QUESTION = "?"
-MAX_PAIRS = min(NUM_KEYS, NUM_VALUES // 2)
-"""No word stands twice in a context, so a question has one answer and no word of it is ambiguous."""
 
 
 class KeyValueRetrieval:
@@ -33,7 +31,7 @@ class KeyValueRetrieval:
         num_pairs: pairs per context; default: as many as fit into `length`.
 
     Raises:
-        TaskError: the length has no room for the positions, or there are not enough words for the pairs.
+        TaskError: the length has no room for the positions, or asks for more pairs than there are keys.
     """
 
     name = "kv_retrieval"
@@ -58,11 +56,11 @@ class KeyValueRetrieval:
         key, value = max(map(len, self._keys)), max(map(len, self._values))
         pair = key + 2 * value + len(self._separator)
         overhead = len(self._bos) + len(self._question) + key + 2 * value
-        fitting = min((length - overhead) // pair, MAX_PAIRS)
+        fitting = min((length - overhead) // pair, NUM_KEYS)
         if num_pairs is None:
             num_pairs = fitting
-        elif num_pairs > MAX_PAIRS:
-            raise TaskError(f"num_pairs={num_pairs}, but the task has words for {MAX_PAIRS} pairs.")
+        elif num_pairs > NUM_KEYS:
+            raise TaskError(f"num_pairs={num_pairs}, but the task has {NUM_KEYS} distinct keys.")
         elif num_pairs > fitting:
             raise TaskError(
                 f"{num_pairs} pairs need up to {overhead + num_pairs * pair} tokens, more than length={length}."
@@ -91,7 +89,7 @@ class KeyValueRetrieval:
 
     def _group(self, rng: np.random.Generator, group: int) -> list[Example]:
         keys = rng.permutation(NUM_KEYS)[: self.num_pairs]
-        values = rng.permutation(NUM_VALUES)[: 2 * self.num_pairs].reshape(-1, 2)
+        values = _draw_evenly(rng, NUM_VALUES, 2 * self.num_pairs).reshape(-1, 2)
         answers = [self._values[a] + self._values[b] for a, b in values]
         context = list(self._bos)
         for key, answer in zip(keys, answers, strict=True):
@@ -111,6 +109,14 @@ class KeyValueRetrieval:
             "positions": list(self.positions),
             "seed": self.seed,
         }
+
+
+def _draw_evenly(rng: np.random.Generator, population: int, count: int) -> np.ndarray:
+    """Draws without replacement, starting over once everything is drawn: no value word stands twice in a context
+    of up to 128 pairs, so that the second word of an answer is not ambiguous given the first.
+    """
+    rounds = -(-count // population)
+    return np.concatenate([rng.permutation(population) for _ in range(rounds)])[:count]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:

@@ -7,18 +7,18 @@ from itertools import product
 _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"
 
-NUM_KEYS = 384
-NUM_VALUES = 512
+NUM_KEYS = 256
+NUM_VALUES = 256
 
 
 def key_words() -> list[str]:
-    """Returns the 384 keys: two consonant-vowel syllables each ("baba", "bake", ...)."""
+    """Returns the 256 keys: two consonant-vowel syllables each ("baba", "bake", ...)."""
     syllables = [c + v for c, v in product(_CONSONANTS, _VOWELS)]
     return _evenly([first + second for first, second in product(syllables, syllables)], NUM_KEYS)
 
 
 def value_words() -> list[str]:
-    """Returns the 512 values: consonant-vowel-consonant ("bab", "bad", ...)."""
+    """Returns the 256 values: consonant-vowel-consonant ("bab", "bad", ...)."""
     return _evenly([a + v + b for a, v, b in product(_CONSONANTS, _VOWELS, _CONSONANTS)], NUM_VALUES)
 
 

@@ -38,6 +38,14 @@ def test_kv_prompts_fill_the_length_and_hold_the_answer_where_they_say(demo_toke
         assert len({pair[0] for pair in pairs}) == len(pairs) == task.num_pairs
 
 
+@pytest.mark.parametrize(("length", "times"), [(512, 1), (1024, 2)])
+def test_a_value_word_stands_as_seldom_as_it_can(demo_tokenizer, length, times):
+    example = KeyValueRetrieval(demo_tokenizer, length).split("test", 1).examples[0]
+    words = demo_tokenizer.decode(example.context_ids).split()
+    counts = [words.count(value) for value in value_words()]
+    assert max(counts) == times
+
+
 def test_kv_prompt_reads_as_text(demo_tokenizer):
     example = KeyValueRetrieval(demo_tokenizer, 64, num_positions=3).split("search", 1).examples[0]
     text = demo_tokenizer.decode(example.context_ids + example.query_ids)
@@ -77,7 +85,7 @@ def test_incomplete_groups_are_refused():
     [
         ({"length": 30}, "length=30 tokens holds 6 pairs, fewer than 11 gold positions."),
         ({"length": 64, "num_pairs": 20}, "20 pairs need up to 85 tokens, more than length=64."),
-        ({"length": 4096, "num_pairs": 500}, "num_pairs=500, but the task has words for 256 pairs."),
+        ({"length": 4096, "num_pairs": 500}, "num_pairs=500, but the task has 256 distinct keys."),
         (
             {"length": 64, "num_positions": 2},
             "2 gold positions among 14 items: expected 3 (first, middle, last) to 14.",

@@ -1,0 +1,66 @@
+"""Tables hold the numbers they should; plots are written without touching matplotlib's global state."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from peft_layerrope import PositionScores, report
+from peft_layerrope.searcher import ResultTable, TableRow
+
+
+def scores(hits: list[list[int]]) -> PositionScores:
+    correct = np.array(hits, dtype=bool)
+    return PositionScores((0, 5, 10), correct, np.where(correct, -0.1, -3.0))
+
+
+@pytest.fixture
+def table() -> ResultTable:
+    before = scores([[1, 0, 0], [1, 0, 1], [0, 0, 1], [1, 0, 1]])
+    after = scores([[1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 1]])
+    return ResultTable(
+        (
+            TableRow("none", (1.0, 1.0), -2.0, 1, True, before),
+            TableRow("refined", (1.1, 2.0), -1.0, 40, False, after),
+        )
+    )
+
+
+def test_markdown_table(table):
+    lines = report.markdown_table(table).splitlines()
+    assert lines[0] == "| method | factors | evaluations | accuracy % | worst position % | U | minus none |"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[0] for row in cells] == ["no scaling", "per layer: curve, refined"]
+    assert [row[1] for row in cells] == ["1", "1.1 2"]
+    assert cells[0][3].startswith("50.0 [")
+    assert cells[1][3].startswith("83.3 [")
+    assert [row[4] for row in cells] == ["0.0", "75.0"]
+    assert cells[0][6] == ""
+    assert cells[1][6].startswith("+33.3 [")
+
+
+def test_differences_are_paired_and_signed(table):
+    assert table.difference("refined", "none").value == pytest.approx(1 / 3)
+    assert table.difference("none", "refined").value == pytest.approx(-1 / 3)
+    assert "refined" in table
+    with pytest.raises(KeyError, match="no row 'random'; the table has none, refined"):
+        table["random"]
+
+
+def test_plots_need_no_display_and_no_pyplot(table, tmp_path):
+    report.plot_accuracy_by_position({row.label: row.scores for row in table}, tmp_path / "a.png", "a subtitle")
+    report.plot_factors_by_depth(
+        [1.0, 1.0, 1.4, 2.0],
+        tmp_path / "f.png",
+        control_points=[(0, 1.0), (0.3, 1.2), (0.6, 1.8), (1, 2.0)],
+        scaled_layers=[2, 3],
+    )
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("a.png", "f.png"))
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize(("factors", "text"), [((1.3, 1.3), "1.3"), ((1.0, 2.0), "1 2")])
+def test_format_factors(factors, text):
+    assert report.format_factors(factors) == text
