@@ -214,8 +214,8 @@ def train(model: LlamaForCausalLM, seed: int, device: str, scale: float = 1.0) -
                 )
         if phase.curriculum and scale == 1.0 and curriculum.longest < MOST_PAIRS:
             raise RuntimeError(
-                f"retrieval did not form in {total / 1e6:.1f}M tokens (lists of {curriculum.longest:.0f} of {MOST_PAIRS} "
-                f"pairs, accuracy {curriculum.accuracy:.2f}): try another --seed than {seed}."
+                f"retrieval did not form in {total / 1e6:.1f}M tokens (lists of {curriculum.longest:.0f} of "
+                f"{MOST_PAIRS} pairs, accuracy {curriculum.accuracy:.2f}): try another --seed than {seed}."
             )
     roped.unload()
 

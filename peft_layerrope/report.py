@@ -50,42 +50,53 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _percent_interval(interval: Interval, signed: bool = False) -> str:
+def _percent_interval(interval: Interval) -> str:
+    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def _percent_mean(interval: Interval, signed: bool = False) -> str:
+    """A mean with its symmetric interval."""
     sign = "+" if signed else ""
-    return f"{100 * interval.value:{sign}.1f} [{100 * interval.low:{sign}.1f}, {100 * interval.high:{sign}.1f}]"
+    return f"{100 * interval.value:{sign}.1f} ± {100 * (interval.high - interval.value):.1f}"
 
 
 def _comparison_cells(table: Comparison, baselines: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Header and cells shared by the terminal's and the card's table."""
     present = {row.name for row in table}
     against = [name for name in baselines if name in present]
-    header = ["method", "factors", "evaluations", "accuracy %", "worst position %", "U"]
-    header += [f"minus {name.replace('_', ' ')}" for name in against]
+    header = ["method", "factors", "tried", "accuracy", "worst", "U"]
+    header += [f"vs {name.replace('_', ' ')}" for name in against]
     cells = []
     for row in table:
         line = [
             row.label,
             format_factors(row.factors),
             str(row.evaluations),
-            _percent_interval(row.scores.average()),
+            _percent_mean(row.scores.average()),
             _percent(row.scores.accuracy_by_position.min()),
-            f"{row.scores.utilisation():.3f}",
+            _percent(row.scores.utilisation()),
         ]
         for name in against:
-            line.append("" if name == row.name else _percent_interval(table.difference(row.name, name), signed=True))
+            line.append("" if name == row.name else _percent_mean(table.difference(row.name, name), signed=True))
         cells.append(line)
     return header, cells
 
 
 _BASELINES = ("none", "uniform")
 
+TABLE_LEGEND = (
+    "tried: distinct factor vectors evaluated on the search split. accuracy: exact match in %, mean over all gold "
+    "positions; worst: at the worst position; U: context utilisation of the accuracies. ±: 95 % interval over "
+    "contexts; differences are paired."
+)
+
 
 def comparison_table(table: Comparison, title: str) -> Table:
     """Returns the held-out comparison as a rich table: 95 % intervals, paired differences."""
     header, cells = _comparison_cells(table, _BASELINES)
-    rendered = Table(title=title, caption="Brackets: 95 % intervals over contexts; differences are paired.")
+    rendered = Table(title=title, caption=TABLE_LEGEND)
     for i, column in enumerate(header):
-        rendered.add_column(column, justify="left" if i < 2 else "right")
+        rendered.add_column(column, justify="left" if i < 2 else "right", no_wrap=i >= 2)
     for line in cells:
         rendered.add_row(*line)
     return rendered
@@ -95,12 +106,12 @@ def markdown_table(table: Comparison) -> str:
     """Returns the held-out comparison in Markdown, for a model card."""
     header, cells = _comparison_cells(table, _BASELINES)
     lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{TABLE_LEGEND}"
 
 
 def position_table(scores: PositionScores, title: str) -> Table:
     """Returns accuracy and gold log-probability by gold position as a rich table."""
-    rendered = Table(title=title, caption="Brackets: 95 % Wilson intervals.")
+    rendered = Table(title=title, caption="Brackets: 95 % Wilson intervals; ±: over contexts.")
     for column in ("gold position", "accuracy %", "gold log-prob"):
         rendered.add_column(column, justify="right")
     for position, interval, log_prob in zip(
@@ -108,7 +119,7 @@ def position_table(scores: PositionScores, title: str) -> Table:
     ):
         rendered.add_row(str(position), _percent_interval(interval), f"{log_prob:.3f}")
     rendered.add_section()
-    rendered.add_row("average", _percent_interval(scores.average()), f"{scores.log_prob_by_position.mean():.3f}")
+    rendered.add_row("average", _percent_mean(scores.average()), f"{scores.log_prob_by_position.mean():.3f}")
     rendered.add_row("utilisation U", f"{scores.utilisation():.3f}", f"{scores.log_prob_utilisation():.3f}")
     return rendered
 
@@ -129,8 +140,7 @@ def plot_accuracy_by_position(curves: Mapping[str, PositionScores], path: str | 
         axes.fill_between(scores.positions, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(scores.positions, 100 * scores.accuracy_by_position, "o-", color=colour, label=label, markersize=4)
     axes.set(xlabel="position of the answer (index of the pair)", ylabel="accuracy (%)", ylim=(-3, 103))
-    axes.set_title("Accuracy by position of the answer", loc="left")
-    _finish(figure, axes, subtitle, path)
+    _finish(figure, axes, "Accuracy by position of the answer", subtitle, path)
 
 
 def plot_factors_by_depth(
@@ -162,14 +172,12 @@ def plot_factors_by_depth(
     axes.set(
         xlabel="layer", ylabel="factor (positions are divided by it)", xticks=layers if len(layers) <= 16 else None
     )
-    axes.set_title("RoPE scaling factor by depth", loc="left")
-    _finish(figure, axes, "1.0 leaves a layer as it was trained", path)
+    _finish(figure, axes, "RoPE scaling factor by depth", "1.0 leaves a layer as it was trained", path)
 
 
-def _finish(figure: Figure, axes: Axes, subtitle: str, path: str | Path) -> None:
-    axes.text(0, 1.01, subtitle, transform=axes.transAxes, fontsize=8, color="0.35")
-    axes.title.set_position((0, 1.0))
-    axes.title.set_y(1.05)
+def _finish(figure: Figure, axes: Axes, title: str, subtitle: str, path: str | Path) -> None:
+    axes.set_title(title, loc="left", pad=20)
+    axes.annotate(subtitle, (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8, color="0.35")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=_DPI)

@@ -30,15 +30,15 @@ def table() -> ResultTable:
 
 def test_markdown_table(table):
     lines = report.markdown_table(table).splitlines()
-    assert lines[0] == "| method | factors | evaluations | accuracy % | worst position % | U | minus none |"
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert lines[0] == "| method | factors | tried | accuracy | worst | U | vs none |"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
     assert [row[0] for row in cells] == ["no scaling", "per layer: curve, refined"]
     assert [row[1] for row in cells] == ["1", "1.1 2"]
-    assert cells[0][3].startswith("50.0 [")
-    assert cells[1][3].startswith("83.3 [")
+    assert cells[0][3].startswith("50.0 ± ")
+    assert cells[1][3].startswith("83.3 ± ")
     assert [row[4] for row in cells] == ["0.0", "75.0"]
     assert cells[0][6] == ""
-    assert cells[1][6].startswith("+33.3 [")
+    assert cells[1][6].startswith("+33.3 ± ")
 
 
 def test_differences_are_paired_and_signed(table):

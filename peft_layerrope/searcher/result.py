@@ -29,10 +29,10 @@ NONE, UNIFORM, ALONE, FIRST_REST, RANDOM, CURVE, REFINED = (
 LABELS = {
     NONE: "no scaling",
     UNIFORM: "best uniform factor",
-    ALONE: "control: first k layers 1.0, one factor for the rest",
-    FIRST_REST: "control: first layer a, the rest b",
-    RANDOM: "random per-layer factors",
-    CURVE: "per layer: Bézier curve",
+    ALONE: "control: first k at 1, rest b",
+    FIRST_REST: "control: first a, rest b",
+    RANDOM: "random per layer",
+    CURVE: "per layer: curve",
     REFINED: "per layer: curve, refined",
 }
 
