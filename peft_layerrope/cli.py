@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -110,6 +111,8 @@ def main(
     ] = False,
 ) -> None:
     """Per-layer RoPE scaling as a PEFT adapter: search the factors, evaluate them by position."""
+    # PEFT still asks transformers by a name that it deprecated; nothing a user of this command can act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .evaluator import BudgetView, MemoEvaluator
-from .grid import FactorGrid, Factors
+from .grid import FactorGrid, Factors, spread_over_layers
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,13 @@ def first_and_rest_vectors(grid: FactorGrid, num_layers: int) -> list[Factors]:
 def random_vectors(
     grid: FactorGrid, scaled_layers: Sequence[int], num_layers: int, count: int, rng: random.Random
 ) -> list[Factors]:
-    """`count` vectors with independent random factors on the scaled layers."""
-    vectors = []
-    for _ in range(count):
-        vector = [1.0] * num_layers
-        for layer in scaled_layers:
-            vector[layer] = rng.choice(grid.values)
-        vectors.append(tuple(vector))
-    return vectors
+    """`count` distinct vectors with independent random factors on the scaled layers (fewer if there are fewer)."""
+    count = min(count, len(grid.values) ** len(scaled_layers))
+    vectors: dict[Factors, None] = {}
+    while len(vectors) < count:
+        vector = [rng.choice(grid.values) for _ in scaled_layers]
+        vectors[spread_over_layers(vector, scaled_layers, num_layers)] = None
+    return list(vectors)
 
 
 def best_of(name: str, vectors: Sequence[Factors], memo: MemoEvaluator, budget: int, rng: random.Random) -> Control:

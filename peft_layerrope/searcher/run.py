@@ -32,8 +32,8 @@ from .settings import SearchSettings
 DEMO_NAME = "peft_layerrope/demo"
 
 MIN_CONTROL_BUDGET = 150
-"""Controls get as many evaluations as the per-layer search took, and never fewer than this: enough to try every
-(a, b) on the default grid, so that a control that loses does not lose for want of trying."""
+"""Shared-factor controls get as many evaluations as the per-layer search took, and never fewer than this: enough
+to try every (a, b) on the default grid, so that a control that loses does not lose for want of trying."""
 
 
 def search(
@@ -185,7 +185,7 @@ class _Run:
                 )
             per_layer.append(Control(REFINED, refined, fitness, view.evaluations, False))
         if settings.controls:
-            found += self._controls(grid, budget=max(view.evaluations, MIN_CONTROL_BUDGET))
+            found += self._controls(grid, view.evaluations)
         table = self._held_out(found + per_layer)
         chosen = per_layer[-1]
         return SearchResult(
@@ -208,16 +208,18 @@ class _Run:
             edge_layers=[i for i in self.scaled_layers if chosen.factors[i] in (grid.low, grid.values[-1])],
         )
 
-    def _controls(self, grid: FactorGrid, budget: int) -> list[Control]:
-        rng = self._rng(RANDOM)
-        random_family = families.random_vectors(grid, self.scaled_layers, self.num_layers, budget, rng)
+    def _controls(self, grid: FactorGrid, evaluations: int) -> list[Control]:
+        random_family = families.random_vectors(
+            grid, self.scaled_layers, self.num_layers, evaluations, self._rng(RANDOM)
+        )
+        shared = max(evaluations, MIN_CONTROL_BUDGET)
         members = [
-            (ALONE, families.first_layers_alone_vectors(grid, self.num_layers)),
-            (FIRST_REST, families.first_and_rest_vectors(grid, self.num_layers)),
-            (RANDOM, random_family),
+            (ALONE, families.first_layers_alone_vectors(grid, self.num_layers), shared),
+            (FIRST_REST, families.first_and_rest_vectors(grid, self.num_layers), shared),
+            (RANDOM, random_family, evaluations),
         ]
         found = []
-        for name, vectors in members:
+        for name, vectors, budget in members:
             with self._stage(f"control: {name}", min(len(vectors), budget)):
                 found.append(best_of(name, vectors, self.memo, budget, self._rng(name)))
         return found

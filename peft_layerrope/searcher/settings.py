@@ -46,12 +46,12 @@ class SearchSettings:
     weights: tuple[float, float, float] = DEFAULT_WEIGHTS
     grid: FactorGrid = field(default_factory=FactorGrid)
     scaled_layers: tuple[int, ...] | None = None
-    population: int = 20
-    generations: int = 6
+    population: int = 16
+    generations: int = 5
     refine: bool = True
-    refine_evaluations: int = 60
+    refine_evaluations: int = 40
     controls: bool = True
-    search_groups: int = 48
+    search_groups: int = 32
     test_groups: int = 300
     batch_tokens: int = DEFAULT_BATCH_TOKENS
     seed: int = 0

@@ -173,6 +173,8 @@ def test_control_families():
     assert (1.3, 1.8, 1.8) in pairs
     drawn = families.random_vectors(GRID, [1], 3, 5, random.Random(0))
     assert all(v[0] == v[2] == 1.0 and v[1] in GRID.values for v in drawn)
+    assert len(set(drawn)) == 5
+    assert len(families.random_vectors(GRID, [1], 3, 50, random.Random(0))) == 11  # all there are
 
 
 def test_best_of_respects_the_budget_and_says_so():
