@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .config import LayerRopeConfig
+from .demo import DEMO_NAME
 from .evaluation import PositionScores
 from .report import format_factors
 
@@ -36,7 +37,7 @@ import peft_layerrope
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base_model}")
+base = AutoModelForCausalLM.from_pretrained({base_expression})
 model = PeftModel.from_pretrained(base, "path/or/hub-id/of/this/adapter")
 ```
 
@@ -93,6 +94,7 @@ def model_card(
         _BODY.format(
             front_matter=data.to_yaml(),
             base_model=base_model,
+            base_expression="peft_layerrope.demo_model_path()" if base_model == DEMO_NAME else f'"{base_model}"',
             num_layers=len(config.layer_factors),
             rope_type=config.rope_type,
             factor=config.factor,

@@ -276,7 +276,8 @@ def _build_task(
 
 def _print_result(result: SearchResult, output: Path) -> None:
     _out.print()
-    _out.print(report.comparison_table(result.table, f"Held-out: {result.subtitle()}"))
+    _out.print(report.choice_table(result.table))
+    _out.print(report.comparison_table(result.table, f"Held out: {result.subtitle()}"))
     counts = result.evaluations
     _out.print(
         f"{counts['per_layer_search']} evaluations for the per-layer search, {counts['all_methods']} for all methods "

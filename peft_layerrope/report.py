@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 
 from .bezier import sample_curve
@@ -22,6 +23,7 @@ class Row(Protocol):
     name: str
     label: str
     factors: Sequence[float]
+    fitness: float
     evaluations: int
     scores: PositionScores
 
@@ -60,18 +62,22 @@ def _percent_mean(interval: Interval, signed: bool = False) -> str:
     return f"{100 * interval.value:{sign}.1f} ± {100 * (interval.high - interval.value):.1f}"
 
 
-def _comparison_cells(table: Comparison, baselines: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells shared by the terminal's and the card's table."""
+_BASELINES = ("none", "uniform")
+
+TABLE_LEGEND = (
+    "accuracy: exact match in %, mean over all gold positions; worst: at the worst position; U: context utilisation "
+    "of the accuracies. ±: 95 % interval over contexts; differences are paired."
+)
+
+
+def _comparison_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the held-out scores: method, accuracy, worst, U, paired differences."""
     present = {row.name for row in table}
-    against = [name for name in baselines if name in present]
-    header = ["method", "factors", "tried", "accuracy", "worst", "U"]
-    header += [f"vs {name.replace('_', ' ')}" for name in against]
+    against = [name for name in _BASELINES if name in present]
     cells = []
     for row in table:
         line = [
             row.label,
-            format_factors(row.factors),
-            str(row.evaluations),
             _percent_mean(row.scores.average()),
             _percent(row.scores.accuracy_by_position.min()),
             _percent(row.scores.utilisation()),
@@ -79,49 +85,61 @@ def _comparison_cells(table: Comparison, baselines: Sequence[str]) -> tuple[list
         for name in against:
             line.append("" if name == row.name else _percent_mean(table.difference(row.name, name), signed=True))
         cells.append(line)
-    return header, cells
+    return ["method", "accuracy", "worst", "U", *(f"vs {name}" for name in against)], cells
 
 
-_BASELINES = ("none", "uniform")
-
-TABLE_LEGEND = (
-    "tried: distinct factor vectors evaluated on the search split. accuracy: exact match in %, mean over all gold "
-    "positions; worst: at the worst position; U: context utilisation of the accuracies. ±: 95 % interval over "
-    "contexts; differences are paired."
-)
+def _choice_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of what each method chose on the search split, and after how many tries."""
+    cells = [[row.label, str(row.evaluations), f"{row.fitness:.3f}", format_factors(row.factors)] for row in table]
+    return ["method", "tried", "fitness", "factors"], cells
 
 
 def comparison_table(table: Comparison, title: str) -> Table:
-    """Returns the held-out comparison as a rich table: 95 % intervals, paired differences."""
-    header, cells = _comparison_cells(table, _BASELINES)
-    rendered = Table(title=title, caption=TABLE_LEGEND)
+    """Returns the held-out comparison as a rich table of at most 80 columns."""
+    return _rich_table(title, TABLE_LEGEND, *_comparison_cells(table), left=(0,))
+
+
+def choice_table(table: Comparison) -> Table:
+    """Returns what each method chose on the search split as a rich table."""
+    title = "Chosen on the search split, from so many distinct factor vectors"
+    return _rich_table(title, None, *_choice_cells(table), left=(0, 3))
+
+
+def _rich_table(
+    title: str, caption: str | None, header: list[str], cells: list[list[str]], left: Sequence[int]
+) -> Table:
+    rendered = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
     for i, column in enumerate(header):
-        rendered.add_column(column, justify="left" if i < 2 else "right", no_wrap=i >= 2)
+        rendered.add_column(column, justify="left" if i in left else "right", no_wrap=i not in left)
     for line in cells:
         rendered.add_row(*line)
     return rendered
 
 
 def markdown_table(table: Comparison) -> str:
-    """Returns the held-out comparison in Markdown, for a model card."""
-    header, cells = _comparison_cells(table, _BASELINES)
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{TABLE_LEGEND}"
+    """Returns the held-out comparison with the factors in Markdown, for a model card."""
+    header, scores = _comparison_cells(table)
+    _, choices = _choice_cells(table)
+    lines = [
+        [*header, "tried", "factors"],
+        ["---", *["---:"] * len(header), "---"],
+        *([*score, choice[1], choice[3]] for score, choice in zip(scores, choices, strict=True)),
+    ]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{body}\n\ntried: distinct factor vectors evaluated on the search split. {TABLE_LEGEND}"
 
 
 def position_table(scores: PositionScores, title: str) -> Table:
     """Returns accuracy and gold log-probability by gold position as a rich table."""
-    rendered = Table(title=title, caption="Brackets: 95 % Wilson intervals; ±: over contexts.")
-    for column in ("gold position", "accuracy %", "gold log-prob"):
-        rendered.add_column(column, justify="right")
+    cells = []
     for position, interval, log_prob in zip(
         scores.positions, scores.intervals(), scores.log_prob_by_position, strict=True
     ):
-        rendered.add_row(str(position), _percent_interval(interval), f"{log_prob:.3f}")
-    rendered.add_section()
-    rendered.add_row("average", _percent_mean(scores.average()), f"{scores.log_prob_by_position.mean():.3f}")
-    rendered.add_row("utilisation U", f"{scores.utilisation():.3f}", f"{scores.log_prob_utilisation():.3f}")
-    return rendered
+        cells.append([str(position), _percent_interval(interval), f"{log_prob:.3f}"])
+    cells.append(["average", _percent_mean(scores.average()), f"{scores.log_prob_by_position.mean():.3f}"])
+    cells.append(["U", _percent(scores.utilisation()), f"{scores.log_prob_utilisation():.3f}"])
+    caption = "Brackets: 95 % Wilson intervals; ±: 95 % interval over contexts; U: context utilisation."
+    return _rich_table(title, caption, ["gold position", "accuracy %", "gold log-prob"], cells, left=())
 
 
 def plot_accuracy_by_position(curves: Mapping[str, PositionScores], path: str | Path, subtitle: str) -> None:

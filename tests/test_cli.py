@@ -43,7 +43,7 @@ def test_search_then_evaluate(tmp_path, demo_model):
     folder = tmp_path / "adapter"
     done = run("search", "--output", str(folder), *TINY_SEARCH)
     assert done.exit_code == 0
-    for text in ("Held-out", "no scaling", "best uniform factor", "per layer: curve, refined", str(folder)):
+    for text in ("Held out", "no scaling", "best uniform factor", "per layer: curve, refined", str(folder)):
         assert text in done.stdout
     report = json.loads((folder / "search.json").read_text())
     assert report["model"] == "peft_layerrope/demo"
@@ -52,7 +52,7 @@ def test_search_then_evaluate(tmp_path, demo_model):
     arguments = ("--length", "128", "--positions", "3", "--groups", "3")
     shown = run("evaluate", "--adapter", str(folder), *arguments, "--json", str(scores))
     assert shown.exit_code == 0
-    assert "utilisation U" in shown.stdout
+    assert "context utilisation" in shown.stdout
     refined = next(row for row in report["table"] if row["name"] == report["chosen"])
     assert json.loads(scores.read_text())["scores"] == refined["test"]
 

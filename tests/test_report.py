@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from peft_layerrope import PositionScores, report
 from peft_layerrope.searcher import ResultTable, TableRow
@@ -30,15 +32,26 @@ def table() -> ResultTable:
 
 def test_markdown_table(table):
     lines = report.markdown_table(table).splitlines()
-    assert lines[0] == "| method | factors | tried | accuracy | worst | U | vs none |"
+    assert lines[0] == "| method | accuracy | worst | U | vs none | tried | factors |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
     assert [row[0] for row in cells] == ["no scaling", "per layer: curve, refined"]
-    assert [row[1] for row in cells] == ["1", "1.1 2"]
-    assert cells[0][3].startswith("50.0 ± ")
-    assert cells[1][3].startswith("83.3 ± ")
-    assert [row[4] for row in cells] == ["0.0", "75.0"]
-    assert cells[0][6] == ""
-    assert cells[1][6].startswith("+33.3 ± ")
+    assert [row[5:] for row in cells] == [["1", "1"], ["40", "1.1 2"]]
+    assert cells[0][1].startswith("50.0 ± ")
+    assert cells[1][1].startswith("83.3 ± ")
+    assert [row[2] for row in cells] == ["0.0", "75.0"]
+    assert cells[0][4] == ""
+    assert cells[1][4].startswith("+33.3 ± ")
+
+
+def test_terminal_tables_fit_80_columns(table):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.choice_table(table))
+    console.print(report.comparison_table(table, "Held out"))
+    console.print(report.position_table(table["refined"].scores, "demo"))
+    text = console.export_text()
+    assert "…" not in text
+    for words in ("per layer: curve, refined", "+33.3 ± ", "1.1 2", "83.3 ± "):
+        assert words in text
 
 
 def test_differences_are_paired_and_signed(table):

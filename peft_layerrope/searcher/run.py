@@ -14,7 +14,7 @@ from torch import nn
 
 from .._version import __version__
 from ..config import LayerRopeConfig
-from ..demo import demo_model_path
+from ..demo import DEMO_NAME, demo_model_path
 from ..errors import SearchError
 from ..evaluation import PositionScores, check_vocabulary, score
 from ..tasks import Split, Task, check_disjoint
@@ -28,8 +28,6 @@ from .progress import RichProgress, SearchProgress, SilentProgress
 from .refine import refine_by_coordinates
 from .result import ALONE, CURVE, FIRST_REST, NONE, RANDOM, REFINED, UNIFORM, ResultTable, SearchResult, TableRow
 from .settings import SearchSettings
-
-DEMO_NAME = "peft_layerrope/demo"
 
 MIN_CONTROL_BUDGET = 150
 """Shared-factor controls get as many evaluations as the per-layer search took, and never fewer than this: enough
