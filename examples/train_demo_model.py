@@ -31,7 +31,7 @@ from peft_layerrope import KeyValueRetrieval, LayerRopeConfig, evaluate
 from peft_layerrope.tasks.words import key_words, value_words
 
 WINDOW = 256
-LAYERS = 4
+LAYERS = 6
 SPECIAL = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "?", ","]
 PAD, BOS, EOS, UNK, QUESTION, SEPARATOR = range(len(SPECIAL))
 KEYS, VALUES = key_words(), value_words()

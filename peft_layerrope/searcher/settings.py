@@ -51,8 +51,8 @@ class SearchSettings:
     refine: bool = True
     refine_evaluations: int = 40
     controls: bool = True
-    search_groups: int = 32
-    test_groups: int = 300
+    search_groups: int = 16
+    test_groups: int = 200
     batch_tokens: int = DEFAULT_BATCH_TOKENS
     seed: int = 0
 
