@@ -48,3 +48,11 @@ def test_card_holds_the_held_out_figure_and_no_path_of_a_machine(folder):
     assert config["base_model_name_or_path"] == DEMO_NAME
     for text in (card.content, json.dumps(report), json.dumps(config)):
         assert not re.search(r"/(home|root|Users|work|tmp)/", text)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_readme_shows_the_cards_own_table(folder):
+    rows = [line for line in (folder / "README.md").read_text().splitlines() if " ± " in line and line.startswith("| ")]
+    assert len(rows) == 7
+    readme = (ROOT / "README.md").read_text()
+    assert all(row in readme for row in rows)
