@@ -19,8 +19,8 @@ _BODY = """---
 
 # Per-layer RoPE scaling for {base_model}
 
-A [PEFT](https://huggingface.co/docs/peft) adapter that divides the rotary positions of each decoder layer by a
-factor of that layer. It holds {num_layers} numbers and no trained weights; inference costs nothing extra.
+A [PEFT](https://huggingface.co/docs/peft) adapter that scales the rotary embedding of each decoder layer by a factor
+of that layer. It holds {num_layers} numbers and no trained weights.
 
 | | |
 | --- | --- |
