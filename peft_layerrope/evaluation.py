@@ -267,8 +267,10 @@ def _score_batch(
     wanted = sorted({column for _, _, columns in slots for column in columns})
     column_of = {column: i for i, column in enumerate(wanted)}
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    output = model(**inputs, use_cache=False, logits_to_keep=torch.tensor(wanted, device=device))
-    log_probs = output.logits.float().log_softmax(-1)
+    logits = model(**inputs, use_cache=False, logits_to_keep=torch.tensor(wanted, device=device)).logits
+    if logits.shape[1] != len(wanted):  # a model that does not know `logits_to_keep` returns every column
+        logits = logits[:, wanted]
+    log_probs = logits.float().log_softmax(-1)
     chance = -math.log(log_probs.shape[-1])
     for index, row, columns in slots:
         gold = torch.tensor(examples[index].answer_ids, device=device)

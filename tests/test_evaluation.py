@@ -82,6 +82,14 @@ def test_every_family_scores_like_one_by_one(family):
     np.testing.assert_allclose(score(model, split).log_prob.flatten(), expected, atol=2e-5)
 
 
+def test_a_model_that_ignores_logits_to_keep_scores_the_same():
+    model, split = build_model("llama"), random_split()
+    expected = score(model, split)
+    forward = model.forward
+    model.forward = lambda *args, logits_to_keep=0, **kwargs: forward(*args, **kwargs)
+    np.testing.assert_allclose(score(model, split).log_prob, expected.log_prob, atol=1e-6)
+
+
 def test_sliding_windows_are_not_packed():
     assert can_pack(build_model("llama"))
     assert not can_pack(build_model("gemma2"))
