@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .errors import TaskError
-from .rotary import BakedLayerRope, LayerRopeLayer
+from .rotary import LENGTH_DEPENDENT_ROPE_TYPES, BakedLayerRope, LayerRopeLayer
 from .statistics import Interval, mean_interval, wilson_interval
 from .tasks import Example, Split, SplitName, Task
 
@@ -208,12 +208,10 @@ def check_vocabulary(model: nn.Module, split: Split) -> None:
 def rotation_depends_on_length(model: nn.Module) -> bool:
     """Whether a token's rotation depends on how long its batch is (Dynamic-NTK, longrope)."""
     for module in model.modules():
-        scaling = module.active_scaling() if isinstance(module, LayerRopeLayer) else None
-        if isinstance(module, BakedLayerRope):
-            scaling = module.scaling
+        scaling = module.active_scaling() if isinstance(module, (LayerRopeLayer, BakedLayerRope)) else None
         if scaling is not None and scaling.depends_on_length:
             return True
-        if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+        if getattr(module, "rope_type", None) in LENGTH_DEPENDENT_ROPE_TYPES:
             return True
     return False
 

@@ -12,7 +12,7 @@ from torch import nn
 from .config import LayerRopeConfig
 from .errors import AdapterMismatchError, LayerRopeError
 from .registration import PREFIX
-from .rotary import BakedLayerRope, LayerRopeLayer, LayerScaling, LayerTableHook
+from .rotary import LENGTH_DEPENDENT_ROPE_TYPES, BakedLayerRope, LayerRopeLayer, LayerScaling, LayerTableHook
 from .verify import RotarySite, find_rotary, model_type, prove_rotary_scales
 
 FACTORS_KEY = "base_model.model.layer_factors"
@@ -250,7 +250,7 @@ def _scaling_for(config: LayerRopeConfig, model: nn.Module, site: RotarySite) ->
             f"layer_factors has {len(factors)} entries, but {model_type(model)} has {num_layers} decoder layers."
         )
     base_rope_type = getattr(site.rotary, "rope_type", "default")
-    if config.rope_type == "dynamic" and base_rope_type in ("dynamic", "longrope"):
+    if config.rope_type == "dynamic" and base_rope_type in LENGTH_DEPENDENT_ROPE_TYPES:
         raise AdapterMismatchError(
             f"rope_type='dynamic' on a model whose own rope_type is {base_rope_type!r}: both depend on the length. "
             "Use rope_type='default', or set the model's own rope_parameters to 'default'."

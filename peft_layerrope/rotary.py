@@ -22,7 +22,8 @@ from torch import nn
 from .errors import LayerRopeError
 from .scaling import scale_inv_freq
 
-_REFRESHING_ROPE_TYPES = ("dynamic", "longrope")  # their forward decorator rewrites `inv_freq` by length
+LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
+"""transformers' types whose forward decorator rewrites `inv_freq` by length."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _RotaryShell(nn.Module):
     def layer_tables(self, scaling: LayerScaling, x: torch.Tensor, position_ids: torch.Tensor) -> LayerTables:
         """Returns every layer's table for `scaling`; see [`family_table`] for the arguments."""
         rotary = self._original()
-        if getattr(rotary, "rope_type", "default") in _REFRESHING_ROPE_TYPES:
+        if getattr(rotary, "rope_type", "default") in LENGTH_DEPENDENT_ROPE_TYPES:
             rotary(x, position_ids)
         inv_freqs = scale_inv_freq(
             rotary.inv_freq.to(x.device),
@@ -263,6 +264,10 @@ class BakedLayerRope(_RotaryShell):
 
     def _original(self) -> nn.Module:
         return self.rotary
+
+    def active_scaling(self) -> LayerScaling:
+        """Returns the scaling in force: always the baked one."""
+        return self.scaling
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> LayerTables:
         return self.layer_tables(self.scaling, x, position_ids)

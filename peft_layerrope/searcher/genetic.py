@@ -66,7 +66,6 @@ def evolve_curve(
     generations: int,
     rng: random.Random,
     seeds: Sequence[Sequence[float]] = (),
-    on_generation: Callable[[dict[str, Any]], None] | None = None,
 ) -> CurveResult:
     """Searches the curve whose factors are fittest.
 
@@ -79,7 +78,6 @@ def evolve_curve(
         generations: generations after the first.
         rng: the only source of randomness.
         seeds: genes to start with, before random ones.
-        on_generation: called with each generation's record.
     """
     toolbox = _toolbox(genome)
     initial = [Individual(genes) for genes in seeds[:population]]
@@ -105,8 +103,6 @@ def evolve_curve(
             "evaluations": evaluator.evaluations,
         }
         history.append(record)
-        if on_generation is not None:
-            on_generation(record)
     best = champion[0]
     return CurveResult(genome.decode(best), best.fitness.values[0], genome.control_points(best), history)
 
