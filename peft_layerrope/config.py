@@ -33,6 +33,10 @@ class LayerRopeConfig(PeftConfig):
             One positive factor per layer, first layer first. `None` means 1.0 for every layer.
         original_max_position_embeddings (`int`, *optional*):
             Trained window in tokens, for `"dynamic"`. Defaults to the model's `max_position_embeddings`.
+        target_length (`int`, *optional*):
+            For `"dynamic"`: scale for this length, in tokens, whatever the current one is. Then a KV cache keeps no
+            keys that were rotated for a shorter length. By default the frequencies follow the current length, as
+            transformers' own do.
         control_points (`list[list[float]]`, *optional*):
             Provenance: the four `(x, y)` points of the Bézier curve that the factors came from.
         scaled_layers (`list[int]`, *optional*):
@@ -61,6 +65,9 @@ class LayerRopeConfig(PeftConfig):
     original_max_position_embeddings: Optional[int] = field(
         default=None, metadata={"help": "Trained window in tokens, for 'dynamic'; default: the model's own."}
     )
+    target_length: Optional[int] = field(
+        default=None, metadata={"help": "Fixed length in tokens for 'dynamic'; default: the current length."}
+    )
     control_points: Optional[list[list[float]]] = field(
         default=None, metadata={"help": "Provenance: four (x, y) control points of the Bézier curve."}
     )
@@ -87,11 +94,15 @@ class LayerRopeConfig(PeftConfig):
         if self.layer_factors is not None:
             values = _checked_list("layer_factors", self.layer_factors, maximum=MAX_LAYERS)
             self.layer_factors = [_positive_float(f"layer_factors[{i}]", v) for i, v in enumerate(values)]
-        if self.original_max_position_embeddings is not None:
-            window = _checked_int("original_max_position_embeddings", self.original_max_position_embeddings)
-            if window < 1:
-                raise InvalidConfigError(f"original_max_position_embeddings={window} must be at least 1 token.")
-            self.original_max_position_embeddings = window
+        for name in ("original_max_position_embeddings", "target_length"):
+            value = getattr(self, name)
+            if value is not None and _checked_int(name, value) < 1:
+                raise InvalidConfigError(f"{name}={value} must be at least 1 token.")
+        if self.target_length is not None and self.rope_type != "dynamic":
+            raise InvalidConfigError(
+                f"target_length={self.target_length} has no effect with rope_type={self.rope_type!r}: only 'dynamic' "
+                "depends on the length."
+            )
         self._check_provenance()
 
     def _check_provenance(self) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .errors import TaskError
-from .rotary import LENGTH_DEPENDENT_ROPE_TYPES, BakedLayerRope, LayerRopeLayer
+from .rotary import BakedLayerRope, LayerRopeLayer, inv_freq_names, is_length_dependent
 from .statistics import Interval, mean_interval, wilson_interval
 from .tasks import Example, Split, SplitName, Task
 
@@ -211,7 +211,7 @@ def rotation_depends_on_length(model: nn.Module) -> bool:
         scaling = module.active_scaling() if isinstance(module, (LayerRopeLayer, BakedLayerRope)) else None
         if scaling is not None and scaling.depends_on_length:
             return True
-        if getattr(module, "rope_type", None) in LENGTH_DEPENDENT_ROPE_TYPES:
+        if inv_freq_names(module) and is_length_dependent(module):
             return True
     return False
 

@@ -12,8 +12,10 @@ from torch import nn
 from .config import LayerRopeConfig
 from .errors import AdapterMismatchError, LayerRopeError
 from .registration import PREFIX
-from .rotary import LENGTH_DEPENDENT_ROPE_TYPES, BakedLayerRope, LayerRopeLayer, LayerScaling, LayerTableHook
-from .verify import RotarySite, find_rotary, model_type, prove_rotary_scales
+from .proof import prove_rotary_scales, tables_can_be_stacked
+from .rotary import BakedLayerRope, LayerRopeLayer, is_length_dependent
+from .sites import DecoderStack, find_stack, model_type, text_config
+from .tables import LayerScaling, LayerTableHook
 
 FACTORS_KEY = "base_model.model.layer_factors"
 """The one tensor of `adapter_model.safetensors`: float32, shape `(num_hidden_layers,)`."""
@@ -61,51 +63,42 @@ class LayerRopeModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Wraps the shared rotary embedding (first adapter) or adds the adapter to the wrapper (later ones).
+        """Wraps the rotary embeddings (first adapter) or adds the adapter to the wrappers (later ones).
 
         Everything is checked before the model is changed. `state_dict`, `low_cpu_mem_usage` and
         `autocast_adapter_dtype` are accepted for PEFT's sake: there are no weights to place or cast.
         """
         config: LayerRopeConfig = self.peft_config[adapter_name]
-        site = find_rotary(model)
-        scaling = _scaling_for(config, model, site)
-        if isinstance(site.rotary, BakedLayerRope):
+        stack = find_stack(model)
+        scaling = _scaling_for(config, model, stack)
+        if stack.is_baked:
             raise LayerRopeError(
                 "this model has LAYER_ROPE factors baked in already; load the plain base model to add an adapter."
             )
-        if not isinstance(site.rotary, LayerRopeLayer):
+        if not stack.wrappers():
             if getattr(model.config, BAKED_CONFIG_KEY, None) is not None:
                 raise LayerRopeError(
                     f"this model was saved after merge_and_unload(): its config.json holds `{BAKED_CONFIG_KEY}`, whose "
                     "factors are not applied yet. Call peft_layerrope.restore_baked(model) to apply them, or delete "
                     "the entry to start from the plain base model."
                 )
-            prove_rotary_scales(site.rotary, model_type(model))
-            self._wrap(site, model)
-        site.rotary.set_scaling(adapter_name, scaling)
+            _wrap(stack, model)
+        for wrapper in stack.wrappers():
+            wrapper.set_scaling(adapter_name, scaling)
         config.layer_factors = list(scaling.layer_factors)
-        if site.name not in self.targeted_module_names:
-            self.targeted_module_names.append(site.name)
+        for site in stack.sites:
+            if site.name not in self.targeted_module_names:
+                self.targeted_module_names.append(site.name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("inject_adapter replaces PEFT's walk over target modules.")
 
-    def _wrap(self, site: RotarySite, model: nn.Module) -> None:
-        wrapper = LayerRopeLayer(site.rotary, len(site.layers))
-        other_tuner = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-        site.replace(wrapper)
-        wrapper.hook_handles = _register_hooks(site)
-        # As every PEFT tuner, freeze the base model; but not the weights of a LoRA that is already there.
-        wrapper.frozen_by_injection = [] if other_tuner else [p for p in model.parameters() if p.requires_grad]
-        for parameter in wrapper.frozen_by_injection:
-            parameter.requires_grad_(False)
-
-    def _rotary_layer(self) -> LayerRopeLayer:
-        rotary = find_rotary(self.model).rotary
-        if not isinstance(rotary, LayerRopeLayer):
+    def _wrappers(self) -> list[LayerRopeLayer]:
+        wrappers = find_stack(self.model).wrappers()
+        if not wrappers:
             raise LayerRopeError("the adapter is no longer in this model: it was unloaded or merged.")
-        return rotary
+        return wrappers
 
     def set_layer_factors(self, layer_factors: Sequence[float], adapter_name: str = "default") -> None:
         """Replaces an adapter's factors in place, validated as on construction.
@@ -120,12 +113,14 @@ class LayerRopeModel(BaseTuner):
         """
         config: LayerRopeConfig = self.peft_config[adapter_name]
         changed = LayerRopeConfig(**{**config.to_dict(), "layer_factors": list(layer_factors)})
-        site = find_rotary(self.model)
-        self._rotary_layer().set_scaling(adapter_name, _scaling_for(changed, self.model, site))
+        scaling = _scaling_for(changed, self.model, find_stack(self.model))
+        for wrapper in self._wrappers():
+            wrapper.set_scaling(adapter_name, scaling)
         config.layer_factors = changed.layer_factors
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        self._rotary_layer().enable_adapters(enabled)  # and not a LoRA that shares the model
+        for wrapper in self._wrappers():  # and not a LoRA that shares the model
+            wrapper.enable_adapters(enabled)
 
     def _unload_and_optionally_merge(
         self,
@@ -134,17 +129,14 @@ class LayerRopeModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        site = find_rotary(self.model)
-        layer = self._rotary_layer()
+        stack, wrappers = find_stack(self.model), self._wrappers()
         if merge:
-            names = adapter_names if adapter_names is not None else layer.active_adapters
-            _check_mergeable(names, layer)
-            _bake(self.model, site, layer.scalings[names[0]])
+            names = adapter_names if adapter_names is not None else wrappers[0].active_adapters
+            _check_mergeable(names, wrappers[0])
+            _bake(self.model, stack, wrappers[0].scalings[names[0]])
         else:
-            layer.remove_hooks()
-            site.replace(layer.base_layer)
-        for parameter in layer.frozen_by_injection:
-            parameter.requires_grad_(True)
+            for site in stack.sites:
+                site.replace(site.rotary.release())
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
@@ -230,40 +222,65 @@ def restore_baked(model: nn.Module) -> nn.Module:
     baked = getattr(model.config, BAKED_CONFIG_KEY, None)
     if not isinstance(baked, dict):
         raise LayerRopeError(f"config.{BAKED_CONFIG_KEY} is {baked!r}: this model was not saved from a baked one.")
-    site = find_rotary(model)
-    if isinstance(site.rotary, (BakedLayerRope, LayerRopeLayer)):
+    stack = find_stack(model)
+    if stack.is_baked or stack.wrappers():
         raise LayerRopeError("the factors are applied to this model already.")
     config = LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
-    prove_rotary_scales(site.rotary, model_type(model))
-    _bake(model, site, _scaling_for(config, model, site))
+    scaling = _scaling_for(config, model, stack)
+    _prove(stack, model)
+    _bake(model, stack, scaling)
     return model
 
 
-_SCALING_FIELDS = ("rope_type", "factor", "layer_factors", "original_max_position_embeddings")
+_SCALING_FIELDS = ("rope_type", "factor", "layer_factors", "original_max_position_embeddings", "target_length")
 
 
-def _scaling_for(config: LayerRopeConfig, model: nn.Module, site: RotarySite) -> LayerScaling:
-    num_layers = len(site.layers)
+def _scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack) -> LayerScaling:
+    num_layers = len(stack.layers)
     factors = config.resolved_layer_factors(num_layers)
     if len(factors) != num_layers:
         raise AdapterMismatchError(
             f"layer_factors has {len(factors)} entries, but {model_type(model)} has {num_layers} decoder layers."
         )
-    base_rope_type = getattr(site.rotary, "rope_type", "default")
-    if config.rope_type == "dynamic" and base_rope_type in LENGTH_DEPENDENT_ROPE_TYPES:
+    if config.rope_type == "dynamic" and any(is_length_dependent(site.rotary) for site in stack.sites):
         raise AdapterMismatchError(
-            f"rope_type='dynamic' on a model whose own rope_type is {base_rope_type!r}: both depend on the length. "
+            "rope_type='dynamic' on a model whose own rope_type is 'dynamic' or 'longrope': both depend on the length. "
             "Use rope_type='default', or set the model's own rope_parameters to 'default'."
         )
-    text_config = model.config.get_text_config(decoder=True)
-    window = config.original_max_position_embeddings or text_config.max_position_embeddings
-    return LayerScaling(config.rope_type, config.factor, tuple(factors), window)
+    window = config.original_max_position_embeddings or getattr(text_config(model), "max_position_embeddings", None)
+    if window is None and config.rope_type == "dynamic":
+        raise AdapterMismatchError(
+            f"rope_type='dynamic' needs the trained window, and {model_type(model)}'s config has no "
+            "max_position_embeddings: set original_max_position_embeddings."
+        )
+    return LayerScaling(config.rope_type, config.factor, tuple(factors), window, config.target_length)
 
 
-def _register_hooks(site: RotarySite) -> list[Any]:
+def _wrap(stack: DecoderStack, model: nn.Module) -> None:
+    """Proves that every rotary can be scaled, then puts the wrappers and the layers' hooks in place."""
+    _prove(stack, model)
+    other_tuner = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    for site in stack.sites:
+        site.replace(LayerRopeLayer(site.rotary, site.layer_idx, tables_can_be_stacked(site.rotary)))
+    keeper = stack.wrappers()[0]
+    keeper.hook_handles = _register_hooks(stack)
+    # As every PEFT tuner, freeze the base model; but not the weights of a LoRA that is already there.
+    keeper.frozen_by_injection = [] if other_tuner else [p for p in model.parameters() if p.requires_grad]
+    for parameter in keeper.frozen_by_injection:
+        parameter.requires_grad_(False)
+
+
+def _prove(stack: DecoderStack, model: nn.Module) -> None:
+    for site in stack.sites:
+        prove_rotary_scales(site.rotary, model_type(model))
+
+
+def _register_hooks(stack: DecoderStack) -> list[Any]:
+    if not stack.has_shared:
+        return []
     return [
         layer.register_forward_pre_hook(LayerTableHook(index), with_kwargs=True)
-        for index, layer in enumerate(site.layers)
+        for index, layer in enumerate(stack.layers)
     ]
 
 
@@ -275,13 +292,18 @@ def _check_mergeable(names: Sequence[str], layer: LayerRopeLayer) -> None:
         raise ValueError(f"merge_and_unload() bakes one LAYER_ROPE adapter, got {list(names)}.")
 
 
-def _bake(model: nn.Module, site: RotarySite, scaling: LayerScaling) -> None:
-    """Puts a `BakedLayerRope` in place and records it in `model.config`, which `save_pretrained` writes."""
-    if isinstance(site.rotary, LayerRopeLayer):
-        original = site.rotary.base_layer  # its hooks stay: they serve the baked module too
-    else:
-        original = site.rotary
-        _register_hooks(site)
-    site.replace(BakedLayerRope(original, len(site.layers), scaling))
+def _bake(model: nn.Module, stack: DecoderStack, scaling: LayerScaling) -> None:
+    """Puts `BakedLayerRope`s in place and records them in `model.config`, which `save_pretrained` writes."""
+    wrappers = stack.wrappers()
+    if not wrappers:
+        _register_hooks(stack)
+    for site in stack.sites:
+        if wrappers:
+            original, stackable = site.rotary.base_layer, site.rotary.stackable
+        else:
+            original, stackable = site.rotary, tables_can_be_stacked(site.rotary)
+        site.replace(BakedLayerRope(original, site.layer_idx, stackable, scaling))
+    for wrapper in wrappers:
+        wrapper.thaw()  # the layers' hooks stay: they serve the baked modules too
     values = {name: getattr(scaling, name) for name in _SCALING_FIELDS}
     setattr(model.config, BAKED_CONFIG_KEY, {**values, "layer_factors": list(scaling.layer_factors)})

@@ -1,121 +1,57 @@
-"""The rotary wrapper, its per-layer tables, and the hook that hands each decoder layer its own.
+"""The modules that stand in a rotary embedding's place: PEFT's tuner layer, and the baked one.
 
-A transformers decoder computes `position_embeddings = self.rotary_emb(hidden_states, position_ids)` once and
-passes it to every layer. The wrapper answers with an opaque `LayerTables` instead of `(cos, sin)`; a forward
-pre-hook on each layer opens it. If a hook were bypassed, attention would fail on the opaque object: scaling
-either happens or raises. Attention modules stay where they are, so LoRA's targets and keys do not change.
-
-Shapes: B = batch, S = sequence, r = rotary dimension, L = number of layers, U = number of distinct factors.
+A rotary embedding shared by the decoder layers answers with opaque `LayerTables` (see `tables`); one that sits
+inside a decoder layer (moshi, recurrent_gemma) answers with that layer's table itself. Attention modules stay
+where they are, so LoRA's targets and keys do not change.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .errors import LayerRopeError
-from .scaling import scale_inv_freq
+from .tables import BANK_BYTES, LayerScaling, TableBank, TablesOnDemand, family_table, stacked_tables
 
 LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
 """transformers' types whose forward decorator rewrites `inv_freq` by length."""
 
 
-@dataclass(frozen=True)
-class LayerScaling:
-    """What one adapter does to the rotation: `scale_inv_freq`'s arguments, as Python numbers."""
-
-    rope_type: str
-    factor: float
-    layer_factors: tuple[float, ...]
-    original_max_position_embeddings: int
-
-    @property
-    def distinct(self) -> tuple[float, ...]:
-        """The U distinct factors, ascending."""
-        return tuple(sorted(set(self.layer_factors)))
-
-    @property
-    def depends_on_length(self) -> bool:
-        """Whether the tables change with the sequence length."""
-        return self.rope_type == "dynamic"
+def inv_freq_names(rotary: nn.Module) -> list[str]:
+    """Returns the names of a module's frequency vectors: `inv_freq`, or one per layer type; none if it has none."""
+    return [
+        name
+        for name, buffer in rotary.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+        and not name.endswith("original_inv_freq")
+        and buffer.ndim == 1
+        and buffer.is_floating_point()
+    ]
 
 
-class LayerTables:
-    """The position tables of all layers. Opaque to the model; only `LayerTableHook` opens it."""
-
-    __slots__ = ("_index", "_tables")
-
-    def __init__(self, tables: Sequence[Any], index: Sequence[int]) -> None:
-        self._tables = tables  # U tables, each what the family's rotary returns: (cos, sin) of shape (B, S, r)
-        self._index = index  # L entries: which of the U tables a layer uses
-
-    def for_layer(self, layer_idx: int) -> Any:
-        """Returns layer `layer_idx`'s table, in the form the family's own rotary returns."""
-        return self._tables[self._index[layer_idx]]
-
-    def __iter__(self) -> NoReturn:
-        raise LayerRopeError(
-            "a decoder layer received the position tables of all layers unopened: its forward pre-hook was removed "
-            "or bypassed, so its factor cannot be applied. Load the adapter again on a fresh model."
-        )
-
-
-class LayerTableHook:
-    """Forward pre-hook (`with_kwargs=True`) of decoder layer `layer_idx`: swaps in that layer's table."""
-
-    def __init__(self, layer_idx: int) -> None:
-        self.layer_idx = layer_idx
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        tables = kwargs.get("position_embeddings")
-        if not isinstance(tables, LayerTables):
-            return None  # the adapter is disabled: the base model's own table passes through
-        return args, {**kwargs, "position_embeddings": tables.for_layer(self.layer_idx)}
-
-
-class _InvFreqView:
-    """A rotary module as its `forward` sees it, with another `inv_freq`. Nothing is mutated."""
-
-    def __init__(self, rotary: nn.Module, inv_freq: torch.Tensor) -> None:
-        self._rotary = rotary
-        self.inv_freq = inv_freq
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._rotary, name)
-
-
-def family_table(rotary: nn.Module, inv_freq: torch.Tensor, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
-    """Returns the table that the family's own rotary code makes from `inv_freq`.
-
-    Calls the undecorated `forward` (below `torch.no_grad` and transformers' `dynamic_rope_update`), so it is
-    differentiable in `inv_freq` and keeps `attention_scaling`, partial rotary and layout.
-
-    Args:
-        rotary: a transformers rotary module; not changed.
-        inv_freq: shape `(r / 2,)`, float32.
-        x: any tensor with the wanted device and output dtype, as the model passes it.
-        position_ids: shape `(B, S)` (mrope: as the family passes them), int64.
-
-    Returns:
-        `(cos, sin)`, each `(B, S, r)` in `x.dtype`, for every family supported so far.
-    """
-    forward: Callable = inspect.unwrap(type(rotary).forward)
-    return forward(_InvFreqView(rotary, inv_freq), x, position_ids)
+def is_length_dependent(rotary: nn.Module) -> bool:
+    """Whether transformers rewrites the module's frequencies by length, for any of its layer types."""
+    rope_type = getattr(rotary, "rope_type", "default")
+    rope_types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    return any(name in LENGTH_DEPENDENT_ROPE_TYPES for name in rope_types)
 
 
 class _RotaryShell(nn.Module):
-    """What the tuner layer and the baked module share: a rotary module kept in float32."""
+    """What the tuner layer and the baked module share: a rotary module kept in float32, and its tables.
 
-    def __init__(self, num_layers: int) -> None:
+    Args:
+        layer_idx: the decoder layer that the rotary sits in; None when the decoder layers share it.
+        stackable: whether [`stacked_tables`] was proven to give the family's own tables.
+    """
+
+    def __init__(self, layer_idx: int | None, stackable: bool) -> None:
         super().__init__()
-        self.num_layers = num_layers
-        self._device_factors: dict[tuple[LayerScaling, torch.device], torch.Tensor] = {}
+        self.layer_idx = layer_idx
+        self.stackable = stackable
+        self._scaled: dict[Any, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def _original(self) -> nn.Module:
         raise NotImplementedError
@@ -129,6 +65,7 @@ class _RotaryShell(nn.Module):
             after = getattr(rotary, name)
             if after.dtype != buffer.dtype:
                 rotary._buffers[name] = buffer.to(after.device)
+        self._scaled.clear()
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -140,47 +77,75 @@ class _RotaryShell(nn.Module):
                 raise
             return getattr(self._original(), name)  # some models read attributes of their `rotary_emb`
 
-    def _factors_on(self, scaling: LayerScaling, device: torch.device) -> torch.Tensor:
-        """The U distinct factors as a float32 tensor on `device`, made once."""
-        key = (scaling, device)
-        if key not in self._device_factors:
-            self._device_factors[key] = torch.tensor(scaling.distinct, dtype=torch.float32, device=device)
-        return self._device_factors[key]
-
     def forget_scalings(self) -> None:
-        """Drops the cached factor tensors of scalings no longer in use."""
-        self._device_factors.clear()
+        """Drops the cached frequencies of scalings no longer in use."""
+        self._scaled.clear()
 
-    def layer_tables(self, scaling: LayerScaling, x: torch.Tensor, position_ids: torch.Tensor) -> LayerTables:
-        """Returns every layer's table for `scaling`; see [`family_table`] for the arguments."""
+    def scaled_output(
+        self, scaling: LayerScaling, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns what the rotary's forward answers under `scaling`: every layer's tables, unopened, or for a rotary
+        inside a decoder layer that layer's table. See [`family_table`] for the arguments.
+        """
         rotary = self._original()
-        if getattr(rotary, "rope_type", "default") in LENGTH_DEPENDENT_ROPE_TYPES:
-            rotary(x, position_ids)
-        inv_freqs = scale_inv_freq(
-            rotary.inv_freq.to(x.device),
-            self._factors_on(scaling, x.device),
-            rope_type=scaling.rope_type,
-            factor=scaling.factor,
-            seq_len=position_ids.max() + 1 if scaling.depends_on_length else None,
-            original_max_position_embeddings=scaling.original_max_position_embeddings,
-        )
-        distinct = scaling.distinct
-        tables = [family_table(rotary, inv_freq, x, position_ids) for inv_freq in inv_freqs]
-        return LayerTables(tables, [distinct.index(factor) for factor in scaling.layer_factors])
+        if is_length_dependent(rotary):
+            rotary(x, position_ids, *args, **kwargs)  # transformers refreshes the frequencies in here
+
+        def rows(name: str, inv_freq: torch.Tensor) -> torch.Tensor:
+            return self._rows(scaling, name, inv_freq, x.device, position_ids)
+
+        def make(pick: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+            return family_table(rotary, lambda name, v: pick(rows(name, v)), x, position_ids, *args, **kwargs)
+
+        if self.layer_idx is not None:
+            number = scaling.index[self.layer_idx]
+            return make(lambda rows: rows[number])
+        if not self.stackable or self._bank_bytes(scaling, x, position_ids) > BANK_BYTES:
+            return TablesOnDemand(scaling, make, x.device)
+        stacked = stacked_tables(rotary, rows, len(scaling.distinct), x, position_ids, *args, **kwargs)
+        return TableBank(scaling, stacked, x.device)
+
+    def _bank_bytes(self, scaling: LayerScaling, x: torch.Tensor, position_ids: torch.Tensor) -> int:
+        """Upper bound of the size of all tables: cos and sin for each frequency, twice."""
+        if torch.compiler.is_compiling():
+            return 0  # a size read inside a graph would fix it; and compiled code need not keep what it can fuse
+        rotary = self._original()
+        pairs = max(getattr(rotary, name).shape[0] for name in inv_freq_names(rotary))
+        tokens = position_ids.shape[-1] * position_ids.shape[-2]
+        return len(scaling.distinct) * tokens * 4 * pairs * x.element_size()
+
+    def _rows(
+        self,
+        scaling: LayerScaling,
+        name: str,
+        inv_freq: torch.Tensor,
+        device: torch.device,
+        position_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """The scaled frequencies `(U, r / 2)` on `device`, cached while neither scaling nor frequencies change."""
+        if scaling.depends_on_length or torch.compiler.is_compiling() or is_length_dependent(self._original()):
+            return scaling.scale(inv_freq.to(device), position_ids)
+        version = 0 if inv_freq.is_inference() else inv_freq._version
+        cached = self._scaled.get((scaling, name, device))
+        if cached is None or cached[0] is not inv_freq or cached[1] != version:
+            cached = (inv_freq, version, scaling.scale(inv_freq.to(device), position_ids))
+            self._scaled[scaling, name, device] = cached
+        return cached[2]
 
 
 class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
-    """PEFT tuner layer around a model's shared rotary embedding (kept as `base_layer`).
+    """PEFT tuner layer around a rotary embedding of the model (kept as `base_layer`).
 
     Holds no parameter and no buffer of its own: factors are Python floats, so neither the base model's state
     dict nor a LoRA's file sees them. At most one LAYER_ROPE adapter is active at a time.
     """
 
-    def __init__(self, base_layer: nn.Module, num_layers: int) -> None:
-        super().__init__(num_layers)
+    def __init__(self, base_layer: nn.Module, layer_idx: int | None, stackable: bool) -> None:
+        super().__init__(layer_idx, stackable)
         self.base_layer = base_layer
         self.scalings: dict[str, LayerScaling] = {}
-        self.hook_handles: list[Any] = []
+        self.hook_handles: list[Any] = []  # of the decoder layers' hooks; the first wrapper of a model keeps them
+        self.frozen_by_injection: list[nn.Parameter] = []  # likewise; given back at unload
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self.merged_adapters = []
@@ -203,7 +168,7 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
         scaling = self.active_scaling()
         if scaling is None:
             return self.base_layer(x, position_ids, *args, **kwargs)
-        return self.layer_tables(scaling, x, position_ids)
+        return self.scaled_output(scaling, x, position_ids, *args, **kwargs)
 
     # PEFT's layer interface, for an adapter that has no weights.
 
@@ -244,11 +209,19 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
         """Called when another tuner (a LoRA) unloads the model around us: the rotary scaling stays."""
         return self
 
-    def remove_hooks(self) -> None:
-        """Takes the decoder layers' hooks away, leaving the model as it was before injection."""
+    def release(self) -> nn.Module:
+        """Undoes what injection did beside replacing the rotary, and returns the model's own rotary."""
         for handle in self.hook_handles:
             handle.remove()
         self.hook_handles.clear()
+        self.thaw()
+        return self.base_layer
+
+    def thaw(self) -> None:
+        """Lets the parameters that injection froze be trained again."""
+        for parameter in self.frozen_by_injection:
+            parameter.requires_grad_(True)
+        self.frozen_by_injection.clear()
 
 
 class BakedLayerRope(_RotaryShell):
@@ -257,8 +230,8 @@ class BakedLayerRope(_RotaryShell):
     Has no attribute called `base_layer`, by which PEFT would take it for a tuner layer and unwrap it.
     """
 
-    def __init__(self, rotary: nn.Module, num_layers: int, scaling: LayerScaling) -> None:
-        super().__init__(num_layers)
+    def __init__(self, rotary: nn.Module, layer_idx: int | None, stackable: bool, scaling: LayerScaling) -> None:
+        super().__init__(layer_idx, stackable)
         self.rotary = rotary
         self.scaling = scaling
 
@@ -269,5 +242,5 @@ class BakedLayerRope(_RotaryShell):
         """Returns the scaling in force: always the baked one."""
         return self.scaling
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> LayerTables:
-        return self.layer_tables(self.scaling, x, position_ids)
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.scaled_output(self.scaling, x, position_ids, *args, **kwargs)

@@ -247,7 +247,6 @@ def test_wrong_number_of_factors_names_both_and_changes_nothing(ids):
     [
         ("gpt2", {"n_layer": 2, "n_embd": 32, "n_head": 2}, "no rotary embedding with an `inv_freq` was found"),
         ("gptj", {"n_layer": 2, "n_embd": 32, "n_head": 2, "rotary_dim": 8}, "no rotary embedding with an `inv_freq`"),
-        ("gemma3_text", {**FAMILIES["llama"], "head_dim": 16}, "is not one `inv_freq` vector shared"),
         ("phimoe", FAMILIES["llama"], "does not rotate by the `inv_freq` it is given"),
     ],
 )
