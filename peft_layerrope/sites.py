@@ -96,8 +96,8 @@ def find_stack(model: nn.Module) -> DecoderStack:
             for name, owner, list_name, layers in found
             if (sites := tuple(_rotary_sites(name, owner, list_name)))
         ]
-        if stacks:
-            break
+        if found:
+            break  # its layers are the decoder's, with a rotary or without; those of an encoder must not stand in
     if not stacks:
         raise UnsupportedModelError(f"{kind}: {_why_not_found(model, bool(found))}")
     if len(stacks) > 1:
