@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .evaluation import PositionScores, evaluate
     from .searcher import SearchResult, SearchSettings, search
     from .tasks import Example, KeyValueRetrieval, Split, Task, TokenTask
+    from .verification import LayerCheck, Verification, verify
 
 register(LayerRopeConfig, LayerRopeModel)
 
@@ -30,14 +31,17 @@ register(LayerRopeConfig, LayerRopeModel)
 _LAZY = {
     "Example": ".tasks",
     "KeyValueRetrieval": ".tasks",
+    "LayerCheck": ".verification",
     "PositionScores": ".evaluation",
     "SearchResult": ".searcher",
     "SearchSettings": ".searcher",
     "Split": ".tasks",
     "Task": ".tasks",
     "TokenTask": ".tasks",
+    "Verification": ".verification",
     "evaluate": ".evaluation",
     "search": ".searcher",
+    "verify": ".verification",
 }
 
 __all__ = [
@@ -45,6 +49,7 @@ __all__ = [
     "Example",
     "InvalidConfigError",
     "KeyValueRetrieval",
+    "LayerCheck",
     "LayerRopeConfig",
     "LayerRopeError",
     "LayerRopeModel",
@@ -57,11 +62,13 @@ __all__ = [
     "TaskError",
     "TokenTask",
     "UnsupportedModelError",
+    "Verification",
     "__version__",
     "demo_model_path",
     "evaluate",
     "restore_baked",
     "search",
+    "verify",
 ]
 
 

@@ -8,28 +8,31 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import transformers
 import typer
 from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from . import __version__, report
+from . import __version__, families, report
 from .demo import demo_model_path
 from .errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
 from .evaluation import DEFAULT_BATCH_TOKENS, DEFAULT_WEIGHTS, PositionScores, evaluate
-from .loading import load_adapter, load_model
+from .loading import load_adapter, load_adapter_config, load_model
 from .searcher import FactorGrid, SearchResult, SearchSettings
 from .searcher import search as run_search
 from .tasks import SPLIT_NAMES, KeyValueRetrieval, Task
+from .verification import verify
 
 app = typer.Typer(
     name="layerrope",
-    help="Per-layer RoPE scaling as a PEFT adapter: search the factors, evaluate them by position.",
+    help="Per-layer RoPE scaling as a PEFT adapter: search the factors, evaluate and verify them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -110,7 +113,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Per-layer RoPE scaling as a PEFT adapter: search the factors, evaluate them by position."""
+    """Per-layer RoPE scaling as a PEFT adapter: search the factors, evaluate and verify them."""
     # PEFT still asks transformers by a name that it deprecated; nothing a user of this command can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
@@ -241,6 +244,73 @@ def evaluate_command(
         _out.print(report.position_table(scores, title))
         if json_output is not None:
             _write_scores(json_output, scores, built, adapter)
+
+
+@app.command(name="verify")
+def verify_command(
+    model: Annotated[str | None, typer.Argument(help="Hub id or folder. Default: the demo model.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder of an adapter. Default: the factors baked into the model."),
+    ] = None,
+    json_output: Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Measure the factor that each layer's rotation really has, and compare it with the adapter's.
+
+    Reads the rotation where each layer receives it, in a forward pass of 12 tokens. Exit status 1, with the layers
+    named, if any differs. A layer without a rotation (NoPE, linear attention) has nothing to scale and is shown as
+    such.
+
+    Example: `layerrope verify --adapter demo-adapter`
+
+    Example: `layerrope verify meta-llama/Llama-3.1-8B-Instruct --adapter my-adapter`
+    """
+    with _plain_errors(debug):
+        loaded, _ = load_model(model or demo_model_path(), device=device, dtype=dtype)
+        subject = load_adapter(loaded, adapter) if adapter is not None else loaded
+        result = verify(subject, load_adapter_config(adapter) if adapter is not None else None)
+        if json_output is not None:
+            json_output.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        name = "demo model" if model is None else model
+        _out.print(report.verification_table(result, f"{name} + {adapter}" if adapter else name))
+        result.raise_for_mismatch()
+
+
+@app.command(name="families")
+def families_command(
+    model_types: Annotated[
+        list[str] | None, typer.Argument(help="transformers model types, such as llama gemma3_text. Default: all.")
+    ] = None,
+    json_output: Annotated[
+        Path | None, typer.Option("--json", help="Also write the results to this JSON file.")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Try which model families of the installed transformers can be scaled, and print why others cannot.
+
+    Each is built from a shrunken configuration and has to pass four checks: all factors 1 change nothing, all factors
+    2 equal halved frequencies bit for bit, one layer's factor changes that layer's output and none before it, and
+    only differences of positions count. Nothing is downloaded. All families take about a minute.
+
+    Example: `layerrope families llama gemma3_text gpt2`
+    """
+    kinds = families.model_types()
+    with _plain_errors(debug):
+        unknown = [name for name in model_types or [] if name not in kinds]
+        if unknown:
+            raise SearchError(f"{', '.join(unknown)}: not a decoder family of the installed transformers.")
+        names = model_types or list(kinds)
+        trials = [families.try_family(n) for n in track(names, "trying", console=_err, transient=True)]
+        if json_output is not None:
+            json_output.write_text(json.dumps([asdict(trial) for trial in trials], indent=2) + "\n")
+        _out.print(report.families_table(trials, kinds, f"Families of transformers {transformers.__version__}"))
+        _out.print(report.count_families(trials), highlight=False)
+        wrong = [trial.model_type for trial in trials if trial.status == families.WRONG]
+        if wrong:
+            raise LayerRopeError(f"{', '.join(wrong)}: scaling does not do what it claims. Please report this.")
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .config import LayerRopeConfig
 from .errors import LayerRopeError
+from .model import BAKED_CONFIG_KEY, restore_baked
 
 
 def load_model(
@@ -33,6 +37,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise LayerRopeError(f"cannot load model {name_or_path!r}: {_first_line(error)}") from error
+    if getattr(model.config, BAKED_CONFIG_KEY, None) is not None:
+        restore_baked(model)  # saved after merge_and_unload(): its weights alone know nothing of the factors
     return model.to(device).eval(), tokenizer
 
 
@@ -42,10 +48,29 @@ def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     Raises:
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
     """
+    with _adapter_errors(adapter):
+        return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def load_adapter_config(adapter: str) -> LayerRopeConfig:
+    """Loads the configuration of a LAYER_ROPE adapter from the Hub or a folder.
+
+    Raises:
+        LayerRopeError: it cannot be loaded, or belongs to another method.
+    """
+    with _adapter_errors(adapter):
+        config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, LayerRopeConfig):
+        raise LayerRopeError(f"{adapter!r} is a {config.peft_type.value} adapter, expected LAYER_ROPE.")
+    return config
+
+
+@contextmanager
+def _adapter_errors(adapter: str) -> Iterator[None]:
     if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
         raise LayerRopeError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json.")
     try:
-        return PeftModel.from_pretrained(model, adapter).eval()
+        yield
     except LayerRopeError:
         raise
     except (OSError, ValueError) as error:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
+from transformers import PretrainedConfig
 
 from .config import LayerRopeConfig
 from .errors import AdapterMismatchError, LayerRopeError
-from .registration import PREFIX
 from .proof import prove_rotary_scales, tables_can_be_stacked
+from .registration import PREFIX
 from .rotary import BakedLayerRope, LayerRopeLayer, is_length_dependent
 from .sites import DecoderStack, find_stack, model_type, text_config
 from .tables import LayerScaling, LayerTableHook
 
-FACTORS_KEY = "base_model.model.layer_factors"
+_PREFIX = "base_model.model."
+FACTORS_KEY = f"{_PREFIX}layer_factors"
 """The one tensor of `adapter_model.safetensors`: float32, shape `(num_hidden_layers,)`."""
 
 BAKED_CONFIG_KEY = "layer_rope"
@@ -30,12 +35,16 @@ class LayerRopeModel(BaseTuner):
     The method adds no trainable weight and touches no existing one. Use it as any PEFT tuner: through
     `get_peft_model` or `PeftModel.from_pretrained`.
 
+    Beside a LoRA on the same model it concerns itself with its own adapters only: it neither switches, freezes nor
+    deletes anything of the LoRA's, and keeps its configurations apart.
+
     Args:
         model ([`~transformers.PreTrainedModel`]): The model to be adapted, changed in place.
         config ([`LayerRopeConfig`]): The factors.
         adapter_name (`str`): The name of the adapter, defaults to `"default"`.
 
     Raises:
+        LayerRopeError: the model, or the adapter's name, is taken; the message says by what.
         UnsupportedModelError: the model's rotation cannot be scaled per layer; the message says why.
         AdapterMismatchError: the number of factors is not the model's number of layers.
 
@@ -54,6 +63,54 @@ class LayerRopeModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = LayerRopeLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        if isinstance(getattr(model, "base_model", None), LayerRopeModel):
+            raise LayerRopeError(
+                "this is a LAYER_ROPE PeftModel already: add another adapter with model.add_adapter(name, config) or "
+                "model.load_adapter(folder, adapter_name=name), and choose with model.set_adapter(name)."
+            )
+        configs = getattr(model, "peft_config", None) or {}
+        holds_other_tuner = isinstance(model, (PeftModel, BaseTuner))
+        if adapter_name in configs and not holds_other_tuner:
+            taken_by = configs[adapter_name].peft_type.value
+            raise LayerRopeError(
+                f"adapter name {adapter_name!r} is taken by a {taken_by} adapter of this model: pass another "
+                "adapter_name, such as 'layer_rope'."
+            )
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        # PEFT has just put our adapters in the place of those that the model had.
+        model.peft_config = configs if holds_other_tuner else {**configs, **self.peft_config}
+        wrappers = self._wrappers()
+        if isinstance(peft_config, dict):  # called by a PeftModel
+            for wrapper in wrappers:
+                wrapper.has_peft_model = True
+        else:  # called by inject_adapter_in_model, for which the model itself stands
+            wrappers[0].start_recording()
+
+    @property
+    def peft_config(self) -> dict[str, LayerRopeConfig]:
+        """The configurations of this tuner's adapters, by name; of no other method's."""
+        try:
+            return self.__dict__["_adapter_configs"]
+        except KeyError:
+            raise AttributeError("peft_config") from None
+
+    @peft_config.setter
+    def peft_config(self, configs: Mapping[str, LayerRopeConfig]) -> None:
+        self.__dict__["_adapter_configs"] = _AdapterConfigs(configs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "peft_config":  # PEFT asks before it is set; a LoRA's inside `self.model` must not answer
+            raise AttributeError(name)
+        return super().__getattr__(name)
 
     def inject_adapter(
         self,
@@ -83,6 +140,11 @@ class LayerRopeModel(BaseTuner):
                     "the entry to start from the plain base model."
                 )
             _wrap(stack, model)
+        elif adapter_name in stack.wrappers()[0].scalings:
+            raise LayerRopeError(
+                f"adapter {adapter_name!r} is in this model already: pass another adapter_name, or change its factors "
+                "with set_layer_factors."
+            )
         for wrapper in stack.wrappers():
             wrapper.set_scaling(adapter_name, scaling)
         config.layer_factors = list(scaling.layer_factors)
@@ -90,6 +152,8 @@ class LayerRopeModel(BaseTuner):
             if site.name not in self.targeted_module_names:
                 self.targeted_module_names.append(site.name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if "peft_config" in self.model.__dict__:  # transformers looks there for a model's adapters
+            self.model.peft_config = {**self.model.peft_config, adapter_name: config}
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("inject_adapter replaces PEFT's walk over target modules.")
@@ -118,9 +182,70 @@ class LayerRopeModel(BaseTuner):
             wrapper.set_scaling(adapter_name, scaling)
         config.layer_factors = changed.layer_factors
 
+    # PEFT's versions of these walk over every method's layers and over the modules that a LoRA trains in full
+    # (`modules_to_save`), where our adapter's name, often "default" as well, would select the LoRA's.
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activates an adapter of this tuner; an empty list activates none.
+
+        Raises:
+            ValueError: no such adapter, or several at once.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        wrappers = self._wrappers()
+        _check_known(names, wrappers[0])
+        for wrapper in wrappers:
+            wrapper.set_adapter(names, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter of this tuner. If it was active, another one is, with a warning.
+
+        Raises:
+            ValueError: no such adapter.
+        """
+        wrappers = self._wrappers()
+        _check_known([adapter_name], wrappers[0])
+        for wrapper in wrappers:
+            wrapper.delete_adapter(adapter_name)
+        self.active_adapter = wrappers[0].active_adapters
+        self.peft_config.pop(adapter_name, None)
+        self._drop_configs_of_model([adapter_name])
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Nothing to do: there are no weights."""
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Leaves the output as it is, which is all that an in-place merge promises: there are no weights.
+
+        Raises:
+            ValueError: another adapter than the active one is to be merged.
+        """
+        active = self._wrappers()[0].active_adapters
+        if adapter_names is not None and list(adapter_names) != list(active):
+            raise ValueError(f"only the active adapter {active} can be merged, got {adapter_names}: set_adapter first.")
+
+    def unmerge_adapter(self) -> None:
+        """Counterpart of [`merge_adapter`]."""
+
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for wrapper in self._wrappers():  # and not a LoRA that shares the model
-            wrapper.enable_adapters(enabled)
+        for wrapper in self._wrappers():
+            wrapper.switch(enabled)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way of telling which adapter each row of the batch wants. A LoRA inside may know; we do not."""
+        inner = getattr(self.model, "_enable_peft_forward_hooks", None)
+        if inner is not None:
+            with inner(*args, **kwargs):
+                yield
+            return
+        if kwargs.get("adapter_names") is not None:
+            raise LayerRopeError(
+                f"adapter_names={kwargs['adapter_names']!r}: LAYER_ROPE cannot use a different adapter for each row, "
+                "since a batch shares one rotation. Use model.set_adapter(name) for a batch of one adapter."
+            )
+        yield
 
     def _unload_and_optionally_merge(
         self,
@@ -130,6 +255,8 @@ class LayerRopeModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         stack, wrappers = find_stack(self.model), self._wrappers()
+        if _other_tuner_layers(self.model):  # the LoRA wants the base model as frozen as it is
+            wrappers[0].frozen_by_injection.clear()
         if merge:
             names = adapter_names if adapter_names is not None else wrappers[0].active_adapters
             _check_mergeable(names, wrappers[0])
@@ -137,9 +264,16 @@ class LayerRopeModel(BaseTuner):
         else:
             for site in stack.sites:
                 site.replace(site.rotary.release())
-        if hasattr(self.model, "peft_config"):
-            del self.model.peft_config
+        self._drop_configs_of_model(wrappers[0].scalings)
         return self.model
+
+    def _drop_configs_of_model(self, names: Iterable[str]) -> None:
+        configs = self.model.__dict__.get("peft_config")  # not that of a LoRA's PeftModel
+        for name in names if configs else ():
+            if isinstance(configs.get(name), LayerRopeConfig):
+                del configs[name]
+        if configs is not None and not configs:
+            del self.model.peft_config
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing to cast: there are no weights."""
@@ -155,7 +289,9 @@ class LayerRopeModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        return _FactorsOnly({FACTORS_KEY: torch.tensor(config.layer_factors, dtype=torch.float32)})
+        # As for any method, the keys have the PeftModel's prefix only if there is one; transformers adds it on saving.
+        key = FACTORS_KEY if isinstance(model, PeftModel) else FACTORS_KEY.removeprefix(_PREFIX)
+        return _FactorsOnly({key: torch.tensor(config.layer_factors, dtype=torch.float32)})
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -166,8 +302,34 @@ class LayerRopeModel(BaseTuner):
         cls, model: nn.Module, config: LayerRopeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Checks the file against the config, which is the source of truth; there is nothing to load."""
-        check_factors_tensor(state_dict, config)
+        check_factors_tensor({f"{_PREFIX}{key.removeprefix(_PREFIX)}": v for key, v in state_dict.items()}, config)
         return {}
+
+
+class _AdapterConfigs(dict):
+    """The tuner's adapters. PEFT hands this dictionary to a tuner that is laid over a LAYER_ROPE PeftModel and lets it
+    add its own adapters, before it changes the model. That is the place to stop it.
+    """
+
+    def __init__(self, configs: Mapping[str, PeftConfig] | None = None) -> None:
+        super().__init__()
+        self.update(configs or {})
+
+    def __setitem__(self, name: str, config: PeftConfig) -> None:
+        if not isinstance(config, LayerRopeConfig):
+            kind = config.peft_type.value
+            raise LayerRopeError(
+                f"a {kind} adapter over a LAYER_ROPE PeftModel would have `base_model.model.` twice in its keys, which "
+                f"fit no plain base model and no published {kind}. To train one, bake the factors in first: base = "
+                "model.merge_and_unload(), then get_peft_model(base, config). To use a trained one, load it first, and "
+                "LAYER_ROPE onto that PeftModel with PeftModel.from_pretrained. To train and switch both, put it onto "
+                "model.get_base_model()."
+            )
+        super().__setitem__(name, config)
+
+    def update(self, configs: Mapping[str, PeftConfig]) -> None:  # dict's own would not pass through __setitem__
+        for name, config in configs.items():
+            self[name] = config
 
 
 class _FactorsOnly(dict):
@@ -205,6 +367,18 @@ def check_factors_tensor(state_dict: dict[str, torch.Tensor], config: LayerRopeC
         )
 
 
+def baked_config(model: nn.Module) -> LayerRopeConfig:
+    """Returns what was baked into a model, as its `config.json` remembers it.
+
+    Raises:
+        LayerRopeError: nothing was.
+    """
+    baked = getattr(model.config, BAKED_CONFIG_KEY, None)
+    if not isinstance(baked, dict):
+        raise LayerRopeError(f"config.{BAKED_CONFIG_KEY} is {baked!r}: this model was not saved from a baked one.")
+    return LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
+
+
 def restore_baked(model: nn.Module) -> nn.Module:
     """Re-applies the factors of a model that was saved with `save_pretrained` after `merge_and_unload()`.
 
@@ -219,13 +393,10 @@ def restore_baked(model: nn.Module) -> nn.Module:
     Raises:
         LayerRopeError: the config holds no baked factors, or they are applied already.
     """
-    baked = getattr(model.config, BAKED_CONFIG_KEY, None)
-    if not isinstance(baked, dict):
-        raise LayerRopeError(f"config.{BAKED_CONFIG_KEY} is {baked!r}: this model was not saved from a baked one.")
+    config = baked_config(model)
     stack = find_stack(model)
     if stack.is_baked or stack.wrappers():
         raise LayerRopeError("the factors are applied to this model already.")
-    config = LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
     scaling = _scaling_for(config, model, stack)
     _prove(stack, model)
     _bake(model, stack, scaling)
@@ -242,6 +413,12 @@ def _scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack)
         raise AdapterMismatchError(
             f"layer_factors has {len(factors)} entries, but {model_type(model)} has {num_layers} decoder layers."
         )
+    for layer, source in enumerate(stack.key_sources):
+        if factors[layer] != factors[source]:
+            raise AdapterMismatchError(
+                f"layer {layer} of {model_type(model)} attends to keys that layer {source} has rotated (a shared KV "
+                f"cache), so both need the same factor: got {factors[layer]} and {factors[source]}."
+            )
     if config.rope_type == "dynamic" and any(is_length_dependent(site.rotary) for site in stack.sites):
         raise AdapterMismatchError(
             "rope_type='dynamic' on a model whose own rope_type is 'dynamic' or 'longrope': both depend on the length. "
@@ -256,14 +433,20 @@ def _scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack)
     return LayerScaling(config.rope_type, config.factor, tuple(factors), window, config.target_length)
 
 
+def _other_tuner_layers(model: nn.Module) -> bool:
+    """Whether another method, such as LoRA, has layers in the model."""
+    return any(isinstance(m, BaseTunerLayer) and not isinstance(m, LayerRopeLayer) for m in model.modules())
+
+
 def _wrap(stack: DecoderStack, model: nn.Module) -> None:
     """Proves that every rotary can be scaled, then puts the wrappers and the layers' hooks in place."""
     _prove(stack, model)
-    other_tuner = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    other_tuner = _other_tuner_layers(model)
     for site in stack.sites:
         site.replace(LayerRopeLayer(site.rotary, site.layer_idx, tables_can_be_stacked(site.rotary)))
     keeper = stack.wrappers()[0]
     keeper.hook_handles = _register_hooks(stack)
+    keeper.record = partial(_record_baked, model.config)
     # As every PEFT tuner, freeze the base model; but not the weights of a LoRA that is already there.
     keeper.frozen_by_injection = [] if other_tuner else [p for p in model.parameters() if p.requires_grad]
     for parameter in keeper.frozen_by_injection:
@@ -284,10 +467,14 @@ def _register_hooks(stack: DecoderStack) -> list[Any]:
     ]
 
 
-def _check_mergeable(names: Sequence[str], layer: LayerRopeLayer) -> None:
+def _check_known(names: Sequence[str], layer: LayerRopeLayer) -> None:
     unknown = [name for name in names if name not in layer.scalings]
     if unknown:
         raise ValueError(f"adapters {unknown} do not exist; this model has {sorted(layer.scalings)}.")
+
+
+def _check_mergeable(names: Sequence[str], layer: LayerRopeLayer) -> None:
+    _check_known(names, layer)
     if len(names) != 1:
         raise ValueError(f"merge_and_unload() bakes one LAYER_ROPE adapter, got {list(names)}.")
 
@@ -305,5 +492,12 @@ def _bake(model: nn.Module, stack: DecoderStack, scaling: LayerScaling) -> None:
         site.replace(BakedLayerRope(original, site.layer_idx, stackable, scaling))
     for wrapper in wrappers:
         wrapper.thaw()  # the layers' hooks stay: they serve the baked modules too
-    values = {name: getattr(scaling, name) for name in _SCALING_FIELDS}
-    setattr(model.config, BAKED_CONFIG_KEY, {**values, "layer_factors": list(scaling.layer_factors)})
+    _record_baked(model.config, scaling)
+
+
+def _record_baked(config: PretrainedConfig, scaling: LayerScaling | None) -> None:
+    if scaling is not None:
+        values = {name: getattr(scaling, name) for name in _SCALING_FIELDS}
+        setattr(config, BAKED_CONFIG_KEY, {**values, "layer_factors": list(scaling.layer_factors)})
+    elif hasattr(config, BAKED_CONFIG_KEY):
+        delattr(config, BAKED_CONFIG_KEY)

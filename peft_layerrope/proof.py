@@ -72,11 +72,9 @@ def tables_can_be_stacked(rotary: nn.Module) -> bool:
                 )
             except _CALL_ERRORS:
                 return False
-            stacked = _parts(table)
-            if any(part.shape[0] != 2 for part in stacked):
-                return False
-            if not all(torch.equal(s[u], one) for u in range(2) for s, one in zip(stacked, single[u], strict=True)):
-                return False
+            for number, parts in enumerate(single):
+                if not all(torch.equal(s[number], part) for s, part in zip(_parts(table), parts, strict=True)):
+                    return False
     return True
 
 

@@ -14,7 +14,9 @@ from rich.table import Table
 
 from .bezier import sample_curve
 from .evaluation import PositionScores
+from .families import NOT_BUILT, REFUSED, SUPPORTED, WRONG, Trial
 from .statistics import Interval
+from .verification import MISMATCH, OK, Verification
 
 
 class Row(Protocol):
@@ -197,3 +199,40 @@ def _finish(figure: Figure, axes: Axes, title: str, subtitle: str, path: str | P
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=_DPI)
+
+
+def verification_table(verification: Verification, title: str) -> Table:
+    """A line for each layer: its factor as expected and as measured, and what that means."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("layer", "expected", "measured"):
+        table.add_column(column, justify="right")
+    table.add_column("status", overflow="fold")
+    for check in verification.layers:
+        style = {OK: "green", MISMATCH: "bold red"}.get(check.status, "dim")
+        measured = "" if check.measured is None else f"{check.measured:.3f}"
+        status = f"{check.status}: {check.note}" if check.note else check.status
+        table.add_row(str(check.layer), f"{check.expected:.3f}", measured, f"[{style}]{status}[/]")
+    return table
+
+
+def families_table(trials: Sequence[Trial], kinds: Mapping[str, str], title: str) -> Table:
+    """A line for each family: whether the tuner can scale it, and why not or with what exception."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("model type", "kind", "result"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("reason", overflow="fold")
+    styles = {SUPPORTED: "green", REFUSED: "yellow", NOT_BUILT: "dim", WRONG: "bold red"}
+    for trial in trials:
+        reason = trial.reason
+        if trial.unrotated_layers:
+            reason = f"layers {trial.unrotated_layers} of the tiny model have no rotation to scale"
+        table.add_row(
+            trial.model_type, kinds.get(trial.model_type, ""), f"[{styles[trial.status]}]{trial.status}[/]", reason
+        )
+    return table
+
+
+def count_families(trials: Sequence[Trial]) -> str:
+    """The counts in one line."""
+    counts = [(status, sum(t.status == status for t in trials)) for status in (SUPPORTED, REFUSED, NOT_BUILT, WRONG)]
+    return ", ".join(f"{count} {status}" for status, count in counts)

@@ -7,6 +7,7 @@ where they are, so LoRA's targets and keys do not change.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,6 +102,9 @@ class _RotaryShell(nn.Module):
             number = scaling.index[self.layer_idx]
             return make(lambda rows: rows[number])
         if not self.stackable or self._bank_bytes(scaling, x, position_ids) > BANK_BYTES:
+            # Not the tensor itself: it is the first layer's input, and where layers are compiled one by one, that
+            # sameness would have the hook compiled again for the others.
+            x = x.detach()
             return TablesOnDemand(scaling, make, x.device)
         stacked = stacked_tables(rotary, rows, len(scaling.distinct), x, position_ids, *args, **kwargs)
         return TableBank(scaling, stacked, x.device)
@@ -146,6 +150,9 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
         self.scalings: dict[str, LayerScaling] = {}
         self.hook_handles: list[Any] = []  # of the decoder layers' hooks; the first wrapper of a model keeps them
         self.frozen_by_injection: list[nn.Parameter] = []  # likewise; given back at unload
+        self.record: Callable[[LayerScaling | None], None] | None = None  # likewise; writes to the model's config
+        self.is_recording = False  # whether the model's config has to say which scaling is in force
+        self.has_peft_model = False  # a LAYER_ROPE PeftModel switches us; else whoever walks over the tuner layers
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self.merged_adapters = []
@@ -157,6 +164,18 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
         """Sets what adapter `adapter_name` does; adding it does not activate it."""
         self.scalings[adapter_name] = scaling
         self.forget_scalings()
+        self._update_record()
+
+    def start_recording(self) -> None:
+        """From now on keeps the scaling in force in the model's config, as for a baked model: nothing else remembers
+        it when the model is saved with `save_pretrained`.
+        """
+        self.is_recording = True
+        self._update_record()
+
+    def _update_record(self) -> None:
+        if self.is_recording and self.record is not None:
+            self.record(self.active_scaling())
 
     def active_scaling(self) -> LayerScaling | None:
         """Returns the scaling in force, or None while disabled or without an active adapter."""
@@ -179,9 +198,19 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
             raise ValueError(f"adapters {own} cannot be active together: a layer has one rotation. Activate one.")
         if own or not names:
             self._active_adapter = own  # names of other methods' adapters (a LoRA's) leave ours as it is
+            self._update_record()
 
     def enable_adapters(self, enabled: bool) -> None:
+        """Called for every tuner layer, by a LoRA's `disable_adapter()` as well. That is about the LoRA, so it has no
+        effect where a PeftModel of our own has a `disable_adapter()`; adapters injected without one have only this.
+        """
+        if not self.has_peft_model:
+            self.switch(enabled)
+
+    def switch(self, enabled: bool) -> None:
+        """Turns the scaling on or off."""
         self._disable_adapters = not enabled
+        self._update_record()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if self.scalings.pop(adapter_name, None) is None:
@@ -189,6 +218,12 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
         self.forget_scalings()
         if adapter_name in self._active_adapter:
             self._active_adapter = sorted(self.scalings)[:1]
+            self._update_record()
+            if self._active_adapter:
+                warnings.warn(
+                    f"the active adapter {adapter_name!r} was deleted; {self._active_adapter[0]!r} is active now.",
+                    stacklevel=2,
+                )
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.scalings)
@@ -207,6 +242,7 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
 
     def unload_and_optionally_merge_module(self, **kwargs: Any) -> nn.Module:
         """Called when another tuner (a LoRA) unloads the model around us: the rotary scaling stays."""
+        self.start_recording()  # what is left looks like a plain model, and may be saved as one
         return self
 
     def release(self) -> nn.Module:
@@ -214,6 +250,8 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
         for handle in self.hook_handles:
             handle.remove()
         self.hook_handles.clear()
+        if self.is_recording and self.record is not None:
+            self.record(None)
         self.thaw()
         return self.base_layer
 

@@ -12,6 +12,12 @@ from transformers import PretrainedConfig
 from .errors import UnsupportedModelError
 from .rotary import BakedLayerRope, LayerRopeLayer, inv_freq_names
 
+_UNSCALABLE = {
+    "diffusion_gemma": "its decoder attends to keys that an encoder with a rotary embedding of its own has rotated, so "
+    "scaling the decoder alone would set queries and keys at odds.",
+}
+"""Families where every layer's own rotation can be scaled and the result would still be wrong."""
+
 
 @dataclass(frozen=True)
 class RotarySite:
@@ -38,6 +44,9 @@ class DecoderStack:
 
     layers: nn.ModuleList
     sites: tuple[RotarySite, ...]
+    key_sources: tuple[
+        int, ...
+    ]  # for each layer, the layer whose keys it attends to: itself, or with a shared KV cache
 
     @property
     def has_shared(self) -> bool:
@@ -81,6 +90,8 @@ def find_stack(model: nn.Module) -> DecoderStack:
         UnsupportedModelError: there is none, or it is not clear which; the message names the model type and why.
     """
     kind, config = model_type(model), text_config(model)
+    if kind in _UNSCALABLE:
+        raise UnsupportedModelError(f"{kind}: {_UNSCALABLE[kind]}")
     depths = {getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")} - {None}
     found: list[tuple[str, nn.Module, str, nn.ModuleList]] = []
     stacks: list[DecoderStack] = []
@@ -92,7 +103,7 @@ def find_stack(model: nn.Module) -> DecoderStack:
             if isinstance(layers, nn.ModuleList) and len(layers) in depths
         ]
         stacks = [
-            DecoderStack(layers, sites)
+            DecoderStack(layers, sites, _key_sources(config, len(layers)))
             for name, owner, list_name, layers in found
             if (sites := tuple(_rotary_sites(name, owner, list_name)))
         ]
@@ -138,6 +149,20 @@ def _rotary_sites(prefix: str, owner: nn.Module, list_name: str) -> Iterator[Rot
             continue  # in another part of the model (an image encoder), which has a rotary of its own
         parent = owner.get_submodule(".".join(path[:-1]))
         yield RotarySite(parent, path[-1], f"{prefix}.{name}".strip("."), layer_idx)
+
+
+def _key_sources(config: PretrainedConfig, num_layers: int) -> tuple[int, ...]:
+    """Who computes the keys that each layer attends to, from the two ways in which families configure sharing.
+
+    `kv_source_layers` (mistral_large4) says it; with `num_kv_shared_layers` (gemma3n, gemma4) the last layers reuse
+    the keys of the last layer before them that has their layer type.
+    """
+    if getattr(config, "kv_source_layers", None):
+        return tuple(config.kv_source_layers)
+    first_shared = num_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    layer_types = getattr(config, "layer_types", None) or [None] * num_layers
+    latest = {layer_types[layer]: layer for layer in range(first_shared)}
+    return tuple(layer if layer < first_shared else latest[layer_types[layer]] for layer in range(num_layers))
 
 
 def _why_not_found(model: nn.Module, has_layers: bool) -> str:

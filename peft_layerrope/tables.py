@@ -152,7 +152,8 @@ def stacked_tables(
         return scale(name, inv_freq).repeat_interleave(batch, dim=0)[:, None, :]
 
     table = family_table(rotary, rows, x, position_ids, *args, **kwargs)
-    return map_table(lambda part: part.unflatten(0, (count, batch)), table)
+    # the row axis is third from the end, with any of mrope's before it
+    return map_table(lambda part: part.unflatten(-3, (count, batch)).movedim(-4, 0), table)
 
 
 def map_table(function: Callable[[torch.Tensor], Any], table: Any) -> Any:

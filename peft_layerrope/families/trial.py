@@ -1,16 +1,19 @@
 """Tries the tuner on one model and says what came out: scaled right, refused with a reason, or wrong.
 
-Three checks, none of which looks at the tuner's own tables:
+Four checks, none of which looks at the tuner's own tables:
 
 a. all factors 1: the logits are bit-equal to the base model's;
 b. all factors 2: bit-equal to the same model with its own `inv_freq` halved;
 c. one layer's factor 2: hidden states up to that layer's input are bit-equal to the base's, and the layer's output
-   differs. A layer whose output does not change has no rotation (NoPE, or no attention) and is listed as such.
+   differs. A layer whose output does not change has no rotation (NoPE, or no attention) and is listed as such;
+d. a different factor for each layer: shifting all positions by a constant leaves the logits as they are, as with the
+   base model. It would not if some layer's queries met keys that were rotated with another layer's factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +27,8 @@ from ..errors import LayerRopeError, UnsupportedModelError
 from ..rotary import inv_freq_names
 from ..sites import DecoderStack, find_stack
 from .shrink import FamilyNotBuilt, build_tiny, tiny_inputs
+
+_SHIFT_TOLERANCE = 1e-3  # of the largest logit; rounding moves them by 1e-6, a wrong rotation by 0.1
 
 SUPPORTED, REFUSED, NOT_BUILT, WRONG = "supported", "refused", "not built", "wrong"
 
@@ -43,7 +48,7 @@ class _WrongError(LayerRopeError):
 
 
 def try_family(model_type: str) -> Trial:
-    """Builds the family's tiny model and runs the three checks on it. Never raises for a family's sake."""
+    """Builds the family's tiny model and runs the four checks on it. Never raises for a family's sake."""
     try:
         model = build_tiny(model_type)
         inputs = tiny_inputs(model)
@@ -53,7 +58,7 @@ def try_family(model_type: str) -> Trial:
 
 
 def try_model(model: nn.Module, inputs: Mapping[str, Any], model_type: str) -> Trial:
-    """Runs the three checks on `model`, which is left as it was.
+    """Runs the four checks on `model`, which is left as it was.
 
     Args:
         model: a small model in `eval()` mode on the CPU.
@@ -68,46 +73,89 @@ def try_model(model: nn.Module, inputs: Mapping[str, Any], model_type: str) -> T
             return Trial(model_type, NOT_BUILT, f"no forward pass on text alone: {type(error).__name__}: {error}")
         peft_model = get_peft_model(model, LayerRopeConfig())
         try:
-            unrotated = _checks(peft_model, inputs, stack, base)
+            unrotated = _Checks(peft_model, inputs, stack, base).all()
         finally:
             peft_model.unload()
     except UnsupportedModelError as error:
         return Trial(model_type, REFUSED, str(error).split(": ", 1)[-1])
     except _WrongError as error:
         return Trial(model_type, WRONG, str(error))
+    if len(unrotated) == len(stack.layers):
+        return Trial(model_type, WRONG, "c: no layer's output follows its factor")
     return Trial(model_type, SUPPORTED, unrotated_layers=unrotated)
 
 
-def _checks(peft_model: nn.Module, inputs: Mapping[str, Any], stack: DecoderStack, base: _Run) -> list[int]:
-    """Checks a, b and c; returns the layers without a rotation."""
-    model, num_layers = peft_model.get_base_model(), len(stack.layers)
+class _Checks:
+    """The four checks on one model with an adapter on it."""
 
-    def scaled(factors: list[float]) -> _Run:
-        peft_model.base_model.set_layer_factors(factors)
-        return _run(model, inputs, stack.layers)
+    def __init__(self, peft_model: nn.Module, inputs: Mapping[str, Any], stack: DecoderStack, base: _Run) -> None:
+        self.peft_model = peft_model
+        self.inputs = inputs
+        self.stack = stack
+        self.base = base
 
-    if not torch.equal(scaled([1.0] * num_layers).logits, base.logits):
-        raise _WrongError("a: with all factors 1 the logits are not the base model's")
-    with peft_model.disable_adapter(), _halved(stack):
-        halved = _run(model, inputs, stack.layers).logits
-    if torch.equal(halved, base.logits):
-        raise _WrongError("b: halving the model's own inv_freq does not change its logits, so nothing can be shown")
-    if not torch.equal(scaled([2.0] * num_layers).logits, halved):
-        raise _WrongError("b: with all factors 2 the logits are not those of the model with its inv_freq halved")
-    unrotated = []
-    for layer in range(num_layers):
-        run = scaled([2.0 if i == layer else 1.0 for i in range(num_layers)])
-        early = [i for i in base.layer_inputs if i <= layer and _differ(run.layer_inputs, base.layer_inputs, i)]
-        early += [i for i in base.layer_outputs if i < layer and _differ(run.layer_outputs, base.layer_outputs, i)]
+    def all(self) -> list[int]:
+        """Runs them; returns the layers without a rotation."""
+        self.ones_change_nothing()
+        self.twos_halve_the_frequencies()
+        self.only_differences_of_positions_count()
+        return [layer for layer in range(len(self.stack.layers)) if not self.layer_responds(layer)]
+
+    def run(self, factors: list[float] | None = None, **inputs: Any) -> _Run:
+        """One forward pass, with the factors if given."""
+        if factors is not None:
+            self.peft_model.base_model.set_layer_factors(factors)
+        return _run(self.peft_model.get_base_model(), {**self.inputs, **inputs}, self.stack.layers)
+
+    def factors(self, of_layer: Callable[[int], float]) -> list[float]:
+        """A factor for each layer; layers that attend to another's keys get that layer's."""
+        return [of_layer(source) for source in self.stack.key_sources]
+
+    def ones_change_nothing(self) -> None:
+        """Check a."""
+        if not torch.equal(self.run(self.factors(lambda _: 1.0)).logits, self.base.logits):
+            raise _WrongError("a: with all factors 1 the logits are not the base model's")
+
+    def twos_halve_the_frequencies(self) -> None:
+        """Check b."""
+        with self.peft_model.disable_adapter(), _halved(self.stack):
+            halved = self.run().logits
+        if torch.equal(halved, self.base.logits):
+            raise _WrongError("b: halving the model's own inv_freq does not change its logits: nothing can be shown")
+        if not torch.equal(self.run(self.factors(lambda _: 2.0)).logits, halved):
+            raise _WrongError("b: with all factors 2 the logits are not those of the model with its inv_freq halved")
+
+    def layer_responds(self, layer: int) -> bool:
+        """Check c for one layer: whether its output follows its factor (a sharing layer's: that of its source)."""
+        base = self.base
+        source = self.stack.key_sources[layer]
+        run = self.run(self.factors(lambda i: 2.0 if i == source else 1.0))
+        early = [i for i in base.layer_inputs if i <= source and _differ(run.layer_inputs, base.layer_inputs, i)]
+        early += [i for i in base.layer_outputs if i < source and _differ(run.layer_outputs, base.layer_outputs, i)]
         if early:
-            raise _WrongError(f"c: the factor of layer {layer} changes hidden states of layers {sorted(set(early))}")
-        if layer not in base.layer_outputs or not _differ(run.layer_outputs, base.layer_outputs, layer):
-            unrotated.append(layer)
-            if not torch.equal(run.logits, base.logits):
-                raise _WrongError(f"c: the factor of layer {layer} changes the logits but not the layer's output")
-    if len(unrotated) == num_layers:
-        raise _WrongError("c: no layer's output follows its factor")
-    return unrotated
+            raise _WrongError(f"c: the factor of layer {source} changes hidden states of layers {sorted(set(early))}")
+        if layer in base.layer_outputs and _differ(run.layer_outputs, base.layer_outputs, layer):
+            return True
+        if not torch.equal(run.logits, base.logits):
+            raise _WrongError(f"c: the factor of layer {layer} changes the logits but not the layer's output")
+        return False
+
+    def only_differences_of_positions_count(self) -> None:
+        """Check d, for families whose base model passes it and that take positions."""
+        parameters = inspect.signature(self.peft_model.get_base_model().forward).parameters
+        name = next((n for n in ("decoder_position_ids", "position_ids") if n in parameters), None)
+        if name is None:
+            return
+        length = self.inputs.get("decoder_input_ids", self.inputs["input_ids"]).shape[1]
+
+        def change_by_shift(factors: list[float]) -> float:
+            here, there = (self.run(factors, **{name: torch.arange(length)[None] + shift}).logits for shift in (0, 5))
+            return float((here - there).abs().max() / here.abs().max())
+
+        if change_by_shift(self.factors(lambda _: 1.0)) < _SHIFT_TOLERANCE:
+            change = change_by_shift(self.factors(lambda i: 1.0 + 0.5 * i))
+            if change >= _SHIFT_TOLERANCE:
+                raise _WrongError(f"d: with different factors, shifting all positions moves the logits by {change:.0%}")
 
 
 @contextmanager

@@ -1,0 +1,368 @@
+"""Measures each layer's factor from the rotation that the layer receives in a forward pass.
+
+Two passes on a dozen tokens: one with the model's own rotary embeddings put back, one as the model stands. Both
+times the table is read where a layer gets it; angles come from its `cos` and `sin`. What an adapter says is used
+only to say what was expected.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .config import LayerRopeConfig
+from .errors import LayerRopeError
+from .model import BAKED_CONFIG_KEY, baked_config
+from .rotary import BakedLayerRope, LayerRopeLayer
+from .sites import DecoderStack, find_stack, model_type, text_config
+from .tables import LayerTables
+
+OK, MISMATCH, NO_ROTATION = "ok", "mismatch", "no rotation"
+
+_PROMPT_TOKENS = 12
+_ARGUMENT = "position_embeddings"  # transformers' name for what a decoder layer is handed
+_TOLERANCE, _HALF_TOLERANCE = 1e-3, 2e-2  # relative; half precision keeps sines to 8 or 11 bits
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer: its factor as expected and as measured (the global `factor` times the layer's)."""
+
+    layer: int
+    expected: float
+    measured: float | None  # None where nothing could be measured; `note` says why
+    status: str  # OK, MISMATCH or NO_ROTATION
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What [`verify`] found, layer by layer."""
+
+    model_type: str
+    rope_type: str
+    layers: tuple[LayerCheck, ...]
+
+    @property
+    def mismatched(self) -> list[int]:
+        """The layers whose rotation is not what was expected."""
+        return [check.layer for check in self.layers if check.status == MISMATCH]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every layer that has a rotation has the expected one."""
+        return not self.mismatched
+
+    def raise_for_mismatch(self) -> None:
+        """Raises `LayerRopeError` that names the layers, unless `ok`."""
+        if not self.ok:
+            raise LayerRopeError(
+                f"{self.model_type}: the rotation of layers {self.mismatched} is not what the adapter says. "
+                "`print(peft_layerrope.verify(model))` shows expected and measured factors."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, for JSON."""
+        return {
+            "model_type": self.model_type,
+            "rope_type": self.rope_type,
+            "ok": self.ok,
+            "layers": [asdict(check) for check in self.layers],
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':>5}  {'expected':>8}  {'measured':>8}  status"]
+        for check in self.layers:
+            measured = "-" if check.measured is None else f"{check.measured:.3f}"
+            note = f" ({check.note})" if check.note else ""
+            lines.append(f"{check.layer:>5}  {check.expected:>8.3f}  {measured:>8}  {check.status}{note}")
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module, config: LayerRopeConfig | None = None, *, inputs: Mapping[str, Any] | None = None
+) -> Verification:
+    """Checks each layer's rotation against the adapter, from what the layer received in a forward pass.
+
+    Args:
+        model: a model with a LAYER_ROPE adapter, a baked one, or any other together with `config`. It is left as it
+            was; two forward passes of 12 tokens are run on it, without gradients, in `eval()` mode.
+        config: what is expected; default: the model's active LAYER_ROPE adapter, or the baked factors.
+        inputs: keyword arguments of the forward pass; default: 12 ordinary tokens, `use_cache=False`.
+
+    Returns:
+        One `LayerCheck` for each decoder layer. A layer whose output does not depend on its table (NoPE, linear
+        attention) has nothing to scale: its status is "no rotation", which is not a mismatch.
+
+    Raises:
+        LayerRopeError: there is no adapter and no `config`.
+        UnsupportedModelError: the model has no rotary embedding to measure.
+    """
+    stack = find_stack(model)
+    expected = config if config is not None else expected_config(model)
+    factors = expected.resolved_layer_factors(len(stack.layers))
+    if len(factors) != len(stack.layers):
+        raise LayerRopeError(
+            f"the expected layer_factors have {len(factors)} entries, but the model has {len(stack.layers)} layers."
+        )
+    rotation = _Rotation.of(expected, model)
+    arguments = dict(inputs) if inputs is not None else probe_inputs(model, rotation.probe_length)
+    with _evaluating(model), torch.no_grad():
+        with _own_rotaries(stack):
+            base = _record(model, arguments, stack)
+        received = _record(model, arguments, stack, base)
+    checks = [_check(layer, rotation, factors[layer], base[layer], received[layer]) for layer in range(len(factors))]
+    return Verification(model_type(model), expected.rope_type, tuple(checks))
+
+
+def expected_config(model: nn.Module) -> LayerRopeConfig:
+    """Returns what the model's active LAYER_ROPE adapter, or its baked factors, say.
+
+    Raises:
+        LayerRopeError: there is neither.
+    """
+    wrappers = [module for module in model.modules() if isinstance(module, LayerRopeLayer)]
+    active = {name for wrapper in wrappers for name in wrapper.active_adapters}
+    configs: dict[str, LayerRopeConfig] = {}
+    for module in model.modules():  # a PeftModel, the tuner in it, the model in that
+        held = module.__dict__.get("peft_config")
+        if isinstance(held, dict):
+            configs |= {name: config for name, config in held.items() if isinstance(config, LayerRopeConfig)}
+    if configs:
+        return next((config for name, config in configs.items() if name in active), next(iter(configs.values())))
+    if getattr(model.config, BAKED_CONFIG_KEY, None) is not None:
+        return baked_config(model)
+    raise LayerRopeError("this model has no LAYER_ROPE adapter and none baked in: there is nothing to verify.")
+
+
+def probe_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]:
+    """Returns keyword arguments for a forward pass on 12 tokens that no model takes for an image or an end.
+
+    Args:
+        model: for its vocabulary and device.
+        length: if given, the last token stands at position `length - 1`, as if the prompt were that long.
+    """
+    special = set(_special_tokens(model.config.to_dict()))
+    candidates = range(min(text_config(model).vocab_size, _PROMPT_TOKENS + 2 * len(special) + 100))
+    ordinary = [token for token in candidates if token not in special][-_PROMPT_TOKENS:]
+    ids = torch.tensor([ordinary], device=next(model.parameters()).device)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if length is not None:
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        positions[0, -1] = length - 1
+        inputs["position_ids"] = positions
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
+def _special_tokens(config: dict[str, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _special_tokens(value)
+        elif "token" in str(name) and isinstance(value, int):
+            yield value
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """What an adapter says of a rotation, as plain numbers; the formulas of `scaling` again, in float64 NumPy."""
+
+    rope_type: str
+    factor: float
+    growth: float  # Dynamic-NTK: length / trained window - 1, at least 0
+    probe_length: int | None  # how long a prompt has to seem for the adapter to act
+
+    @classmethod
+    def of(cls, config: LayerRopeConfig, model: nn.Module) -> _Rotation:
+        if config.rope_type != "dynamic":
+            return cls(config.rope_type, config.factor, 0.0, None)
+        window = config.original_max_position_embeddings or text_config(model).max_position_embeddings
+        length = config.target_length or 2 * window
+        probe_length = None if config.target_length else length
+        return cls(config.rope_type, config.factor, max(length / window - 1, 0.0), probe_length)
+
+    def expected_ratios(self, factor: float, depths: np.ndarray) -> np.ndarray:
+        """By what each frequency is divided; `depths` runs from 0 at the highest frequency to 1 at the lowest."""
+        if self.rope_type == "dynamic":
+            return (1 + self.factor * factor * self.growth) ** depths
+        return np.full_like(depths, self.factor * factor)
+
+    def measured_factor(self, ratios: np.ndarray, depths: np.ndarray) -> float:
+        """The global factor times the layer's that explains the measured ratios best (their median)."""
+        if self.rope_type != "dynamic" or self.growth == 0:
+            return float(np.median(ratios))
+        low = depths >= 0.5  # the lower frequencies, which grow most
+        alpha = np.median(ratios[low] ** (1 / depths[low]))
+        return float((alpha - 1) / self.growth)
+
+
+@dataclass
+class _Received:
+    """What one layer got in a forward pass."""
+
+    value: Any = None  # as handed over, for use in place of one that was not opened
+    tables: list[Any] = field(default_factory=list)  # (cos, sin), or one complex tensor; several with a dict of them
+    unopened: bool = False
+    ran: bool = False
+    rotates: bool = False  # whether the layer's output depends on its table
+
+
+def _record(
+    model: nn.Module, inputs: dict[str, Any], stack: DecoderStack, base: list[_Received] | None = None
+) -> list[_Received]:
+    """Runs the model and returns what each layer received. `base` is an earlier run's, on the model's own rotary."""
+    record = [_Received() for _ in stack.layers]
+    trying = False  # while a layer is run again to see whether it minds its table
+
+    def on_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        nonlocal trying
+        mine = record[layer]
+        mine.ran = True
+        value = _handed_over(module, args, kwargs)
+        if _is_unopened(value):
+            mine.unopened = True
+            return _with_table(args, kwargs, value, base[layer].value) if base else None
+        mine.value = value
+        mine.tables += _tables_in(value)
+        if base is not None and value is not None:
+            trying = True
+            own = module.forward(*args, **kwargs)
+            turned_args, turned_kwargs = _with_table(args, kwargs, value, _turned_back(value))
+            turned = module.forward(*turned_args, **turned_kwargs)
+            mine.rotates |= not torch.equal(_first_tensor(own), _first_tensor(turned))
+            trying = False
+        return None
+
+    def on_rotary(layer: int, output: Any) -> None:
+        if not trying:
+            record[layer].tables += _tables_in(output)
+            record[layer].rotates = True
+
+    handles = [
+        layer.register_forward_pre_hook(lambda m, a, k, i=i: on_layer(i, m, a, k), with_kwargs=True)
+        for i, layer in enumerate(stack.layers)
+    ]
+    handles += [
+        site.rotary.register_forward_hook(lambda m, a, output, i=site.layer_idx: on_rotary(i, output))
+        for site in stack.sites
+        if site.layer_idx is not None
+    ]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return record
+
+
+def _handed_over(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """The table among a layer's arguments, or None."""
+    if _ARGUMENT in kwargs:
+        return kwargs[_ARGUMENT]
+    names = list(inspect.signature(module.forward).parameters)
+    return dict(zip(names, args, strict=False)).get(_ARGUMENT)
+
+
+def _with_table(args: tuple, kwargs: dict, old: Any, new: Any) -> tuple[tuple, dict]:
+    if _ARGUMENT in kwargs:
+        return args, {**kwargs, _ARGUMENT: new}
+    return tuple(new if value is old else value for value in args), kwargs
+
+
+def _tables_in(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _tables_in(part)
+    elif isinstance(value, (tuple, list, torch.Tensor)):
+        yield value
+
+
+def _is_unopened(value: Any) -> bool:
+    return any(isinstance(v, LayerTables) for v in (value.values() if isinstance(value, dict) else [value]))
+
+
+def _turned_back(value: Any) -> Any:
+    """The same table, rotating the other way."""
+    if isinstance(value, dict):
+        return {name: _turned_back(part) for name, part in value.items()}
+    return value.conj() if isinstance(value, torch.Tensor) else (value[0], -value[1])
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def _angles(table: Any) -> np.ndarray:
+    """Each dimension's angle in the table's second row, float64."""
+    row = [part[..., 1, :].reshape(-1, part.shape[-1])[0] for part in _parts(table)]
+    if len(row) == 1:
+        return row[0].cpu().to(torch.complex128).angle().numpy()
+    cos, sin = (part.cpu().double().numpy() for part in row)
+    return np.arctan2(sin, cos)
+
+
+def _parts(table: Any) -> list[torch.Tensor]:
+    return [table] if isinstance(table, torch.Tensor) else list(table)
+
+
+def _check(layer: int, rotation: _Rotation, factor: float, base: _Received, received: _Received) -> LayerCheck:
+    expected = rotation.factor * factor
+
+    def result(status: str, measured: float | None = None, note: str = "") -> LayerCheck:
+        return LayerCheck(layer, expected, measured, status, note)
+
+    if received.unopened:
+        return result(MISMATCH, note="its hook is missing: it was handed the tables of all layers unopened")
+    if not base.tables or not received.rotates:
+        return result(NO_ROTATION, note="" if received.ran else "the layer does not run on text alone")
+    measured, close = [], []
+    for own, scaled in zip(base.tables, received.tables, strict=True):
+        if _parts(own)[0].shape[-2] < 2:
+            continue  # a table of one position says nothing
+        angles, scaled_angles = _angles(own), _angles(scaled)
+        distinct = np.unique(angles.round(12))[::-1]
+        depths = np.searchsorted(-distinct, -angles.round(12)) / max(len(distinct) - 1, 1)
+        usable = (angles > 1e-9) & (scaled_angles > 1e-9) & ((angles < 0.5) | (len(distinct) == 1))
+        ratios, depths = angles[usable] / scaled_angles[usable], depths[usable]
+        tolerance = _TOLERANCE if _parts(scaled)[0].element_size() >= 4 else _HALF_TOLERANCE
+        measured.append(rotation.measured_factor(ratios, depths))
+        close.append(np.allclose(ratios, rotation.expected_ratios(factor, depths), rtol=tolerance, atol=0))
+    if not measured:
+        return result(NO_ROTATION, note="no table of more than one position")
+    return result(OK if all(close) else MISMATCH, measured[0])
+
+
+@contextmanager
+def _own_rotaries(stack: DecoderStack) -> Iterator[None]:
+    """The model's own rotary embeddings in the places of our wrappers, for a while."""
+    standing = [site.rotary for site in stack.sites]
+    for site, module in zip(stack.sites, standing, strict=True):
+        if isinstance(module, LayerRopeLayer):
+            site.replace(module.base_layer)
+        elif isinstance(module, BakedLayerRope):
+            site.replace(module.rotary)
+    try:
+        yield
+    finally:
+        for site, module in zip(stack.sites, standing, strict=True):
+            site.replace(module)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """`eval()` mode, for a while; each module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
