@@ -24,7 +24,7 @@ from . import __version__, families, report
 from .demo import demo_model_path
 from .errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
 from .evaluation import DEFAULT_BATCH_TOKENS, DEFAULT_WEIGHTS, PositionScores, evaluate
-from .loading import load_adapter, load_adapter_config, load_model
+from .loading import load_adapter, load_adapter_config, load_model, load_tokenizer
 from .searcher import FactorGrid, SearchResult, SearchSettings
 from .searcher import search as run_search
 from .tasks import SPLIT_NAMES, KeyValueRetrieval, Task
@@ -196,7 +196,8 @@ def search(
             seed=seed,
         )
         _check_output(output, overwrite)
-        loaded, tokenizer = load_model(model or demo_model_path(), device=device, dtype=dtype)
+        tokenizer = load_tokenizer(model or demo_model_path())
+        loaded = load_model(model or demo_model_path(), device=device, dtype=dtype)
         built = _build_task(task, loaded, tokenizer, length, positions, task_seed, is_demo=model is None)
         result = run_search(loaded, built, settings)
         result.save(output)
@@ -228,7 +229,8 @@ def evaluate_command(
     Example: `layerrope evaluate --adapter demo-adapter`
     """
     with _plain_errors(debug):
-        loaded, tokenizer = load_model(model or demo_model_path(), device=device, dtype=dtype)
+        tokenizer = load_tokenizer(model or demo_model_path())
+        loaded = load_model(model or demo_model_path(), device=device, dtype=dtype)
         built = _build_task(task, loaded, tokenizer, length, positions, task_seed, is_demo=model is None)
         subject = load_adapter(loaded, adapter) if adapter is not None else loaded
         scores = evaluate(
@@ -269,7 +271,7 @@ def verify_command(
     Example: `layerrope verify meta-llama/Llama-3.1-8B-Instruct --adapter my-adapter`
     """
     with _plain_errors(debug):
-        loaded, _ = load_model(model or demo_model_path(), device=device, dtype=dtype)
+        loaded = load_model(model or demo_model_path(), device=device, dtype=dtype)
         subject = load_adapter(loaded, adapter) if adapter is not None else loaded
         result = verify(subject, load_adapter_config(adapter) if adapter is not None else None)
         if json_output is not None:

@@ -8,19 +8,30 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .config import LayerRopeConfig
 from .errors import LayerRopeError
 from .model import BAKED_CONFIG_KEY, restore_baked
 
+_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
+
 
 def load_model(
     name_or_path: str, *, device: str | None = None, dtype: str = "auto", revision: str | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a causal language model and its tokenizer from the Hub or a folder.
+) -> PreTrainedModel:
+    """Loads a language model, or a vision-language one, from the Hub or a folder, in `eval()` mode.
 
-    Never runs code from the repository (`trust_remote_code` stays off) and reads safetensors only.
+    Never runs code from the repository (`trust_remote_code` stays off) and reads safetensors only. Factors baked
+    into it are applied.
 
     Args:
         name_or_path: Hub id or folder.
@@ -32,14 +43,31 @@ def load_model(
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, revision=revision, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise LayerRopeError(f"cannot load model {name_or_path!r}: {_first_line(error)}") from error
+    with _model_errors(name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+        auto_class = next((c for c in _AUTO_CLASSES if type(config) in c._model_mapping), AutoModelForCausalLM)
+        model = auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, use_safetensors=True)
     if getattr(model.config, BAKED_CONFIG_KEY, None) is not None:
         restore_baked(model)  # saved after merge_and_unload(): its weights alone know nothing of the factors
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
+
+
+def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer from the Hub or a folder.
+
+    Raises:
+        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
+    """
+    with _model_errors(name_or_path):
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+
+
+@contextmanager
+def _model_errors(name_or_path: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise LayerRopeError(f"cannot load model {name_or_path!r}: {_first_line(error)}") from error
 
 
 def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:

@@ -172,13 +172,16 @@ class LayerRopeModel(BaseTuner):
             adapter_name: an adapter of this model.
 
         Raises:
+            ValueError: no such adapter.
             InvalidConfigError: a factor is not a positive finite number.
             AdapterMismatchError: wrong number of factors.
         """
+        wrappers = self._wrappers()
+        _check_known([adapter_name], wrappers[0])
         config: LayerRopeConfig = self.peft_config[adapter_name]
         changed = LayerRopeConfig(**{**config.to_dict(), "layer_factors": list(layer_factors)})
         scaling = _scaling_for(changed, self.model, find_stack(self.model))
-        for wrapper in self._wrappers():
+        for wrapper in wrappers:
             wrapper.set_scaling(adapter_name, scaling)
         config.layer_factors = changed.layer_factors
 
@@ -268,11 +271,13 @@ class LayerRopeModel(BaseTuner):
         return self.model
 
     def _drop_configs_of_model(self, names: Iterable[str]) -> None:
-        configs = self.model.__dict__.get("peft_config")  # not that of a LoRA's PeftModel
-        for name in names if configs else ():
+        configs = self.model.__dict__.get("peft_config")  # a LoRA's PeftModel has none there, and keeps its own
+        if configs is None:
+            return
+        for name in names:
             if isinstance(configs.get(name), LayerRopeConfig):
                 del configs[name]
-        if configs is not None and not configs:
+        if not configs:
             del self.model.peft_config
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

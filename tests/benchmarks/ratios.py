@@ -1,83 +1,214 @@
-"""Speed as ratios against a baseline, interleaved in one process: median of many.
+"""Speed and memory as ratios against a baseline, interleaved in one process: median of many, with the quartiles.
 
-    python tests/benchmarks/ratios.py
+    python tests/benchmarks/ratios.py                 # everything, about five minutes on two CPU cores
+    python tests/benchmarks/ratios.py decode memory   # only lines that hold one of these words
 
-1. packed evaluation (a context shared by its questions runs once) / one row per question
-2. decode step and 2,048-token prefill with an adapter / without (hidden 256, 8 layers)
+Run it on a machine that does nothing else: the differences are a hundredth of a forward pass.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.utils import logging
 
 from peft_layerrope import KeyValueRetrieval, LayerRopeConfig, demo_model_path
 from peft_layerrope.evaluation import score
 
+SMALL, LARGE = (256, 8), (512, 16)  # hidden size and layers
+PROMPT, LONG_PROMPT = 2048, 32768
 
-def ratio(subject: Callable[[], object], baseline: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Median of the per-round ratios subject / baseline, with the quartiles; one warm-up round."""
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median and quartiles of the per-round ratios; of one measurement without noise, the same number thrice."""
+
+    low: float
+    median: float
+    high: float
+
+
+def interleaved(subject: Callable[[], object], baseline: Callable[[], object], rounds: int) -> Ratio:
+    """Times both in every round, taking turns at going first; three warm-up rounds are not counted."""
     ratios = []
-    for _ in range(rounds + 1):
-        started = time.perf_counter()
-        subject()
-        between = time.perf_counter()
-        baseline()
-        ratios.append((between - started) / (time.perf_counter() - between))
-    low, middle, high = statistics.quantiles(ratios[1:], n=4)
-    return low, middle, high
+    for number in range(rounds + 3):
+        seconds = {}
+        for call in (subject, baseline) if number % 2 else (baseline, subject):
+            started = time.perf_counter()
+            call()
+            seconds[call] = time.perf_counter() - started
+        ratios.append(seconds[subject] / seconds[baseline])
+    return Ratio(*statistics.quantiles(ratios[3:], n=4))
 
 
-def evaluation_ratio() -> tuple[float, float, float]:
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path()).eval()
-    split = KeyValueRetrieval(AutoTokenizer.from_pretrained(demo_model_path()), 512).split("search", 4)
-    return ratio(lambda: score(model, split, packed=True), lambda: score(model, split, packed=False), 7)
+def tiny_llama(hidden_size: int, num_hidden_layers: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=hidden_size // 64,
+        max_position_embeddings=LONG_PROMPT,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+
+def grid_factors(num_hidden_layers: int) -> list[float]:
+    """Up to 11 distinct factors, the search's grid, one after the other."""
+    return [1.0 + 0.1 * (layer % 11) for layer in range(num_hidden_layers)]
+
+
+def pair(shape: tuple[int, int]) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same model with an adapter (below its PeftModel) and without."""
+    base = tiny_llama(*shape)
+    adapted = get_peft_model(copy.deepcopy(base), LayerRopeConfig(layer_factors=grid_factors(shape[1])))
+    return adapted.get_base_model().eval(), base
 
 
 @torch.inference_mode()
-def adapter_ratios() -> dict[str, tuple[float, float, float]]:
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        max_position_embeddings=4096,
-    )
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(config).eval()
-    adapted = get_peft_model(
-        LlamaForCausalLM(config), LayerRopeConfig(layer_factors=[1.0 + 0.1 * i for i in range(8)])
-    ).eval()
-    prompt, token = torch.randint(0, 1000, (1, 2048)), torch.tensor([[1]])
+def decode(shape: tuple[int, int], compiled: bool = False) -> Ratio:
+    """One token after a prompt of 64, with a KV cache."""
+    token = torch.tensor([[1]])
 
     def decoder(model: torch.nn.Module) -> Callable[[], object]:
-        cache = DynamicCache(config=config)
-        model(prompt[:, :64], past_key_values=cache)
-        return lambda: model(token, past_key_values=cache)
+        if compiled:
+            cache = StaticCache(config=model.config, max_cache_len=512)
+            run = torch.compile(model, fullgraph=True, dynamic=False)
+        else:
+            cache, run = DynamicCache(config=model.config), model
+        model(torch.ones(1, 64, dtype=torch.long), past_key_values=cache)
+        return lambda: run(token, past_key_values=cache)
 
-    return {
-        "decode step": ratio(decoder(adapted.get_base_model()), decoder(base), 200),
-        "prefill 2,048": ratio(
-            lambda: adapted.get_base_model()(prompt, use_cache=False), lambda: base(prompt, use_cache=False), 15
-        ),
-    }
+    return interleaved(*map(decoder, pair(shape)), rounds=200 if compiled else 400)
+
+
+@torch.inference_mode()
+def prefill(shape: tuple[int, int], compiled: bool = False) -> Ratio:
+    """A prompt of 2,048 tokens, without a cache."""
+    prompt = torch.randint(0, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+
+    def prefiller(model: torch.nn.Module) -> Callable[[], object]:
+        run = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        return lambda: run(prompt, use_cache=False, logits_to_keep=1)
+
+    return interleaved(*map(prefiller, pair(shape)), rounds=21)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all storages alive at once, at most, of those made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._released, key, size)
+
+    def _released(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+def long_prefill_memory(shape: tuple[int, int]) -> Ratio:
+    """Extra peak memory of a 32k prefill, in units of one layer's (cos, sin). Shapes only: nothing is computed."""
+
+    def peak(model: torch.nn.Module) -> int:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            prompt = torch.zeros(1, LONG_PROMPT, dtype=torch.long)
+            with PeakMemory() as memory:
+                model(input_ids=prompt, use_cache=False, logits_to_keep=1)
+        return memory.peak
+
+    adapted, base = map(peak, pair(shape))
+    head_dim, float32 = 64, 4
+    extra = (adapted - base) / (2 * LONG_PROMPT * head_dim * float32)
+    return Ratio(extra, extra, extra)
+
+
+def adapter_loading() -> Ratio:
+    """`PeftModel.from_pretrained` of our adapter / of a LoRA of rank 8 on q_proj and v_proj, 32 layers."""
+    base = tiny_llama(256, 32)
+    with tempfile.TemporaryDirectory() as folder:
+        configs = {
+            "rope": LayerRopeConfig(layer_factors=grid_factors(32)),
+            "lora": LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+        }
+        for name, config in configs.items():
+            get_peft_model(copy.deepcopy(base), config).save_pretrained(f"{folder}/{name}")
+
+        def loader(name: str) -> Callable[[], object]:
+            models = iter([copy.deepcopy(base) for _ in range(rounds + 3)])
+            return lambda: PeftModel.from_pretrained(next(models), f"{folder}/{name}")
+
+        rounds = 15
+        return interleaved(loader("rope"), loader("lora"), rounds)
+
+
+def evaluation() -> Ratio:
+    """A context shared by its questions runs once / one row for each question."""
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path()).eval()
+    split = KeyValueRetrieval(AutoTokenizer.from_pretrained(demo_model_path()), 512).split("search", 4)
+    return interleaved(lambda: score(model, split, packed=True), lambda: score(model, split, packed=False), 7)
+
+
+def measurements() -> Iterator[tuple[str, Callable[[], Ratio]]]:
+    for shape in (LARGE, SMALL):
+        size = f"hidden {shape[0]} × {shape[1]} layers"
+        yield f"decode step, {size}: adapter / base", lambda shape=shape: decode(shape)
+        yield f"prefill {PROMPT:,}, {size}: adapter / base", lambda shape=shape: prefill(shape)
+    size = f"hidden {SMALL[0]} × {SMALL[1]} layers"
+    yield f"decode step, compiled, {size}: adapter / base", lambda: decode(SMALL, compiled=True)
+    yield f"prefill {PROMPT:,}, compiled, {size}: adapter / base", lambda: prefill(SMALL, compiled=True)
+    yield f"extra memory, prefill {LONG_PROMPT:,}: layers' tables", lambda: long_prefill_memory(LARGE)
+    yield "loading, 32 layers: adapter / LoRA r=8", adapter_loading
+    yield "evaluation: packed / one by one", evaluation
 
 
 def main() -> None:
-    table = Table("what", "median ratio", "quartiles")
-    measured = {"evaluation: packed / one by one": evaluation_ratio()}
-    measured |= {f"{name}: adapter / base": values for name, values in adapter_ratios().items()}
-    for name, (low, middle, high) in measured.items():
-        table.add_row(name, f"{middle:.3f}", f"{low:.3f} to {high:.3f}")
-    Console().print(table)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="measure only lines that hold one of these words")
+    words = parser.parse_args().words
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    table = Table("what", "median", "quartiles")
+    for name, measure in measurements():
+        if not words or any(word in name for word in words):
+            ratio = measure()
+            table.add_row(name, f"{ratio.median:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}")
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":
