@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 from peft_layerrope import sites
@@ -125,6 +126,17 @@ def test_queries_and_keys_at_odds_are_found_out(monkeypatch):
     trial = try_family("gemma3n_text")
     assert trial.status == WRONG
     assert trial.reason.startswith("d: with different factors, shifting all positions moves the logits by")
+
+
+def test_layers_that_share_keys_need_one_factor():
+    model = build_tiny("gemma3n_text")
+    with pytest.raises(AdapterMismatchError) as caught:
+        get_peft_model(model, LayerRopeConfig(layer_factors=[1.0, 1.2, 1.0, 1.4]))
+    assert str(caught.value) == (
+        "layer 3 of gemma3n_text attends to keys that layer 1 has rotated (a shared KV cache), so both need the same "
+        "factor: got 1.4 and 1.2."
+    )
+    assert get_peft_model(model, LayerRopeConfig(layer_factors=[1.0, 1.2, 1.0, 1.2])) is not None
 
 
 def test_building_does_not_touch_global_random_state():

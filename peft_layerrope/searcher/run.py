@@ -17,6 +17,7 @@ from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME, demo_model_path
 from ..errors import SearchError
 from ..evaluation import PositionScores, check_vocabulary, score
+from ..sites import find_stack, model_type
 from ..tasks import Split, Task, check_disjoint
 from . import controls as families
 from .controls import Control, best_of
@@ -77,7 +78,7 @@ def search(
     if settings is not None and overrides:
         raise SearchError(f"pass either settings or fields of it, got both: {', '.join(overrides)}.")
     settings = settings if settings is not None else SearchSettings(**overrides)
-    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    num_layers = _searchable_layers(model)
     scaled_layers = settings.layers_to_scale(num_layers)
     search_split = task.split("search", settings.search_groups)
     test_split = task.split("test", settings.test_groups)
@@ -91,6 +92,18 @@ def search(
             return run.result(task, model_name(model))
     finally:
         peft_model.unload().train(was_training)
+
+
+def _searchable_layers(model: nn.Module) -> int:
+    """The number of decoder layers, each of which may have any factor."""
+    stack = find_stack(model)
+    sharing = [layer for layer, source in enumerate(stack.key_sources) if layer != source]
+    if sharing:
+        raise SearchError(
+            f"layers {sharing} of {model_type(model)} attend to the keys of other layers (a shared KV cache) and need "
+            "their factors, which no searcher keeps to yet. A LayerRopeConfig that keeps to it works."
+        )
+    return len(stack.layers)
 
 
 def model_name(model: nn.Module) -> str:

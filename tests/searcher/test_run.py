@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_layerrope import Example, SearchError, TaskError, TokenTask, UnsupportedModelError, search
 from peft_layerrope.evaluation import score
+from peft_layerrope.families import build_tiny
 
 SMALL = {
     "population": 6,
@@ -154,6 +155,15 @@ def test_card_is_valid_and_shows_the_import(result, tmp_path):
     assert "layer-rope" in card.data.tags
     assert "import peft_layerrope" in card.text
     assert card.data.eval_results[0].metric_value == round(result.table["refined"].scores.average().value, 4)
+
+
+def test_a_shared_kv_cache_is_refused_before_any_work():
+    with pytest.raises(SearchError) as caught:
+        search(build_tiny("gemma3n_text"), token_task(), **SMALL)
+    assert str(caught.value) == (
+        "layers [2, 3] of gemma3n_text attend to the keys of other layers (a shared KV cache) and need their factors, "
+        "which no searcher keeps to yet. A LayerRopeConfig that keeps to it works."
+    )
 
 
 def test_errors_come_before_any_work():
