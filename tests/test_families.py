@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_layerrope import sites
+from peft_layerrope import AdapterMismatchError, LayerRopeConfig, UnsupportedModelError, sites
 from peft_layerrope.families import (
     NOT_BUILT,
     REFUSED,
@@ -161,7 +161,5 @@ def test_shared_keys_are_read_from_the_configuration(source_of_3):
 
 
 def test_a_model_that_is_not_from_transformers_is_refused():
-    with pytest.raises(
-        sites.UnsupportedModelError, match=r"^Linear: not a transformers model \(it has no `config`\)\.$"
-    ):
+    with pytest.raises(UnsupportedModelError, match="not a transformers model"):
         find_stack(nn.Linear(2, 2))
