@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_layerrope
@@ -41,6 +42,44 @@ def test_quick_start(tmp_path, demo_model):
     lines = run("quick_start.py", str(tmp_path), "--prompts", "2").splitlines()
     assert lines[0].split() == ["question", "right", "answer", "without", "adapter", "with", "adapter"]
     assert len(lines) == 1 + 2
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("lora")
+    output = run("train_lora.py", "--output", str(folder), "--steps", "2", "--batch", "1", "--contexts", "2")
+    return folder, output.splitlines()
+
+
+def test_train_lora(lora_run):
+    folder, lines = lora_run
+    accuracy = {line[:28].strip(): line[28:] for line in lines if " ± " in line}
+    assert list(accuracy) == [
+        "base",
+        "base + LAYER_ROPE",
+        "base + LAYER_ROPE + LoRA",
+        "the same, LoRA disabled",
+    ]
+    assert accuracy["the same, LoRA disabled"] == accuracy["base + LAYER_ROPE"] != accuracy["base"]
+    assert lines[-1] == f"saved the LoRA: {folder}"
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:  # the keys of any LoRA for a Llama
+        assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in file.keys()  # noqa: SIM118
+        assert not any("base_layer" in key or "rotary" in key for key in file.keys())  # noqa: SIM118
+
+
+def test_serve_with_lora(lora_run):
+    folder, _ = lora_run
+    lines = run("serve_with_lora.py", str(folder), "--prompts", "2").splitlines()
+    assert [line[:28].strip() for line in lines[1:]] == [
+        "base",
+        "LoRA + LAYER_ROPE",
+        "LAYER_ROPE alone",
+        "LoRA alone",
+        "LoRA + second LAYER_ROPE",
+        "LoRA + LAYER_ROPE again",
+    ]
+    assert all(" of 2 " in line for line in lines[1:])
+    assert lines[2][28:] == lines[-1][28:]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import FAMILIES, NUM_LAYERS, VOCAB, WINDOW, build_model, logits
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -267,16 +267,3 @@ def test_a_bypassed_hook_fails_loudly(ids):
     model.get_base_model().model.layers[2]._forward_pre_hooks.clear()
     with pytest.raises(Exception, match="its forward pre-hook was removed or bypassed"):
         logits(model, ids)
-
-
-def test_lora_on_a_baked_model_keeps_plain_keys_and_the_rope(ids):
-    baked = roped(build_model("llama"), FACTORS).merge_and_unload()
-    scaled = logits(baked, ids)
-    lora = get_peft_model(baked, LoraConfig(target_modules=["q_proj", "v_proj"]))
-    assert torch.equal(logits(lora, ids), scaled)  # LoRA starts as the identity
-    plain = get_peft_model(build_model("llama"), LoraConfig(target_modules=["q_proj", "v_proj"]))
-    assert {n for n, _ in lora.named_parameters()} == {n for n, _ in plain.named_parameters()}
-    assert all(p.requires_grad == ("lora_" in n) for n, p in lora.named_parameters())
-    with lora.disable_adapter():
-        assert torch.equal(logits(lora, ids), scaled)
-    torch.testing.assert_close(logits(lora.merge_and_unload(), ids), scaled)
