@@ -158,11 +158,14 @@ class LayerRopeModel(BaseTuner):
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("inject_adapter replaces PEFT's walk over target modules.")
 
-    def _wrappers(self) -> list[LayerRopeLayer]:
-        wrappers = find_stack(self.model).wrappers()
-        if not wrappers:
+    def _stack(self) -> DecoderStack:
+        stack = find_stack(self.model)
+        if not stack.wrappers():
             raise LayerRopeError("the adapter is no longer in this model: it was unloaded or merged.")
-        return wrappers
+        return stack
+
+    def _wrappers(self) -> list[LayerRopeLayer]:
+        return self._stack().wrappers()
 
     def set_layer_factors(self, layer_factors: Sequence[float], adapter_name: str = "default") -> None:
         """Replaces an adapter's factors in place, validated as on construction.
@@ -176,11 +179,12 @@ class LayerRopeModel(BaseTuner):
             InvalidConfigError: a factor is not a positive finite number.
             AdapterMismatchError: wrong number of factors.
         """
-        wrappers = self._wrappers()
+        stack = self._stack()
+        wrappers = stack.wrappers()
         _check_known([adapter_name], wrappers[0])
         config: LayerRopeConfig = self.peft_config[adapter_name]
         changed = LayerRopeConfig(**{**config.to_dict(), "layer_factors": list(layer_factors)})
-        scaling = _scaling_for(changed, self.model, find_stack(self.model))
+        scaling = _scaling_for(changed, self.model, stack)
         for wrapper in wrappers:
             wrapper.set_scaling(adapter_name, scaling)
         config.layer_factors = changed.layer_factors
@@ -257,7 +261,8 @@ class LayerRopeModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        stack, wrappers = find_stack(self.model), self._wrappers()
+        stack = self._stack()
+        wrappers = stack.wrappers()
         if _other_tuner_layers(self.model):  # the LoRA wants the base model as frozen as it is
             wrappers[0].frozen_by_injection.clear()
         if merge:

@@ -52,6 +52,7 @@ class _RotaryShell(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.stackable = stackable
+        self._pairs: int | None = None  # of the widest frequency vector, looked up once and not at every token
         self._scaled: dict[Any, tuple[torch.Tensor, int, torch.Tensor]] = {}
 
     def _original(self) -> nn.Module:
@@ -114,9 +115,10 @@ class _RotaryShell(nn.Module):
         if torch.compiler.is_compiling():
             return 0  # a size read inside a graph would fix it; and compiled code need not keep what it can fuse
         rotary = self._original()
-        pairs = max(getattr(rotary, name).shape[0] for name in inv_freq_names(rotary))
+        if self._pairs is None:
+            self._pairs = max(getattr(rotary, name).shape[0] for name in inv_freq_names(rotary))
         tokens = position_ids.shape[-1] * position_ids.shape[-2]
-        return len(scaling.distinct) * tokens * 4 * pairs * x.element_size()
+        return len(scaling.distinct) * tokens * 4 * self._pairs * x.element_size()
 
     def _rows(
         self,

@@ -44,9 +44,7 @@ class DecoderStack:
 
     layers: nn.ModuleList
     sites: tuple[RotarySite, ...]
-    key_sources: tuple[
-        int, ...
-    ]  # for each layer, the layer whose keys it attends to: itself, or with a shared KV cache
+    key_sources: tuple[int, ...]  # the layer whose keys each one attends to: itself, but for a shared KV cache
 
     @property
     def has_shared(self) -> bool:

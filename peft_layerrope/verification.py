@@ -22,7 +22,7 @@ from .errors import LayerRopeError
 from .model import BAKED_CONFIG_KEY, baked_config
 from .rotary import BakedLayerRope, LayerRopeLayer
 from .sites import DecoderStack, find_stack, model_type, text_config
-from .tables import LayerTables
+from .tables import holds_tables
 
 OK, MISMATCH, NO_ROTATION = "ok", "mismatch", "no rotation"
 
@@ -227,7 +227,7 @@ def _record(
         mine = record[layer]
         mine.ran = True
         value = _handed_over(module, args, kwargs)
-        if _is_unopened(value):
+        if holds_tables(value):
             mine.unopened = True
             return _with_table(args, kwargs, value, base[layer].value) if base else None
         mine.value = value
@@ -283,10 +283,6 @@ def _tables_in(value: Any) -> Iterator[Any]:
             yield from _tables_in(part)
     elif isinstance(value, (tuple, list, torch.Tensor)):
         yield value
-
-
-def _is_unopened(value: Any) -> bool:
-    return any(isinstance(v, LayerTables) for v in (value.values() if isinstance(value, dict) else [value]))
 
 
 def _turned_back(value: Any) -> Any:
