@@ -10,7 +10,7 @@ from torch import nn
 
 from .errors import UnsupportedModelError
 from .rotary import inv_freq_names
-from .tables import family_table, map_table, stacked_tables
+from .tables import family_table, map_table, split_tables, stacked_tables
 
 # What a family's code raises when it is not called the way it expects.
 _CALL_ERRORS = (TypeError, AttributeError, RuntimeError, ValueError, KeyError, IndexError)
@@ -70,10 +70,13 @@ def tables_can_be_stacked(rotary: nn.Module) -> bool:
                 table = stacked_tables(
                     rotary, lambda _, v: _frequencies(v) / divisors[:, None], 2, x, positions, *arguments
                 )
+                split = split_tables(table, positions.shape[-2])
             except _CALL_ERRORS:
                 return False
-            for number, parts in enumerate(single):
-                if not all(torch.equal(s[number], part) for s, part in zip(_parts(table), parts, strict=True)):
+            if len(split) != 2:
+                return False
+            for one, parts in zip(split, single, strict=True):
+                if not all(torch.equal(a, b) for a, b in zip(_parts(one), parts, strict=True)):
                     return False
     return True
 

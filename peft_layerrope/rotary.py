@@ -90,11 +90,15 @@ class _RotaryShell(nn.Module):
         inside a decoder layer that layer's table. See [`family_table`] for the arguments.
         """
         rotary = self._original()
-        if is_length_dependent(rotary):
+        length_dependent = is_length_dependent(rotary)
+        if length_dependent:
             rotary(x, position_ids, *args, **kwargs)  # transformers refreshes the frequencies in here
+        cacheable = not (length_dependent or scaling.depends_on_length)
 
         def rows(name: str, inv_freq: torch.Tensor) -> torch.Tensor:
-            return self._rows(scaling, name, inv_freq, x.device, position_ids)
+            if cacheable and not torch.compiler.is_compiling():  # asked here: a layer may be compiled on its own
+                return self._cached_rows(scaling, name, inv_freq, x.device)
+            return scaling.scale(inv_freq.to(x.device), position_ids)
 
         def make(pick: Callable[[torch.Tensor], torch.Tensor]) -> Any:
             return family_table(rotary, lambda name, v: pick(rows(name, v)), x, position_ids, *args, **kwargs)
@@ -108,7 +112,7 @@ class _RotaryShell(nn.Module):
             x = x.detach()
             return TablesOnDemand(scaling, make, x.device)
         stacked = stacked_tables(rotary, rows, len(scaling.distinct), x, position_ids, *args, **kwargs)
-        return TableBank(scaling, stacked, x.device)
+        return TableBank(scaling, stacked, position_ids.shape[-2], x.device)
 
     def _bank_bytes(self, scaling: LayerScaling, x: torch.Tensor, position_ids: torch.Tensor) -> int:
         """Upper bound of the size of all tables: cos and sin for each frequency, twice."""
@@ -120,21 +124,14 @@ class _RotaryShell(nn.Module):
         tokens = position_ids.shape[-1] * position_ids.shape[-2]
         return len(scaling.distinct) * tokens * 4 * self._pairs * x.element_size()
 
-    def _rows(
-        self,
-        scaling: LayerScaling,
-        name: str,
-        inv_freq: torch.Tensor,
-        device: torch.device,
-        position_ids: torch.Tensor,
+    def _cached_rows(
+        self, scaling: LayerScaling, name: str, inv_freq: torch.Tensor, device: torch.device
     ) -> torch.Tensor:
-        """The scaled frequencies `(U, r / 2)` on `device`, cached while neither scaling nor frequencies change."""
-        if scaling.depends_on_length or torch.compiler.is_compiling() or is_length_dependent(self._original()):
-            return scaling.scale(inv_freq.to(device), position_ids)
+        """The scaled frequencies `(U, r / 2)` on `device`, made once for each scaling and state of the frequencies."""
         version = 0 if inv_freq.is_inference() else inv_freq._version
         cached = self._scaled.get((scaling, name, device))
         if cached is None or cached[0] is not inv_freq or cached[1] != version:
-            cached = (inv_freq, version, scaling.scale(inv_freq.to(device), position_ids))
+            cached = (inv_freq, version, scaling.scale(inv_freq.to(device), None))
             self._scaled[scaling, name, device] = cached
         return cached[2]
 

@@ -68,8 +68,11 @@ class LayerScaling:
         """Whether the tables change with the sequence length."""
         return self.rope_type == "dynamic" and self.target_length is None
 
-    def scale(self, inv_freq: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Returns the frequencies for each distinct factor, shape `(U, r / 2)`; see [`scale_inv_freq`]."""
+    def scale(self, inv_freq: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        """Returns the frequencies for each distinct factor, shape `(U, r / 2)`; see [`scale_inv_freq`].
+
+        `position_ids` may be None where [`depends_on_length`] is false.
+        """
         return scale_inv_freq(
             inv_freq,
             self.factors_on(inv_freq.device),
@@ -130,7 +133,7 @@ def stacked_tables(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Returns `count` = U tables from one call of the family's code, stacked: `(U, B, S, r)` each.
+    """Returns `count` = U tables from one call of the family's code, one after the other: `(U * B, S, r)` each.
 
     The U sets of frequencies take the place of batch rows. Injection compares the result with [`family_table`]'s
     on the live module; a family that does not bear it gets its tables one by one.
@@ -149,11 +152,22 @@ def stacked_tables(
         position_ids = position_ids.repeat(*[1] * (position_ids.ndim - 2), count, 1)
 
     def rows(name: str, inv_freq: torch.Tensor) -> torch.Tensor:
-        return scale(name, inv_freq).repeat_interleave(batch, dim=0)[:, None, :]
+        scaled = scale(name, inv_freq)
+        return (scaled.repeat_interleave(batch, dim=0) if batch > 1 else scaled).unsqueeze(1)
 
-    table = family_table(rotary, rows, x, position_ids, *args, **kwargs)
-    # the row axis is third from the end, with any of mrope's before it
-    return map_table(lambda part: part.unflatten(-3, (count, batch)).movedim(-4, 0), table)
+    return family_table(rotary, rows, x, position_ids, *args, **kwargs)
+
+
+def split_tables(stacked: Any, batch: int) -> tuple[Any, ...]:
+    """Returns the U tables of [`stacked_tables`], each in the family's form.
+
+    Args:
+        stacked: `(U * B, S, r)` each, with any of mrope's axes before the rows.
+        batch: B.
+    """
+    if isinstance(stacked, torch.Tensor):
+        return stacked.unflatten(-3, (-1, batch)).unbind(-4)
+    return tuple(zip(*[split_tables(part, batch) for part in stacked], strict=True))
 
 
 def map_table(function: Callable[[torch.Tensor], Any], table: Any) -> Any:
@@ -193,21 +207,20 @@ class LayerTables:
 
 
 class TableBank(LayerTables):
-    """All U tables at once, stacked: `(U, B, S, r)` each."""
+    """All U tables at once, as [`stacked_tables`] returns them."""
 
-    def __init__(self, scaling: LayerScaling, stacked: Any, device: torch.device) -> None:
+    def __init__(self, scaling: LayerScaling, stacked: Any, batch: int, device: torch.device) -> None:
         super().__init__(scaling, device)
         self._stacked = stacked
-        if isinstance(stacked, torch.Tensor):
-            self._tables = stacked.unbind(0)
-        else:
-            self._tables = tuple(zip(*(part.unbind(0) for part in stacked), strict=True))
+        self._batch = batch
+        self._tables = split_tables(stacked, batch)
 
     def for_layer(self, layer: LayerTableHook) -> Any:
         row = self._row_of(layer)
         if row is None:
             return self._tables[self._index[layer.layer_idx]]
-        return map_table(lambda part: part.index_select(0, row).squeeze(0), self._stacked)
+        rows = row * self._batch + torch.arange(self._batch, device=row.device)
+        return map_table(lambda part: part.index_select(-3, rows), self._stacked)
 
 
 class TablesOnDemand(LayerTables):
