@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .baking import restore_baked
 from .config import LayerRopeConfig
 from .demo import demo_model_path
 from .errors import (
@@ -16,7 +17,7 @@ from .errors import (
     TaskError,
     UnsupportedModelError,
 )
-from .model import LayerRopeModel, restore_baked
+from .model import LayerRopeModel
 from .registration import register
 
 if TYPE_CHECKING:

@@ -18,9 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .baked_record import BAKED_CONFIG_KEY
+from .baking import restore_baked
 from .config import LayerRopeConfig
 from .errors import LayerRopeError
-from .model import BAKED_CONFIG_KEY, restore_baked
 
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
 

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers import PretrainedConfig
 
+from .artifacts import FACTORS_KEY, KEY_PREFIX, check_factors_tensor
+from .baked_record import BAKED_CONFIG_KEY
+from .baking import bake
 from .config import LayerRopeConfig
-from .errors import AdapterMismatchError, LayerRopeError
-from .proof import prove_rotary_scales, tables_can_be_stacked
+from .errors import LayerRopeError
+from .injection import has_other_tuner_layers, scaling_for, wrap
 from .registration import PREFIX
-from .rotary import BakedLayerRope, LayerRopeLayer, is_length_dependent
-from .sites import DecoderStack, find_stack, model_type, text_config
-from .tables import LayerScaling, LayerTableHook
-
-_PREFIX = "base_model.model."
-FACTORS_KEY = f"{_PREFIX}layer_factors"
-"""The one tensor of `adapter_model.safetensors`: float32, shape `(num_hidden_layers,)`."""
-
-BAKED_CONFIG_KEY = "layer_rope"
-"""Entry of a baked model's `config.json` that remembers what was baked in."""
+from .rotary import LayerRopeLayer
+from .sites import DecoderStack, find_stack
 
 
 class LayerRopeModel(BaseTuner):
@@ -127,7 +120,7 @@ class LayerRopeModel(BaseTuner):
         """
         config: LayerRopeConfig = self.peft_config[adapter_name]
         stack = find_stack(model)
-        scaling = _scaling_for(config, model, stack)
+        scaling = scaling_for(config, model, stack)
         if stack.is_baked:
             raise LayerRopeError(
                 "this model has LAYER_ROPE factors baked in already; load the plain base model to add an adapter."
@@ -139,7 +132,7 @@ class LayerRopeModel(BaseTuner):
                     "factors are not applied yet. Call peft_layerrope.restore_baked(model) to apply them, or delete "
                     "the entry to start from the plain base model."
                 )
-            _wrap(stack, model)
+            wrap(stack, model)
         elif adapter_name in stack.wrappers()[0].scalings:
             raise LayerRopeError(
                 f"adapter {adapter_name!r} is in this model already: pass another adapter_name, or change its factors "
@@ -184,7 +177,7 @@ class LayerRopeModel(BaseTuner):
         _check_known([adapter_name], wrappers[0])
         config: LayerRopeConfig = self.peft_config[adapter_name]
         changed = LayerRopeConfig(**{**config.to_dict(), "layer_factors": list(layer_factors)})
-        scaling = _scaling_for(changed, self.model, stack)
+        scaling = scaling_for(changed, self.model, stack)
         for wrapper in wrappers:
             wrapper.set_scaling(adapter_name, scaling)
         config.layer_factors = changed.layer_factors
@@ -263,12 +256,12 @@ class LayerRopeModel(BaseTuner):
     ) -> nn.Module:
         stack = self._stack()
         wrappers = stack.wrappers()
-        if _other_tuner_layers(self.model):  # the LoRA wants the base model as frozen as it is
+        if has_other_tuner_layers(self.model):  # the LoRA wants the base model as frozen as it is
             wrappers[0].frozen_by_injection.clear()
         if merge:
             names = adapter_names if adapter_names is not None else wrappers[0].active_adapters
             _check_mergeable(names, wrappers[0])
-            _bake(self.model, stack, wrappers[0].scalings[names[0]])
+            bake(self.model, stack, wrappers[0].scalings[names[0]])
         else:
             for site in stack.sites:
                 site.replace(site.rotary.release())
@@ -300,7 +293,7 @@ class LayerRopeModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # As for any method, the keys have the PeftModel's prefix only if there is one; transformers adds it on saving.
-        key = FACTORS_KEY if isinstance(model, PeftModel) else FACTORS_KEY.removeprefix(_PREFIX)
+        key = FACTORS_KEY if isinstance(model, PeftModel) else FACTORS_KEY.removeprefix(KEY_PREFIX)
         return _FactorsOnly({key: torch.tensor(config.layer_factors, dtype=torch.float32)})
 
     @classmethod
@@ -312,7 +305,8 @@ class LayerRopeModel(BaseTuner):
         cls, model: nn.Module, config: LayerRopeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Checks the file against the config, which is the source of truth; there is nothing to load."""
-        check_factors_tensor({f"{_PREFIX}{key.removeprefix(_PREFIX)}": v for key, v in state_dict.items()}, config)
+        tensors = {f"{KEY_PREFIX}{key.removeprefix(KEY_PREFIX)}": tensor for key, tensor in state_dict.items()}
+        check_factors_tensor(tensors, config)
         return {}
 
 
@@ -351,132 +345,6 @@ class _FactorsOnly(dict):
         pass
 
 
-def check_factors_tensor(state_dict: dict[str, torch.Tensor], config: LayerRopeConfig) -> None:
-    """Checks the content of `adapter_model.safetensors` against `adapter_config.json`.
-
-    Raises:
-        AdapterMismatchError: the file holds anything but one float32 tensor of the config's factors.
-    """
-    keys = sorted(state_dict)
-    if keys != [FACTORS_KEY]:
-        shown = ", ".join(keys[:5]) or "nothing"
-        raise AdapterMismatchError(f"adapter_model.safetensors holds {shown}; expected the one tensor {FACTORS_KEY}.")
-    tensor = state_dict[FACTORS_KEY]
-    expected = torch.tensor(config.layer_factors, dtype=torch.float32)
-    if tensor.dtype != torch.float32 or tensor.shape != expected.shape:
-        raise AdapterMismatchError(
-            f"adapter_model.safetensors: {FACTORS_KEY} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected "
-            f"torch.float32 of shape {tuple(expected.shape)} as in adapter_config.json."
-        )
-    different = (tensor.cpu() != expected).nonzero().flatten().tolist()
-    if different:
-        first = different[0]
-        raise AdapterMismatchError(
-            f"adapter_model.safetensors and adapter_config.json disagree on {len(different)} of {len(expected)} "
-            f"layer_factors, first at layer {first}: {tensor[first].item()} and {expected[first].item()}."
-        )
-
-
-def baked_config(model: nn.Module) -> LayerRopeConfig:
-    """Returns what was baked into a model, as its `config.json` remembers it.
-
-    Raises:
-        LayerRopeError: nothing was.
-    """
-    baked = getattr(model.config, BAKED_CONFIG_KEY, None)
-    if not isinstance(baked, dict):
-        raise LayerRopeError(f"config.{BAKED_CONFIG_KEY} is {baked!r}: this model was not saved from a baked one.")
-    return LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
-
-
-def restore_baked(model: nn.Module) -> nn.Module:
-    """Re-applies the factors of a model that was saved with `save_pretrained` after `merge_and_unload()`.
-
-    Such a checkpoint holds plain weights; its `config.json` remembers the factors.
-
-    Args:
-        model: a model loaded with `from_pretrained`; changed in place.
-
-    Returns:
-        The same model, scaled.
-
-    Raises:
-        LayerRopeError: the config holds no baked factors, or they are applied already.
-    """
-    config = baked_config(model)
-    stack = find_stack(model)
-    if stack.is_baked or stack.wrappers():
-        raise LayerRopeError("the factors are applied to this model already.")
-    scaling = _scaling_for(config, model, stack)
-    _prove(stack, model)
-    _bake(model, stack, scaling)
-    return model
-
-
-_SCALING_FIELDS = ("rope_type", "factor", "layer_factors", "original_max_position_embeddings", "target_length")
-
-
-def _scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack) -> LayerScaling:
-    num_layers = len(stack.layers)
-    factors = config.resolved_layer_factors(num_layers)
-    if len(factors) != num_layers:
-        raise AdapterMismatchError(
-            f"layer_factors has {len(factors)} entries, but {model_type(model)} has {num_layers} decoder layers."
-        )
-    for layer, source in enumerate(stack.key_sources):
-        if factors[layer] != factors[source]:
-            raise AdapterMismatchError(
-                f"layer {layer} of {model_type(model)} attends to keys that layer {source} has rotated (a shared KV "
-                f"cache), so both need the same factor: got {factors[layer]} and {factors[source]}."
-            )
-    if config.rope_type == "dynamic" and any(is_length_dependent(site.rotary) for site in stack.sites):
-        raise AdapterMismatchError(
-            "rope_type='dynamic' on a model whose own rope_type is 'dynamic' or 'longrope': both depend on the length. "
-            "Use rope_type='default', or set the model's own rope_parameters to 'default'."
-        )
-    window = config.original_max_position_embeddings or getattr(text_config(model), "max_position_embeddings", None)
-    if window is None and config.rope_type == "dynamic":
-        raise AdapterMismatchError(
-            f"rope_type='dynamic' needs the trained window, and {model_type(model)}'s config has no "
-            "max_position_embeddings: set original_max_position_embeddings."
-        )
-    return LayerScaling(config.rope_type, config.factor, tuple(factors), window, config.target_length)
-
-
-def _other_tuner_layers(model: nn.Module) -> bool:
-    """Whether another method, such as LoRA, has layers in the model."""
-    return any(isinstance(m, BaseTunerLayer) and not isinstance(m, LayerRopeLayer) for m in model.modules())
-
-
-def _wrap(stack: DecoderStack, model: nn.Module) -> None:
-    """Proves that every rotary can be scaled, then puts the wrappers and the layers' hooks in place."""
-    _prove(stack, model)
-    other_tuner = _other_tuner_layers(model)
-    for site in stack.sites:
-        site.replace(LayerRopeLayer(site.rotary, site.layer_idx, tables_can_be_stacked(site.rotary)))
-    keeper = stack.wrappers()[0]
-    keeper.hook_handles = _register_hooks(stack)
-    keeper.record = partial(_record_baked, model.config)
-    # As every PEFT tuner, freeze the base model; but not the weights of a LoRA that is already there.
-    keeper.frozen_by_injection = [] if other_tuner else [p for p in model.parameters() if p.requires_grad]
-    for parameter in keeper.frozen_by_injection:
-        parameter.requires_grad_(False)
-
-
-def _prove(stack: DecoderStack, model: nn.Module) -> None:
-    for site in stack.sites:
-        prove_rotary_scales(site.rotary, model_type(model))
-
-
-def _register_hooks(stack: DecoderStack) -> list[Any]:
-    if not stack.has_shared:
-        return []
-    return [
-        layer.register_forward_pre_hook(LayerTableHook(index), with_kwargs=True)
-        for index, layer in enumerate(stack.layers)
-    ]
-
-
 def _check_known(names: Sequence[str], layer: LayerRopeLayer) -> None:
     unknown = [name for name in names if name not in layer.scalings]
     if unknown:
@@ -487,27 +355,3 @@ def _check_mergeable(names: Sequence[str], layer: LayerRopeLayer) -> None:
     _check_known(names, layer)
     if len(names) != 1:
         raise ValueError(f"merge_and_unload() bakes one LAYER_ROPE adapter, got {list(names)}.")
-
-
-def _bake(model: nn.Module, stack: DecoderStack, scaling: LayerScaling) -> None:
-    """Puts `BakedLayerRope`s in place and records them in `model.config`, which `save_pretrained` writes."""
-    wrappers = stack.wrappers()
-    if not wrappers:
-        _register_hooks(stack)
-    for site in stack.sites:
-        if wrappers:
-            original, stackable = site.rotary.base_layer, site.rotary.stackable
-        else:
-            original, stackable = site.rotary, tables_can_be_stacked(site.rotary)
-        site.replace(BakedLayerRope(original, site.layer_idx, stackable, scaling))
-    for wrapper in wrappers:
-        wrapper.thaw()  # the layers' hooks stay: they serve the baked modules too
-    _record_baked(model.config, scaling)
-
-
-def _record_baked(config: PretrainedConfig, scaling: LayerScaling | None) -> None:
-    if scaling is not None:
-        values = {name: getattr(scaling, name) for name in _SCALING_FIELDS}
-        setattr(config, BAKED_CONFIG_KEY, {**values, "layer_factors": list(scaling.layer_factors)})
-    elif hasattr(config, BAKED_CONFIG_KEY):
-        delattr(config, BAKED_CONFIG_KEY)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from .baked_record import BAKED_CONFIG_KEY, baked_config
 from .config import LayerRopeConfig
 from .errors import LayerRopeError
-from .model import BAKED_CONFIG_KEY, baked_config
 from .rotary import BakedLayerRope, LayerRopeLayer
 from .sites import DecoderStack, find_stack, model_type, text_config
 from .tables import holds_tables

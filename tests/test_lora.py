@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from peft_layerrope import LayerRopeConfig, LayerRopeError, restore_baked
-from peft_layerrope.model import FACTORS_KEY
+from peft_layerrope.artifacts import FACTORS_KEY
 from peft_layerrope.rotary import LayerRopeLayer
 
 FACTORS = [1.0, 1.4, 2.0, 1.2]

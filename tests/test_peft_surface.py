@@ -29,8 +29,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError, restore_baked
-from peft_layerrope.artifacts import save_adapter
-from peft_layerrope.model import FACTORS_KEY
+from peft_layerrope.artifacts import FACTORS_KEY, save_adapter
 from peft_layerrope.rotary import LayerRopeLayer
 
 FACTORS = [1.0, 1.4, 2.0, 1.2]

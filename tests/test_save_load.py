@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError, restore_baked
-from peft_layerrope.artifacts import save_adapter
-from peft_layerrope.model import FACTORS_KEY
+from peft_layerrope.artifacts import FACTORS_KEY, save_adapter
 
 FACTORS = [1.0, 1.1, 2.0, 1.3]
 CONFIGS = {
