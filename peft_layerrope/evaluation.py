@@ -8,18 +8,18 @@ answer". One forward pass replaces a loop of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import nn
 
+from .batching import Batch, make_batches
 from .errors import TaskError
-from .rotary import BakedLayerRope, LayerRopeLayer, inv_freq_names, is_length_dependent
 from .statistics import Interval, mean_interval, wilson_interval
-from .tasks import Example, Split, SplitName, Task
+from .tasks import Split, SplitName, Task
 
 DEFAULT_WEIGHTS = (0.8, 1.0, 1.2)
 """λ_first, λ_middle, λ_last of context utilisation. The paper's values are not public; these are ours: in the
@@ -28,7 +28,14 @@ paper's order, and close enough to each other that no single position decides.""
 DEFAULT_BATCH_TOKENS = 8192
 """Tokens per forward pass unless told otherwise."""
 
-_PACKABLE_ATTENTION = ("eager", "sdpa")  # implementations that take a dense 4-D mask
+MIN_BATCH_TOKENS = 64
+"""Memory that does not suffice for this many tokens is not worth halving on."""
+
+Objective = Literal["log_prob", "accuracy"]
+"""What context utilisation is taken of."""
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
+T = TypeVar("T")
 
 
 def utilisation(by_position: Sequence[float], weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
@@ -108,6 +115,19 @@ class PositionScores:
         """Context utilisation of the gold log-probabilities, in nats."""
         return utilisation(self.log_prob_by_position, weights)
 
+    def utilisation_by_group(
+        self, objective: Objective = "accuracy", weights: Sequence[float] = DEFAULT_WEIGHTS
+    ) -> np.ndarray:
+        """Shape `(groups,)`: each group's share in the utilisation, whose mean over groups is [`utilisation`].
+
+        A split with fewer than three positions (perplexity has one) has no first, middle and last: there it is the
+        plain mean.
+        """
+        values = self.log_prob if objective == "log_prob" else self.correct.astype(np.float64)
+        if len(self.positions) < 3:
+            return values.mean(axis=1)
+        return np.array([utilisation(row, weights) for row in values])
+
     def paired_difference(self, other: PositionScores) -> Interval:
         """This average accuracy minus `other`'s on the same examples, with a paired 95 % interval over groups.
 
@@ -160,7 +180,6 @@ def evaluate(
     return score(model, task.split(split, num_groups), batch_tokens=batch_tokens, progress=progress)
 
 
-@torch.inference_mode()
 def score(
     model: nn.Module,
     split: Split,
@@ -174,154 +193,99 @@ def score(
     Args:
         model: see [`evaluate`].
         split: the examples.
-        batch_tokens: see [`evaluate`].
+        batch_tokens: see [`evaluate`]; halved, and the split begun again, when memory runs out.
         progress: see [`evaluate`].
-        packed: run the context that several queries share once (see `_packed_batch`); default: where the model
-            allows it. Both ways give the same scores up to rounding.
+        packed: run the context that several queries share once (see `batching`); default: where the model allows
+            it. Both ways give the same scores up to rounding.
     """
-    check_vocabulary(model, split)
+
+    def attempt(batch_tokens: int) -> PositionScores:
+        batches = make_batches(model, split, batch_tokens, packed)
+        return _score_batches(model, split, progress(batches) if progress is not None else batches)
+
+    return with_halving(attempt, batch_tokens)[0]
+
+
+@torch.inference_mode()
+def _score_batches(model: nn.Module, split: Split, batches: Iterable[Batch]) -> PositionScores:
     model.eval()
-    if packed is None:
-        packed = can_pack(model)
-    same_length = rotation_depends_on_length(model)
-    rows = _packed_rows(split, same_length) if packed else [[i] for i in range(len(split.examples))]
-    batches = list(_batched_rows(rows, split.examples, batch_tokens, same_length))
-    groups = {group: index for index, group in enumerate(dict.fromkeys(e.group for e in split.examples))}
-    shape = (split.num_groups, len(split.positions))
-    correct, log_prob = np.zeros(shape, dtype=bool), np.zeros(shape)
-    for batch in progress(batches) if progress is not None else batches:
-        for index, hit, value in _score_batch(model, split.examples, batch):
-            example = split.examples[index]
-            cell = groups[example.group], example.position
-            correct[cell], log_prob[cell] = hit, value
-    return PositionScores(split.positions, correct, log_prob)
+    sheet = ScoreSheet(split)
+    for batch in batches:
+        sheet.add(batch, answer_logits(model, batch))
+    return sheet.scores()
 
 
-def check_vocabulary(model: nn.Module, split: Split) -> None:
-    """Raises TaskError if a token id of `split` is outside the model's vocabulary."""
-    largest = max(max(e.context_ids + e.query_ids + e.answer_ids) for e in split.examples)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if largest >= vocabulary:
-        raise TaskError(f"token id {largest} is outside the model's vocabulary of {vocabulary}.")
+class ScoreSheet:
+    """Collects the scores of one split, batch by batch."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self._rows = {group: row for row, group in enumerate(dict.fromkeys(e.group for e in split.examples))}
+        shape = (split.num_groups, len(split.positions))
+        self._correct, self._log_prob = np.zeros(shape, dtype=bool), np.zeros(shape)
+
+    def add(self, batch: Batch, logits: torch.Tensor) -> None:
+        """Enters a batch, given its answer tokens' logits as [`answer_logits`] returns them."""
+        hits, values = (tensor.tolist() for tensor in judge(logits, batch))
+        for index, hit, value in zip(batch.examples, hits, values, strict=True):
+            example = self._split.examples[index]
+            cell = self._rows[example.group], example.position
+            self._correct[cell], self._log_prob[cell] = hit, value
+
+    def scores(self) -> PositionScores:
+        """The scores, once every batch is in."""
+        return PositionScores(self._split.positions, self._correct, self._log_prob)
 
 
-def rotation_depends_on_length(model: nn.Module) -> bool:
-    """Whether a token's rotation depends on how long its batch is (Dynamic-NTK, longrope)."""
-    for module in model.modules():
-        scaling = module.active_scaling() if isinstance(module, (LayerRopeLayer, BakedLayerRope)) else None
-        if scaling is not None and scaling.depends_on_length:
-            return True
-        if inv_freq_names(module) and is_length_dependent(module):
-            return True
-    return False
+def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Runs one batch and returns the logits that its answer tokens are read from: float32, `(N, vocabulary)`."""
+    logits = model(**batch.inputs, use_cache=False, logits_to_keep=batch.columns).logits
+    if logits.shape[1] != len(batch.columns):  # a model that does not know `logits_to_keep` returns every column
+        logits = logits[:, batch.columns]
+    return logits[batch.rows, batch.kept].float()
 
 
-def can_pack(model: nn.Module) -> bool:
-    """Whether several queries may share one row: needs a dense mask that all layers read alike."""
-    config = model.config.get_text_config(decoder=True)
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return layer_types == {"full_attention"} and not sliding and config._attn_implementation in _PACKABLE_ATTENTION
-
-
-def _packed_rows(split: Split, same_length: bool) -> list[list[int]]:
-    """Groups examples that share a context (and, for a length-dependent rotation, their length)."""
-    rows: dict[tuple, list[int]] = {}
-    for index, example in enumerate(split.examples):
-        rows.setdefault((example.context_ids, example.num_tokens if same_length else 0), []).append(index)
-    return list(rows.values())
-
-
-def _row_length(row: Sequence[int], examples: Sequence[Example]) -> int:
-    context = len(examples[row[0]].context_ids)
-    return context + sum(examples[i].num_tokens - context - 1 for i in row)
-
-
-def _batched_rows(
-    rows: list[list[int]], examples: Sequence[Example], batch_tokens: int, same_length: bool
-) -> Iterator[list[list[int]]]:
-    """Yields length-sorted batches of at most `batch_tokens` padded tokens (one row at least)."""
-    rows = sorted(rows, key=lambda row: _row_length(row, examples))  # stable: ties keep their order
-    batch: list[list[int]] = []
-    for row in rows:
-        length = _row_length(row, examples)
-        too_long = (len(batch) + 1) * length > batch_tokens
-        differs = same_length and batch and length != _row_length(batch[0], examples)
-        if batch and (too_long or differs):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _score_batch(
-    model: nn.Module, examples: Sequence[Example], batch: list[list[int]]
-) -> Iterator[tuple[int, bool, float]]:
-    """Runs one batch and yields `(example index, all tokens right, mean log-probability)`."""
-    device = model.get_input_embeddings().weight.device
-    dtype = model.get_input_embeddings().weight.dtype
-    inputs, slots = _packed_batch(examples, batch, dtype)
-    wanted = sorted({column for _, _, columns in slots for column in columns})
-    column_of = {column: i for i, column in enumerate(wanted)}
-    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    logits = model(**inputs, use_cache=False, logits_to_keep=torch.tensor(wanted, device=device)).logits
-    if logits.shape[1] != len(wanted):  # a model that does not know `logits_to_keep` returns every column
-        logits = logits[:, wanted]
-    log_probs = logits.float().log_softmax(-1)
-    chance = -math.log(log_probs.shape[-1])
-    for index, row, columns in slots:
-        gold = torch.tensor(examples[index].answer_ids, device=device)
-        lines = log_probs[row, [column_of[c] for c in columns]]
-        gold_log_probs = lines.gather(-1, gold[:, None])
-        yield index, bool((lines.argmax(-1) == gold).all()), float(gold_log_probs.clamp(min=chance).mean())
-
-
-def _packed_batch(
-    examples: Sequence[Example], batch: list[list[int]], dtype: torch.dtype
-) -> tuple[dict[str, torch.Tensor], list[tuple[int, int, list[int]]]]:
-    """Builds the model's inputs: each row is a context followed by the queries that share it.
-
-    A query's tokens see the context and themselves, and their positions continue the context's, so each query
-    gets what it would get alone. Rows with one query use an ordinary causal mask with padding on the right.
+def judge(logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Judges each example of a batch from its answer tokens' logits, shape `(N, vocabulary)`.
 
     Returns:
-        `input_ids`, `position_ids` of shape `(B, S)` and an `attention_mask`, `(B, 1, S, S)` additive where a
-        row packs several queries; and, per example, its row and the columns that predict its answer.
+        Shape `(examples,)` each: whether every token is the most probable one; and the mean log-probability in nats,
+        each token no worse than chance. Differentiable in the logits.
     """
-    width = max(_row_length(row, examples) for row in batch)
-    input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-    position_ids = torch.zeros(len(batch), width, dtype=torch.long)
-    segment = torch.full((len(batch), width), -1)  # -1 padding, 0 context, 1.. queries
-    slots: list[tuple[int, int, list[int]]] = []
-    for r, row in enumerate(batch):
-        context = examples[row[0]].context_ids
-        start = len(context)
-        input_ids[r, :start] = torch.tensor(context, dtype=torch.long)
-        position_ids[r, :start] = torch.arange(start)
-        segment[r, :start] = 0
-        for q, index in enumerate(row):
-            example = examples[index]
-            tokens = example.query_ids + example.answer_ids[:-1]
-            end = start + len(tokens)
-            input_ids[r, start:end] = torch.tensor(tokens)
-            position_ids[r, start:end] = len(context) + torch.arange(len(tokens))
-            segment[r, start:end] = q + 1
-            slots.append((index, r, list(range(end - len(example.answer_ids), end))))
-            start = end
-    inputs = {"input_ids": input_ids, "position_ids": position_ids}
-    if all(len(row) == 1 for row in batch):
-        inputs["attention_mask"] = (segment >= 0).long()
-    else:
-        inputs["attention_mask"] = _segment_mask(segment, dtype)
-    return inputs, slots
+    gold = logits.log_softmax(-1).gather(-1, batch.gold[:, None]).squeeze(-1).clamp(min=-math.log(logits.shape[-1]))
+    count = len(batch.examples)
+    tokens = torch.bincount(batch.owner, minlength=count)
+    sums = gold.new_zeros(count).index_add(0, batch.owner, gold)
+    right = (logits.argmax(-1) == batch.gold).long()
+    hits = torch.zeros_like(tokens).index_add(0, batch.owner, right)
+    return hits == tokens, sums / tokens
 
 
-def _segment_mask(segment: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Additive mask `(B, 1, S, S)`: causal, and a query is seen only by itself."""
-    width = segment.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    own = segment[:, :, None] == segment[:, None, :]
-    context = segment[:, None, :] == 0
-    visible = causal & (own | context)
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int]:
+    """Calls `attempt(batch_tokens)`, again with half as many tokens whenever memory runs out.
+
+    Returns:
+        The result and the number of tokens that worked.
+
+    Raises:
+        TaskError: memory does not suffice for a single row.
+    """
+    while True:
+        try:
+            return attempt(batch_tokens), batch_tokens
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if batch_tokens <= MIN_BATCH_TOKENS:
+                raise TaskError(
+                    f"out of memory even with --batch-tokens {batch_tokens}: use shorter prompts, a smaller dtype "
+                    "or a larger device."
+                ) from error
+        batch_tokens = max(batch_tokens // 2, MIN_BATCH_TOKENS)  # outside `except`: its traceback holds the tensors
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # the CPU allocator has no exception type of its own
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

@@ -93,7 +93,7 @@ class _RotaryShell(nn.Module):
         length_dependent = is_length_dependent(rotary)
         if length_dependent:
             rotary(x, position_ids, *args, **kwargs)  # transformers refreshes the frequencies in here
-        cacheable = not (length_dependent or scaling.depends_on_length)
+        cacheable = scaling.is_constant and not length_dependent
 
         def rows(name: str, inv_freq: torch.Tensor) -> torch.Tensor:
             if cacheable and not torch.compiler.is_compiling():  # asked here: a layer may be compiled on its own

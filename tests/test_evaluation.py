@@ -12,7 +12,8 @@ from peft import get_peft_model
 from scipy import stats
 
 from peft_layerrope import Example, KeyValueRetrieval, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
-from peft_layerrope.evaluation import can_pack, score, utilisation
+from peft_layerrope.batching import can_pack
+from peft_layerrope.evaluation import score, utilisation
 from peft_layerrope.statistics import mean_interval, wilson_interval
 
 

@@ -1,6 +1,8 @@
 """The search: a genetic algorithm over Bézier curves, refinement, controls, and the held-out table."""
 
 from .grid import FactorGrid, Factors, default_scaled_layers
+from .guards import Guards
+from .plan import Plan
 from .result import ResultTable, SearchResult, TableRow
 from .run import search
 from .settings import SearchSettings
@@ -8,6 +10,8 @@ from .settings import SearchSettings
 __all__ = [
     "FactorGrid",
     "Factors",
+    "Guards",
+    "Plan",
     "ResultTable",
     "SearchResult",
     "SearchSettings",

@@ -1,117 +1,141 @@
-"""What a search asks for fitness. Every searcher sees only `Evaluator`; speed and distribution go behind it."""
+"""What a search asks of a model: the scores of factor vectors on one heat. Speed and distribution go behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, get_args
+from collections.abc import Sequence
+from typing import Protocol
 
+import torch
 from torch import nn
 
-from ..evaluation import score
+from ..batching import Batch, make_batches
+from ..evaluation import Objective, PositionScores, ScoreSheet, answer_logits, with_halving
+from ..sites import find_stack
 from ..tasks import Split
 from .grid import Factors
-
-Objective = Literal["log_prob", "accuracy"]
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+from .measurement import HeatScores
+from .prefix import PrefixRunner
 
 
 class Evaluator(Protocol):
-    """Fitness of factor vectors; higher is better."""
+    """Scores of factor vectors; the same vector always gets the same scores."""
 
-    def evaluate(self, vectors: Sequence[Factors]) -> list[float]:
-        """Returns one fitness per vector, in order. The same vector always gets the same fitness."""
+    def measure(self, vectors: Sequence[Factors], heat: int) -> list[HeatScores]:
+        """Returns the scores of each vector on heat number `heat`, in order."""
+
+    def score(self, vectors: Sequence[Factors], heat: int) -> dict[Factors, PositionScores]:
+        """Returns the full scores of each vector on a heat, or on a split numbered after the heats."""
 
 
 class ModelEvaluator:
-    """Context utilisation of a model on one split, with the vectors applied one after the other.
+    """Scores vectors on a model, one after the other, sharing their leading layers.
 
     Args:
         model: a `PeftModel` with one LAYER_ROPE adapter, whose factors are changed in place.
-        split: the examples, the same for every vector.
-        objective: `"log_prob"` (of the gold answer, in nats; guides better) or `"accuracy"`.
+        heats: the examples of each heat, the same for every vector.
+        objective: what the values are utilisations of.
         weights: λ_first, λ_middle, λ_last.
-        batch_tokens: tokens per forward pass.
+        batch_tokens: tokens per forward pass; halved for good when memory runs out.
+        share_bytes: memory for the outputs of common leading layers; 0 shares nothing.
+
+    Attributes:
+        batch_tokens: tokens per forward pass that fit so far.
+        sharing: whether leading layers are shared: the memory allows it, and it was proven exact on this model.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        split: Split,
+        heats: Sequence[Split],
         *,
         objective: Objective,
         weights: tuple[float, float, float],
         batch_tokens: int,
+        share_bytes: int,
     ) -> None:
-        self._model = model
-        self._split = split
+        self._model = model.eval()
+        self._heats = list(heats)
         self._objective = objective
         self._weights = weights
-        self._batch_tokens = batch_tokens
+        self._batches: dict[int, list[Batch]] = {}
+        self._prefixes = PrefixRunner(find_stack(model.get_base_model()).layers, share_bytes)
+        self.batch_tokens = batch_tokens
+        self.sharing: bool | None = None if share_bytes else False
 
-    def evaluate(self, vectors: Sequence[Factors]) -> list[float]:
+    @property
+    def layers_run(self) -> int:
+        """Decoder layers that really ran, each times its tokens."""
+        return self._prefixes.layers_run
+
+    @property
+    def layers_asked(self) -> int:
+        """The same of what evaluating every vector alone would have run."""
+        return self._prefixes.layers_asked
+
+    def measure(self, vectors: Sequence[Factors], heat: int) -> list[HeatScores]:
         """See [`Evaluator`]."""
-        return [self._evaluate_one(vector) for vector in vectors]
+        scores = self.score(vectors, heat)
+        found = []
+        for vector in vectors:
+            values = scores[vector].utilisation_by_group(self._objective, self._weights)
+            tail = scores[vector].correct[:, -1]
+            found.append(HeatScores(tuple(values.tolist()), tuple(tail.astype(float).tolist())))
+        return found
 
-    def _evaluate_one(self, vector: Factors) -> float:
+    def score(self, vectors: Sequence[Factors], heat: int) -> dict[Factors, PositionScores]:
+        """Returns the full scores of each vector on a heat.
+
+        Raises:
+            TaskError: memory does not suffice for a single row.
+        """
+
+        def attempt(batch_tokens: int) -> dict[Factors, PositionScores]:
+            if batch_tokens != self.batch_tokens:
+                self._batches.clear()
+                self._prefixes.outputs.clear()
+                self.batch_tokens = batch_tokens
+            return self._score(vectors, heat)
+
+        return with_halving(attempt, self.batch_tokens)[0]
+
+    def num_tokens(self, heat: int) -> int:
+        """Tokens that scoring one vector on a heat runs."""
+        return sum(batch.num_tokens for batch in self._batches_of(heat))
+
+    def _batches_of(self, heat: int) -> list[Batch]:
+        if heat not in self._batches:
+            self._batches[heat] = make_batches(self._model, self._heats[heat], self.batch_tokens)
+        return self._batches[heat]
+
+    @torch.inference_mode()
+    def _score(self, vectors: Sequence[Factors], heat: int) -> dict[Factors, PositionScores]:
+        order = sorted(set(vectors))  # neighbours share most, so a small store goes far
+        sheets = {vector: ScoreSheet(self._heats[heat]) for vector in order}
+        for number, batch in enumerate(self._batches_of(heat)):
+            for vector in order:
+                sheets[vector].add(batch, self._run(vector, batch, (heat, number)))
+        return {vector: sheet.scores() for vector, sheet in sheets.items()}
+
+    def _run(self, vector: Factors, batch: Batch, name: tuple[int, int]) -> torch.Tensor:
         self._model.base_model.set_layer_factors(vector)
-        scores = score(self._model, self._split, batch_tokens=self._batch_tokens)
-        if self._objective == "accuracy":
-            return scores.utilisation(self._weights)
-        return scores.log_prob_utilisation(self._weights)
+        if self.sharing is None:
+            self.sharing = self._sharing_is_exact(vector, batch)
+        if not self.sharing:
+            self._prefixes.layers_asked += len(vector) * batch.num_tokens
+            self._prefixes.layers_run += len(vector) * batch.num_tokens
+            return answer_logits(self._model, batch)
+        return self._prefixes.run(name, vector, lambda: answer_logits(self._model, batch), batch.num_tokens)
 
-
-class MemoEvaluator:
-    """Never evaluates a vector twice.
-
-    Attributes:
-        memo: fitness of every vector evaluated so far, in order of evaluation.
-        requested: how many fitnesses were asked for, repeats included.
-    """
-
-    def __init__(self, inner: Evaluator, on_evaluated: Callable[[Factors, float], None] | None = None) -> None:
-        self._inner = inner
-        self._on_evaluated = on_evaluated
-        self.memo: dict[Factors, float] = {}
-        self.requested = 0
-
-    @property
-    def evaluations(self) -> int:
-        """How many distinct vectors were really evaluated."""
-        return len(self.memo)
-
-    def evaluate(self, vectors: Sequence[Factors]) -> list[float]:
-        """See [`Evaluator`]."""
-        self.requested += len(vectors)
-        for vector in dict.fromkeys(vectors):
-            if vector not in self.memo:
-                self.memo[vector] = self._inner.evaluate([vector])[0]
-                if self._on_evaluated is not None:
-                    self._on_evaluated(vector, self.memo[vector])
-        return [self.memo[vector] for vector in vectors]
-
-
-class BudgetView:
-    """One searcher's view of a shared memo: counts the distinct vectors that *this* searcher asked for.
-
-    A vector another searcher has paid for costs no time, but it counts here all the same, so that searchers
-    compared at equal budgets really have equal budgets.
-    """
-
-    def __init__(self, memo: MemoEvaluator) -> None:
-        self._memo = memo
-        self.fitness: dict[Factors, float] = {}
-
-    @property
-    def evaluations(self) -> int:
-        """How many distinct vectors this searcher has asked for."""
-        return len(self.fitness)
-
-    def evaluate(self, vectors: Sequence[Factors]) -> list[float]:
-        """See [`Evaluator`]."""
-        values = self._memo.evaluate(vectors)
-        self.fitness.update(zip(vectors, values, strict=True))
-        return values
-
-    def best(self) -> tuple[Factors, float]:
-        """Returns the best vector and its fitness; of equals, the first one asked for."""
-        return max(self.fitness.items(), key=lambda item: item[1])
+    def _sharing_is_exact(self, vector: Factors, batch: Batch) -> bool:
+        """Whether the model gives the same bits when its leading layers answer from the store, layer by layer."""
+        if len(vector) < 2:
+            return False
+        alone = answer_logits(self._model, batch)
+        layers = find_stack(self._model.get_base_model()).layers
+        trial = PrefixRunner(layers, self._prefixes.outputs.max_bytes)
+        try:
+            trial.run("trial", vector, lambda: answer_logits(self._model, batch))
+            shared = trial.run("trial", vector, lambda: answer_logits(self._model, batch))
+        except (RuntimeError, TypeError, AttributeError, KeyError, IndexError):
+            return False  # a family whose layers hand more to each other than their output
+        return trial.layers_run < trial.layers_asked and torch.equal(alone, shared)

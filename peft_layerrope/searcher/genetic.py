@@ -1,18 +1,18 @@
-"""The genetic algorithm over Bézier curves, on DEAP."""
+"""The genetic algorithm, on DEAP."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from deap import algorithms, base, tools
 
-from .evaluator import BudgetView
-from .genome import NUM_GENES, BezierGenome
-from .grid import Factors
+from .found import Found, Generation, OnGeneration, random_state
+from .genome import Genome
+from .individual import Individual
+from .memo import BudgetView
 
 TOURNAMENT_SIZE = 3
 CROSSOVER_PROBABILITY = 0.6
@@ -22,28 +22,6 @@ ELITES = 2
 # Mutation: each gene moves with this probability, by this share of its range (one standard deviation).
 GENE_PROBABILITY = 1 / 3
 GENE_SIGMA = 0.15
-
-
-class _Fitness(base.Fitness):
-    weights = (1.0,)
-
-
-class Individual(list):
-    """Genes with a DEAP fitness."""
-
-    def __init__(self, genes: Sequence[float]) -> None:
-        super().__init__(genes)
-        self.fitness = _Fitness()
-
-
-@dataclass(frozen=True)
-class CurveResult:
-    """The best curve found and how the search went."""
-
-    factors: Factors
-    fitness: float
-    control_points: list[list[float]]
-    history: list[dict[str, Any]]
 
 
 @contextmanager
@@ -58,62 +36,58 @@ def isolated_random(rng: random.Random) -> Iterator[None]:
         random.setstate(outside)
 
 
-def evolve_curve(
-    genome: BezierGenome,
-    evaluator: BudgetView,
+def evolve(
+    genome: Genome,
+    view: BudgetView,
     *,
     population: int,
     generations: int,
     rng: random.Random,
     seeds: Sequence[Sequence[float]] = (),
-) -> CurveResult:
-    """Searches the curve whose factors are fittest.
-
-    Tournament selection, blend crossover, Gaussian mutation within bounds, elitism.
+    on_generation: OnGeneration | None = None,
+) -> Found:
+    """Searches the fittest genes: tournament selection, blend crossover, Gaussian mutation within bounds, elitism.
 
     Args:
         genome: decodes genes.
-        evaluator: fitness; vectors that several curves share after rounding are evaluated once.
+        view: fitness; vectors that several individuals share after rounding are evaluated once.
         population: individuals per generation.
         generations: generations after the first.
         rng: the only source of randomness.
         seeds: genes to start with, before random ones.
+        on_generation: told after each generation.
     """
     toolbox = _toolbox(genome)
-    initial = [Individual(genes) for genes in seeds[:population]]
-    initial += [Individual(genome.random(rng)) for _ in range(population - len(initial))]
-    people, history = initial, []
-    champion = tools.HallOfFame(1)
-    for generation in range(generations + 1):
-        if generation:
+    people = [Individual(genes) for genes in seeds[:population]]
+    people += [Individual(genome.random(rng)) for _ in range(population - len(people))]
+    history: list[dict[str, Any]] = []
+    for number in range(generations + 1):
+        if number:
             with isolated_random(rng):
                 elites = [toolbox.clone(individual) for individual in tools.selBest(people, ELITES)]
                 parents = toolbox.select(people, population - len(elites))
                 children = algorithms.varAnd(parents, toolbox, CROSSOVER_PROBABILITY, MUTATION_PROBABILITY)
             people = elites + children
         unscored = [individual for individual in people if not individual.fitness.valid]
-        for individual, value in zip(unscored, evaluator.evaluate([genome.decode(i) for i in unscored]), strict=True):
+        values = view.evaluate([genome.decode(individual) for individual in unscored])
+        for individual, value in zip(unscored, values, strict=True):
             individual.fitness.values = (value,)
-        champion.update(people)
-        scores = [individual.fitness.values[0] for individual in people]
-        record = {
-            "generation": generation,
-            "best": max(scores),
-            "mean": sum(scores) / len(scores),
-            "evaluations": evaluator.evaluations,
-        }
-        history.append(record)
-    best = champion[0]
-    return CurveResult(genome.decode(best), best.fitness.values[0], genome.control_points(best), history)
+        generation = Generation(number, [list(p) for p in people], [p.fitness.values[0] for p in people])
+        history.append(generation.record(view))
+        if on_generation is not None:
+            on_generation(generation, random_state(rng))
+    factors, fitness = view.best()
+    champion = next((p for p in people if genome.decode(p) == factors), None)
+    return Found(factors, fitness, None if champion is None else genome.control_points(champion), tuple(history))
 
 
-def _toolbox(genome: BezierGenome) -> base.Toolbox:
+def _toolbox(genome: Genome) -> base.Toolbox:
     low, high = genome.bounds
     sigma = [GENE_SIGMA * (h - b) for b, h in zip(low, high, strict=True)]
     toolbox = base.Toolbox()
     toolbox.register("select", tools.selTournament, tournsize=TOURNAMENT_SIZE)
     toolbox.register("mate", tools.cxBlend, alpha=BLEND_ALPHA)
-    toolbox.register("mutate", tools.mutGaussian, mu=[0.0] * NUM_GENES, sigma=sigma, indpb=GENE_PROBABILITY)
+    toolbox.register("mutate", tools.mutGaussian, mu=[0.0] * len(low), sigma=sigma, indpb=GENE_PROBABILITY)
     for operator in ("mate", "mutate"):
         toolbox.decorate(operator, _within(low, high))
     return toolbox

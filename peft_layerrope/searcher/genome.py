@@ -1,47 +1,115 @@
-"""The genome of the curve search: the six free coordinates of a cubic Bézier curve."""
+"""Genomes: what a searcher varies, and the factors that it means. One interface for curves and for plain factors."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 from ..bezier import sample_curve
-from .grid import FactorGrid, Factors, spread_over_layers
+from .grid import Factors
+from .space import FactorSpace
 
-NUM_GENES = 6
-"""y0, y1, y2, y3 (factors), x1, x2 (depths)."""
+Curve = Literal["bezier", "linear", "direct"]
+CURVES: tuple[Curve, ...] = get_args(Curve)
 
 
-@dataclass(frozen=True)
-class BezierGenome:
-    """Decodes genes to factors. `x1, x2` in [0, 1] keep the curve a function of depth."""
-
-    grid: FactorGrid
-    scaled_layers: tuple[int, ...]
-    num_layers: int
+class Genome(Protocol):
+    """Decodes genes, a list of floats, to a factor vector."""
 
     @property
     def bounds(self) -> tuple[list[float], list[float]]:
         """Lower and upper bound of each gene."""
-        return [self.grid.low] * 4 + [0.0] * 2, [self.grid.high] * 4 + [1.0] * 2
 
     def random(self, rng: random.Random) -> list[float]:
-        """Draws genes: heights around the middle of the range (1.5 by default), depths anywhere."""
-        middle, spread = (self.grid.low + self.grid.high) / 2, (self.grid.high - self.grid.low) / 4
-        heights = [min(max(rng.gauss(middle, spread), self.grid.low), self.grid.high) for _ in range(4)]
-        return [*heights, rng.random(), rng.random()]
+        """Draws genes: factors around the middle of the range (1.5 by default)."""
 
     def constant(self, factor: float) -> list[float]:
-        """Returns the genes of a flat curve, for seeding."""
-        return [min(max(factor, self.grid.low), self.grid.high)] * 4 + [1 / 3, 2 / 3]
-
-    def control_points(self, genes: Sequence[float]) -> list[list[float]]:
-        """Returns the curve's four `(x, y)` points."""
-        y0, y1, y2, y3, x1, x2 = genes
-        return [[0.0, y0], [x1, y1], [x2, y2], [1.0, y3]]
+        """Returns genes with one factor for all scaled layers, for seeding."""
 
     def decode(self, genes: Sequence[float]) -> Factors:
         """Returns one factor per layer, on the grid."""
-        curve = sample_curve(self.control_points(genes), len(self.scaled_layers))
-        return spread_over_layers(self.grid.snap(curve), self.scaled_layers, self.num_layers)
+
+    def control_points(self, genes: Sequence[float]) -> list[list[float]] | None:
+        """Returns the four `(x, y)` points of the cubic Bézier curve that the genes draw; None if they draw none."""
+
+
+class _FactorGenes:
+    """What the genomes share: genes that are factors, `num_heights` of them, come first."""
+
+    def __init__(self, space: FactorSpace, num_heights: int) -> None:
+        self._space = space
+        self._num_heights = num_heights
+
+    @property
+    def bounds(self) -> tuple[list[float], list[float]]:
+        grid = self._space.grid
+        return [grid.low] * self._num_heights, [grid.high] * self._num_heights
+
+    def random(self, rng: random.Random) -> list[float]:
+        grid = self._space.grid
+        middle, spread = (grid.low + grid.high) / 2, (grid.high - grid.low) / 4
+        return [self._clip(rng.gauss(middle, spread)) for _ in range(self._num_heights)]
+
+    def constant(self, factor: float) -> list[float]:
+        return [self._clip(factor)] * self._num_heights
+
+    def decode(self, genes: Sequence[float]) -> Factors:
+        points = self.control_points(genes)
+        values = genes if points is None else sample_curve(points, len(self._space.scaled_layers))
+        return self._space.spread(self._space.grid.snap(values))
+
+    def control_points(self, genes: Sequence[float]) -> list[list[float]] | None:
+        return None
+
+    def _clip(self, factor: float) -> float:
+        return min(max(factor, self._space.grid.low), self._space.grid.high)
+
+
+class BezierGenome(_FactorGenes):
+    """The six free coordinates of a cubic Bézier curve over depth: y0, y1, y2, y3 (factors), x1, x2 (depths).
+
+    `x1, x2` in [0, 1] keep the curve a function of depth.
+    """
+
+    def __init__(self, space: FactorSpace) -> None:
+        super().__init__(space, num_heights=4)
+
+    @property
+    def bounds(self) -> tuple[list[float], list[float]]:
+        low, high = super().bounds
+        return [*low, 0.0, 0.0], [*high, 1.0, 1.0]
+
+    def random(self, rng: random.Random) -> list[float]:
+        return [*super().random(rng), rng.random(), rng.random()]
+
+    def constant(self, factor: float) -> list[float]:
+        return [*super().constant(factor), 1 / 3, 2 / 3]
+
+    def control_points(self, genes: Sequence[float]) -> list[list[float]]:
+        y0, y1, y2, y3, x1, x2 = genes
+        return [[0.0, y0], [x1, y1], [x2, y2], [1.0, y3]]
+
+
+class LinearGenome(_FactorGenes):
+    """A straight line over depth: the factors of the first and of the last scaled layer."""
+
+    def __init__(self, space: FactorSpace) -> None:
+        super().__init__(space, num_heights=2)
+
+    def control_points(self, genes: Sequence[float]) -> list[list[float]]:
+        first, last = genes
+        return [[x, first + x * (last - first)] for x in (0.0, 1 / 3, 2 / 3, 1.0)]
+
+
+class DirectGenome(_FactorGenes):
+    """One gene per scaled layer: its factor."""
+
+    def __init__(self, space: FactorSpace) -> None:
+        super().__init__(space, num_heights=len(space.scaled_layers))
+
+
+def make_genome(curve: Curve, space: FactorSpace) -> Genome:
+    """Returns the genome called `curve`."""
+    genomes = {"bezier": BezierGenome, "linear": LinearGenome, "direct": DirectGenome}
+    return genomes[curve](space)

@@ -54,11 +54,3 @@ class FactorGrid:
 def default_scaled_layers(num_layers: int) -> tuple[int, ...]:
     """Returns the layers that may be scaled: all but the first 2 of every 32, rounded (the paper's choice)."""
     return tuple(range(round(num_layers * 2 / 32), num_layers))
-
-
-def spread_over_layers(values: Sequence[float], scaled_layers: Sequence[int], num_layers: int) -> Factors:
-    """Returns a full factor vector: `values` on the scaled layers, 1.0 on the others."""
-    factors = [1.0] * num_layers
-    for layer, value in zip(scaled_layers, values, strict=True):
-        factors[layer] = value
-    return tuple(factors)

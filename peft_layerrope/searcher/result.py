@@ -8,20 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import report
 from ..artifacts import save_adapter
 from ..card import model_card
 from ..config import LayerRopeConfig
 from ..evaluation import PositionScores
 from ..statistics import Interval
+from .controls import Candidate
 from .grid import Factors
 from .settings import SearchSettings
 
-NONE, UNIFORM, ALONE, FIRST_REST, RANDOM, CURVE, REFINED = (
+NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (
     "none",
     "uniform",
     "first_layers_alone",
     "first_and_rest",
+    "line",
     "random",
     "curve",
     "refined",
@@ -31,6 +35,7 @@ LABELS = {
     UNIFORM: "best uniform factor",
     ALONE: "control: first k at 1, rest b",
     FIRST_REST: "control: first a, rest b",
+    LINE: "control: straight line",
     RANDOM: "random per layer",
     CURVE: "per layer: curve",
     REFINED: "per layer: curve, refined",
@@ -56,6 +61,18 @@ class TableRow:
     evaluations: int
     exhaustive: bool
     scores: PositionScores
+
+    @classmethod
+    def of(cls, candidate: Candidate, scores: PositionScores) -> TableRow:
+        """Returns a candidate's row."""
+        return cls(
+            candidate.name,
+            candidate.factors,
+            candidate.fitness,
+            candidate.evaluations,
+            candidate.exhaustive,
+            scores,
+        )
 
     @property
     def label(self) -> str:
@@ -95,33 +112,40 @@ class SearchResult:
         table: the held-out comparison.
         settings: the search's settings.
         chosen: name of the table's row that `config` holds.
-        control_points: the curve's four `(x, y)` points.
+        control_points: the curve's four `(x, y)` points; None if no curve was searched or is known.
         model_name: name of the base model, free of local paths.
         model_window: the model's trained window in tokens.
         task: the task's description.
-        splits: descriptions of the search and test split.
+        splits: descriptions of the search, validation, test and short-prompt split.
         history: one record per generation.
         evaluations: distinct vectors evaluated by all methods together, and the like.
-        seconds: wall time by stage.
+        guards: what they watch, before and after, and their limits.
+        timing: seconds by stage and layers really run: what differs from one run to the next.
         edge_layers: layers whose factor is at an end of the range, where a wider one may hold a better value.
+        measurements: every vector evaluated, with its utilisation by group of the search split (fewer groups where
+            it was given up early).
     """
 
     config: LayerRopeConfig
     table: ResultTable
     settings: SearchSettings
     chosen: str
-    control_points: list[list[float]]
+    control_points: list[list[float]] | None
     model_name: str
     model_window: int
     task: dict[str, Any]
     splits: list[dict[str, Any]]
     history: list[dict[str, Any]]
     evaluations: dict[str, int]
-    seconds: dict[str, float]
+    guards: dict[str, Any]
+    timing: dict[str, Any]
     edge_layers: list[int]
+    measurements: dict[Factors, np.ndarray]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns everything as plain values: the content of `search.json`."""
+        """Returns everything but the timing as plain values: the content of `search.json`, the same for the same
+        search on the same machine.
+        """
         return {
             "searcher": "peft_layerrope",
             "searcher_version": self.config.searcher_version,
@@ -136,7 +160,7 @@ class SearchResult:
             "layers_at_edge_of_range": self.edge_layers,
             "table": [self._row_dict(row) for row in self.table],
             "evaluations": self.evaluations,
-            "seconds": {stage: round(value, 1) for stage, value in self.seconds.items()},
+            "guards": self.guards,
             "history": self.history,
         }
 
@@ -168,6 +192,7 @@ class SearchResult:
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(self.config, folder)
         (folder / "search.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        (folder / "timing.json").write_text(json.dumps(self.timing, indent=2) + "\n")
         report.plot_accuracy_by_position(self.curves_to_plot(), folder / "accuracy_by_position.png", self.subtitle())
         report.plot_factors_by_depth(
             self.table[self.chosen].factors,
@@ -180,17 +205,22 @@ class SearchResult:
         )
         card.save(folder / "README.md")
 
+    @property
+    def better_control(self) -> str | None:
+        """The shared-factor control that is better on the search split; None if there are none."""
+        controls = [name for name in (ALONE, FIRST_REST) if name in self.table]
+        return max(controls, key=lambda name: self.table[name].fitness, default=None)
+
     def subtitle(self) -> str:
         """Says in one line what was measured."""
-        length = self.splits[-1]["max_tokens"]
+        test = next(split for split in self.splits if split["name"] == "test")
+        length = test["max_tokens"]
         return (
             f"{self.task['name']}, {length} tokens = {length / self.model_window:.1f}× the trained window, "
-            f"{self.splits[-1]['groups']} held-out contexts"
+            f"{test['groups']} held-out contexts"
         )
 
     def curves_to_plot(self) -> dict[str, PositionScores]:
         """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""
-        controls = [name for name in (ALONE, FIRST_REST) if name in self.table]
-        best_control = max(controls, key=lambda name: self.table[name].fitness, default=None)
-        names = [NONE, UNIFORM, best_control, self.chosen]
+        names = [NONE, UNIFORM, self.better_control, self.chosen]
         return {self.table[name].label: self.table[name].scores for name in names if name in self.table}

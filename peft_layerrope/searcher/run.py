@@ -4,35 +4,45 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+import transformers
 from peft import get_peft_model
 from torch import nn
 
 from .._version import __version__
+from ..batching import check_vocabulary
 from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME, demo_model_path
-from ..errors import SearchError
-from ..evaluation import PositionScores, check_vocabulary, score
-from ..sites import find_stack, model_type
+from ..errors import SearchError, TaskError
+from ..evaluation import PositionScores
+from ..sites import find_stack
 from ..tasks import Split, Task, check_disjoint
-from . import controls as families
-from .controls import Control, best_of
-from .evaluator import BudgetView, MemoEvaluator, ModelEvaluator
-from .genetic import evolve_curve
-from .genome import BezierGenome
-from .grid import FactorGrid, Factors
+from . import controls
+from .controls import Candidate, best_of
+from .coordinates import climb
+from .evaluator import Evaluator, ModelEvaluator
+from .found import Found, Generation
+from .gradient import STEP_COST, GradientSteps
+from .grid import Factors
+from .measurement import Heats, Measurement, plan_heats
+from .memo import BudgetView, Memo
+from .plan import MIN_CONTROL_BUDGET, Plan, check_length, memory_in_use, planned_evaluations
 from .progress import RichProgress, SearchProgress, SilentProgress
-from .refine import refine_by_coordinates
-from .result import ALONE, CURVE, FIRST_REST, NONE, RANDOM, REFINED, UNIFORM, ResultTable, SearchResult, TableRow
+from .result import ALONE, CURVE, FIRST_REST, LINE, NONE, RANDOM, REFINED, UNIFORM, ResultTable, SearchResult, TableRow
 from .settings import SearchSettings
+from .space import FactorSpace
+from .state import RunState, model_fingerprint
+from .strategies import run_strategy
 
-MIN_CONTROL_BUDGET = 150
-"""Shared-factor controls get as many evaluations as the per-layer search took, and never fewer than this: enough
-to try every (a, b) on the default grid, so that a control that loses does not lose for want of trying."""
+Distribute = Callable[[ModelEvaluator], Evaluator]
+"""Given the evaluator of this process, returns one that has the work done elsewhere."""
 
 
 def search(
@@ -41,26 +51,35 @@ def search(
     settings: SearchSettings | None = None,
     *,
     progress: bool | SearchProgress = True,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    distribute: Distribute | None = None,
     **overrides: Any,
 ) -> SearchResult:
     """Searches one RoPE factor per layer (arXiv 2503.04355) and compares it with simpler choices.
 
-    A genetic algorithm over cubic Bézier curves finds the region, coordinate steps on the grid the optimum. No
-    scaling, every uniform factor, two shared-factor controls and random search are tried on the same search
-    split at the same budget. What each chose is then scored once on the held-out test split.
+    A genetic algorithm over cubic Bézier curves finds the region; gradient steps on the factors and coordinate steps
+    on the grid look for the optimum, and a validation split decides whether they found it. No scaling, every uniform
+    factor, two shared-factor controls, straight lines and random search are tried on the same search split at the
+    same budget. What each chose is then scored once on the held-out test split.
 
     Args:
         model: a transformers causal language model; left as it was found.
-        task: where the examples come from; its search and test splits must be disjoint.
+        task: where the examples come from; its splits must be disjoint.
         settings: see [`SearchSettings`].
         progress: a progress bar (default), none (`False`), or your own.
+        folder: where the state is kept after every evaluation; default: in memory only.
+        resume: go on from the state in `folder`; the result is the uninterrupted run's, bit for bit.
+        on_plan: told what the search is going to cost, after one timed evaluation and before the others.
+        distribute: has the evaluations done elsewhere; see `ray_workers`.
         **overrides: fields of `SearchSettings`, instead of `settings`.
 
     Returns:
         The result: `.config`, `.table`, `.save(directory)`.
 
     Raises:
-        SearchError: the settings do not work for this model.
+        SearchError: the settings do not work for this model, or the state is not this search's.
         TaskError: the splits cannot be made, overlap, or do not fit the model.
         UnsupportedModelError: the model's rotation cannot be scaled per layer.
 
@@ -78,32 +97,76 @@ def search(
     if settings is not None and overrides:
         raise SearchError(f"pass either settings or fields of it, got both: {', '.join(overrides)}.")
     settings = settings if settings is not None else SearchSettings(**overrides)
-    num_layers = _searchable_layers(model)
-    scaled_layers = settings.layers_to_scale(num_layers)
-    search_split = task.split("search", settings.search_groups)
-    test_split = task.split("test", settings.test_groups)
-    check_disjoint([search_split, test_split])
-    check_vocabulary(model, search_split)
+    space = settings.space(tuple(find_stack(model).key_sources))
+    data = _make_data(model, task, settings)
+    identity = {
+        "settings": settings.to_dict(),
+        "task": task.describe(),
+        "splits": [split.describe() for split in data.all],
+        "model": model_fingerprint(model),
+        "versions": _versions(),
+        "threads": torch.get_num_threads(),
+        "device": model.get_input_embeddings().weight.device.type,
+    }
+    state = RunState(Path(folder) if folder is not None else None, identity, resume)
     was_training = model.training
-    peft_model = get_peft_model(model, settings.adapter_config([1.0] * num_layers))
+    peft_model = get_peft_model(model, settings.adapter_config([1.0] * space.num_layers))
     try:
         with _audience(progress) as audience:
-            run = _Run(peft_model, settings, scaled_layers, num_layers, search_split, test_split, audience)
+            run = _Run(peft_model, settings, space, data, state, audience, distribute)
+            run.prepare(on_plan)
             return run.result(task, model_name(model))
     finally:
         peft_model.unload().train(was_training)
 
 
-def _searchable_layers(model: nn.Module) -> int:
-    """The number of decoder layers, each of which may have any factor."""
-    stack = find_stack(model)
-    sharing = [layer for layer, source in enumerate(stack.key_sources) if layer != source]
-    if sharing:
-        raise SearchError(
-            f"layers {sharing} of {model_type(model)} attend to the keys of other layers (a shared KV cache) and need "
-            "their factors, which no searcher keeps to yet. A LayerRopeConfig that keeps to it works."
-        )
-    return len(stack.layers)
+@dataclass(frozen=True)
+class _Data:
+    """The splits of a search, disjoint."""
+
+    search: Split
+    validation: Split
+    test: Split
+    short: Split | None  # for the guard; None where the task has no shorter prompts or the guard is off
+
+    @property
+    def all(self) -> list[Split]:
+        return [split for split in (self.search, self.validation, self.test, self.short) if split is not None]
+
+
+def _make_data(model: nn.Module, task: Task, settings: SearchSettings) -> _Data:
+    """Makes and checks the splits."""
+    search_split = task.split("search", settings.search_groups)
+    window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    check_length(settings, search_split.max_tokens, window)
+    data = _Data(
+        search_split,
+        task.split("validation", settings.validation_groups),
+        task.split("test", settings.test_groups),
+        _short_split(task, settings, min(search_split.max_tokens, window or search_split.max_tokens) // 2),
+    )
+    check_disjoint(data.all)
+    for split in data.all:
+        check_vocabulary(model, split)
+    return data
+
+
+def _short_split(task: Task, settings: SearchSettings, length: int) -> Split | None:
+    if settings.guards.max_short_rise is None or not hasattr(task, "shortened"):
+        return None
+    try:
+        return task.shortened(length).split("search", settings.short_groups)
+    except TaskError:  # the task does not fit into half the window
+        return None
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "peft_layerrope": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
 
 
 def model_name(model: nn.Module) -> str:
@@ -128,39 +191,59 @@ class _Run:
         self,
         model: nn.Module,
         settings: SearchSettings,
-        scaled_layers: tuple[int, ...],
-        num_layers: int,
-        search_split: Split,
-        test_split: Split,
+        space: FactorSpace,
+        data: _Data,
+        state: RunState,
         audience: SearchProgress,
+        distribute: Distribute | None,
     ) -> None:
         self.model = model
         self.settings = settings
-        self.scaled_layers = scaled_layers
-        self.num_layers = num_layers
-        self.search_split = search_split
-        self.test_split = test_split
+        self.space = space
+        self.data = data
+        self.state = state
         self.audience = audience
         self.seconds: dict[str, float] = {}
-        self.best_so_far = float("-inf")
-        inner = ModelEvaluator(
+        self.plan: Plan | None = None
+        self._best = float("-inf")
+        self._generation = ""
+        self.heats: Heats = plan_heats(settings.search_groups, settings.race, data.short is not None)
+        parts = [data.search.part(start, stop) for start, stop in self.heats.bounds]
+        if data.short is not None:
+            parts.append(data.short)
+        self._split_numbers = {"validation": len(parts), "test": len(parts) + 1}
+        self.local = ModelEvaluator(
             model,
-            search_split,
+            [*parts, data.validation, data.test],
             objective=settings.objective,
             weights=settings.weights,
             batch_tokens=settings.batch_tokens,
+            share_bytes=settings.share_mib * 2**20,
         )
-        self.memo = MemoEvaluator(inner, self._evaluated)
+        self.evaluator: Evaluator = self.local
+        self._distribute = distribute
+        self.memo = Memo(self.local, self.heats, settings.guards, dict(state.measurements), self._measured)
 
-    def _evaluated(self, vector: Factors, fitness: float) -> None:
-        self.best_so_far = max(self.best_so_far, fitness)
-        self.audience.advance()
-        self.audience.note(f"best {self.best_so_far:.3f}")
+    def _measured(self, new: dict[Factors, Measurement]) -> None:
+        self.state.add_measurements(new)
+        for vector, measured in new.items():
+            if len(measured.heats) == 1:
+                self.audience.advance()
+            if measured.is_complete(self.heats):
+                self._best = max(self._best, self.memo.known[vector].fitness(self.heats))
+        self._note()
+
+    def _note(self) -> None:
+        asked, ran = self.local.layers_asked, self.local.layers_run
+        shared = f" · {1 - ran / asked:.0%} of layers shared" if asked else ""
+        known = self.memo.requested - len(self.memo.known)
+        self.audience.note(f"{self._generation}best {self._best:.3f} · {known} known{shared}")
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[None]:
         started = time.perf_counter()
         self.audience.stage(name, total)
+        self.state.log("stage", name=name, at_most=total)
         yield
         self.seconds[name] = time.perf_counter() - started
 
@@ -168,102 +251,189 @@ class _Run:
         """A generator per searcher, so that leaving one out does not change another."""
         return random.Random(f"{self.settings.seed}/{name}")
 
+    def _view(self) -> BudgetView:
+        return BudgetView(self.memo, self.settings.race)
+
+    def _unscaled(self) -> Factors:
+        return (1.0,) * self.space.num_layers
+
+    def prepare(self, on_plan: Callable[[Plan], None] | None) -> None:
+        """Times the unscaled model, and says what is to come."""
+        started = time.perf_counter()
+        with self._stage("one timed evaluation", 1):
+            for heat in range(len(self.heats)):
+                self.local.measure([self._unscaled()], heat)
+        rows = 5 + 4 * self.settings.controls
+        tokens = sum(self.local.num_tokens(heat) for heat in range(len(self.heats)))
+        held_out = sum(self.local.num_tokens(number) for number in self._split_numbers.values()) * rows
+        self.plan = Plan(
+            planned_evaluations(self.settings, self.space),
+            tokens,
+            held_out,
+            memory_in_use(self.model) + self.settings.share_mib * 2**20,
+            time.perf_counter() - started,
+        )
+        self.state.log("plan", **self.plan.to_dict())
+        if on_plan is not None:
+            on_plan(self.plan)
+        if self._distribute is not None:
+            self.evaluator = self._distribute(self.local)
+            self.memo.evaluator = self.evaluator
+
     def result(self, task: Task, name: str) -> SearchResult:
         """Runs every stage."""
-        grid, settings = self.settings.grid, self.settings
-        unscaled = (1.0,) * self.num_layers
-        found: list[Control] = []
+        grid, settings = self.space.grid, self.settings
+        found: list[Candidate] = []
         with self._stage("uniform factors", len(grid.values) + 1):
-            found.append(best_of(NONE, [unscaled], self.memo, 1, self._rng(NONE)))
-            uniform_family = families.uniform_vectors(grid, self.num_layers)
-            found.append(best_of(UNIFORM, uniform_family, self.memo, len(uniform_family), self._rng(UNIFORM)))
-        view = BudgetView(self.memo)
-        with self._stage("Bézier curve search", settings.population * (settings.generations + 1)):
-            genome = BezierGenome(grid, self.scaled_layers, self.num_layers)
-            curve = evolve_curve(
-                genome,
-                view,
-                population=settings.population,
-                generations=settings.generations,
-                rng=self._rng(CURVE),
-                seeds=[genome.constant(1.0), genome.constant(found[1].factors[0])],
-            )
-        per_layer = [Control(CURVE, curve.factors, curve.fitness, view.evaluations, False)]
+            found.append(best_of(NONE, [self._unscaled()], self._view(), 1, self._rng(NONE)))
+            uniform_family = controls.uniform_vectors(self.space)
+            uniform = best_of(UNIFORM, uniform_family, self._view(), len(uniform_family), self._rng(UNIFORM))
+            found.append(uniform)
+        view = self._view()
+        with self._stage(self._search_name(), settings.search_evaluations):
+            seeds = [1.0, uniform.factors[0]]
+            curve = run_strategy(settings, self.space, view, self._rng(CURVE), seeds, self._on_generation)
+        per_layer = [Candidate(CURVE, curve.factors, curve.fitness, view.evaluations)]
         if settings.refine:
-            with self._stage("coordinate refinement", settings.refine_evaluations):
-                refined, fitness = refine_by_coordinates(
-                    curve.factors, view, grid, self.scaled_layers, settings.refine_evaluations
-                )
-            per_layer.append(Control(REFINED, refined, fitness, view.evaluations, False))
+            per_layer.append(self._refine(curve, view))
         if settings.controls:
-            found += self._controls(grid, view.evaluations)
+            found += self._controls(view.evaluations)
         table = self._held_out(found + per_layer)
-        chosen = per_layer[-1]
+        return self._assemble(task, name, table, per_layer, curve, view)
+
+    def _search_name(self) -> str:
+        return f"{self.settings.algorithm} search, {self.settings.genome}"
+
+    def _on_generation(self, generation: Generation, random_state: list[Any]) -> None:
+        self._generation = f"gen {generation.number} · "
+        self.state.add_generation(self._search_name(), generation.population, random_state)
+        best, mean = max(generation.fitness), sum(generation.fitness) / len(generation.fitness)
+        self.state.log("generation", number=generation.number, best=best, mean=mean)
+        self._note()
+
+    def _refine(self, curve: Found, view: BudgetView) -> Candidate:
+        """Gradient steps from the curve's best point, coordinate steps from the better of the two, and the choice
+        among all three on the validation split.
+        """
+        settings, self._generation = self.settings, ""
+        candidates = [curve]
+        if settings.objective == "log_prob" and settings.gradient_steps:
+            with self._stage("gradient steps", settings.gradient_steps):
+                candidates.append(self._gradient(curve, view))
+        with self._stage("coordinate steps", settings.refine_evaluations):
+            start = max(candidates, key=lambda found: found.fitness)
+            candidates.append(climb(start.factors, view, self.space, settings.refine_evaluations))
+        with self._stage("choice on the validation split", len(candidates)):
+            scores = self._scores("validation", [found.factors for found in candidates])
+            chosen = max(candidates, key=lambda found: self._utilisation(scores[found.factors]))
+        return Candidate(REFINED, chosen.factors, chosen.fitness, view.evaluations)
+
+    def _gradient(self, curve: Found, view: BudgetView) -> Found:
+        steps = GradientSteps(
+            self.model,
+            self.data.search,
+            self.space,
+            weights=self.settings.weights,
+            batch_tokens=self.local.batch_tokens,
+        )
+        visited = steps.climb(curve.factors, self.settings.gradient_steps, self.audience.advance)
+        view.charge(STEP_COST * self.settings.gradient_steps)
+        values = view.evaluate(visited)
+        best = max(range(len(visited)), key=values.__getitem__)
+        return Found(visited[best], values[best])
+
+    def _utilisation(self, scores: PositionScores) -> float:
+        return float(scores.utilisation_by_group(self.settings.objective, self.settings.weights).mean())
+
+    def _controls(self, evaluations: int) -> list[Candidate]:
+        random_family = controls.random_vectors(self.space, evaluations, self._rng(RANDOM))
+        shared = max(evaluations, MIN_CONTROL_BUDGET)
+        members = [
+            (ALONE, controls.first_layers_alone_vectors(self.space), shared),
+            (FIRST_REST, controls.first_and_rest_vectors(self.space), shared),
+            (LINE, controls.line_vectors(self.space), shared),
+            (RANDOM, random_family, evaluations),
+        ]
+        found = []
+        for name, vectors, budget in members:
+            with self._stage(f"control: {name}", min(len(set(vectors)), budget)):
+                found.append(best_of(name, vectors, self._view(), budget, self._rng(name)))
+        return found
+
+    def _held_out(self, candidates: Sequence[Candidate]) -> ResultTable:
+        with self._stage("held-out test", len({c.factors for c in candidates})):
+            scores = self._scores("test", [candidate.factors for candidate in candidates])
+        return ResultTable(tuple(TableRow.of(candidate, scores[candidate.factors]) for candidate in candidates))
+
+    def _scores(self, split: str, vectors: Sequence[Factors]) -> dict[Factors, PositionScores]:
+        """Full scores on the validation or test split, from the state where they are there."""
+        for vector in dict.fromkeys(vectors):
+            if (split, vector) not in self.state.scores:
+                new = self.evaluator.score([vector], self._split_numbers[split])
+                self.state.add_scores(split, new)
+            self.audience.advance()
+        return {vector: self.state.scores[split, vector] for vector in vectors}
+
+    def _assemble(
+        self,
+        task: Task,
+        name: str,
+        table: ResultTable,
+        per_layer: Sequence[Candidate],
+        curve: Found,
+        view: BudgetView,
+    ) -> SearchResult:
+        chosen, grid = per_layer[-1], self.space.grid
+        groups = len(self.memo.known) * self.settings.search_groups
+        searched = sum(len(m.values(self.heats)) for m in self.memo.known.values())
         return SearchResult(
             config=self._config(chosen.factors, curve.control_points, name),
             table=table,
-            settings=settings,
+            settings=self.settings,
             chosen=chosen.name,
             control_points=curve.control_points,
             model_name=name,
             model_window=self.model.config.get_text_config(decoder=True).max_position_embeddings,
             task=task.describe(),
-            splits=[self.search_split.describe(), self.test_split.describe()],
-            history=curve.history,
+            splits=[split.describe() for split in self.data.all],
+            history=list(curve.history),
             evaluations={
                 "per_layer_search": view.evaluations,
-                "all_methods": self.memo.evaluations,
-                "saved_by_memo": self.memo.requested - self.memo.evaluations,
+                "all_methods": len(self.memo.known),
+                "saved_by_memo": self.memo.requested - len(self.memo.known),
+                "given_up_early": sum(not self.memo.is_complete(vector) for vector in self.memo.known),
+                "examples_saved_by_racing": (groups - searched) * len(self.data.search.positions),
             },
-            seconds=self.seconds,
-            edge_layers=[i for i in self.scaled_layers if chosen.factors[i] in (grid.low, grid.values[-1])],
+            guards=self._guards(chosen.factors),
+            timing={
+                "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
+                "layer_tokens_run": self.local.layers_run,
+                "layer_tokens_asked": self.local.layers_asked,
+                "prefix_sharing": bool(self.local.sharing),
+                "batch_tokens": self.local.batch_tokens,
+                "plan": self.plan.to_dict(),
+            },
+            edge_layers=[i for i in self.space.scaled_layers if chosen.factors[i] in (grid.low, grid.values[-1])],
+            measurements={vector: measured.values(self.heats) for vector, measured in self.memo.known.items()},
         )
 
-    def _controls(self, grid: FactorGrid, evaluations: int) -> list[Control]:
-        random_family = families.random_vectors(
-            grid, self.scaled_layers, self.num_layers, evaluations, self._rng(RANDOM)
-        )
-        shared = max(evaluations, MIN_CONTROL_BUDGET)
-        members = [
-            (ALONE, families.first_layers_alone_vectors(grid, self.num_layers), shared),
-            (FIRST_REST, families.first_and_rest_vectors(grid, self.num_layers), shared),
-            (RANDOM, random_family, evaluations),
-        ]
-        found = []
-        for name, vectors, budget in members:
-            with self._stage(f"control: {name}", min(len(vectors), budget)):
-                found.append(best_of(name, vectors, self.memo, budget, self._rng(name)))
-        return found
+    def _guards(self, factors: Factors) -> dict[str, Any]:
+        """What the guards watch, without and with the chosen factors, on the search split."""
+        before, after = self.memo.known[self._unscaled()], self.memo.known[factors]
+        return {
+            "tail_accuracy": [before.tail_accuracy(self.heats), after.tail_accuracy(self.heats)],
+            "max_tail_drop": self.settings.guards.max_tail_drop,
+            "short_loss": [before.short_loss(self.heats), after.short_loss(self.heats)],
+            "short_tokens": self.data.short.max_tokens if self.data.short is not None else None,
+            "max_short_rise": self.settings.guards.max_short_rise,
+        }
 
-    def _held_out(self, candidates: Sequence[Control]) -> ResultTable:
-        scored: dict[Factors, PositionScores] = {}
-        rows = []
-        with self._stage("held-out test", len(candidates)):
-            for candidate in candidates:
-                if candidate.factors not in scored:
-                    self.model.base_model.set_layer_factors(candidate.factors)
-                    scored[candidate.factors] = score(
-                        self.model, self.test_split, batch_tokens=self.settings.batch_tokens
-                    )
-                self.audience.advance()
-                rows.append(
-                    TableRow(
-                        candidate.name,
-                        candidate.factors,
-                        candidate.fitness,
-                        candidate.evaluations,
-                        candidate.exhaustive,
-                        scored[candidate.factors],
-                    )
-                )
-        return ResultTable(tuple(rows))
-
-    def _config(self, factors: Factors, control_points: list[list[float]], name: str) -> LayerRopeConfig:
+    def _config(self, factors: Factors, control_points: list[list[float]] | None, name: str) -> LayerRopeConfig:
         window = self.model.config.get_text_config(decoder=True).max_position_embeddings
         config = self.settings.adapter_config(
             list(factors),
             control_points=control_points,
-            scaled_layers=list(self.scaled_layers),
+            scaled_layers=list(self.space.scaled_layers),
             searcher_version=__version__,
         )
         if config.rope_type == "dynamic" and config.original_max_position_embeddings is None:

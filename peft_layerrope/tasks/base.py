@@ -73,6 +73,12 @@ class Split:
         """Number of independent draws."""
         return len(self.examples) // len(self.positions)
 
+    def part(self, start: int, stop: int) -> Split:
+        """Returns the split's groups from number `start` to before `stop`, in their order."""
+        members = list(dict.fromkeys(example.group for example in self.examples))[start:stop]
+        wanted = set(members)
+        return Split(self.name, self.seed, self.positions, tuple(e for e in self.examples if e.group in wanted))
+
     @property
     def max_tokens(self) -> int:
         """Length of the longest prompt with its answer, in tokens."""

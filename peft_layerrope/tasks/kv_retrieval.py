@@ -47,6 +47,8 @@ class KeyValueRetrieval:
     ) -> None:
         self.length = length
         self.seed = seed
+        self._tokenizer = tokenizer
+        self._num_positions = num_positions
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._keys = [_encode(tokenizer, word) for word in key_words()]
         self._values = [_encode(tokenizer, word) for word in value_words()]
@@ -99,6 +101,14 @@ class KeyValueRetrieval:
             Example(context_ids, tuple(self._question + self._keys[keys[gold]]), tuple(answers[gold]), index, group)
             for index, gold in enumerate(self.positions)
         ]
+
+    def shortened(self, length: int) -> KeyValueRetrieval:
+        """Returns the same task with prompts of at most `length` tokens.
+
+        Raises:
+            TaskError: the length has no room for the positions.
+        """
+        return KeyValueRetrieval(self._tokenizer, length, num_positions=self._num_positions, seed=self.seed)
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's settings, for a report."""

@@ -1,0 +1,161 @@
+"""Gradient steps on the factors, through the frozen model. Where the fitness is the gold answer's log-probability it
+is differentiable in the factors, and a dozen steps replace many evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batching import make_batches
+from ..evaluation import DEFAULT_WEIGHTS, answer_logits, judge, with_halving
+from ..injection import scaling_for
+from ..rotary import LayerRopeLayer
+from ..sites import find_stack
+from ..tables import LayerScaling
+from ..tasks import Split
+from .grid import Factors
+from .space import FactorSpace
+
+STEP_COST = 3
+"""Evaluations that one gradient step is counted as: a forward pass, and a backward pass of twice its work."""
+
+FIRST_STEP = 0.1
+"""Largest change of a factor in the first step, as a share of the grid's range; it falls linearly to a third."""
+
+
+@dataclass(frozen=True, eq=False)
+class _TensorScaling(LayerScaling):
+    """A scaling whose factors are a tensor with a gradient, one row for each layer."""
+
+    factors: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "distinct", self.layer_factors)
+        object.__setattr__(self, "index", tuple(range(len(self.layer_factors))))
+
+    def factors_on(self, device: torch.device) -> torch.Tensor:
+        return self.factors.to(device)
+
+    @property
+    def is_constant(self) -> bool:
+        return False
+
+
+class GradientSteps:
+    """Climbs context utilisation of the gold log-probability from a factor vector.
+
+    Args:
+        model: a `PeftModel` with one LAYER_ROPE adapter, whose scaling is changed in place.
+        split: the search split.
+        space: allowed factors; the steps stay inside its range, and what is returned is rounded to its grid.
+        weights: λ_first, λ_middle, λ_last.
+        batch_tokens: tokens per forward and backward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split,
+        space: FactorSpace,
+        *,
+        weights: Sequence[float] = DEFAULT_WEIGHTS,
+        batch_tokens: int,
+    ) -> None:
+        self._model = model
+        self._split = split
+        self._space = space
+        self._batch_tokens = batch_tokens
+        self._share = _position_shares(split, weights)
+
+    def climb(self, start: Factors, steps: int, on_step: Callable[[], Any] | None = None) -> list[Factors]:
+        """Takes `steps` steps of Adam's direction with a falling length.
+
+        Args:
+            start: where to begin.
+            steps: how many.
+            on_step: called after each.
+
+        Returns:
+            The distinct rounded vectors along the way, the last one last.
+        """
+        grid, space = self._space.grid, self._space
+        values = torch.tensor(space.restrict(start), dtype=torch.float32, requires_grad=True)
+        optimiser = torch.optim.Adam([values], lr=1.0, betas=(0.5, 0.9))
+        visited: dict[Factors, None] = {}
+        for step in range(steps):
+            share = 1 - step / max(steps - 1, 1) * 2 / 3
+            optimiser.param_groups[0]["lr"] = FIRST_STEP * (grid.high - grid.low) * share
+            values.grad = -self._gradient(values)
+            optimiser.step()
+            with torch.no_grad():
+                values.clamp_(grid.low, grid.values[-1])
+            vector = space.spread(grid.snap(values.detach().numpy()))
+            visited.pop(vector, None)
+            visited[vector] = None
+            if on_step is not None:
+                on_step()
+        return list(visited)
+
+    def _gradient(self, values: torch.Tensor) -> torch.Tensor:
+        """Gradient of the utilisation by the scaled layers' factors."""
+
+        def attempt(batch_tokens: int) -> torch.Tensor:
+            total = torch.zeros_like(values)
+            for batch in make_batches(self._model, self._split, batch_tokens):
+                leaf = values.detach().clone().requires_grad_(True)
+                with self._scaled_by(leaf):
+                    _, log_probs = judge(answer_logits(self._model, batch), batch)
+                share = torch.tensor([self._share[i] for i in batch.examples], device=log_probs.device)
+                total += torch.autograd.grad((log_probs * share).sum(), leaf)[0]
+            return total
+
+        gradient, self._batch_tokens = with_halving(attempt, self._batch_tokens)
+        return gradient
+
+    def _scaled_by(self, values: torch.Tensor) -> _Scaled:
+        factors = [torch.ones(()) for _ in range(self._space.num_layers)]
+        for layer, value in zip(self._space.scaled_layers, values, strict=True):
+            factors[layer] = value
+        return _Scaled(self._model, torch.stack([factors[source] for source in self._space.key_sources]))
+
+
+class _Scaled:
+    """Context in which the model's scaling is a tensor."""
+
+    def __init__(self, model: nn.Module, factors: torch.Tensor) -> None:
+        self._factors = factors
+        self._name = model.active_adapter
+        self._config = model.peft_config[self._name]
+        self._base = model.get_base_model()
+        self._stack = find_stack(self._base)
+        self._wrappers: list[LayerRopeLayer] = self._stack.wrappers()
+
+    def __enter__(self) -> None:
+        scaling = scaling_for(self._config, self._base, self._stack)
+        self._before = scaling
+        settings = (scaling.rope_type, scaling.factor, scaling.layer_factors)
+        window = (scaling.original_max_position_embeddings, scaling.target_length)
+        self._set(_TensorScaling(*settings, *window, factors=self._factors))
+
+    def __exit__(self, *exc: object) -> None:
+        self._set(self._before)
+
+    def _set(self, scaling: LayerScaling) -> None:
+        for wrapper in self._wrappers:
+            wrapper.set_scaling(self._name, scaling)
+
+
+def _position_shares(split: Split, weights: Sequence[float]) -> list[float]:
+    """Each example's share in the utilisation of the split, which is linear in the examples' log-probabilities."""
+    count = len(split.positions)
+    if count < 3:
+        shares = [1 / count] * count
+    else:
+        first, middle, last = (weight / sum(weights) for weight in weights)
+        shares = [first, *[middle / (count - 2)] * (count - 2), last]
+    return [shares[example.position] / split.num_groups for example in split.examples]

@@ -1,0 +1,55 @@
+"""Guards: what a vector may not make worse, as constraints of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deap import tools
+
+from ..errors import SearchError
+from .individual import Individual
+from .measurement import Heats, Measurement
+
+
+@dataclass(frozen=True)
+class Guards:
+    """Limits relative to the unscaled model. None switches one off.
+
+    Attributes:
+        max_tail_drop: how far accuracy at the last position may fall ("lost in the tail"), from 0 to 1.
+        max_short_rise: how far the loss on short prompts may rise, in nats.
+    """
+
+    max_tail_drop: float | None = 0.05
+    max_short_rise: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("max_tail_drop", "max_short_rise"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise SearchError(f"{name}={value!r} must be a number of at least 0, or none to switch the guard off.")
+
+    def violation(self, measured: Measurement, unscaled: Measurement, plan: Heats) -> float:
+        """Returns by how much the limits are exceeded, summed; 0 if they are kept."""
+        excess = 0.0
+        if self.max_tail_drop is not None:
+            drop = unscaled.tail_accuracy(plan) - measured.tail_accuracy(plan)
+            excess += max(drop - self.max_tail_drop, 0.0)
+        if self.max_short_rise is not None and plan.has_short:
+            rise = measured.short_loss(plan) - unscaled.short_loss(plan)
+            excess += max(rise - self.max_short_rise, 0.0)
+        return excess
+
+
+def constrained(
+    fitness: Callable[[Individual], tuple[float]], violation: Callable[[Individual], float], floor: float
+) -> Callable[[Individual], tuple[float]]:
+    """Returns `fitness` under DEAP's penalty: `floor` minus the violation for whatever violates a guard.
+
+    Args:
+        fitness: of an individual that holds a factor vector.
+        violation: of the same.
+        floor: the unscaled model's fitness, below which every violator ranks.
+    """
+    return tools.DeltaPenalty(lambda individual: violation(individual) == 0, floor, violation)(fitness)

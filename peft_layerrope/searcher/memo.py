@@ -1,0 +1,159 @@
+"""Never the same vector twice; and every searcher's own view of what it paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .evaluator import Evaluator
+from .grid import Factors
+from .guards import Guards, constrained
+from .individual import Individual
+from .measurement import Heats, Measurement, clearly_worse
+
+_Recorder = Callable[[dict[Factors, Measurement]], None]
+
+
+class Memo:
+    """Measurements of all vectors, each heat of each run once.
+
+    Args:
+        evaluator: runs what is not known yet.
+        plan: the heats.
+        guards: limits relative to the unscaled model, which is the first vector to be measured in full.
+        known: measurements of an earlier, interrupted run.
+        on_measured: told of what is new after each heat.
+
+    Attributes:
+        evaluator: see above; may be replaced.
+        known: all measurements, in the order in which they began.
+        requested: how many vectors were asked for, repeats included.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        plan: Heats,
+        guards: Guards,
+        known: dict[Factors, Measurement] | None = None,
+        on_measured: _Recorder | None = None,
+    ) -> None:
+        self.evaluator = evaluator
+        self._stored = dict(known or {})
+        self._on_measured = on_measured
+        self._guards = guards
+        self._unscaled: Factors | None = None
+        self.plan = plan
+        self.known: dict[Factors, Measurement] = {}
+        self.requested = 0
+
+    def measure(self, vectors: Sequence[Factors], rival: Factors | None = None) -> None:
+        """Measures each vector as far as it takes.
+
+        Args:
+            vectors: may repeat.
+            rival: a vector measured in full; whoever clearly loses against it is given up. Default: nobody is.
+        """
+        self.requested += len(vectors)
+        running = list(dict.fromkeys(vectors))
+        if self._unscaled is None and running:
+            self._unscaled = (1.0,) * len(running[0])
+            if running != [self._unscaled]:
+                self.measure([self._unscaled])
+                self.requested -= 1
+        for heat in range(len(self.plan)):
+            self._run_heat([v for v in running if len(self._measured(v).heats) <= heat], heat)
+            if rival is not None and heat < len(self.plan) - 1:
+                running = [v for v in running if not self._loses(v, rival, heat)]
+
+    def _measured(self, vector: Factors) -> Measurement:
+        return self.known.get(vector, Measurement())
+
+    def _run_heat(self, vectors: Sequence[Factors], heat: int) -> None:
+        """Measures `vectors` on a heat, from what an interrupted run left where it is there."""
+        missing = [v for v in vectors if len(self._stored.get(v, Measurement()).heats) <= heat]
+        new: dict[Factors, Measurement] = {}
+        if missing:
+            for vector, scores in zip(missing, self.evaluator.measure(missing, heat), strict=True):
+                new[vector] = self._measured(vector).plus(scores)
+        for vector in vectors:
+            stored = self._stored.get(vector, Measurement()).heats[: heat + 1]
+            self.known[vector] = new[vector] if vector in new else Measurement(stored)
+        if new and self._on_measured is not None:
+            self._on_measured(new)
+
+    def _loses(self, vector: Factors, rival: Factors, heat: int) -> bool:
+        seen = Measurement(self.known[vector].heats[: heat + 1])
+        return clearly_worse(seen.values(self.plan), self.known[rival].values(self.plan))
+
+    def is_complete(self, vector: Factors) -> bool:
+        """Whether the vector was measured in full."""
+        return vector in self.known and self.known[vector].is_complete(self.plan)
+
+    def is_feasible(self, vector: Factors) -> bool:
+        """Whether the vector was measured in full and keeps to the guards."""
+        return self.is_complete(vector) and self._violation(vector) == 0
+
+    def raw_fitness(self, vector: Factors) -> float:
+        """Mean utilisation on the groups seen, without penalty."""
+        return self.known[vector].fitness(self.plan)
+
+    def fitness(self, vector: Factors, rival: Factors | None = None) -> float:
+        """Fitness under the guards. Of a vector that was given up: the rival's plus the mean gap so far."""
+        if not self.is_complete(vector):
+            values, best = self.known[vector].values(self.plan), self.known[rival].values(self.plan)
+            return float(best.mean() + (values - best[: len(values)]).mean())
+        score = constrained(
+            lambda individual: (self.raw_fitness(tuple(individual)),),
+            lambda individual: self._violation(tuple(individual)),
+            self.raw_fitness(self._unscaled),
+        )
+        return score(Individual(vector))[0]
+
+    def _violation(self, vector: Factors) -> float:
+        return self._guards.violation(self.known[vector], self.known[self._unscaled], self.plan)
+
+
+class BudgetView:
+    """One searcher's view of a shared memo: counts the distinct vectors that *this* searcher asked for.
+
+    A vector another searcher has paid for costs no time, but it counts here all the same, so that searchers
+    compared at equal budgets really have equal budgets.
+
+    Args:
+        memo: the shared memo.
+        race: whether vectors that clearly lose against this searcher's best are given up early.
+    """
+
+    def __init__(self, memo: Memo, race: bool = True) -> None:
+        self._memo = memo
+        self._race = race
+        self._extra = 0
+        self.fitness: dict[Factors, float] = {}
+
+    @property
+    def evaluations(self) -> int:
+        """How many distinct vectors this searcher has asked for, and what was charged to it beside them."""
+        return len(self.fitness) + self._extra
+
+    def charge(self, evaluations: int) -> None:
+        """Adds the cost of something that is not an evaluation, in evaluations."""
+        self._extra += evaluations
+
+    def evaluate(self, vectors: Sequence[Factors]) -> list[float]:
+        """Returns one fitness per vector, in order; higher is better."""
+        rival = self._best_complete() if self._race else None
+        self._memo.measure(vectors, rival)
+        for vector in vectors:
+            self.fitness.setdefault(vector, self._memo.fitness(vector, rival))
+        return [self.fitness[vector] for vector in vectors]
+
+    def best(self) -> tuple[Factors, float]:
+        """Returns the best vector that was measured in full and keeps to the guards, and its fitness; of equals the
+        first one asked for. Where none does, the least bad.
+        """
+        vector = self._best_complete() or max(self.fitness, key=self.fitness.__getitem__)
+        return vector, self.fitness[vector]
+
+    def _best_complete(self) -> Factors | None:
+        feasible = [vector for vector in self.fitness if self._memo.is_feasible(vector)]
+        return max(feasible, key=self.fitness.__getitem__, default=None)

@@ -1,0 +1,184 @@
+"""The state of a run on disk, so that nothing is lost when it is killed: plain JSON, replaced in one step.
+
+A search is a function of its settings, seeds and measurements. So resuming means to run it again from the start with
+the measurements that are there: it arrives where it was killed without running the model, and goes on. The population
+and the random state of each generation are kept as well, and compared on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..errors import SearchError
+from ..evaluation import PositionScores
+from .grid import Factors
+from .measurement import HeatScores, Measurement
+
+STATE_NAME, LOG_NAME = "state.json", "log.jsonl"
+_FORMAT = 1
+_SHOWN = 120  # characters of a differing value that an error message shows
+
+
+class RunState:
+    """Measurements, scores and generations of one search, kept in `folder`.
+
+    Args:
+        folder: where `state.json` and `log.jsonl` are; None keeps everything in memory only.
+        identity: what the run depends on: settings, data, model, versions. JSON values.
+        resume: go on from what is there.
+
+    Raises:
+        SearchError: there is a state but `resume` was not asked for, none although it was, one that cannot be read,
+            or one of another search; the message names the difference.
+    """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any], resume: bool = False) -> None:
+        self._folder = folder
+        self._identity = json.loads(json.dumps(identity))
+        self._measured: dict[Factors, str] = {}  # as JSON text, so that saving does not format everything again
+        self._scored: dict[tuple[str, Factors], str] = {}
+        self._generations: list[str] = []
+        self._replayed = 0
+        self.measurements: dict[Factors, Measurement] = {}
+        self.scores: dict[tuple[str, Factors], PositionScores] = {}
+        if folder is None:
+            return
+        path = folder / STATE_NAME
+        if resume:
+            self._load(path)
+        elif path.exists():
+            raise SearchError(f"{folder} holds an unfinished or finished search: resume it, or use another folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save()
+
+    @property
+    def num_measurements(self) -> int:
+        """How many vectors an earlier run left."""
+        return len(self.measurements)
+
+    def add_measurements(self, new: Mapping[Factors, Measurement]) -> None:
+        """Keeps measurements, each in place of a shorter one of its vector."""
+        for vector, measured in new.items():
+            self.measurements[vector] = measured
+            heats = [[list(heat.values), list(heat.tail)] for heat in measured.heats]
+            self._measured[vector] = json.dumps([list(vector), heats])
+            self.log("measured", factors=list(vector), heats=len(heats), last_mean=float(np.mean(heats[-1][0])))
+        self._save()
+
+    def add_scores(self, split: str, scores: Mapping[Factors, PositionScores]) -> None:
+        """Keeps full scores on a split other than the search split."""
+        for vector, found in scores.items():
+            self.scores[split, vector] = found
+            values = [found.correct.astype(int).tolist(), found.log_prob.tolist()]
+            self._scored[split, vector] = json.dumps([split, list(vector), list(found.positions), *values])
+            self.log("scored", split=split, factors=list(vector), accuracy=float(found.correct.mean()))
+        self._save()
+
+    def add_generation(self, stage: str, population: list[list[float]], random_state: list[Any]) -> None:
+        """Keeps a generation; in a resumed run, compares it with what the interrupted one had.
+
+        Raises:
+            SearchError: they differ: the run is not reproducible here.
+        """
+        text = json.dumps([stage, population, random_state])
+        if self._replayed < len(self._generations):
+            if self._generations[self._replayed] != text:
+                raise SearchError(
+                    f"the resumed search differs from the interrupted one in generation {self._replayed} of {stage!r}: "
+                    "its libraries or its machine changed. Start again with --overwrite."
+                )
+        else:
+            self._generations.append(text)
+            self._save()
+        self._replayed += 1
+
+    def log(self, event: str, **values: Any) -> None:
+        """Appends a line to `log.jsonl`, for people and tools that follow the run."""
+        if self._folder is not None:
+            line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, ensure_ascii=False)
+            with open(self._folder / LOG_NAME, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def _save(self) -> None:
+        if self._folder is None:
+            return
+        parts = {
+            "measurements": self._measured.values(),
+            "scores": self._scored.values(),
+            "generations": self._generations,
+        }
+        body = ",\n".join(f'"{name}": [{_lines(items)}]' for name, items in parts.items())
+        head = json.dumps({"format": _FORMAT, "identity": self._identity})[1:-1]
+        write_atomically(self._folder / STATE_NAME, f"{{{head},\n{body}}}\n")
+
+    def _load(self, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise SearchError(f"nothing to resume: {path} does not exist.") from error
+        except (OSError, ValueError) as error:
+            raise SearchError(f"{path} cannot be read: {error}.") from error
+        try:
+            if content["format"] != _FORMAT:
+                raise SearchError(f"{path} has format {content['format']!r}, expected {_FORMAT}.")
+            _check_same(content["identity"], self._identity, path)
+            for factors, heats in content["measurements"]:
+                vector = tuple(map(float, factors))
+                parts = tuple(HeatScores(tuple(values), tuple(tail)) for values, tail in heats)
+                self.measurements[vector] = Measurement(parts)
+                self._measured[vector] = json.dumps([factors, heats])
+            for split, factors, positions, correct, log_prob in content["scores"]:
+                key = split, tuple(map(float, factors))
+                arrays = np.array(correct, dtype=bool), np.array(log_prob, dtype=np.float64)
+                self.scores[key] = PositionScores(tuple(positions), *arrays)
+                self._scored[key] = json.dumps([split, factors, positions, correct, log_prob])
+            self._generations = [json.dumps(generation) for generation in content["generations"]]
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, SearchError):
+                raise
+            raise SearchError(f"{path} is damaged: {error!r}. Start again with --overwrite.") from error
+        self.log("resumed", measurements=len(self.measurements))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file in one step: whoever reads it, or resumes after a crash, finds the old text or the new."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Returns a hash of the model's configuration and of a few values of each weight."""
+    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:16].float().cpu().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _lines(items: Iterable[str]) -> str:
+    return ",\n".join(items)
+
+
+def _check_same(before: Any, now: Any, path: Path, name: str = "") -> None:
+    """Raises SearchError that names the first value in which two searches differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            _check_same(before.get(key), now.get(key), path, f"{name}.{key}" if name else key)
+    elif before != now:
+        was, is_now = (json.dumps(value)[:_SHOWN] for value in (before, now))
+        raise SearchError(f"{path} is from another search: {name} was {was} there and is {is_now} now.")
