@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -47,21 +48,29 @@ Task: `{task}`. Factors of every method were chosen on a search split; the table
 
 {table}
 
+{remarks}
+
 ![accuracy by position of the answer](accuracy_by_position.png)
 
 ![factor by depth](factors_by_depth.png)
 
-`search.json` holds splits, seeds, settings, every method's factors and the scores by position.
+`search.json` holds splits, seeds, settings, every method's factors and the scores by position; `layerrope search
+--config search.yaml --output FOLDER` repeats the search.
 
 ## Method
 
-One RoPE scaling factor per layer, found by a genetic algorithm over cubic Bézier curves and coordinate
-refinement: arXiv [2503.04355](https://arxiv.org/abs/2503.04355), arXiv [2606.27705](https://arxiv.org/abs/2606.27705).
+One RoPE scaling factor per layer, found by a genetic algorithm over cubic Bézier curves, gradient steps and
+coordinate steps: arXiv [2503.04355](https://arxiv.org/abs/2503.04355), arXiv [2606.27705](https://arxiv.org/abs/2606.27705).
 """
 
 
 def model_card(
-    base_model: str, config: LayerRopeConfig, scores: PositionScores, task: dict[str, Any], table: str
+    base_model: str,
+    config: LayerRopeConfig,
+    scores: PositionScores,
+    task: dict[str, Any],
+    table: str,
+    remarks: Sequence[str] = (),
 ) -> ModelCard:
     """Returns the card of a searched adapter.
 
@@ -71,6 +80,7 @@ def model_card(
         scores: its held-out scores.
         task: the task's description.
         table: the held-out comparison in Markdown.
+        remarks: sentences that belong to it.
     """
     data = ModelCardData(
         base_model=base_model,
@@ -101,5 +111,6 @@ def model_card(
             factors=format_factors(config.layer_factors),
             task=task["name"],
             table=table,
+            remarks="\n".join(f"- {remark}" for remark in remarks),
         )
     )

@@ -39,6 +39,18 @@ class Comparison(Protocol):
         """Average accuracy of row `name` minus that of `baseline`, paired."""
 
 
+class Plan(Protocol):
+    """What a search is going to cost."""
+
+    evaluations: Mapping[str, int]
+    num_evaluations: int
+    tokens_per_evaluation: int
+    tokens: int
+    memory_bytes: int
+    seconds_per_evaluation: float
+    seconds: float
+
+
 _DPI = 150
 _GREY, _COLOURS = "0.55", ("0.55", "tab:orange", "tab:green", "tab:blue")
 
@@ -64,18 +76,16 @@ def _percent_mean(interval: Interval, signed: bool = False) -> str:
     return f"{100 * interval.value:{sign}.1f} ± {100 * (interval.high - interval.value):.1f}"
 
 
-_BASELINES = ("none", "uniform")
-
 TABLE_LEGEND = (
     "accuracy: exact match in %, mean over all gold positions; worst: at the worst position; U: context utilisation "
-    "of the accuracies. ±: 95 % interval over contexts; differences are paired."
+    "of the accuracies. ±: 95 % interval over contexts; differences are paired; the control is the one of the first "
+    "two that is better on the search split."
 )
 
 
-def _comparison_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
+def _comparison_cells(table: Comparison, control: str | None) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the held-out scores: method, accuracy, worst, U, paired differences."""
-    present = {row.name for row in table}
-    against = [name for name in _BASELINES if name in present]
+    against = [name for name in ("uniform", control) if name in {row.name for row in table}]
     cells = []
     for row in table:
         line = [
@@ -87,7 +97,8 @@ def _comparison_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
         for name in against:
             line.append("" if name == row.name else _percent_mean(table.difference(row.name, name), signed=True))
         cells.append(line)
-    return ["method", "accuracy", "worst", "U", *(f"vs {name}" for name in against)], cells
+    header = ["vs uniform" if name == "uniform" else "vs control" for name in against]
+    return ["method", "accuracy", "worst", "U", *header], cells
 
 
 def _choice_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -96,9 +107,11 @@ def _choice_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
     return ["method", "tried", "fitness", "factors"], cells
 
 
-def comparison_table(table: Comparison, title: str) -> Table:
-    """Returns the held-out comparison as a rich table of at most 80 columns."""
-    return _rich_table(title, TABLE_LEGEND, *_comparison_cells(table), left=(0,))
+def comparison_table(table: Comparison, title: str, control: str | None = None) -> Table:
+    """Returns the held-out comparison as a rich table of at most 80 columns; `control` names the row to compare with,
+    beside the best uniform factor.
+    """
+    return _rich_table(title, TABLE_LEGEND, *_comparison_cells(table, control), left=(0,))
 
 
 def choice_table(table: Comparison) -> Table:
@@ -118,9 +131,9 @@ def _rich_table(
     return rendered
 
 
-def markdown_table(table: Comparison) -> str:
+def markdown_table(table: Comparison, control: str | None = None) -> str:
     """Returns the held-out comparison with the factors in Markdown, for a model card."""
-    header, scores = _comparison_cells(table)
+    header, scores = _comparison_cells(table, control)
     _, choices = _choice_cells(table)
     lines = [
         [*header, "tried", "factors"],
@@ -129,6 +142,30 @@ def markdown_table(table: Comparison) -> str:
     ]
     body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"{body}\n\ntried: distinct factor vectors evaluated on the search split. {TABLE_LEGEND}"
+
+
+def plan_table(plan: Plan) -> Table:
+    """Returns what a search is going to cost at most, stage by stage."""
+    cells = [[name, str(count)] for name, count in plan.evaluations.items()]
+    cells.append(["all", str(plan.num_evaluations)])
+    return _rich_table("The search, at most", plan_line(plan), ["stage", "evaluations"], cells, left=(0,))
+
+
+def plan_line(plan: Plan) -> str:
+    """The same in a sentence."""
+    each = f"{plan.num_evaluations} evaluations of {plan.tokens_per_evaluation:,} tokens"
+    total = f"{plan.tokens / 1e6:.1f} M tokens with the held-out splits, {plan.memory_bytes / 2**30:.1f} GiB"
+    return (
+        f"at most {each}, {total}, {_duration(plan.seconds)} (one evaluation: {plan.seconds_per_evaluation:.2f} s). "
+        "Racing, shared layers and vectors known already make it shorter."
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def position_table(scores: PositionScores, title: str) -> Table:

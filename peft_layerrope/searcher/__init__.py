@@ -4,7 +4,7 @@ from .grid import FactorGrid, Factors, default_scaled_layers
 from .guards import Guards
 from .plan import Plan
 from .result import ResultTable, SearchResult, TableRow
-from .run import search
+from .run import plan_search, search
 from .settings import SearchSettings
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "SearchSettings",
     "TableRow",
     "default_scaled_layers",
+    "plan_search",
     "search",
 ]

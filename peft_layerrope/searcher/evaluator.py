@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -63,6 +64,17 @@ class ModelEvaluator:
         self.sharing: bool | None = None if share_bytes else False
 
     @property
+    def model(self) -> nn.Module:
+        """The `PeftModel` that is scored."""
+        return self._model
+
+    def recipe(self) -> Callable[..., ModelEvaluator]:
+        """Returns what makes such an evaluator elsewhere, given a copy of the model and `batch_tokens=`."""
+        share_bytes = 0 if self.sharing is False else self._prefixes.outputs.max_bytes
+        settings = {"objective": self._objective, "weights": self._weights, "share_bytes": share_bytes}
+        return partial(ModelEvaluator, heats=self._heats, **settings)
+
+    @property
     def layers_run(self) -> int:
         """Decoder layers that really ran, each times its tokens."""
         return self._prefixes.layers_run
@@ -97,6 +109,11 @@ class ModelEvaluator:
             return self._score(vectors, heat)
 
         return with_halving(attempt, self.batch_tokens)[0]
+
+    def forget(self) -> None:
+        """Drops the stored outputs and sets the counts to 0."""
+        self._prefixes.outputs.clear()
+        self._prefixes.layers_run = self._prefixes.layers_asked = 0
 
     def num_tokens(self, heat: int) -> int:
         """Tokens that scoring one vector on a heat runs."""

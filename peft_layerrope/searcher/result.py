@@ -17,6 +17,7 @@ from ..config import LayerRopeConfig
 from ..evaluation import PositionScores
 from ..statistics import Interval
 from .controls import Candidate
+from .gradient import STEP_COST
 from .grid import Factors
 from .settings import SearchSettings
 
@@ -33,12 +34,12 @@ NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (
 LABELS = {
     NONE: "no scaling",
     UNIFORM: "best uniform factor",
-    ALONE: "control: first k at 1, rest b",
+    ALONE: "control: first k at 1",
     FIRST_REST: "control: first a, rest b",
     LINE: "control: straight line",
     RANDOM: "random per layer",
     CURVE: "per layer: curve",
-    REFINED: "per layer: curve, refined",
+    REFINED: "per layer: refined",
 }
 
 
@@ -124,6 +125,7 @@ class SearchResult:
         edge_layers: layers whose factor is at an end of the range, where a wider one may hold a better value.
         measurements: every vector evaluated, with its utilisation by group of the search split (fewer groups where
             it was given up early).
+        bootstrap: how the choice depends on the examples, where that was asked for.
     """
 
     config: LayerRopeConfig
@@ -141,6 +143,7 @@ class SearchResult:
     timing: dict[str, Any]
     edge_layers: list[int]
     measurements: dict[Factors, np.ndarray]
+    bootstrap: dict[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but the timing as plain values: the content of `search.json`, the same for the same
@@ -161,6 +164,8 @@ class SearchResult:
             "table": [self._row_dict(row) for row in self.table],
             "evaluations": self.evaluations,
             "guards": self.guards,
+            "better_control": self.better_control,
+            "bootstrap": self.bootstrap,
             "history": self.history,
         }
 
@@ -201,7 +206,12 @@ class SearchResult:
             scaled_layers=self.config.scaled_layers,
         )
         card = model_card(
-            self.model_name, self.config, self.table[self.chosen].scores, self.task, report.markdown_table(self.table)
+            self.model_name,
+            self.config,
+            self.table[self.chosen].scores,
+            self.task,
+            report.markdown_table(self.table, self.better_control),
+            self.remarks(with_time=False),
         )
         card.save(folder / "README.md")
 
@@ -210,6 +220,38 @@ class SearchResult:
         """The shared-factor control that is better on the search split; None if there are none."""
         controls = [name for name in (ALONE, FIRST_REST) if name in self.table]
         return max(controls, key=lambda name: self.table[name].fitness, default=None)
+
+    def remarks(self, with_time: bool = True) -> list[str]:
+        """Returns what a reader should know beside the table: cost, guards, edges, and how sure the choice is."""
+        counts, guards = self.evaluations, self.guards
+        before, after = guards["tail_accuracy"]
+        lines = [
+            f"cost: {counts['per_layer_search']} evaluations for the per-layer search (a gradient step counts as "
+            f"{STEP_COST}), {counts['all_methods']} distinct factor vectors for all methods; "
+            f"{counts['saved_by_memo']} more were known already and {counts['given_up_early']} given up early.",
+            f"guards on the search split: accuracy at the last position {100 * before:.1f} → {100 * after:.1f} %"
+            + _limit(guards["max_tail_drop"], " (may fall by {:.0%})")
+            + _short(guards),
+        ]
+        if with_time:
+            asked, ran = self.timing["layer_tokens_asked"], self.timing["layer_tokens_run"]
+            seconds = sum(self.timing["seconds"].values())
+            shared = f", {1 - ran / asked:.0%} of the layers of this run were shared" if asked else ""
+            lines.append(f"time: {seconds:.0f} s{shared}.")
+        if self.bootstrap is not None:
+            choice = self.bootstrap
+            mean, high = choice["chosen_behind_winner"]
+            lines.append(
+                f"choice: with the search split drawn again {choice['draws']} times, {choice['winners']} different "
+                f"vectors win; the chosen one wins {choice['chosen_wins']:.0%} of the draws and is "
+                f"{mean:.3f} behind the winner on average (95th percentile {high:.3f})."
+            )
+        if self.edge_layers:
+            lines.append(
+                f"note: the factors of layers {self.edge_layers} are at the edge of the range; a wider "
+                "--min-factor/--max-factor may find better ones."
+            )
+        return lines
 
     def subtitle(self) -> str:
         """Says in one line what was measured."""
@@ -224,3 +266,15 @@ class SearchResult:
         """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""
         names = [NONE, UNIFORM, self.better_control, self.chosen]
         return {self.table[name].label: self.table[name].scores for name in names if name in self.table}
+
+
+def _limit(limit: float | None, text: str) -> str:
+    return " (guard off)" if limit is None else text.format(limit)
+
+
+def _short(guards: dict[str, Any]) -> str:
+    before, after = guards["short_loss"]
+    if before is None:
+        return "; short prompts were not tried."
+    limit = _limit(guards["max_short_rise"], " (may rise by {:g})")
+    return f"; loss on prompts of {guards['short_tokens']} tokens {before:.3f} → {after:.3f} nats{limit}."

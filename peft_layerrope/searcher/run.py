@@ -25,6 +25,7 @@ from ..evaluation import PositionScores
 from ..sites import find_stack
 from ..tasks import Split, Task, check_disjoint
 from . import controls
+from .bootstrap import bootstrap_choice
 from .controls import Candidate, best_of
 from .coordinates import climb
 from .evaluator import Evaluator, ModelEvaluator
@@ -42,7 +43,7 @@ from .state import RunState, model_fingerprint
 from .strategies import run_strategy
 
 Distribute = Callable[[ModelEvaluator], Evaluator]
-"""Given the evaluator of this process, returns one that has the work done elsewhere."""
+"""Given the evaluator of this process, returns one that has the work done elsewhere; see `ray_workers`."""
 
 
 def search(
@@ -94,9 +95,39 @@ def search(
     >>> result.save("my-adapter")
     ```
     """
+    settings = _settings(settings, overrides)
+    with _prepared(model, task, settings, progress, folder, resume) as run:
+        run.time_one_evaluation()
+        if on_plan is not None:
+            on_plan(run.plan)
+        run.distribute(distribute)
+        return run.result(task, model_name(model))
+
+
+def plan_search(model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any) -> Plan:
+    """Returns what [`search`] with these arguments would cost, after one timed evaluation. Writes nothing."""
+    settings = _settings(settings, overrides)
+    with _prepared(model, task, settings, progress=False, folder=None, resume=False) as run:
+        run.time_one_evaluation()
+        return run.plan
+
+
+def _settings(settings: SearchSettings | None, overrides: dict[str, Any]) -> SearchSettings:
     if settings is not None and overrides:
         raise SearchError(f"pass either settings or fields of it, got both: {', '.join(overrides)}.")
-    settings = settings if settings is not None else SearchSettings(**overrides)
+    return settings if settings is not None else SearchSettings(**overrides)
+
+
+@contextmanager
+def _prepared(
+    model: nn.Module,
+    task: Task,
+    settings: SearchSettings,
+    progress: bool | SearchProgress,
+    folder: str | Path | None,
+    resume: bool,
+) -> Iterator[_Run]:
+    """Checks everything, injects the adapter, and takes it out again afterwards."""
     space = settings.space(tuple(find_stack(model).key_sources))
     data = _make_data(model, task, settings)
     identity = {
@@ -108,14 +139,12 @@ def search(
         "threads": torch.get_num_threads(),
         "device": model.get_input_embeddings().weight.device.type,
     }
-    state = RunState(Path(folder) if folder is not None else None, identity, resume)
     was_training = model.training
     peft_model = get_peft_model(model, settings.adapter_config([1.0] * space.num_layers))
     try:
+        state = RunState(Path(folder) if folder is not None else None, identity, resume)
         with _audience(progress) as audience:
-            run = _Run(peft_model, settings, space, data, state, audience, distribute)
-            run.prepare(on_plan)
-            return run.result(task, model_name(model))
+            yield _Run(peft_model, settings, space, data, state, audience)
     finally:
         peft_model.unload().train(was_training)
 
@@ -195,7 +224,6 @@ class _Run:
         data: _Data,
         state: RunState,
         audience: SearchProgress,
-        distribute: Distribute | None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -221,7 +249,6 @@ class _Run:
             share_bytes=settings.share_mib * 2**20,
         )
         self.evaluator: Evaluator = self.local
-        self._distribute = distribute
         self.memo = Memo(self.local, self.heats, settings.guards, dict(state.measurements), self._measured)
 
     def _measured(self, new: dict[Factors, Measurement]) -> None:
@@ -257,28 +284,31 @@ class _Run:
     def _unscaled(self) -> Factors:
         return (1.0,) * self.space.num_layers
 
-    def prepare(self, on_plan: Callable[[Plan], None] | None) -> None:
-        """Times the unscaled model, and says what is to come."""
-        started = time.perf_counter()
-        with self._stage("one timed evaluation", 1):
+    def time_one_evaluation(self) -> None:
+        """Times the unscaled model on every heat, and plans the search by it."""
+        with self._stage("one timed evaluation", len(self.heats)):
+            self.local.measure([self._unscaled()], 0)  # the first pass is slow, and finds out about sharing
+            self.local.forget()
+            started = time.perf_counter()
             for heat in range(len(self.heats)):
                 self.local.measure([self._unscaled()], heat)
-        rows = 5 + 4 * self.settings.controls
-        tokens = sum(self.local.num_tokens(heat) for heat in range(len(self.heats)))
-        held_out = sum(self.local.num_tokens(number) for number in self._split_numbers.values()) * rows
+                self.audience.advance()
+            seconds = time.perf_counter() - started
+            self.local.forget()
+        held_out = sum(self.local.num_tokens(number) for number in self._split_numbers.values())
         self.plan = Plan(
             planned_evaluations(self.settings, self.space),
-            tokens,
-            held_out,
+            sum(self.local.num_tokens(heat) for heat in range(len(self.heats))),
+            held_out * (4 + 4 * self.settings.controls),
             memory_in_use(self.model) + self.settings.share_mib * 2**20,
-            time.perf_counter() - started,
+            seconds,
         )
         self.state.log("plan", **self.plan.to_dict())
-        if on_plan is not None:
-            on_plan(self.plan)
-        if self._distribute is not None:
-            self.evaluator = self._distribute(self.local)
-            self.memo.evaluator = self.evaluator
+
+    def distribute(self, distribute: Distribute | None) -> None:
+        """Has the evaluations done elsewhere from now on."""
+        if distribute is not None:
+            self.evaluator = self.memo.evaluator = distribute(self.local)
 
     def result(self, task: Task, name: str) -> SearchResult:
         """Runs every stage."""
@@ -386,6 +416,12 @@ class _Run:
         chosen, grid = per_layer[-1], self.space.grid
         groups = len(self.memo.known) * self.settings.search_groups
         searched = sum(len(m.values(self.heats)) for m in self.memo.known.values())
+        measurements = {vector: measured.values(self.heats) for vector, measured in self.memo.known.items()}
+        settings = self.settings
+        bootstrap = None
+        if settings.bootstrap:
+            draws = settings.search_groups, settings.bootstrap, settings.seed
+            bootstrap = bootstrap_choice(measurements, chosen.factors, *draws)
         return SearchResult(
             config=self._config(chosen.factors, curve.control_points, name),
             table=table,
@@ -414,7 +450,8 @@ class _Run:
                 "plan": self.plan.to_dict(),
             },
             edge_layers=[i for i in self.space.scaled_layers if chosen.factors[i] in (grid.low, grid.values[-1])],
-            measurements={vector: measured.values(self.heats) for vector, measured in self.memo.known.items()},
+            measurements=measurements,
+            bootstrap=bootstrap,
         )
 
     def _guards(self, factors: Factors) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class SearchSettings:
         validation_groups: independent contexts that decide between the curve and its refinement.
         test_groups: independent contexts of the held-out table.
         short_groups: short prompts for the guard of that name.
+        bootstrap: how many times the search split is drawn again to see how the choice depends on it; 0: not at all.
         batch_tokens: tokens per forward pass; halved when memory runs out.
         share_mib: memory for the outputs of leading layers that vectors have in common, in MiB; 0 shares nothing.
         seed: seed of the searchers. The task has a seed of its own.
@@ -75,6 +76,7 @@ class SearchSettings:
     validation_groups: int = 32
     test_groups: int = 200
     short_groups: int = 8
+    bootstrap: int = 0
     batch_tokens: int = DEFAULT_BATCH_TOKENS
     share_mib: int = 1024
     seed: int = 0
@@ -98,6 +100,7 @@ class SearchSettings:
             "validation_groups": 1,
             "test_groups": 2,
             "short_groups": 1,
+            "bootstrap": 0,
             "batch_tokens": 1,
             "share_mib": 0,
             "seed": 0,

@@ -1,0 +1,321 @@
+"""`layerrope search`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import report
+from ..errors import SearchError
+from ..evaluation import DEFAULT_BATCH_TOKENS, DEFAULT_WEIGHTS
+from ..searcher import Guards, SearchResult, SearchSettings, plan_search
+from ..searcher import search as run_search
+from ..searcher.sensitivity import parse_layers
+from ..searcher.specification import SearchSpecification, merge, read_specification
+from ..searcher.state import STATE_NAME
+from .app import INTERRUPTED, app, err, out, plain_errors
+from .options import (
+    BatchTokensOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    FactorOption,
+    LengthOption,
+    ModelArgument,
+    PositionsOption,
+    RopeType,
+    RopeTypeOption,
+    TaskName,
+    TaskOption,
+    TaskSeedOption,
+    build_task,
+    load,
+    resolve_length,
+    tokenizer_of,
+)
+
+SPECIFICATION_NAME, RUN_FOLDER = "search.yaml", "run"
+
+
+class ObjectiveName(StrEnum):
+    """Choices of --objective."""
+
+    log_prob = "log_prob"
+    accuracy = "accuracy"
+
+
+class CurveName(StrEnum):
+    """Choices of --curve."""
+
+    bezier = "bezier"
+    linear = "linear"
+    direct = "direct"
+
+
+class AlgorithmName(StrEnum):
+    """Choices of --algorithm."""
+
+    genetic = "genetic"
+    cma_es = "cma-es"
+    greedy = "greedy"
+    random = "random"
+
+
+# Where an option's value stands in search.yaml.
+_PATHS: dict[str, tuple[str, ...]] = {
+    "model": ("model",),
+    "device": ("device",),
+    "dtype": ("dtype",),
+    "task": ("task", "name"),
+    "length": ("task", "length"),
+    "positions": ("task", "positions"),
+    "task_seed": ("task", "seed"),
+    "min_factor": ("search", "grid", "low"),
+    "max_factor": ("search", "grid", "high"),
+    "step": ("search", "grid", "step"),
+    "layers": ("search", "scaled_layers"),
+    "max_tail_drop": ("search", "guards", "max_tail_drop"),
+    "max_short_rise": ("search", "guards", "max_short_rise"),
+    **{
+        name: ("search", name)
+        for name in (
+            "rope_type",
+            "factor",
+            "objective",
+            "weights",
+            "curve",
+            "algorithm",
+            "population",
+            "generations",
+            "refine",
+            "gradient_steps",
+            "refine_evaluations",
+            "race",
+            "controls",
+            "search_groups",
+            "validation_groups",
+            "test_groups",
+            "batch_tokens",
+            "share_mib",
+            "bootstrap",
+            "seed",
+        )
+    },
+}
+_SEARCH, _SCALING, _DATA, _RUN = "Search", "Scaling", "Examples", "Running"
+
+
+@app.command()
+def search(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, the report, the plots and the state.")],
+    model: ModelArgument = None,
+    rope_type: RopeTypeOption = RopeType.default,
+    factor: FactorOption = 1.0,
+    min_factor: Annotated[float, typer.Option(help="Smallest factor of a layer.", rich_help_panel=_SCALING)] = 1.0,
+    max_factor: Annotated[float, typer.Option(help="Largest factor of a layer.", rich_help_panel=_SCALING)] = 2.0,
+    step: Annotated[float, typer.Option(help="Step of the factor grid.", rich_help_panel=_SCALING)] = 0.1,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers that may be scaled, such as 0-3,7. Default: all but the first 2 of every 32. "
+            "`layerrope sensitivity` says which are worth it.",
+            rich_help_panel=_SCALING,
+        ),
+    ] = None,
+    task: TaskOption = TaskName.kv_retrieval,
+    length: LengthOption = None,
+    positions: PositionsOption = 11,
+    task_seed: TaskSeedOption = 0,
+    curve: Annotated[
+        CurveName | None,
+        typer.Option(
+            help="What is searched: a Bézier curve, a straight line, or each factor.", rich_help_panel=_SEARCH
+        ),
+    ] = None,
+    algorithm: Annotated[
+        AlgorithmName, typer.Option(help="greedy and random search the factors themselves.", rich_help_panel=_SEARCH)
+    ] = AlgorithmName.genetic,
+    population: Annotated[
+        int, typer.Option(help="Curves per generation.", rich_help_panel=_SEARCH)
+    ] = SearchSettings.population,
+    generations: Annotated[
+        int, typer.Option(help="Generations after the first.", rich_help_panel=_SEARCH)
+    ] = SearchSettings.generations,
+    objective: Annotated[
+        ObjectiveName, typer.Option(help="Fitness: gold log-probability or exact match.", rich_help_panel=_SEARCH)
+    ] = ObjectiveName.log_prob,
+    weights: Annotated[
+        tuple[float, float, float],
+        typer.Option(help="λ first, middle, last of context utilisation.", rich_help_panel=_SEARCH),
+    ] = DEFAULT_WEIGHTS,
+    refine: Annotated[
+        bool, typer.Option(help="Gradient and coordinate steps after the curve.", rich_help_panel=_SEARCH)
+    ] = True,
+    gradient_steps: Annotated[
+        int, typer.Option(help="Gradient steps on the factors.", rich_help_panel=_SEARCH)
+    ] = SearchSettings.gradient_steps,
+    refine_evaluations: Annotated[
+        int, typer.Option(help="Vectors that the coordinate steps may evaluate.", rich_help_panel=_SEARCH)
+    ] = SearchSettings.refine_evaluations,
+    race: Annotated[bool, typer.Option(help="Give up on vectors that clearly lose, on a part of the examples.")] = True,
+    controls: Annotated[
+        bool, typer.Option(help="Search the controls too, at the same budget.", rich_help_panel=_SEARCH)
+    ] = True,
+    guards: Annotated[bool, typer.Option(help="Keep to the limits below.", rich_help_panel="Guards")] = True,
+    max_tail_drop: Annotated[
+        float,
+        typer.Option(help="How far accuracy at the last position may fall (0 to 1).", rich_help_panel="Guards"),
+    ] = Guards.max_tail_drop,
+    max_short_rise: Annotated[
+        float, typer.Option(help="How far the loss on short prompts may rise, in nats.", rich_help_panel="Guards")
+    ] = Guards.max_short_rise,
+    search_groups: Annotated[
+        int, typer.Option(help="Contexts to search on.", rich_help_panel=_DATA)
+    ] = SearchSettings.search_groups,
+    validation_groups: Annotated[
+        int, typer.Option(help="Contexts that choose between curve and refinement.", rich_help_panel=_DATA)
+    ] = SearchSettings.validation_groups,
+    test_groups: Annotated[
+        int, typer.Option(help="Contexts of the held-out table.", rich_help_panel=_DATA)
+    ] = SearchSettings.test_groups,
+    seed: Annotated[int, typer.Option(help="Seed of the searchers.", rich_help_panel=_SEARCH)] = 0,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A search.yaml to repeat; options given beside it go first.", rich_help_panel=_RUN),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan with its cost, and stop.", rich_help_panel=_RUN)
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the search in --output, also after a kill.", rich_help_panel=_RUN),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier search.", rich_help_panel=_RUN)
+    ] = False,
+    bootstrap: Annotated[
+        int,
+        typer.Option(
+            help="Draw the search split so many times again, and report how the choice varies.", rich_help_panel=_RUN
+        ),
+    ] = 0,
+    workers: Annotated[int, typer.Option(help="Ray workers; 0 searches in this process.", rich_help_panel=_RUN)] = 0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster, such as auto.", rich_help_panel=_RUN)
+    ] = None,
+    share_mib: Annotated[
+        int,
+        typer.Option(help="Memory for layers that factor vectors have in common, in MiB.", rich_help_panel="Model"),
+    ] = SearchSettings.share_mib,
+    batch_tokens: BatchTokensOption = DEFAULT_BATCH_TOKENS,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Search per-layer factors and compare them, held out, with simpler choices.
+
+    Example: `layerrope search --output demo-adapter` searches the shipped demo model in about two minutes.
+
+    Example: `layerrope search meta-llama/Llama-3.1-8B-Instruct --length 8192 --output my-adapter --dry-run`
+
+    Example: `layerrope search --output my-adapter --resume` goes on where a search was interrupted.
+
+    The folder gets the adapter, its card with the held-out table, `search.json`, `search.yaml` (which repeats the
+    search), two plots, and `run/` with the state and `log.jsonl`, a line for every evaluation.
+    """
+    with plain_errors(debug):
+        specification = _specification(context, output, config, resume, guards)
+        _check_output(output, resume, overwrite)
+        distribute = _workers(workers, ray_address, specification)
+        tokenizer = tokenizer_of(specification.model)
+        loaded = load(specification.model, specification.device, specification.dtype)
+        length = resolve_length(specification.task.length, loaded, is_demo=specification.model is None)
+        specification = replace(specification, task=replace(specification.task, length=length))
+        built = build_task(specification.task, tokenizer)
+        if dry_run:
+            out.print(report.plan_table(plan_search(loaded, built, specification.search)))
+            return
+        _prepare_output(output, resume)
+        specification.save(output / SPECIFICATION_NAME)
+        folder = output / RUN_FOLDER
+        try:
+            result = run_search(
+                loaded,
+                built,
+                specification.search,
+                folder=folder,
+                resume=resume and (folder / STATE_NAME).exists(),
+                on_plan=lambda plan: err.print(report.plan_line(plan), highlight=False),
+                distribute=distribute,
+            )
+        except KeyboardInterrupt:
+            err.print(f"interrupted; nothing is lost. Go on with: layerrope search --output {output} --resume")
+            raise typer.Exit(INTERRUPTED) from None
+        result.save(output)
+        _print_result(result, output)
+
+
+def _specification(
+    context: typer.Context, output: Path, config: Path | None, resume: bool, guards: bool
+) -> SearchSpecification:
+    """What the file says, or the defaults, with what was typed put in."""
+    saved = output / SPECIFICATION_NAME
+    if config is None and resume and saved.exists():
+        config = saved
+    values = read_specification(config) if config is not None else {}
+    changes: dict[tuple[str, ...], Any] = {}
+    for name, path in _PATHS.items():
+        if context.get_parameter_source(name).name == "COMMANDLINE":  # typer may bring a click of its own
+            value = context.params[name]
+            changes[path] = parse_layers(value) if name == "layers" else value
+    if not guards:
+        changes["search", "guards"] = {"max_tail_drop": None, "max_short_rise": None}
+    return SearchSpecification.of(merge(values, changes), str(config) if config is not None else "options")
+
+
+def _workers(workers: int, ray_address: str | None, specification: SearchSpecification) -> Any:
+    if not workers and ray_address is None:
+        return None
+    from ..searcher.ray_workers import RayWorkers  # an optional extra
+
+    return RayWorkers(max(workers, 1), address=ray_address)
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuses an output folder that cannot be used, before any work."""
+    if resume and overwrite:
+        raise SearchError("--resume keeps an earlier search and --overwrite replaces it: pass one of them.")
+    if output.exists() and not output.is_dir():
+        raise SearchError(f"--output {output} exists and is not a folder.")
+    if output.is_dir() and any(output.iterdir()) and not (overwrite or resume):
+        raise SearchError(
+            f"--output {output} is not empty; pass --resume to go on with the search in it, --overwrite to replace it."
+        )
+    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise SearchError(f"--output {output} is not writable.")
+
+
+def _prepare_output(output: Path, resume: bool) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SearchError(f"--output {output} cannot be created: {error.strerror}.") from error
+    if not resume and (output / RUN_FOLDER).exists():
+        shutil.rmtree(output / RUN_FOLDER)
+
+
+def _print_result(result: SearchResult, output: Path) -> None:
+    out.print()
+    out.print(report.choice_table(result.table))
+    out.print(report.comparison_table(result.table, f"Held out: {result.subtitle()}", result.better_control))
+    for line in result.remarks():
+        out.print(line, highlight=False)
+    out.print(f"adapter, report and plots: {output}", highlight=False)
