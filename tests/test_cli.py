@@ -16,7 +16,7 @@ from peft_layerrope.cli import app
 
 TINY_SEARCH = [
     *("--length", "128", "--positions", "3", "--population", "4", "--generations", "1", "--refine-evaluations", "4"),
-    *("--search-groups", "2", "--test-groups", "3"),
+    *("--search-groups", "2", "--validation-groups", "2", "--test-groups", "3", "--gradient-steps", "1"),
 ]
 
 
@@ -43,7 +43,7 @@ def test_search_then_evaluate(tmp_path, demo_model):
     folder = tmp_path / "adapter"
     done = run("search", "--output", str(folder), *TINY_SEARCH)
     assert done.exit_code == 0
-    for text in ("Held out", "no scaling", "best uniform factor", "per layer: curve, refined", str(folder)):
+    for text in ("Held out", "no scaling", "best uniform factor", "per layer: refined", str(folder)):
         assert text in done.stdout
     report = json.loads((folder / "search.json").read_text())
     assert report["model"] == "peft_layerrope/demo"
@@ -61,8 +61,57 @@ def test_search_refuses_a_folder_in_use_before_any_work(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     done = run("search", "--output", str(tmp_path))
     assert done.exit_code == 2
-    assert f"--output {tmp_path} is not empty; pass --overwrite" in done.stderr
+    assert f"--output {tmp_path} is not empty; pass --resume to go on" in done.stderr
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def contents(folder, *names):
+    return [(folder / name).read_bytes() for name in names]
+
+
+RESULTS = ("adapter_config.json", "adapter_model.safetensors", "search.json", "search.yaml", "README.md")
+
+
+def test_a_search_is_repeated_by_its_file_and_resumed_by_its_folder(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("search", "--output", str(first), *TINY_SEARCH, "--bootstrap", "20", "--seed", "4").exit_code == 0
+    assert run("search", "--output", str(second), "--config", str(first / "search.yaml")).exit_code == 0
+    assert contents(first, *RESULTS) == contents(second, *RESULTS)
+    measured = json.loads((first / "run" / "state.json").read_text())["measurements"]
+    (first / "search.json").unlink()
+    resumed = run("search", "--output", str(first), "--resume")
+    assert resumed.exit_code == 0
+    assert "20 times" in " ".join(resumed.stdout.split())
+    assert contents(first, *RESULTS) == contents(second, *RESULTS)
+    state = json.loads((first / "run" / "state.json").read_text())
+    assert state["measurements"] == measured
+    events = [json.loads(line) for line in (first / "run" / "log.jsonl").read_text().splitlines()]
+    after = [event["event"] for event in events][[event["event"] for event in events].index("resumed") :]
+    assert "measured" not in after  # nothing was evaluated again
+    other = run("search", "--output", str(first), "--resume", "--seed", "5")
+    assert other.exit_code == 2
+    assert "is from another search: settings.seed was 4 there and is 5 now." in other.stderr
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    done = run("search", "--output", str(tmp_path / "out"), *TINY_SEARCH, "--dry-run")
+    assert done.exit_code == 0
+    for text in ("control: first a, rest b", "coordinate steps", "evaluations of", "GiB"):
+        assert text in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_beside_the_file_goes_first(tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text("task: {length: 128, positions: 3}\nsearch: {population: 4, generations: 1, test_groups: 3}\n")
+    done = run("search", "--output", str(tmp_path / "out"), "--config", str(file), "--population", "2")
+    assert (done.exit_code, done.stderr) == (2, "error: population=2 must be an integer of at least 4.\n")
+    file.write_text("task: {lenght: 128}\n")
+    done = run("search", "--output", str(tmp_path / "out"), "--config", str(file))
+    assert (done.exit_code, done.stderr) == (
+        2,
+        f"error: {file}: task.lenght is unknown; did you mean task.length?\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,6 +121,11 @@ def test_search_refuses_a_folder_in_use_before_any_work(tmp_path):
         (["--factor", "2"], 2, "factor=2.0 has no effect with rope_type='default'"),
         (["--max-factor", "0.5"], 2, "max_factor=0.5 must be greater than min_factor=1.0"),
         (["--length", "16"], 2, "length=16 tokens holds 2 pairs, fewer than 11 gold positions."),
+        (["--resume", "--overwrite"], 2, "--resume keeps an earlier search and --overwrite replaces it"),
+        (["--layers", "0-9"], 2, "must be distinct layer indices from 0 to 5."),
+        (["--length", "1024"], 2, "the largest scaling reaches 512 tokens."),
+        (["--max-tail-drop", "-1"], 2, "max_tail_drop=-1.0 must be a number of at least 0"),
+        (["--algorithm", "greedy", "--curve", "linear"], 2, "algorithm='greedy' moves single layers"),
         (["--rope-type", "yarn"], 2, "'yarn' is not one of"),
     ],
 )
@@ -141,3 +195,12 @@ def test_an_unknown_family_is_named_before_any_work():
     done = run("families", "llama", "nonesuch")
     assert done.exit_code == 2
     assert done.stderr == "error: nonesuch: not a decoder family of the installed transformers.\n"
+
+
+def test_sensitivity_says_what_to_search(tmp_path):
+    arguments = ("--length", "512", "--groups", "4", "--try", "1.5", "--layers", "0,1,5", "--plot")
+    done = run("sensitivity", *arguments, str(tmp_path / "s.png"), "--json", str(tmp_path / "s.json"))
+    assert done.exit_code == 0
+    assert "--layers 0-1" in done.stdout
+    assert (tmp_path / "s.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "s.json").read_text())["layers"] == [0, 1, 5]

@@ -24,41 +24,49 @@ def table() -> ResultTable:
     after = scores([[1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 1]])
     return ResultTable(
         (
-            TableRow("none", (1.0, 1.0), -2.0, 1, True, before),
+            TableRow("uniform", (1.0, 1.0), -2.0, 1, True, before),
+            TableRow("first_and_rest", (1.0, 1.5), -1.5, 9, True, scores([[1, 1, 0], [1, 0, 0], [0, 0, 1], [1, 1, 1]])),
             TableRow("refined", (1.1, 2.0), -1.0, 40, False, after),
         )
     )
 
 
 def test_markdown_table(table):
-    lines = report.markdown_table(table).splitlines()
-    assert lines[0] == "| method | accuracy | worst | U | vs none | tried | factors |"
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
-    assert [row[0] for row in cells] == ["no scaling", "per layer: curve, refined"]
-    assert [row[5:] for row in cells] == [["1", "1"], ["40", "1.1 2"]]
-    assert cells[0][1].startswith("50.0 ± ")
-    assert cells[1][1].startswith("83.3 ± ")
-    assert [row[2] for row in cells] == ["0.0", "75.0"]
-    assert cells[0][4] == ""
-    assert cells[1][4].startswith("+33.3 ± ")
+    lines = report.markdown_table(table, "first_and_rest").splitlines()
+    assert lines[0] == "| method | accuracy | worst | U | vs uniform | vs control | tried | factors |"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5]]
+    assert [row[0] for row in cells] == [
+        "best uniform factor",
+        "control: first a, rest b",
+        "per layer: refined",
+    ]
+    assert [row[6:] for row in cells] == [["1", "1"], ["9", "1 1.5"], ["40", "1.1 2"]]
+    assert [row[1].split(" ")[0] for row in cells] == ["50.0", "58.3", "83.3"]
+    assert [row[2] for row in cells] == ["0.0", "50.0", "75.0"]
+    assert [row[4].split(" ")[0] for row in cells] == ["", "+8.3", "+33.3"]
+    assert [row[5].split(" ")[0] for row in cells] == ["-8.3", "", "+25.0"]
+
+
+def test_a_table_without_the_baselines_compares_with_nothing(table):
+    assert report.markdown_table(ResultTable(table.rows[2:])).startswith("| method | accuracy | worst | U | tried |")
 
 
 def test_terminal_tables_fit_80_columns(table):
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report.choice_table(table))
-    console.print(report.comparison_table(table, "Held out"))
+    console.print(report.comparison_table(table, "Held out", "first_and_rest"))
     console.print(report.position_table(table["refined"].scores, "demo"))
     text = console.export_text()
     assert "…" not in text
-    for words in ("per layer: curve, refined", "+33.3 ± ", "1.1 2", "83.3 ± "):
+    for words in ("per layer: refined", "+33.3 ± ", "1.1 2", "83.3 ± "):
         assert words in text
 
 
 def test_differences_are_paired_and_signed(table):
-    assert table.difference("refined", "none").value == pytest.approx(1 / 3)
-    assert table.difference("none", "refined").value == pytest.approx(-1 / 3)
+    assert table.difference("refined", "uniform").value == pytest.approx(1 / 3)
+    assert table.difference("uniform", "refined").value == pytest.approx(-1 / 3)
     assert "refined" in table
-    with pytest.raises(KeyError, match="no row 'random'; the table has none, refined"):
+    with pytest.raises(KeyError, match="no row 'random'; the table has uniform, first_and_rest, refined"):
         table["random"]
 
 

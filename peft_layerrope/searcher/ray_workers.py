@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 import logging
 import os
+import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import ModuleType
@@ -279,7 +281,7 @@ class _Actor:
         self._model, self._make = model, spec["make"]
         self._evaluator = self._make(model, batch_tokens=batch_tokens)
         scores = self._evaluator.measure([_unscaled(model)], 0)[0] if check else None
-        return f"process {os.getpid()} on {_hostname()}", scores
+        return f"process {os.getpid()} on {platform.node()}", scores
 
     def run(self, method: str, vectors: list[Factors], heat: int, batch_tokens: int) -> _Reply:
         """Scores vectors with batches of at most `batch_tokens`; fewer, and the reply says so, if memory runs out."""
@@ -299,12 +301,6 @@ def _load(spec: dict[str, Any]) -> nn.Module:
     if isinstance(spec["source"], str):
         return load_model(spec["source"], device=spec["device"], dtype=spec["dtype"])
     return spec["source"]().to(spec["device"])
-
-
-def _hostname() -> str:
-    import ray
-
-    return f"{os.uname().nodename} ({ray.util.get_node_ip_address()})"
 
 
 # --- in the searching process
@@ -355,9 +351,6 @@ class WorkerPool:
         num_workers: how many.
         resources: options of their actors.
         limits: deaths and waiting times.
-
-    Attributes:
-        deaths: workers that died so far.
     """
 
     def __init__(
@@ -388,6 +381,7 @@ class WorkerPool:
 
     @property
     def deaths(self) -> int:
+        """Workers that died so far."""
         return len(self._deaths)
 
     @property
@@ -465,8 +459,14 @@ class WorkerPool:
                 self._answers(found, todo)
         return {vector: found[vector] for vector in wanted}
 
-    def _closing_on_error(self) -> _CloseOnError:
-        return _CloseOnError(self)
+    @contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        """Ends the workers when a request fails: their answers would belong to nobody."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _new_worker(self, number: int) -> _Worker:
         actor = self._actor_class.options(**self._resources).remote()
@@ -544,7 +544,7 @@ class WorkerPool:
         self._ray.kill(worker.actor)  # where it only does not answer
         if len(self._deaths) > self._limits.max_deaths:
             raise SearchError(
-                f"{len(self._deaths)} Ray workers died, more than max_deaths={self._limits.max_deaths}; the last was "
+                f"Ray workers died {self.deaths} times, more than max_deaths={self._limits.max_deaths}; the last was "
                 f"{self._deaths[-1]} {_RESUMABLE}"
             )
         self._workers[self._workers.index(worker)] = self._new_worker(worker.number)
@@ -568,20 +568,6 @@ class WorkerPool:
             f"Each needs {wanted}, the cluster has {has}; see num_workers, cpus_per_worker, gpus_per_worker and "
             f"start_timeout.{died} {_RESUMABLE}"
         )
-
-
-class _CloseOnError:
-    """Context that ends the workers when a request fails: their answers would belong to nobody."""
-
-    def __init__(self, pool: WorkerPool) -> None:
-        self._pool = pool
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        if kind is not None:
-            self._pool.close()
 
 
 def _failure(error: Any, worker: _Worker) -> Exception:

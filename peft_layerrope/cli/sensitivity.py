@@ -1,0 +1,98 @@
+"""`layerrope sensitivity`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..evaluation import DEFAULT_BATCH_TOKENS
+from ..searcher import SearchSettings
+from ..searcher.sensitivity import DEFAULT_FACTORS, parse_layers, sensitivity
+from ..searcher.specification import TaskSpecification
+from ..sensitivity_report import plot_sensitivity, sensitivity_table
+from .app import app, out, plain_errors
+from .options import (
+    BatchTokensOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    FactorOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    PositionsOption,
+    RopeType,
+    RopeTypeOption,
+    TaskName,
+    TaskOption,
+    TaskSeedOption,
+    build_task,
+    display_name,
+    load,
+    resolve_length,
+    tokenizer_of,
+)
+
+
+@app.command(name="sensitivity")
+def sensitivity_command(
+    model: ModelArgument = None,
+    factors: Annotated[
+        list[float] | None,
+        typer.Option("--try", help="A factor to try on each layer; may be given again. Default: 1.3, 1.6, 2."),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to try, such as 0-3,7. Default: all.")] = None,
+    rope_type: RopeTypeOption = RopeType.default,
+    factor: FactorOption = 1.0,
+    task: TaskOption = TaskName.kv_retrieval,
+    length: LengthOption = None,
+    positions: PositionsOption = 11,
+    task_seed: TaskSeedOption = 0,
+    groups: Annotated[
+        int, typer.Option(help="Contexts of the search split.", rich_help_panel="Task")
+    ] = SearchSettings.search_groups,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
+    json_output: JsonOption = None,
+    share_mib: Annotated[
+        int, typer.Option(help="Memory for layers that the tries have in common, in MiB.", rich_help_panel="Model")
+    ] = SearchSettings.share_mib,
+    batch_tokens: BatchTokensOption = DEFAULT_BATCH_TOKENS,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Scale one layer at a time: which layers are worth searching, and is a range beyond 2 worth it?
+
+    Prints context utilisation and the change of the gold log-probability for each layer and factor, with a star where
+    its 95 % interval excludes 0, and says what to pass to `layerrope search`. Takes a fraction of a search.
+
+    Example: `layerrope sensitivity --plot sensitivity.png`
+
+    Example: `layerrope sensitivity meta-llama/Llama-3.1-8B-Instruct --length 8192 --try 1.5 --try 3`
+    """
+    with plain_errors(debug):
+        wanted = parse_layers(layers) if layers is not None else None
+        tokenizer = tokenizer_of(model)
+        loaded = load(model, device, dtype)
+        length = resolve_length(length, loaded, is_demo=model is None)
+        result = sensitivity(
+            loaded,
+            build_task(TaskSpecification(task.value, length, positions, task_seed), tokenizer),
+            factors=tuple(factors or DEFAULT_FACTORS),
+            layers=wanted,
+            rope_type=rope_type.value,
+            factor=factor,
+            num_groups=groups,
+            batch_tokens=batch_tokens,
+            share_mib=share_mib,
+        )
+        out.print(sensitivity_table(result, f"{display_name(model)}: {result.subtitle()}"))
+        for line in result.advice():
+            out.print(line, highlight=False)
+        if plot is not None:
+            plot_sensitivity(result, plot, result.subtitle())
+        if json_output is not None:
+            json_output.write_text(json.dumps(result.to_dict(), indent=2) + "\n")

@@ -1,0 +1,362 @@
+"""One layer scaled at a time: against factors set by hand, with shared KV caches, and what it advises."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_LAYERS, VOCAB, WINDOW, build_model, logits
+from peft import get_peft_model
+from rich.console import Console
+from scipy import stats
+
+from peft_layerrope import Example, InvalidConfigError, KeyValueRetrieval, LayerRopeConfig, SearchError, TaskError
+from peft_layerrope.evaluation import score, utilisation
+from peft_layerrope.families import build_tiny
+from peft_layerrope.searcher.sensitivity import (
+    LayerEffect,
+    Sensitivity,
+    format_layers,
+    parse_layers,
+    sensitivity,
+)
+from peft_layerrope.sensitivity_report import plot_sensitivity, sensitivity_table
+from peft_layerrope.statistics import Interval
+from peft_layerrope.tasks import Split
+
+GROUPS = 5
+
+
+class RandomTokens:
+    """Random contexts; the answer is what follows a token of the context."""
+
+    name = "random tokens"
+    positions = (2, 12, 21)
+
+    def __init__(self, vocab: int = VOCAB) -> None:
+        self.vocab = vocab
+
+    def split(self, name: str, num_groups: int) -> Split:
+        rng = np.random.default_rng(["search", "validation", "test"].index(name))
+        examples = []
+        for group in range(num_groups):
+            context = tuple(rng.integers(1, self.vocab, 24).tolist())
+            for i, at in enumerate(self.positions):
+                examples.append(Example(context, context[at : at + 1], context[at + 1 : at + 3], i, group))
+        return Split(name, 0, self.positions, tuple(examples))
+
+    def describe(self) -> dict:
+        return {"name": self.name}
+
+
+def measure(model, task=None, **arguments) -> Sensitivity:
+    return sensitivity(
+        model, task or RandomTokens(), **{"num_groups": GROUPS, "factors": (2.0, 0.5), "progress": False, **arguments}
+    )
+
+
+def by_hand(model, factors, weights=(0.8, 1.0, 1.2), split="search", **config):
+    """Utilisation of each group, of accuracy and log-prob, of an ordinary PeftModel."""
+    peft_model = get_peft_model(model, LayerRopeConfig(layer_factors=list(factors), **config))
+    scores = score(peft_model, RandomTokens().split(split, GROUPS))
+    peft_model.unload()
+    return [np.array([utilisation(row, weights) for row in part]) for part in (scores.correct, scores.log_prob)]
+
+
+def check_against_hand(result, model, tied, weights=(0.8, 1.0, 1.2), **arguments):
+    """`tied`: the layers that get the factor, by the layer that is named."""
+    base = by_hand(model, [1.0] * NUM_LAYERS, weights, **arguments)
+    assert result.accuracy == pytest.approx(base[0].mean(), abs=1e-6)
+    assert result.log_prob == pytest.approx(base[1].mean(), abs=1e-5)
+    assert [(e.layer, e.factor) for e in result.effects] == [(i, f) for i in result.layers for f in result.factors]
+    for effect in result.effects:
+        factors = [effect.factor if i in tied[effect.layer] else 1.0 for i in range(NUM_LAYERS)]
+        accuracy, log_prob = by_hand(model, factors, weights, **arguments)
+        assert effect.accuracy == pytest.approx(accuracy.mean(), abs=1e-6)
+        assert effect.log_prob == pytest.approx(log_prob.mean(), abs=1e-5)
+        for change, values, before in (
+            (effect.accuracy_change, accuracy, base[0]),
+            (effect.log_prob_change, log_prob, base[1]),
+        ):
+            paired = stats.ttest_rel(values, before) if not np.array_equal(values, before) else None
+            low, high = paired.confidence_interval(0.95) if paired else (0.0, 0.0)
+            expected = ((values - before).mean(), low, high)
+            assert (change.value, change.low, change.high) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 4.0}]
+)
+@pytest.mark.parametrize("share_mib", [0, 64])
+def test_equals_factors_set_by_hand(arguments, share_mib):
+    model = build_model("llama", max_position_embeddings=16)  # shorter than the prompts, for the dynamic type
+    result = measure(model, share_mib=share_mib, **arguments)
+    assert result.factors == (0.5, 2.0)
+    check_against_hand(result, model, {i: [i] for i in range(NUM_LAYERS)}, **arguments)
+    assert len({round(e.log_prob, 6) for e in result.effects}) > NUM_LAYERS  # the factors did reach the layers
+
+
+def test_weights_split_layers_and_small_batches():
+    model = build_model("llama")
+    result = measure(model, weights=(1.0, 5.0, 1.0), split="test", layers=(3, 1), batch_tokens=64)
+    assert result.layers == (1, 3)
+    check_against_hand(result, model, {1: [1], 3: [3]}, (1.0, 5.0, 1.0), split="test")
+    assert result.split["name"] == "test"
+    assert result.settings["weights"] == [1.0, 5.0, 1.0]
+
+
+def test_layers_with_a_shared_kv_cache_move_with_their_source():
+    model = build_tiny("gemma3n_text").eval()
+    result = measure(model, RandomTokens())
+    sources = result.key_sources
+    own = tuple(i for i, source in enumerate(sources) if source == i)
+    assert len(own) < len(sources) == NUM_LAYERS
+    assert result.layers == own
+    tied = {layer: [i for i, source in enumerate(sources) if source == layer] for layer in own}
+    assert [result.followers(i) for i in own] == [tuple(j for j in tied[i] if j != i) for i in own]
+    check_against_hand(result, model, tied)
+    bound = next(i for i, source in enumerate(sources) if source != i)
+    with pytest.raises(SearchError) as caught:
+        measure(model, layers=[bound])
+    assert str(caught.value) == (
+        f"layers=({bound}): layer {bound} attends to keys of layer {sources[bound]} (a shared KV cache) and takes the "
+        f"factor there; name layer {sources[bound]} instead."
+    )
+
+
+class Audience:
+    """Counts what it is told."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0
+
+    def __enter__(self) -> Audience:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def stage(self, name: str, total: int) -> None:
+        self.total += total
+
+    def advance(self) -> None:
+        self.done += 1
+
+    def note(self, text: str) -> None:
+        return None
+
+
+def test_the_progress_is_told_every_step():
+    audience = Audience()
+    measure(build_model("llama"), progress=audience, num_groups=8)
+    assert audience.done == audience.total == 2 * 4  # factors × parts of two groups
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(ids, fails, monkeypatch):
+    model = build_model("llama").train()
+    model.model.layers[1].eval()
+    before, structure, config = logits(model, ids), repr(model), model.config.to_dict()
+    modes = [module.training for module in model.modules()]
+    if fails:
+        monkeypatch.setattr("peft_layerrope.evaluation.ScoreSheet.scores", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            measure(model)
+    else:
+        measure(model)
+    assert torch.equal(logits(model, ids), before)
+    assert repr(model) == structure
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.to_dict() == config
+    assert all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"factors": ()}, "factors=() must hold at least one factor."),
+        ({"factors": 1.5}, "factors=1.5 must be a sequence of numbers."),
+        ({"factors": "1.5"}, "factors='1.5' must be a sequence of numbers."),
+        ({"factors": (1.5, 0)}, "factors=(1.5, 0): 0 must be a positive finite number."),
+        ({"factors": (math.inf,)}, "factors=(inf): inf must be a positive finite number."),
+        ({"factors": (math.nan,)}, "factors=(nan): nan must be a positive finite number."),
+        ({"factors": (True,)}, "factors=(True): True must be a positive finite number."),
+        ({"factors": ("2",)}, "factors=('2'): '2' must be a positive finite number."),
+        ({"factors": (2, 2.0)}, "factors=(2, 2.0) must be distinct."),
+        (
+            {"factors": (1.0, 2.0)},
+            "factors=(1.0, 2.0): 1 is the unscaled model, to which all are compared; leave it out.",
+        ),
+        ({"layers": (0, 4)}, "layers=(0, 4) must be distinct layer indices from 0 to 3."),
+        ({"layers": (-1,)}, "layers=(-1) must be distinct layer indices from 0 to 3."),
+        ({"layers": (1, 1)}, "layers=(1, 1) must be distinct layer indices from 0 to 3."),
+        ({"layers": ()}, "layers=() must be distinct layer indices from 0 to 3."),
+        ({"layers": (1.0,)}, "layers=(1.0) must be distinct layer indices from 0 to 3."),
+        ({"layers": "0-1"}, "layers=('0', '-', '1') must be distinct layer indices from 0 to 3."),
+        ({"num_groups": 1}, "num_groups=1 must be an integer of at least 2, for an interval."),
+        ({"num_groups": 2.0}, "num_groups=2.0 must be an integer of at least 2, for an interval."),
+        ({"split": "train"}, "split='train' is unknown, expected one of search, validation, test."),
+        ({"batch_tokens": 0}, "batch_tokens=0 must be an integer of at least 1."),
+        ({"share_mib": -1}, "share_mib=-1 must be an integer of at least 0."),
+    ],
+)
+def test_errors_name_value_and_expectation(arguments, message):
+    with pytest.raises(SearchError) as caught:
+        measure(build_model("llama"), **arguments)
+    assert str(caught.value) == message
+
+
+def test_errors_of_others_come_before_any_work(monkeypatch):
+    monkeypatch.setattr("peft_layerrope.searcher.sensitivity.get_peft_model", lambda *args: pytest.fail("work"))
+    with pytest.raises(InvalidConfigError, match="has no effect with rope_type='default'"):
+        measure(build_model("llama"), factor=2.0)
+    with pytest.raises(TaskError, match="must be three positive numbers"):
+        measure(build_model("llama"), weights=(1.0, 0.0, 1.0))
+    with pytest.raises(TaskError, match="outside the model's vocabulary"):
+        measure(build_model("llama"), RandomTokens(10 * VOCAB))
+
+
+# What it advises, on made-up effects.
+
+
+def made_up(changes: dict[int, list[float]], factors=(1.5, 2.0), groups=16, key_sources=None) -> Sensitivity:
+    """`changes`: per layer one change of log-prob per factor, each ± 0.1."""
+    effects = tuple(
+        LayerEffect(layer, f, 0.5, -2 + c, Interval(0, -0.1, 0.1), Interval(c, c - 0.1, c + 0.1))
+        for layer, row in changes.items()
+        for f, c in zip(factors, row, strict=True)
+    )
+    sources = key_sources or tuple(range(max(changes) + 1))
+    split = {"name": "search", "groups": groups, "max_tokens": 2 * WINDOW}
+    return Sensitivity(
+        tuple(changes), factors, 0.5, -2.0, effects, sources, {}, "tiny", WINDOW, {"name": "made up"}, split
+    )
+
+
+def test_advice_names_layers_and_options():
+    result = made_up({0: [0.5, 0.3], 1: [0.5, 0.8], 2: [0.05, 0.09], 3: [-0.5, -0.05], 4: [-0.01, -0.02]})
+    assert result.layers_worth_searching() == (0, 1, 3)
+    assert result.layers_that_gain() == (0, 1)
+    assert result.rises_at_edge() == (1,)
+    assert [result.best_factor(layer) for layer in result.layers] == [1.5, 2.0, 2.0, 1.0, 1.0]
+    assert result.advice() == [
+        "search layers 0-1,3 (--layers 0-1,3): the others change nothing measurable by themselves.",
+        "of these only layers 0-1 gain by a factor of their own.",
+        "layer 1 still rises at 2, the largest tried: try --max-factor 3.",
+        "layer 3 loses with every factor above 1; none below 1 was tried.",
+    ]
+    assert result.subtitle() == "made up, 128 tokens = 2.0× the trained window, 16 contexts of the search split"
+
+
+def test_advice_where_all_or_no_layers_matter():
+    assert made_up({0: [0.5, 0.3], 1: [0.5, 0.4]}).advice() == [
+        "search layers 0-1 (--layers 0-1): each one that was tried changes the result."
+    ]
+    assert made_up({0: [0.05, 0.0], 1: [0.0, -0.05]}).advice() == [
+        "no layer changes the gold log-probability measurably with a factor of 1.5, 2 in 16 contexts: try other "
+        "factors, more contexts or longer prompts."
+    ]
+
+
+def test_factors_below_one_have_an_edge_as_well():
+    result = made_up({0: [0.5, 0.3], 1: [0.3, 0.5], 2: [-0.3, -0.2]}, factors=(0.6, 0.8))
+    assert result.rises_at_edge() == ()  # 0.8 is the largest tried, but 1.0 lies beyond it and is known
+    assert result.rises_at_low_edge() == (0,)
+    assert result.advice()[-1] == "layer 0 is best at 0.6, the smallest tried: try --min-factor 0.3."
+    with pytest.raises(KeyError, match="layer 7 was not scaled; layers 0-2 were"):
+        result.of_layer(7)
+
+
+def test_a_rise_at_the_edge_must_be_significant():
+    assert made_up({0: [0.01, 0.05]}).rises_at_edge() == ()
+
+
+def test_report_is_plain_json():
+    result = measure(build_model("llama"))
+    report = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert report["advice"] == result.advice()
+    assert len(report["effects"]) == 2 * NUM_LAYERS
+    effect = report["effects"][0]
+    assert effect["log_prob_change"]["low"] <= effect["log_prob_change"]["value"] <= effect["log_prob_change"]["high"]
+    difference = effect["log_prob_utilisation"] - report["unscaled"]["log_prob_utilisation"]
+    assert difference == pytest.approx(effect["log_prob_change"]["value"], abs=2e-6)
+
+
+# Table and plot.
+
+
+@pytest.mark.parametrize("num_factors", [1, 3, 4, 5])
+def test_table_fits_80_columns(num_factors):
+    factors = tuple(1.25 + i for i in range(num_factors))
+    rows = {layer: [-12.5] * (num_factors - 1) + [0.01 * layer] for layer in range(30)}
+    result = made_up(rows, factors, key_sources=(*range(30), 29, 29))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(sensitivity_table(result, "tiny"))
+    text = console.export_text()
+    lines = [line.rstrip() for line in text.splitlines() if " 50.0 " in line and line.split()[0].isdigit()]
+    assert len(lines) == (30 if num_factors < 5 else 30 * num_factors)
+    assert lines[-1].startswith("  29 ")
+    assert "(+30-31)" in text
+    assert lines[-1].endswith(" 50.0  +0.290*")
+    assert lines[num_factors - 1 if num_factors > 4 else 0].endswith(" 50.0  +0.000")
+    assert text.count(" 50.0 -12.500*") == 30 * (num_factors - 1)
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("num_layers", [1, 4, 60])
+def test_plot_needs_no_pyplot(num_layers, tmp_path):
+    result = made_up({layer: [0.1, -0.2] for layer in range(num_layers)})
+    plot_sensitivity(result, tmp_path / "s.png", result.subtitle())
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+# Layers as text.
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("0-3,7", (0, 1, 2, 3, 7)), ("5", (5,)), ("0-1", (0, 1)), ("2,4,6", (2, 4, 6)), ("4095", (4095,))],
+)
+def test_layers_as_text_and_back(text, layers):
+    assert parse_layers(text) == layers
+    assert format_layers(layers) == text
+
+
+def test_layers_in_any_order_with_spaces():
+    assert parse_layers(" 7, 0 - 2") == (0, 1, 2, 7)
+    assert format_layers([7, 1, 0]) == "0-1,7"
+    assert format_layers([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "layers '': '' is no layer or range, expected e.g. '0-3,7'."),
+        ("1,,2", "layers '1,,2': '' is no layer or range, expected e.g. '0-3,7'."),
+        ("-1", "layers '-1': '-1' is no layer or range, expected e.g. '0-3,7'."),
+        ("1-2-3", "layers '1-2-3': '1-2-3' is no layer or range, expected e.g. '0-3,7'."),
+        ("1 2", "layers '1 2': '1 2' is no layer or range, expected e.g. '0-3,7'."),
+        ("²", "layers '²': '²' is no layer or range, expected e.g. '0-3,7'."),
+        ("3-1", "layers '3-1': the range '3-1' ends before it begins."),
+        ("0-3,2", "layers '0-3,2': layer 2 must be named only once."),
+        ("0-999999999", "layers '0-999999999': layer 999999999 is out of range, expected at most 4095."),
+    ],
+)
+def test_bad_texts(text, message):
+    with pytest.raises(SearchError) as caught:
+        parse_layers(text)
+    assert str(caught.value) == message
+
+
+def test_the_demo_model_is_repaired_by_its_first_two_layers(demo_model, demo_tokenizer):
+    task = KeyValueRetrieval(demo_tokenizer, 512, seed=777)
+    result = sensitivity(demo_model, task, factors=(1.6,), layers=(0, 1, 4), progress=False)
+    assert result.layers_that_gain() == (0, 1)
+    assert result.layers_worth_searching() == (0, 1)
