@@ -22,7 +22,8 @@ from .registration import register
 
 if TYPE_CHECKING:
     from .evaluation import PositionScores, evaluate
-    from .searcher import SearchResult, SearchSettings, search
+    from .searcher import Guards, SearchResult, SearchSettings, plan_search, search
+    from .searcher.ray_workers import RayWorkers
     from .tasks import Example, KeyValueRetrieval, Split, Task, TokenTask
     from .verification import LayerCheck, Verification, verify
 
@@ -31,9 +32,11 @@ register(LayerRopeConfig, LayerRopeModel)
 # Loaded at first use, so that serving an adapter needs neither DEAP nor SciPy nor matplotlib.
 _LAZY = {
     "Example": ".tasks",
+    "Guards": ".searcher",
     "KeyValueRetrieval": ".tasks",
     "LayerCheck": ".verification",
     "PositionScores": ".evaluation",
+    "RayWorkers": ".searcher.ray_workers",
     "SearchResult": ".searcher",
     "SearchSettings": ".searcher",
     "Split": ".tasks",
@@ -41,6 +44,7 @@ _LAZY = {
     "TokenTask": ".tasks",
     "Verification": ".verification",
     "evaluate": ".evaluation",
+    "plan_search": ".searcher",
     "search": ".searcher",
     "verify": ".verification",
 }
@@ -48,6 +52,7 @@ _LAZY = {
 __all__ = [
     "AdapterMismatchError",
     "Example",
+    "Guards",
     "InvalidConfigError",
     "KeyValueRetrieval",
     "LayerCheck",
@@ -55,6 +60,7 @@ __all__ = [
     "LayerRopeError",
     "LayerRopeModel",
     "PositionScores",
+    "RayWorkers",
     "SearchError",
     "SearchResult",
     "SearchSettings",
@@ -67,6 +73,7 @@ __all__ = [
     "__version__",
     "demo_model_path",
     "evaluate",
+    "plan_search",
     "restore_baked",
     "search",
     "verify",

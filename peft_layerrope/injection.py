@@ -13,7 +13,7 @@ from .config import LayerRopeConfig
 from .errors import AdapterMismatchError
 from .proof import prove_rotary_scales, tables_can_be_stacked
 from .rotary import LayerRopeLayer, is_length_dependent
-from .sites import DecoderStack, model_type, text_config
+from .sites import DecoderStack, model_type, trained_window
 from .tables import LayerScaling, LayerTableHook
 
 
@@ -41,7 +41,7 @@ def scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack) 
             "rope_type='dynamic' on a model whose own rope_type is 'dynamic' or 'longrope': both depend on the length. "
             "Use rope_type='default', or set the model's own rope_parameters to 'default'."
         )
-    window = config.original_max_position_embeddings or getattr(text_config(model), "max_position_embeddings", None)
+    window = config.original_max_position_embeddings or trained_window(model)
     if window is None and config.rope_type == "dynamic":
         raise AdapterMismatchError(
             f"rope_type='dynamic' needs the trained window, and {model_type(model)}'s config has no "

@@ -78,6 +78,11 @@ def text_config(model: nn.Module) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def trained_window(model: nn.Module) -> int | None:
+    """Returns how many tokens the model was trained on, as its config says; None if it does not."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
 def find_stack(model: nn.Module) -> DecoderStack:
     """Returns the decoder layers and their rotary embeddings: modules with `inv_freq` vectors, or our wrappers.
 

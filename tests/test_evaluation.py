@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from scipy import stats
 
 from peft_layerrope import Example, KeyValueRetrieval, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
 from peft_layerrope.batching import can_pack
-from peft_layerrope.evaluation import score, utilisation
+from peft_layerrope.evaluation import score, utilisation, with_halving
 from peft_layerrope.statistics import mean_interval, wilson_interval
 
 
@@ -173,3 +174,91 @@ def test_scores_leave_the_model_in_eval_mode_and_without_gradients():
     score(model, random_split(2))
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+class LimitedMemory:
+    """A model whose forward pass fails above `tokens` tokens, with the error that `fail` raises."""
+
+    def __init__(self, model: torch.nn.Module, tokens: int, fail: Callable[[], None]) -> None:
+        self.seen: list[int] = []
+        forward = model.forward
+
+        def limited(input_ids: torch.Tensor, **kwargs: object) -> object:
+            self.seen.append(input_ids.numel())
+            if input_ids.numel() > tokens:
+                fail()
+            return forward(input_ids=input_ids, **kwargs)
+
+        model.forward = limited
+
+
+def no_gpu_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def no_cpu_memory() -> None:
+    torch.empty(1 << 55)  # what the allocator itself says
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("fail", [no_gpu_memory, no_cpu_memory])
+def test_batches_are_halved_until_they_fit(fail, packed):
+    split = random_split(12)
+    expected = score(build_model("llama"), split, packed=packed)
+    model = build_model("llama")
+    memory = LimitedMemory(model, 130, fail)
+    found = score(model, split, batch_tokens=1000, packed=packed)
+    np.testing.assert_array_equal(found.correct, expected.correct)
+    np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=1e-5)
+    assert max(memory.seen) > 250  # tried
+    assert memory.seen[-1] <= 130
+
+
+@pytest.mark.parametrize(("first", "last"), [(1000, 64), (64, 64), (100, 64), (10, 10)])
+@pytest.mark.parametrize("fail", [no_gpu_memory, no_cpu_memory])
+def test_too_little_memory_for_a_row_is_said(fail, first, last):
+    model = build_model("llama")
+    LimitedMemory(model, 5, fail)
+    with pytest.raises(
+        TaskError, match=f"out of memory even with --batch-tokens {last}: use shorter prompts"
+    ) as caught:
+        score(model, random_split(), batch_tokens=first)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_halving_says_what_worked():
+    tried = []
+
+    def attempt(tokens: int) -> str:
+        tried.append(tokens)
+        if tokens > 300:
+            no_gpu_memory()
+        return "done"
+
+    assert with_halving(attempt, 2000) == ("done", 250)
+    assert tried == [2000, 1000, 500, 250]
+    assert with_halving(attempt, 7) == ("done", 7)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x")])
+def test_other_errors_pass_through(error):
+    model = build_model("llama")
+
+    def fail() -> None:
+        raise error
+
+    memory = LimitedMemory(model, 5, fail)
+    with pytest.raises(type(error)) as caught:
+        score(model, random_split())
+    assert caught.value is error
+    assert len(memory.seen) == 1
+
+
+@pytest.mark.parametrize("objective", ["log_prob", "accuracy"])
+def test_utilisation_by_group_has_the_utilisation_as_its_mean(objective):
+    rng = np.random.default_rng(0)
+    scores = PositionScores((0, 3, 5, 9), rng.random((20, 4)) < 0.6, -rng.random((20, 4)))
+    whole = scores.utilisation((1, 2, 3)) if objective == "accuracy" else scores.log_prob_utilisation((1, 2, 3))
+    assert scores.utilisation_by_group(objective, (1, 2, 3)).mean() == pytest.approx(whole)
+    single = PositionScores((0,), scores.correct[:, :1], scores.log_prob[:, :1])
+    np.testing.assert_array_equal(single.utilisation_by_group("log_prob"), scores.log_prob[:, 0])

@@ -10,8 +10,10 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..demo import demo_model_path
+from ..errors import TaskError
 from ..loading import load_model, load_tokenizer
 from ..searcher.specification import TaskSpecification
+from ..sites import trained_window
 from ..tasks import SPLIT_NAMES, KeyValueRetrieval, Task
 from .app import err
 
@@ -79,10 +81,12 @@ def tokenizer_of(model: str | None) -> PreTrainedTokenizerBase:
 
 def resolve_length(length: int | None, model: PreTrainedModel, is_demo: bool) -> int:
     """Returns the prompt length that was asked for, or the default; says so if it is beyond the window."""
-    window = model.config.get_text_config(decoder=True).max_position_embeddings
+    window = trained_window(model)
+    if window is None and length is None:
+        raise TaskError("the model's config names no trained window (max_position_embeddings): pass --length.")
     if length is None:
         length = window * (DEMO_LENGTH_FACTOR if is_demo else 1)
-    if length > window:
+    if window is not None and length > window:
         err.print(f"prompts of {length} tokens are {length / window:g}× the model's window of {window}.")
     return length
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import report
+from ..demo import demo_model_path
 from ..errors import SearchError
 from ..evaluation import DEFAULT_BATCH_TOKENS, DEFAULT_WEIGHTS
 from ..searcher import Guards, SearchResult, SearchSettings, plan_search
@@ -233,7 +235,7 @@ def search(
     with plain_errors(debug):
         specification = _specification(context, output, config, resume, guards)
         _check_output(output, resume, overwrite)
-        distribute = _workers(workers, ray_address, specification)
+        pool = _workers(workers, ray_address, specification)
         tokenizer = tokenizer_of(specification.model)
         loaded = load(specification.model, specification.device, specification.dtype)
         length = resolve_length(specification.task.length, loaded, is_demo=specification.model is None)
@@ -246,15 +248,16 @@ def search(
         specification.save(output / SPECIFICATION_NAME)
         folder = output / RUN_FOLDER
         try:
-            result = run_search(
-                loaded,
-                built,
-                specification.search,
-                folder=folder,
-                resume=resume and (folder / STATE_NAME).exists(),
-                on_plan=lambda plan: err.print(report.plan_line(plan), highlight=False),
-                distribute=distribute,
-            )
+            with pool as distribute:
+                result = run_search(
+                    loaded,
+                    built,
+                    specification.search,
+                    folder=folder,
+                    resume=resume and (folder / STATE_NAME).exists(),
+                    on_plan=lambda plan: err.print(report.plan_line(plan), highlight=False),
+                    distribute=distribute,
+                )
         except KeyboardInterrupt:
             err.print(f"interrupted; nothing is lost. Go on with: layerrope search --output {output} --resume")
             raise typer.Exit(INTERRUPTED) from None
@@ -280,12 +283,21 @@ def _specification(
     return SearchSpecification.of(merge(values, changes), str(config) if config is not None else "options")
 
 
-def _workers(workers: int, ray_address: str | None, specification: SearchSpecification) -> Any:
-    if not workers and ray_address is None:
-        return None
+def _workers(count: int, address: str | None, specification: SearchSpecification) -> AbstractContextManager[Any]:
+    """Ray workers that load the model themselves; nothing, where the search runs in this process."""
+    if count < 0:
+        raise SearchError(f"--workers {count} must be at least 0.")
+    if not count and address is None:
+        return nullcontext()
     from ..searcher.ray_workers import RayWorkers  # an optional extra
 
-    return RayWorkers(max(workers, 1), address=ray_address)
+    return RayWorkers(
+        max(count, 1),
+        address=address,
+        model_source=specification.model or demo_model_path(),
+        device=specification.device,
+        dtype=specification.dtype,
+    )
 
 
 def _check_output(output: Path, resume: bool, overwrite: bool) -> None:

@@ -50,14 +50,16 @@ def adapt(
     centroid = (np.clip(start, low, high) - low) / (high - low)
     strategy = _Strategy(centroid, SIGMA, numbers, population)
     history: list[dict[str, Any]] = []
-    view.evaluate([genome.decode(seed) for seed in seeds])
     for number in range(generations + 1):
         people = strategy.generate(Individual)
+        if not number:  # what a searcher should know takes part like a draw
+            people[: len(seeds)] = [Individual((np.clip(seed, low, high) - low) / (high - low)) for seed in seeds]
         genes = [(low + np.clip(person, 0, 1) * (high - low)).tolist() for person in people]
-        for person, value in zip(people, view.evaluate([genome.decode(g) for g in genes]), strict=True):
+        values = view.evaluate([genome.decode(g) for g in genes])
+        for person, value in zip(people, values, strict=True):
             person.fitness.values = (value,)
-        strategy.update(people)
-        generation = Generation(number, genes, [person.fitness.values[0] for person in people])
+        strategy.update(people)  # sorts them
+        generation = Generation(number, genes, values)
         history.append(generation.record(view))
         if on_generation is not None:
             on_generation(generation, [numbers.bit_generator.state["state"]])

@@ -23,7 +23,7 @@ def climb(start: Factors, view: BudgetView, space: FactorSpace, max_evaluations:
         max_evaluations: distinct vectors to ask for at most.
 
     Returns:
-        The best vector; never worse than `start`.
+        The best vector of the view that keeps to the guards.
     """
     limit = view.evaluations + max_evaluations
     current, fitness = start, view.evaluate([start])[0]
@@ -34,11 +34,11 @@ def climb(start: Factors, view: BudgetView, space: FactorSpace, max_evaluations:
             for layer in space.scaled_layers:
                 candidates = _neighbours(current, layer, stride, space)
                 if view.evaluations + len(candidates) > limit:
-                    return Found(current, fitness)
+                    return Found(*view.best())
                 for candidate, value in zip(candidates, view.evaluate(candidates), strict=True):
                     if value > fitness:
                         current, fitness, improved = candidate, value, True
-    return Found(current, fitness)
+    return Found(*view.best())
 
 
 def _neighbours(vector: Factors, layer: int, stride: int, space: FactorSpace) -> list[Factors]:

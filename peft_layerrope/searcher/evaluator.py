@@ -17,6 +17,9 @@ from .grid import Factors
 from .measurement import HeatScores
 from .prefix import PrefixRunner
 
+_TRIAL_TOKENS = 64
+"""Length of the trial by which sharing is proven exact."""
+
 
 class Evaluator(Protocol):
     """Scores of factor vectors; the same vector always gets the same scores."""
@@ -26,6 +29,18 @@ class Evaluator(Protocol):
 
     def score(self, vectors: Sequence[Factors], heat: int) -> dict[Factors, PositionScores]:
         """Returns the full scores of each vector on a heat, or on a split numbered after the heats."""
+
+    @property
+    def layers_run(self) -> int:
+        """Decoder layers that really ran, each times its tokens."""
+
+    @property
+    def layers_asked(self) -> int:
+        """The same of what evaluating every vector alone would have run."""
+
+    @property
+    def at_once(self) -> int:
+        """How many vectors are worth asking for at once: how many are worked on in parallel."""
 
 
 class ModelEvaluator:
@@ -83,6 +98,11 @@ class ModelEvaluator:
     def layers_asked(self) -> int:
         """The same of what evaluating every vector alone would have run."""
         return self._prefixes.layers_asked
+
+    @property
+    def at_once(self) -> int:
+        """See [`Evaluator`]."""
+        return 1
 
     def measure(self, vectors: Sequence[Factors], heat: int) -> list[HeatScores]:
         """See [`Evaluator`]."""
@@ -144,15 +164,39 @@ class ModelEvaluator:
         return self._prefixes.run(name, vector, lambda: answer_logits(self._model, batch), batch.num_tokens)
 
     def _sharing_is_exact(self, vector: Factors, batch: Batch) -> bool:
-        """Whether the model gives the same bits when its leading layers answer from the store, layer by layer."""
-        if len(vector) < 2:
-            return False
-        alone = answer_logits(self._model, batch)
+        """Whether the model gives the same bits from each depth on when the layers before it answer from the store.
+
+        Another vector runs in between, so that whatever else a layer leaves for the next ones is not what it was.
+        """
+        inputs = _beginning(batch.inputs)
         layers = find_stack(self._model.get_base_model()).layers
-        trial = PrefixRunner(layers, self._prefixes.outputs.max_bytes)
-        try:
-            trial.run("trial", vector, lambda: answer_logits(self._model, batch))
-            shared = trial.run("trial", vector, lambda: answer_logits(self._model, batch))
-        except (RuntimeError, TypeError, AttributeError, KeyError, IndexError):
-            return False  # a family whose layers hand more to each other than their output
-        return trial.layers_run < trial.layers_asked and torch.equal(alone, shared)
+        other = tuple(1.1 * factor for factor in vector)
+
+        def logits(factors: Factors) -> torch.Tensor:
+            self._model.base_model.set_layer_factors(factors)
+            return self._model(**inputs, use_cache=False).logits
+
+        alone = logits(vector)
+        shared = len(vector) > 1
+        for depth in range(1, len(vector)):
+            trial = PrefixRunner(layers, self._prefixes.outputs.max_bytes)
+            try:
+                trial.run("trial", vector, lambda: logits(vector), only=depth)
+                logits(other)
+                again = trial.run("trial", vector, lambda: logits(vector))
+            except (RuntimeError, TypeError, AttributeError, KeyError, IndexError):
+                shared = False  # a family whose layers hand more to each other than their output
+            else:
+                shared = trial.layers_run < trial.layers_asked and torch.equal(alone, again)
+            if not shared:
+                break
+        self._model.base_model.set_layer_factors(vector)
+        return shared
+
+
+def _beginning(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The first tokens of a batch's first row."""
+    short = {name: tensor[:1, ..., :_TRIAL_TOKENS] for name, tensor in inputs.items()}
+    if short["attention_mask"].ndim == 4:  # (B, 1, S, S)
+        short["attention_mask"] = short["attention_mask"][:, :, :_TRIAL_TOKENS]
+    return short

@@ -11,6 +11,8 @@ from ..errors import SearchError
 from .individual import Individual
 from .measurement import Heats, Measurement
 
+_DUST = 1e-9  # a drop of exactly the limit, 0.4 - 0.3 against 0.1, is allowed
+
 
 @dataclass(frozen=True)
 class Guards:
@@ -35,10 +37,10 @@ class Guards:
         excess = 0.0
         if self.max_tail_drop is not None:
             drop = unscaled.tail_accuracy(plan) - measured.tail_accuracy(plan)
-            excess += max(drop - self.max_tail_drop, 0.0)
+            excess += max(drop - self.max_tail_drop - _DUST, 0.0)
         if self.max_short_rise is not None and plan.has_short:
             rise = measured.short_loss(plan) - unscaled.short_loss(plan)
-            excess += max(rise - self.max_short_rise, 0.0)
+            excess += max(rise - self.max_short_rise - _DUST, 0.0)
         return excess
 
 

@@ -26,6 +26,7 @@ class Memo:
     Attributes:
         evaluator: see above; may be replaced.
         known: all measurements, in the order in which they began.
+        unscaled: the vector of ones, once something was measured.
         requested: how many vectors were asked for, repeats included.
     """
 
@@ -41,7 +42,7 @@ class Memo:
         self._stored = dict(known or {})
         self._on_measured = on_measured
         self._guards = guards
-        self._unscaled: Factors | None = None
+        self.unscaled: Factors | None = None
         self.plan = plan
         self.known: dict[Factors, Measurement] = {}
         self.requested = 0
@@ -55,10 +56,10 @@ class Memo:
         """
         self.requested += len(vectors)
         running = list(dict.fromkeys(vectors))
-        if self._unscaled is None and running:
-            self._unscaled = (1.0,) * len(running[0])
-            if running != [self._unscaled]:
-                self.measure([self._unscaled])
+        if self.unscaled is None and running:
+            self.unscaled = (1.0,) * len(running[0])
+            if running != [self.unscaled]:
+                self.measure([self.unscaled])
                 self.requested -= 1
         for heat in range(len(self.plan)):
             self._run_heat([v for v in running if len(self._measured(v).heats) <= heat], heat)
@@ -100,17 +101,24 @@ class Memo:
     def fitness(self, vector: Factors, rival: Factors | None = None) -> float:
         """Fitness under the guards. Of a vector that was given up: the rival's plus the mean gap so far."""
         if not self.is_complete(vector):
-            values, best = self.known[vector].values(self.plan), self.known[rival].values(self.plan)
-            return float(best.mean() + (values - best[: len(values)]).mean())
+            return self._estimate(vector, rival)
         score = constrained(
             lambda individual: (self.raw_fitness(tuple(individual)),),
             lambda individual: self._violation(tuple(individual)),
-            self.raw_fitness(self._unscaled),
+            self.raw_fitness(self.unscaled),
         )
         return score(Individual(vector))[0]
 
+    def _estimate(self, vector: Factors, rival: Factors) -> float:
+        """The rival's fitness plus the mean gap at the look at which the vector lost, which is negative."""
+        looks = range(len(self.known[vector].heats))
+        lost = next((heat for heat in looks if self._loses(vector, rival, heat)), looks[-1])
+        values = Measurement(self.known[vector].heats[: lost + 1]).values(self.plan)
+        best = self.known[rival].values(self.plan)
+        return float(best.mean() + (values - best[: len(values)]).mean())
+
     def _violation(self, vector: Factors) -> float:
-        return self._guards.violation(self.known[vector], self.known[self._unscaled], self.plan)
+        return self._guards.violation(self.known[vector], self.known[self.unscaled], self.plan)
 
 
 class BudgetView:
@@ -149,11 +157,14 @@ class BudgetView:
 
     def best(self) -> tuple[Factors, float]:
         """Returns the best vector that was measured in full and keeps to the guards, and its fitness; of equals the
-        first one asked for. Where none does, the least bad.
+        first one asked for. Where none does, the unscaled model.
         """
-        vector = self._best_complete() or max(self.fitness, key=self.fitness.__getitem__)
-        return vector, self.fitness[vector]
+        vector = self._best_complete() or self._memo.unscaled
+        return vector, self.fitness.get(vector, self._memo.fitness(vector))
+
+    def feasible(self, vectors: Sequence[Factors]) -> list[Factors]:
+        """Returns those that were measured in full and keep to the guards, in order."""
+        return [vector for vector in vectors if self._memo.is_feasible(vector)]
 
     def _best_complete(self) -> Factors | None:
-        feasible = [vector for vector in self.fitness if self._memo.is_feasible(vector)]
-        return max(feasible, key=self.fitness.__getitem__, default=None)
+        return max(self.feasible(list(self.fitness)), key=self.fitness.__getitem__, default=None)

@@ -79,7 +79,9 @@ class PrefixRunner:
         self.layers_run = 0
         self.layers_asked = 0
 
-    def run(self, batch: Any, vector: Factors, forward: Callable[[], T], num_tokens: int = 1) -> T:
+    def run(
+        self, batch: Any, vector: Factors, forward: Callable[[], T], num_tokens: int = 1, only: int | None = None
+    ) -> T:
         """Returns `forward()`, which must run the model once, on `batch` and with the factors `vector`.
 
         Args:
@@ -87,9 +89,10 @@ class PrefixRunner:
             vector: the factors in force, one per layer.
             forward: runs the model.
             num_tokens: size of the batch, for the counts.
+            only: store only the output after so many layers; default: all.
         """
         depth = self._known_depth(batch, vector)
-        with self._answering(batch, vector, depth), self._storing(batch, vector, depth):
+        with self._answering(batch, vector, depth), self._storing(batch, vector, depth, only):
             result = forward()
         self.layers_run += (len(self._layers) - depth) * num_tokens
         self.layers_asked += len(self._layers) * num_tokens
@@ -127,7 +130,7 @@ class PrefixRunner:
             raise RuntimeError(f"{len(calls)} of {depth} skipped layers were called: the model bypasses its layers.")
 
     @contextmanager
-    def _storing(self, batch: Any, vector: Factors, depth: int) -> Iterator[None]:
+    def _storing(self, batch: Any, vector: Factors, depth: int, only: int | None) -> Iterator[None]:
         """Stores the outputs of the layers from `depth` on, except the last, shallow ones first."""
         spared = {(batch, vector[:shorter]) for shorter in range(1, len(self._layers))}
         handles = []
@@ -140,7 +143,8 @@ class PrefixRunner:
 
         if self.outputs.max_bytes:
             for index in range(depth, len(self._layers) - 1):
-                handles.append(self._layers[index].register_forward_hook(hook(index + 1)))
+                if only in (None, index + 1):
+                    handles.append(self._layers[index].register_forward_hook(hook(index + 1)))
         try:
             yield
         finally:

@@ -115,7 +115,7 @@ class SearchResult:
         chosen: name of the table's row that `config` holds.
         control_points: the curve's four `(x, y)` points; None if no curve was searched or is known.
         model_name: name of the base model, free of local paths.
-        model_window: the model's trained window in tokens.
+        model_window: the model's trained window in tokens; None if its config does not say.
         task: the task's description.
         splits: descriptions of the search, validation, test and short-prompt split.
         history: one record per generation.
@@ -134,7 +134,7 @@ class SearchResult:
     chosen: str
     control_points: list[list[float]] | None
     model_name: str
-    model_window: int
+    model_window: int | None
     task: dict[str, Any]
     splits: list[dict[str, Any]]
     history: list[dict[str, Any]]
@@ -236,7 +236,7 @@ class SearchResult:
         if with_time:
             asked, ran = self.timing["layer_tokens_asked"], self.timing["layer_tokens_run"]
             seconds = sum(self.timing["seconds"].values())
-            shared = f", {1 - ran / asked:.0%} of the layers of this run were shared" if asked else ""
+            shared = f"; of the evaluations' layers {1 - ran / asked:.0%} were shared" if asked else ""
             lines.append(f"time: {seconds:.0f} s{shared}.")
         if self.bootstrap is not None:
             choice = self.bootstrap
@@ -257,10 +257,8 @@ class SearchResult:
         """Says in one line what was measured."""
         test = next(split for split in self.splits if split["name"] == "test")
         length = test["max_tokens"]
-        return (
-            f"{self.task['name']}, {length} tokens = {length / self.model_window:.1f}× the trained window, "
-            f"{test['groups']} held-out contexts"
-        )
+        times = f" = {length / self.model_window:.1f}× the trained window" if self.model_window else ""
+        return f"{self.task['name']}, {length} tokens{times}, {test['groups']} held-out contexts"
 
     def curves_to_plot(self) -> dict[str, PositionScores]:
         """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""

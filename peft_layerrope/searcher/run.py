@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME, demo_model_path
 from ..errors import SearchError, TaskError
 from ..evaluation import PositionScores
-from ..sites import find_stack
+from ..sites import find_stack, trained_window
 from ..tasks import Split, Task, check_disjoint
 from . import controls
 from .bootstrap import bootstrap_choice
@@ -166,7 +166,7 @@ class _Data:
 def _make_data(model: nn.Module, task: Task, settings: SearchSettings) -> _Data:
     """Makes and checks the splits."""
     search_split = task.split("search", settings.search_groups)
-    window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    window = trained_window(model)
     check_length(settings, search_split.max_tokens, window)
     data = _Data(
         search_split,
@@ -260,8 +260,12 @@ class _Run:
                 self._best = max(self._best, self.memo.known[vector].fitness(self.heats))
         self._note()
 
+    def _advance(self, steps: int) -> None:
+        for _ in range(steps):
+            self.audience.advance()
+
     def _note(self) -> None:
-        asked, ran = self.local.layers_asked, self.local.layers_run
+        asked, ran = self.evaluator.layers_asked, self.evaluator.layers_run
         shared = f" · {1 - ran / asked:.0%} of layers shared" if asked else ""
         known = self.memo.requested - len(self.memo.known)
         self.audience.note(f"{self._generation}best {self._best:.3f} · {known} known{shared}")
@@ -368,9 +372,9 @@ class _Run:
         )
         visited = steps.climb(curve.factors, self.settings.gradient_steps, self.audience.advance)
         view.charge(STEP_COST * self.settings.gradient_steps)
-        values = view.evaluate(visited)
-        best = max(range(len(visited)), key=values.__getitem__)
-        return Found(visited[best], values[best])
+        view.evaluate(visited)
+        best = max(view.feasible(visited), key=view.fitness.__getitem__, default=curve.factors)
+        return Found(best, view.fitness.get(best, curve.fitness))
 
     def _utilisation(self, scores: PositionScores) -> float:
         return float(scores.utilisation_by_group(self.settings.objective, self.settings.weights).mean())
@@ -388,6 +392,8 @@ class _Run:
         for name, vectors, budget in members:
             with self._stage(f"control: {name}", min(len(set(vectors)), budget)):
                 found.append(best_of(name, vectors, self._view(), budget, self._rng(name)))
+        everything = len(self.space.grid.values) ** len(self.space.scaled_layers)
+        found[-1] = replace(found[-1], exhaustive=len(random_family) == everything)
         return found
 
     def _held_out(self, candidates: Sequence[Candidate]) -> ResultTable:
@@ -397,11 +403,13 @@ class _Run:
 
     def _scores(self, split: str, vectors: Sequence[Factors]) -> dict[Factors, PositionScores]:
         """Full scores on the validation or test split, from the state where they are there."""
-        for vector in dict.fromkeys(vectors):
-            if (split, vector) not in self.state.scores:
-                new = self.evaluator.score([vector], self._split_numbers[split])
-                self.state.add_scores(split, new)
-            self.audience.advance()
+        distinct = list(dict.fromkeys(vectors))
+        missing = [vector for vector in distinct if (split, vector) not in self.state.scores]
+        for start in range(0, len(missing), self.evaluator.at_once):
+            group = missing[start : start + self.evaluator.at_once]
+            self.state.add_scores(split, self.evaluator.score(group, self._split_numbers[split]))
+            self._advance(len(group))
+        self._advance(len(distinct) - len(missing))
         return {vector: self.state.scores[split, vector] for vector in vectors}
 
     def _assemble(
@@ -429,7 +437,7 @@ class _Run:
             chosen=chosen.name,
             control_points=curve.control_points,
             model_name=name,
-            model_window=self.model.config.get_text_config(decoder=True).max_position_embeddings,
+            model_window=trained_window(self.model),
             task=task.describe(),
             splits=[split.describe() for split in self.data.all],
             history=list(curve.history),
@@ -443,8 +451,8 @@ class _Run:
             guards=self._guards(chosen.factors),
             timing={
                 "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
-                "layer_tokens_run": self.local.layers_run,
-                "layer_tokens_asked": self.local.layers_asked,
+                "layer_tokens_run": self.evaluator.layers_run,
+                "layer_tokens_asked": self.evaluator.layers_asked,
                 "prefix_sharing": bool(self.local.sharing),
                 "batch_tokens": self.local.batch_tokens,
                 "plan": self.plan.to_dict(),
@@ -466,7 +474,6 @@ class _Run:
         }
 
     def _config(self, factors: Factors, control_points: list[list[float]] | None, name: str) -> LayerRopeConfig:
-        window = self.model.config.get_text_config(decoder=True).max_position_embeddings
         config = self.settings.adapter_config(
             list(factors),
             control_points=control_points,
@@ -474,6 +481,6 @@ class _Run:
             searcher_version=__version__,
         )
         if config.rope_type == "dynamic" and config.original_max_position_embeddings is None:
-            config.original_max_position_embeddings = window
+            config.original_max_position_embeddings = trained_window(self.model)
         config.base_model_name_or_path = DEMO_NAME if name == DEMO_NAME else self.model.config._name_or_path
         return config

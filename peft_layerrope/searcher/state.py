@@ -51,6 +51,8 @@ class RunState:
         self.measurements: dict[Factors, Measurement] = {}
         self.scores: dict[tuple[str, Factors], PositionScores] = {}
         if folder is None:
+            if resume:
+                raise SearchError("resume=True needs the folder of the search to go on with.")
             return
         path = folder / STATE_NAME
         if resume:

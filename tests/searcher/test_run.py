@@ -3,85 +3,242 @@
 from __future__ import annotations
 
 import json
+import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from conftest import NUM_LAYERS, VOCAB, build_model, logits
+from fakes import TaskWithShortPrompts, token_task
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
+from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft_layerrope import Example, SearchError, TaskError, TokenTask, UnsupportedModelError, search
+from peft_layerrope import (
+    LayerRopeConfig,
+    SearchError,
+    SearchSettings,
+    Split,
+    TaskError,
+    TokenTask,
+    UnsupportedModelError,
+    search,
+)
 from peft_layerrope.evaluation import score
 from peft_layerrope.families import build_tiny
+from peft_layerrope.searcher import FactorGrid, Guards
+from peft_layerrope.searcher.gradient import GradientSteps
+from peft_layerrope.searcher.progress import SilentProgress
+from peft_layerrope.sites import find_stack
 
 SMALL = {
     "population": 6,
     "generations": 2,
+    "gradient_steps": 3,
     "refine_evaluations": 12,
     "search_groups": 4,
+    "validation_groups": 4,
     "test_groups": 6,
+    "short_groups": 3,
+    "grid": FactorGrid(1.0, 2.0, 0.25),
+    "share_mib": 8,
     "progress": False,
 }
-ROWS = ["none", "uniform", "first_layers_alone", "first_and_rest", "random", "curve", "refined"]
-
-
-def token_task(groups: int = 20, length: int = 24, vocab: int = VOCAB) -> TokenTask:
-    rng = np.random.default_rng(0)
-    examples = []
-    for g in range(groups):
-        context = tuple(rng.integers(1, vocab, length).tolist())
-        for i, at in enumerate((2, length // 2, length - 3)):
-            examples.append(Example(context, context[at : at + 1], context[at + 1 : at + 3], i, g))
-    return TokenTask(examples)
+ROWS = ["none", "uniform", "first_layers_alone", "first_and_rest", "line", "random", "curve", "refined"]
 
 
 @pytest.fixture(scope="module")
-def result():
-    return search(build_model("llama"), token_task(), **SMALL, seed=1)
+def task():
+    return TaskWithShortPrompts()
 
 
-def test_table_has_every_method_on_the_same_test_split(result):
+@pytest.fixture(scope="module")
+def result(task):
+    return search(build_model("llama"), task, **SMALL, seed=1)
+
+
+def scores_of(factors, split, **fields: object):
+    """By plain scoring of a fresh model."""
+    config = LayerRopeConfig(task_type="CAUSAL_LM", layer_factors=list(factors), **fields)
+    return score(get_peft_model(build_model("llama"), config), split)
+
+
+def test_table_has_every_method_on_the_same_test_split(result, task):
     assert [row.name for row in result.table] == ROWS
-    model = build_model("llama")
-    split = token_task().split("test", SMALL["test_groups"])
+    split = task.split("test", SMALL["test_groups"])
     for row in result.table:
-        peft_model = get_peft_model(model, result.settings.adapter_config(list(row.factors)))
-        np.testing.assert_array_equal(row.scores.log_prob, score(peft_model, split).log_prob)
-        peft_model.unload()
+        np.testing.assert_array_equal(row.scores.log_prob, scores_of(row.factors, split).log_prob)
+
+
+def test_search_fitness_is_the_utilisation_of_the_search_split(result, task):
+    split = task.split("search", SMALL["search_groups"])
+    for row in result.table:
+        assert row.fitness == pytest.approx(scores_of(row.factors, split).log_prob_utilisation())
+    for name in ("uniform", "first_layers_alone", "first_and_rest", "line", "curve"):  # which all had the unscaled one
+        assert result.table[name].fitness >= result.table["none"].fitness
+    for vector, values in list(result.measurements.items())[::15]:
+        plain = scores_of(vector, split).utilisation_by_group("log_prob")
+        np.testing.assert_allclose(values, plain[: len(values)], rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_validation_split_decides(task, seed):
+    """The curve's best point is one of the candidates, so what is chosen is never worse there."""
+    split = task.split("validation", SMALL["validation_groups"])
+    found = search(build_model("llama"), task, **SMALL, seed=seed, controls=False, guards=Guards(None, None))
+    refined, curve = (scores_of(found.table[name].factors, split) for name in ("refined", "curve"))
+    assert refined.log_prob_utilisation() >= curve.log_prob_utilisation()
+
+
+def test_splits_share_nothing(result, task):
+    assert [split["name"] for split in result.splits] == ["search", "validation", "test", "search"]
+    assert [split["groups"] for split in result.splits] == [4, 4, 6, 3]
+    assert len({split["fingerprint"] for split in result.splits}) == 4
+    assert result.splits[3]["max_tokens"] < result.splits[0]["max_tokens"] / 2 + 2
+    assert result.guards["short_tokens"] == result.splits[3]["max_tokens"]
+
+
+@pytest.mark.parametrize("pair", [("search", "validation"), ("search", "test"), ("validation", "test")])
+def test_overlapping_splits_are_refused(task, pair):
+    class Leaky(TaskWithShortPrompts):
+        def split(self, name: str, num_groups: int) -> Split:
+            return super().split(pair[0] if name == pair[1] else name, num_groups)
+
+    with pytest.raises(TaskError, match=r"share \d+ contexts"):
+        search(build_model("llama"), Leaky(groups=40), **SMALL)
+
+
+def test_short_prompts_may_not_be_those_of_the_search():
+    class Leaky(TaskWithShortPrompts):
+        def shortened(self, length: int) -> TokenTask:
+            return self
+
+    with pytest.raises(TaskError, match="splits 'search' and 'search' share"):
+        search(build_model("llama"), Leaky(), **SMALL)
+
+
+@pytest.mark.parametrize("guards", [Guards(0.05, None), Guards(None, None)])
+def test_without_the_guard_there_are_no_short_prompts(task, guards):
+    found = search(build_model("llama"), task, **SMALL, guards=guards, controls=False, refine=False)
+    assert [split["name"] for split in found.splits] == ["search", "validation", "test"]
+    assert found.guards["short_loss"] == [None, None]
+
+
+@pytest.mark.parametrize(("algorithm", "seed"), [("genetic", 0), ("genetic", 1), ("random", 0)])
+def test_what_is_chosen_keeps_to_the_guards(task, algorithm, seed):
+    """Guards that hardly any vector keeps to."""
+    fields = {**SMALL, "search_groups": 8, "generations": 1, "validation_groups": 2, "test_groups": 2}
+    guards = Guards(0.0, 0.0)
+    found = search(build_model("llama"), task, **fields, controls=False, algorithm=algorithm, guards=guards, seed=seed)
+    split, short = task.split("search", 8), task.shortened(task.split("search", 1).max_tokens // 2).split("search", 3)
+    plain = [scores_of(factors, split) for factors in ((1.0,) * NUM_LAYERS, found.config.layer_factors)]
+    losses = [
+        -scores_of(factors, short).log_prob_utilisation()
+        for factors in ((1.0,) * NUM_LAYERS, found.config.layer_factors)
+    ]
+    assert found.guards["tail_accuracy"] == pytest.approx([scores.correct[:, -1].mean() for scores in plain])
+    assert found.guards["short_loss"] == pytest.approx(losses)
+    assert plain[1].correct[:, -1].mean() >= plain[0].correct[:, -1].mean()
+    assert losses[1] <= losses[0]
+
+
+@pytest.mark.parametrize("broken", ["guard", "race"])
+def test_gradient_steps_offer_nothing_that_was_ruled_out(task, monkeypatch, broken):
+    """A vector that breaks a guard, or was given up in a race, may look better on the validation split."""
+    guards = Guards(None, 0.0) if broken == "guard" else Guards(None, None)
+    fields = {
+        **SMALL,
+        "search_groups": 8 if broken == "guard" else 16,
+        "generations": 0,
+        "refine_evaluations": 0,
+        "validation_groups": 1,
+    }
+    task = TaskWithShortPrompts(groups=40)
+    unscaled, rng = (1.0,) * NUM_LAYERS, random.Random(0)
+    validation = task.split("validation", fields["validation_groups"])
+    length = task.split("search", 1).max_tokens
+    short = task.shortened(length // 2).split("search", fields["short_groups"])
+    part = task.split("search", fields["search_groups"]).part(0, 8)
+
+    def is_ruled_out(vector: tuple[float, ...]) -> bool:
+        if broken == "guard":
+            return scores_of(vector, short).log_prob_utilisation() < scores_of(unscaled, short).log_prob_utilisation()
+        mine, best = (scores_of(v, part).utilisation_by_group("log_prob") for v in (vector, winner))
+        return stats.ttest_rel(mine[:4], best[:4], alternative="less").pvalue < 0.01
+
+    found = search(build_model("llama"), task, **fields, controls=False, guards=guards, refine=False)
+    winner = found.table["curve"].factors
+    to_beat = scores_of(winner, validation).log_prob_utilisation()
+    drawn = (tuple(rng.randrange(10, 21) / 10 for _ in range(NUM_LAYERS)) for _ in range(200))
+    tempting = next(v for v in drawn if scores_of(v, validation).log_prob_utilisation() > to_beat and is_ruled_out(v))
+    monkeypatch.setattr(GradientSteps, "climb", lambda *args: [tempting])
+    found = search(build_model("llama"), task, **fields, controls=False, guards=guards)
+    assert found.table["refined"].factors != tempting
+
+
+def test_a_range_without_one_keeps_to_the_guards_or_leaves_the_model_alone(task):
+    found = search(
+        build_model("llama"),
+        task,
+        **{**SMALL, "grid": FactorGrid(2.0, 4.0, 0.5)},
+        guards=Guards(0.0, 0.0),
+        controls=False,
+    )
+    before, after = found.guards["short_loss"]
+    assert after <= before
 
 
 def test_controls_have_the_searchs_budget_or_exhaust_their_family(result):
     budget = result.evaluations["per_layer_search"]
     assert budget == result.table["refined"].evaluations
     assert result.table["random"].evaluations == budget
-    for name in ("first_layers_alone", "first_and_rest"):
+    for name in ("uniform", "first_layers_alone", "first_and_rest", "line"):
         assert result.table[name].exhaustive
-    assert result.table["uniform"].exhaustive
+    assert not result.table["random"].exhaustive  # of 5 ** 4
 
 
-def test_refinement_is_never_worse_on_the_search_split(result):
-    assert result.table["refined"].fitness >= result.table["curve"].fitness >= result.table["uniform"].fitness
+def test_the_adapter_holds_what_was_chosen(result):
+    assert result.chosen == "refined"
     assert result.config.layer_factors == list(result.table["refined"].factors)
+    assert result.table["curve"].fitness >= result.table["uniform"].fitness  # which it began with
 
 
-def test_search_is_reproducible_and_depends_on_its_seed(result):
+@pytest.mark.parametrize("algorithm", ["genetic", "cma-es", "greedy", "random"])
+def test_the_plan_is_an_upper_limit(task, algorithm):
+    plans = []
+    found = search(
+        build_model("llama"), task, **SMALL, algorithm=algorithm, controls=False, on_plan=plans.append, race=False
+    )
+    (plan,) = plans
+    searched = plan.num_evaluations - plan.evaluations["uniform factors"]
+    assert found.evaluations["per_layer_search"] <= searched
+    assert found.evaluations["all_methods"] <= plan.num_evaluations
+    assert plan.tokens_per_evaluation > 0
+
+
+class TestKeptApart:
+    """Neither speed nor what else is searched changes what is found."""
+
+    @pytest.mark.parametrize("fields", [{"share_mib": 0}, {"share_mib": 1}, {"controls": False}])
+    def test_the_factors_are_the_same(self, result, task, fields):
+        found = search(build_model("llama"), task, **{**SMALL, **fields}, seed=1)
+        assert found.config.layer_factors == result.config.layer_factors
+        names = [row.name for row in found.table]
+        assert names == (ROWS if fields.get("controls", True) else ["none", "uniform", "curve", "refined"])
+        for row in found.table:
+            np.testing.assert_array_equal(row.scores.log_prob, result.table[row.name].scores.log_prob)
+
+
+def test_search_is_reproducible_and_depends_on_its_seed(result, task):
     torch.manual_seed(99)
-    again = search(build_model("llama"), token_task(), **SMALL, seed=1)
-    other = search(build_model("llama"), token_task(), **SMALL, seed=2)
-
-    def outcome(r):
-        return {key: value for key, value in r.to_dict().items() if key != "seconds"}
-
-    assert outcome(again) == outcome(result)
-    assert outcome(other)["history"] != outcome(result)["history"]
-
-
-def test_leaving_the_controls_out_does_not_change_the_factors(result):
-    alone = search(build_model("llama"), token_task(), **SMALL, seed=1, controls=False)
-    assert alone.config.layer_factors == result.config.layer_factors
-    assert [row.name for row in alone.table] == ["none", "uniform", "curve", "refined"]
+    state = torch.get_rng_state(), random.getstate()
+    again = search(build_model("llama"), task, **SMALL, seed=1)
+    other = search(build_model("llama"), task, **SMALL, seed=2, controls=False)
+    assert random.getstate() == state[1]
+    assert again.to_dict() == result.to_dict()
+    assert other.history != result.history
 
 
 def test_without_refinement_the_curve_is_chosen():
@@ -106,13 +263,28 @@ def test_other_rope_types_and_objectives(rope_type, objective):
     assert found.config.original_max_position_embeddings == (64 if rope_type == "dynamic" else None)
 
 
-def test_the_model_is_left_as_it_was(ids):
-    model = build_model("llama")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_model_is_left_as_it_was(ids, training, fails):
+    model = build_model("llama").train(training)
+    model.lm_head.weight.requires_grad_(False)
     before, structure = logits(model, ids), repr(model)
-    search(model, token_task(), **SMALL, controls=False)
+
+    class Stop(SilentProgress):
+        def stage(self, name: str, total: int) -> None:
+            if fails and name == "coordinate steps":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        search(model, token_task(), **{**SMALL, "progress": Stop()}, controls=False)
     assert torch.equal(logits(model, ids), before)
     assert repr(model) == structure
-    assert all(p.requires_grad for p in model.parameters())
+    assert not hasattr(model, "peft_config")
+    assert model.training is training
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers)
+    assert "forward" not in model.model.layers[0].__dict__
 
 
 def test_saved_folder_is_complete_and_loads(result, ids, tmp_path):
@@ -123,6 +295,7 @@ def test_saved_folder_is_complete_and_loads(result, ids, tmp_path):
         "adapter_model.safetensors",
         "README.md",
         "search.json",
+        "timing.json",
         "accuracy_by_position.png",
         "factors_by_depth.png",
     }
@@ -138,8 +311,8 @@ def test_report_says_what_it_stands_on(result, tmp_path):
     report = json.loads((tmp_path / "search.json").read_text())
     assert [row["name"] for row in report["table"]] == ROWS
     assert report["layer_factors"] == result.config.layer_factors
-    assert [split["name"] for split in report["splits"]] == ["search", "test"]
-    assert report["splits"][0]["fingerprint"] != report["splits"][1]["fingerprint"]
+    assert report["splits"] == result.splits
+    assert json.loads((tmp_path / "timing.json").read_text()) == result.timing
     assert report["settings"]["seed"] == 1
     refined = report["table"][-1]
     assert set(refined["average_accuracy_minus"]) == set(ROWS) - {"refined"}
@@ -157,19 +330,45 @@ def test_card_is_valid_and_shows_the_import(result, tmp_path):
     assert card.data.eval_results[0].metric_value == round(result.table["refined"].scores.average().value, 4)
 
 
-def test_a_shared_kv_cache_is_refused_before_any_work():
-    with pytest.raises(SearchError) as caught:
-        search(build_tiny("gemma3n_text"), token_task(), **SMALL)
-    assert str(caught.value) == (
-        "layers [2, 3] of gemma3n_text attend to the keys of other layers (a shared KV cache) and need their factors, "
-        "which no searcher keeps to yet. A LayerRopeConfig that keeps to it works."
-    )
+def test_a_model_with_a_shared_kv_cache_is_searched_with_tied_factors(task):
+    model = build_tiny("gemma3n_text")
+    sources = find_stack(model).key_sources
+    assert sources != tuple(range(len(sources)))
+    found = search(model, task, **{**SMALL, "generations": 0, "grid": FactorGrid(1.0, 2.0, 0.5)})
+    assert [row.name for row in found.table] == ROWS
+    for vector in [*found.measurements, *(row.factors for row in found.table)]:
+        assert vector == tuple(vector[source] for source in sources)
+    assert set(found.config.scaled_layers) <= set(sources)
+    assert found.timing["prefix_sharing"] is False
+    split = task.split("test", SMALL["test_groups"])
+    fresh = get_peft_model(build_tiny("gemma3n_text"), LayerRopeConfig(layer_factors=found.config.layer_factors))
+    np.testing.assert_array_equal(score(fresh, split).log_prob, found.table[found.chosen].scores.log_prob)
+
+
+@pytest.mark.parametrize("own", ["dynamic", "longrope"])
+def test_a_model_whose_own_rotation_depends_on_the_length(task, own):
+    extra = {"factor": 2.0}
+    if own == "longrope":
+        extra = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 16}
+    rope = {"rope_type": own, "rope_theta": 10_000.0, **extra}
+    model = build_model("llama", rope_parameters=rope, max_position_embeddings=16)
+    assert search(model, task, **SMALL, controls=False).chosen == "refined"
+
+
+def test_a_model_that_names_no_window(task):
+    model = build_tiny("recurrent_gemma")
+    assert getattr(model.config, "max_position_embeddings", None) is None
+    assert search(model, task, **SMALL, controls=False, refine=False).model_window is None
 
 
 def test_errors_come_before_any_work():
     gpt2 = AutoConfig.for_model("gpt2", n_layer=2, n_embd=32, n_head=2, vocab_size=VOCAB)
     with pytest.raises(UnsupportedModelError):
         search(AutoModelForCausalLM.from_config(gpt2), token_task(), **SMALL)
+    with pytest.raises(SearchError, match=r"prompts of 160 tokens: with a window of 64, .* reaches 128 tokens"):
+        search(build_model("llama"), token_task(length=157), **SMALL)
+    with pytest.raises(SearchError, match="pass either settings or fields of it, got both: seed"):
+        search(build_model("llama"), token_task(), SearchSettings(), seed=1)
     with pytest.raises(TaskError, match="split 'search' has 8 groups, 50 were asked for"):
         search(build_model("llama"), token_task(), search_groups=50)
     with pytest.raises(SearchError, match="distinct layer indices from 0 to 3"):

@@ -1,0 +1,159 @@
+"""Throughput of two Ray workers against one, and a search that goes on while workers are killed.
+
+    python tests/benchmarks/search_workers.py            # ratio of the throughputs; goal 1.7 on two free cores
+    python tests/benchmarks/search_workers.py --kill     # two nodes, a killed process, a removed node: same factors
+
+Both on the demo model, with one thread for each worker. Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import statistics
+import time
+import warnings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import ray
+import torch
+from peft import get_peft_model
+from ray.cluster_utils import Cluster
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from peft_layerrope import KeyValueRetrieval, SearchSettings, demo_model_path, search
+from peft_layerrope.searcher.evaluator import ModelEvaluator
+from peft_layerrope.searcher.grid import Factors
+from peft_layerrope.searcher.ray_workers import RayWorkers, WorkerPool
+
+LENGTH = 512
+POPULATION = 16  # vectors of one request, as in a generation
+
+
+def task() -> KeyValueRetrieval:
+    return KeyValueRetrieval(AutoTokenizer.from_pretrained(demo_model_path()), LENGTH)
+
+
+def demo_model() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(demo_model_path()).eval()
+
+
+def vectors(num_layers: int, rng: random.Random) -> list[Factors]:
+    """New vectors in every round, so that nobody has anything in store but the unscaled leading layers."""
+    grid = SearchSettings().grid.values
+    return [(1.0, 1.0, *(rng.choice(grid) for _ in range(num_layers - 2))) for _ in range(POPULATION)]
+
+
+def throughput(rounds: int) -> None:
+    """Each round has one worker and two evaluate the same vectors, taking turns at going first."""
+    settings = SearchSettings()
+    model = demo_model()
+    num_layers = model.config.num_hidden_layers
+    local = ModelEvaluator(
+        get_peft_model(model, settings.adapter_config([1.0] * num_layers)),
+        [task().split("search", 4)],
+        objective=settings.objective,
+        weights=settings.weights,
+        batch_tokens=settings.batch_tokens,
+        share_bytes=settings.share_mib * 2**20,
+    )
+    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    pools = {number: RayWorkers(number, threads_per_worker=1)(local) for number in (1, 2)}
+    for pool in pools.values():
+        pool.wait_until_ready()
+    rng = random.Random(0)
+    ratios, extra, rates = [], [], {1: [], 2: []}
+    for number in range(rounds + 2):
+        members = vectors(num_layers, rng)
+        seconds, values, layers = {}, {}, {}
+        for workers in (1, 2) if number % 2 else (2, 1):
+            before, started = pools[workers].layers_run, time.perf_counter()
+            values[workers] = pools[workers].measure(members, 0)
+            seconds[workers] = time.perf_counter() - started
+            layers[workers] = pools[workers].layers_run - before
+        assert values[1] == values[2]
+        if number >= 2:  # the first two warm up
+            ratios.append(seconds[1] / seconds[2])
+            extra.append(layers[2] / layers[1])
+            for workers, spent in seconds.items():
+                rates[workers].append(len(members) / spent)
+    low, median, high = statistics.quantiles(ratios, n=4)
+    table = Table("what", "median", "quartiles")
+    table.add_row("throughput: two workers / one", f"{median:.3f}", f"{low:.3f} to {high:.3f}")
+    low, median, high = statistics.quantiles(extra, n=4)
+    table.add_row("layers run: two workers / one", f"{median:.3f}", f"{low:.3f} to {high:.3f}")
+    for workers, name in ((1, "one worker"), (2, "two workers")):
+        low, median, high = statistics.quantiles(rates[workers], n=4)
+        table.add_row(f"vectors a second, {name}", f"{median:.2f}", f"{low:.2f} to {high:.2f}")
+    Console(width=110).print(table)
+
+
+def killed_workers() -> None:
+    """A search alone; and on two nodes, with a worker killed and a node removed in the middle of generations."""
+    settings = SearchSettings(
+        population=8,
+        generations=3,
+        refine=False,
+        controls=False,
+        search_groups=8,
+        validation_groups=4,
+        test_groups=20,
+    )
+    alone = search(demo_model(), task(), settings, progress=False)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=2)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    hand_out, handed = WorkerPool._hand_out, []
+
+    def sabotaged(pool: WorkerPool, worker: object, *args: object) -> None:
+        hand_out(pool, worker, *args)
+        handed.append(worker)
+        if len(handed) == 15:
+            print("chunk 15: removing the second node")
+            cluster.remove_node(second, allow_graceful=False)
+        if len(handed) == 25:
+            print(f"chunk 25: killing {worker.place}")
+            os.kill(int(worker.place.split()[1]), signal.SIGKILL)
+
+    WorkerPool._hand_out = sabotaged
+    pools = []
+    with RayWorkers(2, threads_per_worker=torch.get_num_threads()) as workers:
+
+        def distribute(local: ModelEvaluator) -> WorkerPool:
+            pools.append(workers(local))
+            pools[0].wait_until_ready()
+            return pools[0]
+
+        found = search(demo_model(), task(), settings, progress=False, distribute=distribute)
+        print(f"chunks handed out: {len(handed)}, workers that died: {pools[0].deaths}")
+    ray.shutdown()
+    cluster.shutdown()
+    print(f"factors alone:          {alone.config.layer_factors}")
+    print(f"factors on the cluster: {found.config.layer_factors}")
+    print(f"factors equal: {found.config.layer_factors == alone.config.layer_factors}")
+    print(f"whole result equal: {found.to_dict() == alone.to_dict()}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kill", action="store_true", help="kill workers instead of measuring")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)
+    if arguments.kill:
+        killed_workers()
+    else:
+        throughput(arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

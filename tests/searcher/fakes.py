@@ -1,0 +1,94 @@
+"""Evaluators made of a formula, and a task made of random tokens, for the searcher's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from peft_layerrope import Example, TokenTask
+from peft_layerrope.searcher import FactorGrid, Guards
+from peft_layerrope.searcher.grid import Factors
+from peft_layerrope.searcher.measurement import Heats, HeatScores
+from peft_layerrope.searcher.memo import BudgetView, Memo
+from peft_layerrope.searcher.space import FactorSpace
+
+NO_GUARDS = Guards(None, None)
+ONE_HEAT = Heats((1,))
+
+
+class Formula:
+    """An evaluator: group g of vector v has utilisation `value(v, g)` and accuracy `tail(v, g)` at the last position.
+
+    Attributes:
+        asked: every (vector, heat) that was measured, in order.
+    """
+
+    def __init__(
+        self,
+        value: Callable[[Factors, int], float],
+        plan: Heats = ONE_HEAT,
+        tail: Callable[[Factors, int], float] = lambda vector, group: 1.0,
+        short: Callable[[Factors], float] = lambda vector: 0.0,
+    ) -> None:
+        self.plan = plan
+        self.asked: list[tuple[Factors, int]] = []
+        self._value, self._tail, self._short = value, tail, short
+
+    def measure(self, vectors: Sequence[Factors], heat: int) -> list[HeatScores]:
+        self.asked += [(vector, heat) for vector in vectors]
+        return [self._one(vector, heat) for vector in vectors]
+
+    def _one(self, vector: Factors, heat: int) -> HeatScores:
+        if heat == len(self.plan.sizes):
+            return HeatScores((self._short(vector),), (0.0,))
+        groups = range(sum(self.plan.sizes[:heat]), sum(self.plan.sizes[: heat + 1]))
+        return HeatScores(
+            tuple(self._value(vector, g) for g in groups), tuple(float(self._tail(vector, g)) for g in groups)
+        )
+
+
+def minus_distance(target: Sequence[float]) -> Callable[[Factors, int], float]:
+    """Minus the squared distance to `target`, the same for every group."""
+    return lambda vector, group: -sum((a - b) ** 2 for a, b in zip(vector, target, strict=True))
+
+
+def view_of(value: Callable[[Factors, int], float]) -> BudgetView:
+    """A view of a fitness without heats or guards."""
+    return BudgetView(Memo(Formula(value), ONE_HEAT, NO_GUARDS))
+
+
+def space_of(
+    num_layers: int,
+    scaled: Sequence[int] | None = None,
+    grid: FactorGrid | None = None,
+    sources: Sequence[int] | None = None,
+) -> FactorSpace:
+    """A space of `num_layers` layers, by default all free on the default grid."""
+    return FactorSpace(
+        grid or FactorGrid(),
+        tuple(range(num_layers) if scaled is None else scaled),
+        tuple(range(num_layers) if sources is None else sources),
+    )
+
+
+def token_task(groups: int = 20, length: int = 24, vocab: int = 99, seed: int = 0) -> TokenTask:
+    """Random contexts, of which tokens at the beginning, the middle and the end are asked for."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for g in range(groups):
+        context = tuple(rng.integers(1, vocab, length).tolist())
+        for i, at in enumerate((2, length // 2, length - 3)):
+            examples.append(Example(context, context[at : at + 1], context[at + 1 : at + 3], i, g))
+    return TokenTask(examples)
+
+
+class TaskWithShortPrompts(TokenTask):
+    """[`token_task`] that can be asked for shorter prompts, as the guard of that name does."""
+
+    def __init__(self, **arguments: int) -> None:
+        examples = token_task(**arguments)._groups.values()
+        super().__init__([example for groups in examples for group in groups for example in group])
+
+    def shortened(self, length: int) -> TokenTask:
+        return token_task(length=length // 2, seed=9)
