@@ -51,7 +51,7 @@ class ModelEvaluator:
         heats: the examples of each heat, the same for every vector.
         objective: what the values are utilisations of.
         weights: λ_first, λ_middle, λ_last.
-        batch_tokens: tokens per forward pass; halved for good when memory runs out.
+        batch_tokens: tokens per forward pass; halved for good, as is `share_bytes`, when memory runs out.
         share_bytes: memory for the outputs of common leading layers; 0 shares nothing.
 
     Attributes:
@@ -124,7 +124,7 @@ class ModelEvaluator:
         def attempt(batch_tokens: int) -> dict[Factors, PositionScores]:
             if batch_tokens != self.batch_tokens:
                 self._batches.clear()
-                self._prefixes.outputs.clear()
+                self._prefixes.outputs.shrink()
                 self.batch_tokens = batch_tokens
             return self._score(vectors, heat)
 
@@ -184,8 +184,10 @@ class ModelEvaluator:
                 trial.run("trial", vector, lambda: logits(vector), only=depth)
                 logits(other)
                 again = trial.run("trial", vector, lambda: logits(vector))
-            except (RuntimeError, TypeError, AttributeError, KeyError, IndexError):
-                shared = False  # a family whose layers hand more to each other than their output
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever a family's code raises whose layers hand more to each other than their output
+                shared = False
             else:
                 shared = trial.layers_run < trial.layers_asked and torch.equal(alone, again)
             if not shared:

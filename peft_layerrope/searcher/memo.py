@@ -152,7 +152,8 @@ class BudgetView:
         rival = self._best_complete() if self._race else None
         self._memo.measure(vectors, rival)
         for vector in vectors:
-            self.fitness.setdefault(vector, self._memo.fitness(vector, rival))
+            if vector not in self.fitness or self._memo.is_complete(vector):  # an estimate gives way to what is known
+                self.fitness[vector] = self._memo.fitness(vector, rival)
         return [self.fitness[vector] for vector in vectors]
 
     def best(self) -> tuple[Factors, float]:

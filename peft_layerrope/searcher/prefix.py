@@ -55,6 +55,11 @@ class LayerOutputs:
         self.num_bytes += size
         return True
 
+    def shrink(self) -> None:
+        """Drops everything, and keeps to half the memory from now on."""
+        self.clear()
+        self.max_bytes //= 2
+
     def clear(self) -> None:
         """Drops everything."""
         self._outputs.clear()

@@ -139,14 +139,16 @@ def _prepared(
         "threads": torch.get_num_threads(),
         "device": model.get_input_embeddings().weight.device.type,
     }
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     peft_model = get_peft_model(model, settings.adapter_config([1.0] * space.num_layers))
     try:
         state = RunState(Path(folder) if folder is not None else None, identity, resume)
         with _audience(progress) as audience:
             yield _Run(peft_model, settings, space, data, state, audience)
     finally:
-        peft_model.unload().train(was_training)
+        peft_model.unload()
+        for module, training in modes.items():
+            module.training = training
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,10 @@ class RunState:
             if isinstance(error, SearchError):
                 raise
             raise SearchError(f"{path} is damaged: {error!r}. Start again with --overwrite.") from error
+        log = self._folder / LOG_NAME
+        if log.exists():  # a line that was being written at the kill is dropped
+            lines = log.read_bytes()
+            log.write_bytes(lines[: lines.rfind(b"\n") + 1])
         self.log("resumed", measurements=len(self.measurements))
 
 

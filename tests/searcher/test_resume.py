@@ -193,3 +193,13 @@ def test_a_refused_model_leaves_no_state(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModelError):
         search(model, TaskWithShortPrompts(groups=40), **SMALL, folder=tmp_path, progress=False)
     assert not (tmp_path / STATE_NAME).exists()
+
+
+def test_a_line_of_the_log_that_was_cut_off_is_dropped(tmp_path):
+    run(tmp_path)
+    log = tmp_path / LOG_NAME
+    before = log.read_text()
+    log.write_text(before + '{"time": 17, "ev')
+    run(tmp_path, resume=True)
+    assert log.read_text().startswith(before)
+    assert all("event" in json.loads(line) for line in log.read_text().splitlines())
