@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from peft import get_peft_model
 from torch import nn
 
 from .._version import __version__
-from ..batching import check_vocabulary
 from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME, demo_model_path
-from ..errors import SearchError, TaskError
+from ..errors import SearchError
 from ..evaluation import PositionScores
 from ..sites import find_stack, trained_window
-from ..tasks import Split, Task, check_disjoint
+from ..tasks import Task
 from . import controls
 from .bootstrap import bootstrap_choice
 from .controls import Candidate, best_of
@@ -34,9 +33,10 @@ from .gradient import STEP_COST, GradientSteps
 from .grid import Factors
 from .measurement import Heats, Measurement, plan_heats
 from .memo import BudgetView, Memo
-from .plan import MIN_CONTROL_BUDGET, Plan, check_length, memory_in_use, planned_evaluations
+from .plan import MIN_CONTROL_BUDGET, Plan, memory_in_use, planned_evaluations
 from .progress import RichProgress, SearchProgress, SilentProgress
 from .result import ALONE, CURVE, FIRST_REST, LINE, NONE, RANDOM, REFINED, UNIFORM, ResultTable, SearchResult, TableRow
+from .search_data import SearchData, make_data
 from .settings import SearchSettings
 from .space import FactorSpace
 from .state import RunState, model_fingerprint
@@ -129,7 +129,7 @@ def _prepared(
 ) -> Iterator[_Run]:
     """Checks everything, injects the adapter, and takes it out again afterwards."""
     space = settings.space(tuple(find_stack(model).key_sources))
-    data = _make_data(model, task, settings)
+    data = make_data(model, task, settings)
     identity = {
         "settings": settings.to_dict(),
         "task": task.describe(),
@@ -149,46 +149,6 @@ def _prepared(
         peft_model.unload()
         for module, training in modes.items():
             module.training = training
-
-
-@dataclass(frozen=True)
-class _Data:
-    """The splits of a search, disjoint."""
-
-    search: Split
-    validation: Split
-    test: Split
-    short: Split | None  # for the guard; None where the task has no shorter prompts or the guard is off
-
-    @property
-    def all(self) -> list[Split]:
-        return [split for split in (self.search, self.validation, self.test, self.short) if split is not None]
-
-
-def _make_data(model: nn.Module, task: Task, settings: SearchSettings) -> _Data:
-    """Makes and checks the splits."""
-    search_split = task.split("search", settings.search_groups)
-    window = trained_window(model)
-    check_length(settings, search_split.max_tokens, window)
-    data = _Data(
-        search_split,
-        task.split("validation", settings.validation_groups),
-        task.split("test", settings.test_groups),
-        _short_split(task, settings, min(search_split.max_tokens, window or search_split.max_tokens) // 2),
-    )
-    check_disjoint(data.all)
-    for split in data.all:
-        check_vocabulary(model, split)
-    return data
-
-
-def _short_split(task: Task, settings: SearchSettings, length: int) -> Split | None:
-    if settings.guards.max_short_rise is None or not hasattr(task, "shortened"):
-        return None
-    try:
-        return task.shortened(length).split("search", settings.short_groups)
-    except TaskError:  # the task does not fit into half the window
-        return None
 
 
 def _versions() -> dict[str, str]:
@@ -223,7 +183,7 @@ class _Run:
         model: nn.Module,
         settings: SearchSettings,
         space: FactorSpace,
-        data: _Data,
+        data: SearchData,
         state: RunState,
         audience: SearchProgress,
     ) -> None:

@@ -18,8 +18,10 @@ from conftest import VOCAB, build_model
 from peft import get_peft_model
 
 from peft_layerrope import Example, SearchError, SearchSettings, TaskError, TokenTask, search
+from peft_layerrope.searcher.chunks import cut_into_chunks, shared_depth
 from peft_layerrope.searcher.evaluator import ModelEvaluator
-from peft_layerrope.searcher.ray_workers import RayWorkers, WorkerPool, _Limits, cut_into_chunks, shared_depth
+from peft_layerrope.searcher.ray_pool import Limits, WorkerPool
+from peft_layerrope.searcher.ray_workers import RayWorkers
 
 ray = pytest.importorskip("ray")
 
@@ -241,7 +243,7 @@ def pool_of(local, fake, num_workers=2, max_deaths=3, chunk_timeout=60.0):
         "threads": torch.get_num_threads(),
     }
     resources = {"num_cpus": 1, "num_gpus": 0}
-    limits = _Limits(max_deaths, 1.0, chunk_timeout)
+    limits = Limits(max_deaths, 1.0, chunk_timeout)
     expected = local.measure([(1.0,) * 4], 0)[0]
     return WorkerPool(fake, local, spec, expected, num_workers, resources, limits)
 

@@ -1,0 +1,54 @@
+"""The splits of a search: made, checked and kept apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..batching import check_vocabulary
+from ..errors import TaskError
+from ..sites import trained_window
+from ..tasks import Split, Task, check_disjoint
+from .plan import check_length
+from .settings import SearchSettings
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """The splits of a search, disjoint."""
+
+    search: Split
+    validation: Split
+    test: Split
+    short: Split | None  # for the guard; None where the task has no shorter prompts or the guard is off
+
+    @property
+    def all(self) -> list[Split]:
+        return [split for split in (self.search, self.validation, self.test, self.short) if split is not None]
+
+
+def make_data(model: nn.Module, task: Task, settings: SearchSettings) -> SearchData:
+    """Makes and checks the splits."""
+    search_split = task.split("search", settings.search_groups)
+    window = trained_window(model)
+    check_length(settings, search_split.max_tokens, window)
+    data = SearchData(
+        search_split,
+        task.split("validation", settings.validation_groups),
+        task.split("test", settings.test_groups),
+        _short_split(task, settings, min(search_split.max_tokens, window or search_split.max_tokens) // 2),
+    )
+    check_disjoint(data.all)
+    for split in data.all:
+        check_vocabulary(model, split)
+    return data
+
+
+def _short_split(task: Task, settings: SearchSettings, length: int) -> Split | None:
+    if settings.guards.max_short_rise is None or not hasattr(task, "shortened"):
+        return None
+    try:
+        return task.shortened(length).split("search", settings.short_groups)
+    except TaskError:  # the task does not fit into half the window
+        return None
