@@ -325,14 +325,17 @@ class _Run:
         return Candidate(REFINED, chosen.factors, chosen.fitness, view.evaluations)
 
     def _gradient(self, curve: Found, view: BudgetView) -> Found:
-        steps = GradientSteps(
-            self.model,
-            self.data.search,
-            self.space,
-            weights=self.settings.weights,
-            batch_tokens=self.local.batch_tokens,
-        )
-        visited = steps.climb(curve.factors, self.settings.gradient_steps, self.audience.advance)
+        if self.state.gradient_path is None:
+            steps = GradientSteps(
+                self.model,
+                self.data.search,
+                self.space,
+                weights=self.settings.weights,
+                batch_tokens=self.local.batch_tokens,
+            )
+            count = self.settings.gradient_steps
+            self.state.add_gradient_path(steps.climb(curve.factors, count, self.audience.advance))
+        visited = self.state.gradient_path
         view.charge(STEP_COST * self.settings.gradient_steps)
         view.evaluate(visited)
         best = max(view.feasible(visited), key=view.fitness.__getitem__, default=curve.factors)

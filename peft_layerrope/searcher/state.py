@@ -48,6 +48,7 @@ class RunState:
         self._scored: dict[tuple[str, Factors], str] = {}
         self._generations: list[str] = []
         self._replayed = 0
+        self.gradient_path: list[Factors] | None = None
         self.measurements: dict[Factors, Measurement] = {}
         self.scores: dict[tuple[str, Factors], PositionScores] = {}
         if folder is None:
@@ -103,6 +104,12 @@ class RunState:
             self._save()
         self._replayed += 1
 
+    def add_gradient_path(self, vectors: Iterable[Factors]) -> None:
+        """Keeps the vectors that the gradient steps went through."""
+        self.gradient_path = list(vectors)
+        self.log("gradient_path", factors=[list(vector) for vector in self.gradient_path])
+        self._save()
+
     def log(self, event: str, **values: Any) -> None:
         """Appends a line to `log.jsonl`, for people and tools that follow the run."""
         if self._folder is not None:
@@ -119,7 +126,8 @@ class RunState:
             "generations": self._generations,
         }
         body = ",\n".join(f'"{name}": [{_lines(items)}]' for name, items in parts.items())
-        head = json.dumps({"format": _FORMAT, "identity": self._identity})[1:-1]
+        path = self.gradient_path
+        head = json.dumps({"format": _FORMAT, "identity": self._identity, "gradient_path": path})[1:-1]
         write_atomically(self._folder / STATE_NAME, f"{{{head},\n{body}}}\n")
 
     def _load(self, path: Path) -> None:
@@ -143,6 +151,9 @@ class RunState:
                 arrays = np.array(correct, dtype=bool), np.array(log_prob, dtype=np.float64)
                 self.scores[key] = PositionScores(tuple(positions), *arrays)
                 self._scored[key] = json.dumps([split, factors, positions, correct, log_prob])
+            path_taken = content["gradient_path"]
+            if path_taken is not None:
+                self.gradient_path = [tuple(map(float, vector)) for vector in path_taken]
             self._generations = [json.dumps(generation) for generation in content["generations"]]
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, SearchError):
