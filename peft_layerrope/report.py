@@ -78,8 +78,8 @@ def _percent_mean(interval: Interval, signed: bool = False) -> str:
 
 TABLE_LEGEND = (
     "accuracy: exact match in %, mean over all gold positions; worst: at the worst position; U: context utilisation "
-    "of the accuracies. ±: 95 % interval over contexts; differences are paired; the control is the one of the first "
-    "two that is better on the search split."
+    'of the accuracies. ±: 95 % interval over contexts; differences are paired. Control: of "first k at 1, rest b" and '
+    '"first a, rest b" the one that is better on the search split.'
 )
 
 

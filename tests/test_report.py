@@ -37,7 +37,7 @@ def test_markdown_table(table):
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5]]
     assert [row[0] for row in cells] == [
         "best uniform factor",
-        "control: first a, rest b",
+        "first a, rest b",
         "per layer: refined",
     ]
     assert [row[6:] for row in cells] == [["1", "1"], ["9", "1 1.5"], ["40", "1.1 2"]]

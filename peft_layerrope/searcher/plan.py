@@ -70,10 +70,10 @@ def planned_evaluations(settings: SearchSettings, space: FactorSpace) -> dict[st
     if settings.controls:
         budget = sum(counts.values()) - counts["uniform factors"]
         shared = max(budget, MIN_CONTROL_BUDGET)
-        counts["control: first k at 1"] = min(shared, len(set(first_layers_alone_vectors(space))))
+        counts["control: first k at 1, rest b"] = min(shared, len(set(first_layers_alone_vectors(space))))
         counts["control: first a, rest b"] = min(shared, len(set(first_and_rest_vectors(space))))
         counts["control: straight line"] = min(shared, len(set(line_vectors(space))))
-        counts["control: random"] = min(budget, len(space.grid.values) ** len(space.scaled_layers))
+        counts["control: random per layer"] = min(budget, len(space.grid.values) ** len(space.scaled_layers))
     return counts
 
 

@@ -34,9 +34,9 @@ NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (
 LABELS = {
     NONE: "no scaling",
     UNIFORM: "best uniform factor",
-    ALONE: "control: first k at 1",
-    FIRST_REST: "control: first a, rest b",
-    LINE: "control: straight line",
+    ALONE: "first k at 1, rest b",
+    FIRST_REST: "first a, rest b",
+    LINE: "straight line",
     RANDOM: "random per layer",
     CURVE: "per layer: curve",
     REFINED: "per layer: refined",

@@ -35,7 +35,20 @@ from .measurement import Heats, Measurement, plan_heats
 from .memo import BudgetView, Memo
 from .plan import MIN_CONTROL_BUDGET, Plan, memory_in_use, planned_evaluations
 from .progress import RichProgress, SearchProgress, SilentProgress
-from .result import ALONE, CURVE, FIRST_REST, LINE, NONE, RANDOM, REFINED, UNIFORM, ResultTable, SearchResult, TableRow
+from .result import (
+    ALONE,
+    CURVE,
+    FIRST_REST,
+    LABELS,
+    LINE,
+    NONE,
+    RANDOM,
+    REFINED,
+    UNIFORM,
+    ResultTable,
+    SearchResult,
+    TableRow,
+)
 from .search_data import SearchData, make_data
 from .settings import SearchSettings
 from .space import FactorSpace
@@ -355,7 +368,7 @@ class _Run:
         ]
         found = []
         for name, vectors, budget in members:
-            with self._stage(f"control: {name}", min(len(set(vectors)), budget)):
+            with self._stage(f"control: {LABELS[name]}", min(len(set(vectors)), budget)):
                 found.append(best_of(name, vectors, self._view(), budget, self._rng(name)))
         everything = len(self.space.grid.values) ** len(self.space.scaled_layers)
         found[-1] = replace(found[-1], exhaustive=len(random_family) == everything)
