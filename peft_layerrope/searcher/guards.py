@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from deap import tools
 
 from ..errors import SearchError
@@ -33,15 +34,26 @@ class Guards:
                 raise SearchError(f"{name}={value!r} must be a number of at least 0, or none to switch the guard off.")
 
     def violation(self, measured: Measurement, unscaled: Measurement, plan: Heats) -> float:
-        """Returns by how much the limits are exceeded, summed; 0 if they are kept."""
+        """Returns by how much the limits are exceeded, summed; 0 if they are kept.
+
+        A limit counts as exceeded where the change, less one standard error of its paired mean, is beyond it:
+        a single context that turns out otherwise proves no loss.
+        """
         excess = 0.0
         if self.max_tail_drop is not None:
-            drop = unscaled.tail_accuracy(plan) - measured.tail_accuracy(plan)
-            excess += max(drop - self.max_tail_drop - _DUST, 0.0)
+            drop = unscaled.tail(plan) - measured.tail(plan)
+            excess += max(_at_least(drop) - self.max_tail_drop - _DUST, 0.0)
         if self.max_short_rise is not None and plan.has_short:
-            rise = measured.short_loss(plan) - unscaled.short_loss(plan)
-            excess += max(rise - self.max_short_rise - _DUST, 0.0)
+            rise = unscaled.short_values() - measured.short_values()  # values are negative losses
+            excess += max(_at_least(rise) - self.max_short_rise - _DUST, 0.0)
         return excess
+
+
+def _at_least(changes: np.ndarray) -> float:
+    """The mean of paired changes, less its standard error."""
+    if len(changes) < 2:
+        return float(changes.mean())
+    return float(changes.mean() - changes.std(ddof=1) / np.sqrt(len(changes)))
 
 
 def constrained(

@@ -82,13 +82,21 @@ class Measurement:
         """Mean utilisation of the groups seen."""
         return float(self.values(plan).mean())
 
+    def tail(self, plan: Heats) -> np.ndarray:
+        """Accuracy at the last position of each group of the search split seen so far."""
+        return np.array([hit for heat in self.heats[: len(plan.sizes)] for hit in heat.tail])
+
+    def short_values(self) -> np.ndarray:
+        """Utilisation of each group of the short prompts, where the plan has them: minus their loss, in nats."""
+        return np.array(self.heats[-1].values)
+
     def tail_accuracy(self, plan: Heats) -> float:
         """Accuracy at the last position, over the search split."""
-        return float(np.mean([hit for heat in self.heats[: len(plan.sizes)] for hit in heat.tail]))
+        return float(self.tail(plan).mean())
 
     def short_loss(self, plan: Heats) -> float | None:
         """Loss on short prompts in nats, or None where there are none."""
-        return -float(np.mean(self.heats[-1].values)) if plan.has_short else None
+        return -float(self.short_values().mean()) if plan.has_short else None
 
 
 def clearly_worse(values: Sequence[float], rival: Sequence[float]) -> bool:

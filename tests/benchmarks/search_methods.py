@@ -289,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file with all results; goes on with it")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--test-groups", type=int, default=200, help="contexts of the common test split")
     parser.add_argument("--small", action="store_true", help="tiny searches, to see that this works")
     options = parser.parse_args()
@@ -302,7 +303,7 @@ def main() -> None:
     test = task_of(tokenizer, TEST_SEED).split("test", options.test_groups)
     settings = asdict(SearchSettings(**overrides))
     results = Results(options.output, {"settings": settings, "test": test.describe(), "length": LENGTH})
-    seeds = range(options.seeds)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
     for seed in seeds:
         search_seed(results, tokenizer, SearchSettings(seed=seed, **overrides), test)
     base = load_model()

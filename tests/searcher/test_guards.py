@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from fakes import Formula, space_of
 
@@ -22,19 +23,28 @@ def measured(tail_hits: int, short_loss: float, plan: Heats = PLAN) -> Measureme
     return Measurement((*heats, HeatScores((-short_loss,), (0.0,))) if plan.has_short else tuple(heats))
 
 
+TAIL = 0.3 - np.std([1] * 3 + [0] * 7, ddof=1) / np.sqrt(10)  # 3 of 10 contexts lost, less the standard error
+SHORT = 1.5  # one group of short prompts has none
+
+
 @pytest.mark.parametrize(
     ("guards", "violation"),
     [
-        (Guards(0.15, 0.5), 0.3 - 0.15 + 1.5 - 0.5),
-        (Guards(None, 0.5), 1.0),
-        (Guards(0.15, None), 0.15),
+        (Guards(0.1, 0.5), TAIL - 0.1 + SHORT - 0.5),
+        (Guards(None, 0.5), SHORT - 0.5),
+        (Guards(0.1, None), TAIL - 0.1),
         (Guards(0.4, 2.0), 0.0),
         (Guards(None, None), 0.0),
-        (Guards(0.0, 0.0), 0.3 + 1.5),
+        (Guards(0.0, 0.0), TAIL + SHORT),
     ],
 )
 def test_a_violation_is_what_exceeds_the_limits(guards, violation):
     assert guards.violation(measured(6, 2.0), measured(9, 0.5), PLAN) == pytest.approx(violation)
+
+
+def test_one_context_that_turns_out_otherwise_violates_nothing():
+    assert Guards(0.0, None).violation(measured(8, 0), measured(9, 0), PLAN) == 0
+    assert Guards(0.0, None).violation(measured(7, 0), measured(9, 0), PLAN) > 0
 
 
 def test_being_better_than_the_unscaled_model_violates_nothing():
