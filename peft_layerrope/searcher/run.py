@@ -210,6 +210,7 @@ class _Run:
         self.plan: Plan | None = None
         self._best = float("-inf")
         self._generation = ""
+        self._held_out_layers = [0, 0]  # run and asked, on the validation and test splits
         self.heats: Heats = plan_heats(settings.search_groups, settings.race, data.short is not None)
         parts = [data.search.part(start, stop) for start, stop in self.heats.bounds]
         if data.short is not None:
@@ -385,7 +386,10 @@ class _Run:
         missing = [vector for vector in distinct if (split, vector) not in self.state.scores]
         for start in range(0, len(missing), self.evaluator.at_once):
             group = missing[start : start + self.evaluator.at_once]
+            before = self.evaluator.layers_run, self.evaluator.layers_asked
             self.state.add_scores(split, self.evaluator.score(group, self._split_numbers[split]))
+            self._held_out_layers[0] += self.evaluator.layers_run - before[0]
+            self._held_out_layers[1] += self.evaluator.layers_asked - before[1]
             self._advance(len(group))
         self._advance(len(distinct) - len(missing))
         return {vector: self.state.scores[split, vector] for vector in vectors}
@@ -431,6 +435,8 @@ class _Run:
                 "seconds": {stage: round(value, 2) for stage, value in self.seconds.items()},
                 "layer_tokens_run": self.evaluator.layers_run,
                 "layer_tokens_asked": self.evaluator.layers_asked,
+                "held_out_layer_tokens_run": self._held_out_layers[0],
+                "held_out_layer_tokens_asked": self._held_out_layers[1],
                 "prefix_sharing": bool(self.local.sharing),
                 "batch_tokens": self.local.batch_tokens,
                 "plan": self.plan.to_dict(),
