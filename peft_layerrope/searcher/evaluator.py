@@ -85,7 +85,7 @@ class ModelEvaluator:
 
     def recipe(self) -> Callable[..., ModelEvaluator]:
         """Returns what makes such an evaluator elsewhere, given a copy of the model and `batch_tokens=`."""
-        share_bytes = 0 if self.sharing is False else self._prefixes.outputs.max_bytes
+        share_bytes = self._prefixes.outputs.max_bytes  # 0 where sharing was found not to be exact
         settings = {"objective": self._objective, "weights": self._weights, "share_bytes": share_bytes}
         return partial(ModelEvaluator, heats=self._heats, **settings)
 
@@ -157,10 +157,8 @@ class ModelEvaluator:
         self._model.base_model.set_layer_factors(vector)
         if self.sharing is None:
             self.sharing = self._sharing_is_exact(vector, batch)
-        if not self.sharing:
-            self._prefixes.layers_asked += len(vector) * batch.num_tokens
-            self._prefixes.layers_run += len(vector) * batch.num_tokens
-            return answer_logits(self._model, batch)
+            if not self.sharing:
+                self._prefixes.outputs.max_bytes = 0
         return self._prefixes.run(name, vector, lambda: answer_logits(self._model, batch), batch.num_tokens)
 
     def _sharing_is_exact(self, vector: Factors, batch: Batch) -> bool:

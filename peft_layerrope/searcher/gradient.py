@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batching import make_batches
+from ..batching import Batch, make_batches
 from ..evaluation import DEFAULT_WEIGHTS, answer_logits, judge, with_halving
 from ..injection import scaling_for
 from ..rotary import LayerRopeLayer
@@ -75,6 +75,7 @@ class GradientSteps:
         self._space = space
         self._batch_tokens = batch_tokens
         self._share = _position_shares(split, weights)
+        self._batches: list[Batch] = []
 
     def climb(self, start: Factors, steps: int, on_step: Callable[[], Any] | None = None) -> list[Factors]:
         """Takes `steps` steps of Adam's direction with a falling length.
@@ -109,8 +110,10 @@ class GradientSteps:
         """Gradient of the utilisation by the scaled layers' factors."""
 
         def attempt(batch_tokens: int) -> torch.Tensor:
+            if not self._batches or batch_tokens != self._batch_tokens:  # made once, and again when memory ran out
+                self._batches = make_batches(self._model, self._split, batch_tokens)
             total = torch.zeros_like(values)
-            for batch in make_batches(self._model, self._split, batch_tokens):
+            for batch in self._batches:
                 leaf = values.detach().clone().requires_grad_(True)
                 with self._scaled_by(leaf):
                     _, log_probs = judge(answer_logits(self._model, batch), batch)

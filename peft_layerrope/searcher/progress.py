@@ -88,3 +88,10 @@ class RichProgress:
         if self._task is not None:
             done = self._progress.tasks[self._task].completed
             self._progress.update(self._task, total=done)  # a stage may need fewer steps than its limit
+
+
+def audience_of(progress: bool | SearchProgress) -> SearchProgress:
+    """Returns whom to tell: a progress bar (True), nobody (False), or the caller's own."""
+    if isinstance(progress, bool):
+        return RichProgress() if progress else SilentProgress()
+    return progress

@@ -13,7 +13,6 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import get_peft_model
 from torch import nn
 
 from .._version import __version__
@@ -24,6 +23,7 @@ from ..evaluation import PositionScores
 from ..sites import find_stack, trained_window
 from ..tasks import Task
 from . import controls
+from .adapted import adapted
 from .bootstrap import bootstrap_choice
 from .controls import Candidate, best_of
 from .coordinates import climb
@@ -34,7 +34,7 @@ from .grid import Factors
 from .measurement import Heats, Measurement, plan_heats
 from .memo import BudgetView, Memo
 from .plan import MIN_CONTROL_BUDGET, Plan, memory_in_use, planned_evaluations
-from .progress import RichProgress, SearchProgress, SilentProgress
+from .progress import SearchProgress, audience_of
 from .result import (
     ALONE,
     CURVE,
@@ -152,16 +152,10 @@ def _prepared(
         "threads": torch.get_num_threads(),
         "device": model.get_input_embeddings().weight.device.type,
     }
-    modes = {module: module.training for module in model.modules()}
-    peft_model = get_peft_model(model, settings.adapter_config([1.0] * space.num_layers))
-    try:
+    with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         state = RunState(Path(folder) if folder is not None else None, identity, resume)
-        with _audience(progress) as audience:
+        with audience_of(progress) as audience:
             yield _Run(peft_model, settings, space, data, state, audience)
-    finally:
-        peft_model.unload()
-        for module, training in modes.items():
-            module.training = training
 
 
 def _versions() -> dict[str, str]:
@@ -180,12 +174,6 @@ def model_name(model: nn.Module) -> str:
     if path.is_dir():
         return DEMO_NAME if path.resolve() == Path(demo_model_path()).resolve() else path.resolve().name
     return name
-
-
-def _audience(progress: bool | SearchProgress) -> SearchProgress:
-    if isinstance(progress, bool):
-        return RichProgress() if progress else SilentProgress()
-    return progress
 
 
 class _Run:

@@ -10,19 +10,19 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-from peft import get_peft_model
 from torch import nn
 
 from ..batching import check_vocabulary
 from ..config import MAX_LAYERS
 from ..errors import SearchError
 from ..evaluation import DEFAULT_BATCH_TOKENS, DEFAULT_WEIGHTS
-from ..sites import find_stack
+from ..sites import find_stack, trained_window
 from ..statistics import Interval, mean_interval
 from ..tasks import SPLIT_NAMES, Split, SplitName, Task
+from .adapted import adapted
 from .evaluator import ModelEvaluator
 from .grid import Factors
-from .progress import RichProgress, SearchProgress, SilentProgress
+from .progress import SearchProgress, audience_of
 from .run import model_name
 from .settings import SearchSettings
 from .space import FactorSpace
@@ -270,15 +270,9 @@ def sensitivity(
     data = task.split(split, num_groups)
     check_vocabulary(model, data)
 
-    modes = [(module, module.training) for module in model.modules()]
-    peft_model = get_peft_model(model, settings.adapter_config([1.0] * space.num_layers))
-    try:
+    with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         measured = _Measured(peft_model, data, settings)
         measured.run(space, tried, progress)
-    finally:
-        peft_model.unload()
-        for module, training in modes:
-            module.training = training
     unscaled = measured.values[_unscaled(space)]
     return Sensitivity(
         layers=space.scaled_layers,
@@ -298,7 +292,7 @@ def sensitivity(
             "weights": list(weights),
         },
         model_name=model_name(model),
-        model_window=getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None),
+        model_window=trained_window(model),
         task=task.describe(),
         split=data.describe(),
     )
@@ -335,9 +329,7 @@ class _Measured:
 
     def run(self, space: FactorSpace, factors: Sequence[float], progress: bool | SearchProgress) -> None:
         """Measures the unscaled model, and each layer of `space` with each factor."""
-        if isinstance(progress, bool):
-            progress = RichProgress() if progress else SilentProgress()
-        with progress as audience:
+        with audience_of(progress) as audience:
             audience.stage("one layer at a time", self._num_parts * len(factors))
             for part in range(self._num_parts):
                 for number, factor in enumerate(factors):

@@ -213,7 +213,7 @@ def test_errors_name_value_and_expectation(arguments, message):
 
 
 def test_errors_of_others_come_before_any_work(monkeypatch):
-    monkeypatch.setattr("peft_layerrope.searcher.sensitivity.get_peft_model", lambda *args: pytest.fail("work"))
+    monkeypatch.setattr("peft_layerrope.searcher.adapted.get_peft_model", lambda *args: pytest.fail("work"))
     with pytest.raises(InvalidConfigError, match="has no effect with rope_type='default'"):
         measure(build_model("llama"), factor=2.0)
     with pytest.raises(TaskError, match="must be three positive numbers"):

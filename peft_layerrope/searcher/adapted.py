@@ -1,0 +1,24 @@
+"""A model with an adapter for as long as a search needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from ..config import LayerRopeConfig
+
+
+@contextmanager
+def adapted(model: nn.Module, config: LayerRopeConfig) -> Iterator[PeftModel]:
+    """Injects an adapter; afterwards the model is as it was found, each module's train or eval mode included."""
+    modes = [(module, module.training) for module in model.modules()]
+    peft_model = get_peft_model(model, config)
+    try:
+        yield peft_model
+    finally:
+        peft_model.unload()
+        for module, training in modes:
+            module.training = training
