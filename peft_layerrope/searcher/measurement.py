@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from scipy import stats
 
-RACE_LEVEL = 0.01
+RACE_LEVEL = 0.05
 """One-sided level of the paired t-test at each of the looks at a race: a vector that is as good as the best so far is
 dropped with at most this probability at each."""
 

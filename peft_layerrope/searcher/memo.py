@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from .evaluator import Evaluator
 from .grid import Factors
@@ -149,12 +150,20 @@ class BudgetView:
 
     def evaluate(self, vectors: Sequence[Factors]) -> list[float]:
         """Returns one fitness per vector, in order; higher is better."""
-        rival = self._best_complete() if self._race else None
-        self._memo.measure(vectors, rival)
-        for vector in vectors:
-            if vector not in self.fitness or self._memo.is_complete(vector):  # an estimate gives way to what is known
-                self.fitness[vector] = self._memo.fitness(vector, rival)
+        for group in self._groups(list(vectors)):
+            rival = self._best_complete() if self._race else None
+            self._memo.measure(group, rival)
+            for vector in group:
+                if vector not in self.fitness or self._memo.is_complete(vector):  # what is known replaces an estimate
+                    self.fitness[vector] = self._memo.fitness(vector, rival)
         return [self.fitness[vector] for vector in vectors]
+
+    def _groups(self, vectors: list[Factors]) -> list[list[Factors]]:
+        """All at once; at the start of a race 1, then 2, 4 ... so that there soon is somebody to race against."""
+        if not self._race or self._best_complete() is not None:
+            return [vectors]
+        ends = [2**power - 1 for power in range(len(vectors).bit_length() + 1)]
+        return [vectors[start:stop] for start, stop in pairwise(ends) if start < len(vectors)]
 
     def best(self) -> tuple[Factors, float]:
         """Returns the best vector that was measured in full and keeps to the guards, and its fitness; of equals the

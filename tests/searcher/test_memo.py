@@ -14,7 +14,7 @@ from peft_layerrope.searcher.memo import BudgetView, Memo
 
 PLAN = plan_heats(16, race=True, has_short=True)
 ONE, GOOD, BAD, CLOSE = (1.0, 1.0), (1.5, 1.5), (2.0, 2.0), (1.5, 1.4)
-LEVEL = {ONE: 0.0, GOOD: 1.0, BAD: -5.0, CLOSE: 0.95}
+LEVEL = {ONE: 0.0, GOOD: 1.0, BAD: -5.0, CLOSE: 0.99}
 
 
 def noisy(vector: tuple[float, ...], group: int) -> float:
@@ -80,6 +80,15 @@ def test_a_race_gives_up_losers_and_measures_the_others_in_full():
     assert view.best() == (GOOD, view.fitness[GOOD])
 
 
+def test_the_first_vectors_race_too():
+    """The first call has no rival yet: the second and third vector meet the first, the others the best of three."""
+    memo, evaluator = raced()
+    values = BudgetView(memo).evaluate([ONE, GOOD, BAD, (1.6, 2.0), CLOSE])
+    heats = Counter(vector for vector, _ in evaluator.asked)
+    assert heats == {ONE: len(PLAN), GOOD: len(PLAN), CLOSE: len(PLAN), BAD: 1, (1.6, 2.0): 1}
+    assert values.index(max(values)) == 1
+
+
 def test_without_a_race_everything_is_measured_in_full():
     memo, _ = raced()
     BudgetView(memo, race=False).evaluate([ONE, GOOD, BAD, CLOSE])
@@ -92,6 +101,7 @@ def test_estimates_rank_below_the_rival(seed):
     rng = random.Random(seed)
     for _ in range(3):
         view = BudgetView(memo)
+        view.evaluate([ONE])
         for _ in range(10):
             vectors = [(rng.randrange(10, 21) / 10, rng.randrange(10, 14) / 10) for _ in range(4)]
             rival = max(filter(memo.is_feasible, view.fitness), key=view.fitness.get, default=None)
