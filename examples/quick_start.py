@@ -27,7 +27,7 @@ def main() -> None:
     model = PeftModel.from_pretrained(base, args.adapter)
 
     # Lists twice as long as the model was trained on; the answer stands in the middle.
-    task = peft_layerrope.KeyValueRetrieval(tokenizer, length=512, num_positions=3, seed=1)
+    task = peft_layerrope.KeyValueWords(tokenizer, length=512, num_positions=3, seed=1)
     middle = [example for example in task.split("test", args.prompts).examples if example.position == 1]
 
     def answer(ids: torch.Tensor) -> str:

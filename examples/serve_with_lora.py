@@ -37,7 +37,7 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(path)
 
     # Lists twice as long as the base model was trained on; the answer stands in the middle.
-    task = peft_layerrope.KeyValueRetrieval(tokenizer, length=512, num_positions=3, seed=1)
+    task = peft_layerrope.KeyValueWords(tokenizer, length=512, num_positions=3, seed=1)
     middle = [example for example in task.split("test", args.prompts).examples if example.position == 1]
     prompts = torch.tensor([example.context_ids + example.query_ids for example in middle])
     gold = [tokenizer.decode(example.answer_ids) for example in middle]

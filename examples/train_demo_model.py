@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peft_layerrope import KeyValueRetrieval, LayerRopeConfig, evaluate
+from peft_layerrope import KeyValueWords, LayerRopeConfig, evaluate
 from peft_layerrope.tasks.words import key_words, value_words
 
 WINDOW = 256
@@ -236,7 +236,7 @@ def main() -> None:
     model.save_pretrained(args.output)
     (args.output / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(args.output)
-    inside = evaluate(model, KeyValueRetrieval(tokenizer, WINDOW), split="validation", num_groups=100)
+    inside = evaluate(model, KeyValueWords(tokenizer, WINDOW), split="validation", num_groups=100)
     print(f"accuracy inside the window (validation split): {100 * inside.average().value:.1f} %")
 
 

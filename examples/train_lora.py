@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from peft_layerrope import KeyValueRetrieval, demo_model_path, evaluate
+from peft_layerrope import KeyValueWords, demo_model_path, evaluate
 
 ROPE = Path(__file__).parent.parent / "hub_configs" / "demo-plain"
 LENGTH = 512
@@ -37,7 +37,7 @@ NO_LOSS = -100
 
 def training_rows(tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> list[dict[str, list[int]]]:
     """Lists of pairs with many questions after each; the loss is on the answers only."""
-    task = KeyValueRetrieval(tokenizer, LENGTH, num_positions=QUESTIONS, num_pairs=PAIRS, seed=seed)
+    task = KeyValueWords(tokenizer, LENGTH, num_positions=QUESTIONS, num_pairs=PAIRS, seed=seed)
     shuffled = torch.Generator().manual_seed(seed)
     examples = task.split("search", count).examples
     rows = []
@@ -87,7 +87,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     base = AutoModelForCausalLM.from_pretrained(demo_model_path())
-    task = KeyValueRetrieval(tokenizer, LENGTH)
+    task = KeyValueWords(tokenizer, LENGTH)
 
     def report(name: str, model: nn.Module) -> None:
         accuracy = evaluate(model, task, num_groups=args.contexts).average()

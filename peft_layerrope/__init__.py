@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .evaluation import PositionScores, evaluate
     from .searcher import Guards, SearchResult, SearchSettings, plan_search, search
     from .searcher.ray_workers import RayWorkers
-    from .tasks import Example, KeyValueRetrieval, Split, Task, TokenTask
+    from .tasks import Example, KeyValueWords, Split, Task, TokenTask
     from .verification import LayerCheck, Verification, verify
 
 register(LayerRopeConfig, LayerRopeModel)
@@ -33,7 +33,7 @@ register(LayerRopeConfig, LayerRopeModel)
 _LAZY = {
     "Example": ".tasks",
     "Guards": ".searcher",
-    "KeyValueRetrieval": ".tasks",
+    "KeyValueWords": ".tasks",
     "LayerCheck": ".verification",
     "PositionScores": ".evaluation",
     "RayWorkers": ".searcher.ray_workers",
@@ -54,7 +54,7 @@ __all__ = [
     "Example",
     "Guards",
     "InvalidConfigError",
-    "KeyValueRetrieval",
+    "KeyValueWords",
     "LayerCheck",
     "LayerRopeConfig",
     "LayerRopeError",

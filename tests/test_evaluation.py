@@ -12,7 +12,7 @@ from conftest import VOCAB, build_model, logits
 from peft import get_peft_model
 from scipy import stats
 
-from peft_layerrope import Example, KeyValueRetrieval, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
+from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
 from peft_layerrope.batching import can_pack
 from peft_layerrope.evaluation import score, utilisation, with_halving
 from peft_layerrope.statistics import mean_interval, wilson_interval
@@ -101,7 +101,7 @@ def test_sliding_windows_are_not_packed():
 
 def test_exact_match_equals_generate_on_real_prompts(demo_model, demo_tokenizer):
     """Both right and wrong answers: beyond the window, where the demo model fails at some positions."""
-    split = KeyValueRetrieval(demo_tokenizer, 512, num_positions=5, seed=11).split("validation", 6)
+    split = KeyValueWords(demo_tokenizer, 512, num_positions=5, seed=11).split("validation", 6)
     scores = score(demo_model, split)
     assert 0 < scores.correct.mean() < 1
     for example in split.examples:
@@ -112,7 +112,7 @@ def test_exact_match_equals_generate_on_real_prompts(demo_model, demo_tokenizer)
 
 
 def test_evaluate_is_score_of_the_split(demo_model, demo_tokenizer):
-    task = KeyValueRetrieval(demo_tokenizer, 128, num_positions=3)
+    task = KeyValueWords(demo_tokenizer, 128, num_positions=3)
     seen = []
     result = evaluate(demo_model, task, split="validation", num_groups=4, progress=lambda b: seen.extend(b) or b)
     assert result.correct.shape == (4, 3)

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import PeftModel
 
-from peft_layerrope import KeyValueRetrieval
+from peft_layerrope import KeyValueWords
 from peft_layerrope.demo import DEMO_NAME
 from peft_layerrope.evaluation import score
 
@@ -27,7 +27,7 @@ def test_the_index_names_every_folder():
 def test_adapter_loads_and_reproduces_its_report(folder, demo_model, demo_tokenizer):
     report = json.loads((folder / "search.json").read_text())
     assert report["model"] == DEMO_NAME
-    task = KeyValueRetrieval(demo_tokenizer, report["task"]["length"], seed=report["task"]["seed"])
+    task = KeyValueWords(demo_tokenizer, report["task"]["length"], seed=report["task"]["seed"])
     splits = {split["name"]: split for split in reversed(report["splits"])}  # the first of a name: not short prompts
     test_split = splits["test"]
     assert task.split("test", test_split["groups"]).fingerprint() == test_split["fingerprint"]

@@ -38,7 +38,7 @@ from .options import (
 def evaluate_command(
     model: ModelArgument = None,
     adapter: Annotated[str | None, typer.Option(help="Hub id or folder of an adapter.")] = None,
-    task: TaskOption = TaskName.kv_retrieval,
+    task: TaskOption = TaskName.kv_words,
     length: LengthOption = None,
     positions: PositionsOption = 11,
     task_seed: TaskSeedOption = 0,

@@ -14,7 +14,7 @@ from ..errors import TaskError
 from ..loading import load_model, load_tokenizer
 from ..searcher.specification import TaskSpecification
 from ..sites import trained_window
-from ..tasks import SPLIT_NAMES, KeyValueRetrieval, Task
+from ..tasks import SPLIT_NAMES, KeyValueWords, Task
 from .app import err
 
 DEMO_LENGTH_FACTOR = 2  # the demo is searched beyond its window, which is what it repairs
@@ -23,7 +23,7 @@ DEMO_LENGTH_FACTOR = 2  # the demo is searched beyond its window, which is what 
 class TaskName(StrEnum):
     """Choices of --task."""
 
-    kv_retrieval = "kv_retrieval"
+    kv_words = "kv_words"
 
 
 class RopeType(StrEnum):
@@ -93,4 +93,4 @@ def resolve_length(length: int | None, model: PreTrainedModel, is_demo: bool) ->
 
 def build_task(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
     """Makes the task; its length must be resolved."""
-    return KeyValueRetrieval(tokenizer, task.length, num_positions=task.positions, seed=task.seed)
+    return KeyValueWords(tokenizer, task.length, num_positions=task.positions, seed=task.seed)

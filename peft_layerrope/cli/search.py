@@ -131,7 +131,7 @@ def search(
             rich_help_panel=_SCALING,
         ),
     ] = None,
-    task: TaskOption = TaskName.kv_retrieval,
+    task: TaskOption = TaskName.kv_words,
     length: LengthOption = None,
     positions: PositionsOption = 11,
     task_seed: TaskSeedOption = 0,

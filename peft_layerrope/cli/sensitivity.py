@@ -47,7 +47,7 @@ def sensitivity_command(
     layers: Annotated[str | None, typer.Option(help="Layers to try, such as 0-3,7. Default: all.")] = None,
     rope_type: RopeTypeOption = RopeType.default,
     factor: FactorOption = 1.0,
-    task: TaskOption = TaskName.kv_retrieval,
+    task: TaskOption = TaskName.kv_words,
     length: LengthOption = None,
     positions: PositionsOption = 11,
     task_seed: TaskSeedOption = 0,

@@ -100,10 +100,10 @@ def search(
     Example:
     ```py
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
-    >>> from peft_layerrope import KeyValueRetrieval, demo_model_path, search
+    >>> from peft_layerrope import KeyValueWords, demo_model_path, search
 
     >>> model = AutoModelForCausalLM.from_pretrained(demo_model_path())
-    >>> task = KeyValueRetrieval(AutoTokenizer.from_pretrained(demo_model_path()), length=512)
+    >>> task = KeyValueWords(AutoTokenizer.from_pretrained(demo_model_path()), length=512)
     >>> result = search(model, task, rope_type="default", seed=0)
     >>> result.save("my-adapter")
     ```

@@ -30,7 +30,7 @@ class TaskSpecification:
         seed: seed of the examples.
     """
 
-    name: Literal["kv_retrieval"] = "kv_retrieval"
+    name: Literal["kv_words"] = "kv_words"
     length: int | None = None
     positions: int = 11
     seed: int = 0

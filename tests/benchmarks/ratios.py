@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.utils import logging
 
-from peft_layerrope import KeyValueRetrieval, LayerRopeConfig, demo_model_path
+from peft_layerrope import KeyValueWords, LayerRopeConfig, demo_model_path
 from peft_layerrope.evaluation import score
 
 SMALL, LARGE = (256, 8), (512, 16)  # hidden size and layers
@@ -179,7 +179,7 @@ def adapter_loading() -> Ratio:
 def evaluation() -> Ratio:
     """A context shared by its questions runs once / one row for each question."""
     model = AutoModelForCausalLM.from_pretrained(demo_model_path()).eval()
-    split = KeyValueRetrieval(AutoTokenizer.from_pretrained(demo_model_path()), 512).split("search", 4)
+    split = KeyValueWords(AutoTokenizer.from_pretrained(demo_model_path()), 512).split("search", 4)
     return interleaved(lambda: score(model, split, packed=True), lambda: score(model, split, packed=False), 7)
 
 

@@ -44,7 +44,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from peft_layerrope import KeyValueRetrieval, SearchResult, SearchSettings, Split, demo_model_path, search
+from peft_layerrope import KeyValueWords, SearchResult, SearchSettings, Split, demo_model_path, search
 from peft_layerrope.batching import make_batches
 from peft_layerrope.searcher.gradient import STEP_COST
 from peft_layerrope.sites import find_stack
@@ -177,7 +177,7 @@ class Cost:
 def measure(settings: SearchSettings) -> Cost:
     """Runs the demo search once."""
     model = AutoModelForCausalLM.from_pretrained(demo_model_path()).eval()
-    task = KeyValueRetrieval(AutoTokenizer.from_pretrained(demo_model_path()), LENGTH)
+    task = KeyValueWords(AutoTokenizer.from_pretrained(demo_model_path()), LENGTH)
     splits = {
         "search": task.split("search", settings.search_groups),
         "short": task.shortened(model.config.max_position_embeddings // 2).split("search", settings.short_groups),

@@ -40,7 +40,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from peft_layerrope import KeyValueRetrieval, SearchSettings, Split, demo_model_path, search
+from peft_layerrope import KeyValueWords, SearchSettings, Split, demo_model_path, search
 from peft_layerrope.evaluation import score
 from peft_layerrope.searcher import Factors
 from peft_layerrope.searcher.controls import best_of, uniform_vectors
@@ -161,8 +161,8 @@ class Bench:
         return SearchSettings(**{**values, **strategy, "generations": generations})
 
 
-def task_of(tokenizer: PreTrainedTokenizerBase, seed: int) -> KeyValueRetrieval:
-    return KeyValueRetrieval(tokenizer, LENGTH, seed=seed)
+def task_of(tokenizer: PreTrainedTokenizerBase, seed: int) -> KeyValueWords:
+    return KeyValueWords(tokenizer, LENGTH, seed=seed)
 
 
 def load_model() -> PreTrainedModel:

@@ -26,7 +26,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from peft_layerrope import KeyValueRetrieval, PositionScores, SearchSettings, Split, demo_model_path
+from peft_layerrope import KeyValueWords, PositionScores, SearchSettings, Split, demo_model_path
 from peft_layerrope.searcher import Factors
 from peft_layerrope.searcher.controls import random_vectors
 from peft_layerrope.searcher.evaluator import ModelEvaluator
@@ -102,7 +102,7 @@ def main() -> None:
     settings = SearchSettings()
     base = AutoModelForCausalLM.from_pretrained(demo_model_path()).eval()
     space = settings.space(tuple(find_stack(base).key_sources))
-    split = KeyValueRetrieval(AutoTokenizer.from_pretrained(demo_model_path()), 512).split("search", options.groups)
+    split = KeyValueWords(AutoTokenizer.from_pretrained(demo_model_path()), 512).split("search", options.groups)
     model = get_peft_model(base, settings.adapter_config([1.0] * space.num_layers))
     rng = random.Random(options.seed)
     families = {

@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from peft_layerrope import KeyValueRetrieval, SearchSettings, demo_model_path, search
+from peft_layerrope import KeyValueWords, SearchSettings, demo_model_path, search
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.grid import Factors
 from peft_layerrope.searcher.ray_pool import WorkerPool
@@ -37,8 +37,8 @@ LENGTH = 512
 POPULATION = 16  # vectors of one request, as in a generation
 
 
-def task() -> KeyValueRetrieval:
-    return KeyValueRetrieval(AutoTokenizer.from_pretrained(demo_model_path()), LENGTH)
+def task() -> KeyValueWords:
+    return KeyValueWords(AutoTokenizer.from_pretrained(demo_model_path()), LENGTH)
 
 
 def demo_model() -> torch.nn.Module:

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from rich.console import Console
 from scipy import stats
 
-from peft_layerrope import Example, InvalidConfigError, KeyValueRetrieval, LayerRopeConfig, SearchError, TaskError
+from peft_layerrope import Example, InvalidConfigError, KeyValueWords, LayerRopeConfig, SearchError, TaskError
 from peft_layerrope.evaluation import score, utilisation
 from peft_layerrope.families import build_tiny
 from peft_layerrope.searcher.sensitivity import (
@@ -356,7 +356,7 @@ def test_bad_texts(text, message):
 
 
 def test_the_demo_model_is_repaired_by_its_first_two_layers(demo_model, demo_tokenizer):
-    task = KeyValueRetrieval(demo_tokenizer, 512, seed=777)
+    task = KeyValueWords(demo_tokenizer, 512, seed=777)
     result = sensitivity(demo_model, task, factors=(1.6,), layers=(0, 1, 4), progress=False)
     assert result.layers_that_gain() == (0, 1)
     assert result.layers_worth_searching() == (0, 1)

@@ -55,7 +55,7 @@ def test_changes_go_first_and_leave_the_rest():
         ({"serch": {}}, "f.yaml: serch is unknown; did you mean search?"),
         ({"search": {"generation": 3}}, "f.yaml: search.generation is unknown; did you mean search.generations?"),
         ({"search": {"grid": {"hi": 3}}}, "f.yaml: search.grid.hi is unknown; did you mean search.grid.high?"),
-        ({"task": {"name": "kv"}}, "f.yaml: task.name='kv': input should be 'kv_retrieval'."),
+        ({"task": {"name": "kv"}}, "f.yaml: task.name='kv': input should be 'kv_words'."),
         ({"search": {"population": "many"}}, "f.yaml: search.population='many': input should be a valid integer"),
         ({"search": {"weights": [1, 2]}}, "f.yaml: search.weights.2="),
         ({"search": {"population": 1}}, "population=1 must be an integer of at least 4."),

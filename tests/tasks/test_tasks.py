@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_layerrope import Example, KeyValueRetrieval, Split, Task, TaskError, TokenTask
+from peft_layerrope import Example, KeyValueWords, Split, Task, TaskError, TokenTask
 from peft_layerrope.tasks import SPLIT_NAMES, check_disjoint, spread_positions
 from peft_layerrope.tasks.words import NUM_KEYS, NUM_VALUES, key_words, value_words
 
@@ -25,7 +25,7 @@ def test_words_are_distinct_and_disjoint():
 
 @pytest.mark.parametrize("length", [128, 256, 512, 1024])
 def test_kv_prompts_fill_the_length_and_hold_the_answer_where_they_say(demo_tokenizer, length):
-    task = KeyValueRetrieval(demo_tokenizer, length, num_positions=5)
+    task = KeyValueWords(demo_tokenizer, length, num_positions=5)
     split = task.split("search", 3)
     assert length - 4 < split.max_tokens <= length
     for example in split.examples:
@@ -40,21 +40,21 @@ def test_kv_prompts_fill_the_length_and_hold_the_answer_where_they_say(demo_toke
 
 @pytest.mark.parametrize(("length", "times"), [(512, 1), (1024, 2)])
 def test_a_value_word_stands_as_seldom_as_it_can(demo_tokenizer, length, times):
-    example = KeyValueRetrieval(demo_tokenizer, length).split("test", 1).examples[0]
+    example = KeyValueWords(demo_tokenizer, length).split("test", 1).examples[0]
     words = demo_tokenizer.decode(example.context_ids).split()
     counts = [words.count(value) for value in value_words()]
     assert max(counts) == times
 
 
 def test_kv_prompt_reads_as_text(demo_tokenizer):
-    example = KeyValueRetrieval(demo_tokenizer, 64, num_positions=3).split("search", 1).examples[0]
+    example = KeyValueWords(demo_tokenizer, 64, num_positions=3).split("search", 1).examples[0]
     text = demo_tokenizer.decode(example.context_ids + example.query_ids)
     assert demo_tokenizer(text.removeprefix("[BOS]"))["input_ids"] == [*example.context_ids, *example.query_ids]
 
 
 def test_splits_are_seeded_and_disjoint(demo_tokenizer):
     def splits(seed: int) -> list[Split]:
-        task = KeyValueRetrieval(demo_tokenizer, 128, num_positions=3, seed=seed)
+        task = KeyValueWords(demo_tokenizer, 128, num_positions=3, seed=seed)
         return [task.split(name, 20) for name in SPLIT_NAMES]
 
     first, again, other = splits(0), splits(0), splits(1)
@@ -64,7 +64,7 @@ def test_splits_are_seeded_and_disjoint(demo_tokenizer):
 
 
 def test_a_larger_split_begins_with_the_smaller(demo_tokenizer):
-    task = KeyValueRetrieval(demo_tokenizer, 128, num_positions=3)
+    task = KeyValueWords(demo_tokenizer, 128, num_positions=3)
     assert task.split("test", 9).examples[: 3 * 4] == task.split("test", 4).examples
 
 
@@ -94,7 +94,7 @@ def test_incomplete_groups_are_refused():
 )
 def test_kv_settings_that_cannot_work(demo_tokenizer, arguments, message):
     with pytest.raises(TaskError) as caught:
-        KeyValueRetrieval(demo_tokenizer, **arguments)
+        KeyValueWords(demo_tokenizer, **arguments)
     assert str(caught.value) == message
 
 

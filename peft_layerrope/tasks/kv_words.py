@@ -19,7 +19,7 @@ SEPARATOR = ","
 QUESTION = "?"
 
 
-class KeyValueRetrieval:
+class KeyValueWords:
     """Seeded key-value retrieval that fills a prompt of a given length.
 
     Args:
@@ -34,7 +34,7 @@ class KeyValueRetrieval:
         TaskError: the length has no room for the positions, or asks for more pairs than there are keys.
     """
 
-    name = "kv_retrieval"
+    name = "kv_words"
 
     def __init__(
         self,
@@ -102,13 +102,13 @@ class KeyValueRetrieval:
             for index, gold in enumerate(self.positions)
         ]
 
-    def shortened(self, length: int) -> KeyValueRetrieval:
+    def shortened(self, length: int) -> KeyValueWords:
         """Returns the same task with prompts of at most `length` tokens.
 
         Raises:
             TaskError: the length has no room for the positions.
         """
-        return KeyValueRetrieval(self._tokenizer, length, num_positions=self._num_positions, seed=self.seed)
+        return KeyValueWords(self._tokenizer, length, num_positions=self._num_positions, seed=self.seed)
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's settings, for a report."""
