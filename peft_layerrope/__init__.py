@@ -21,7 +21,8 @@ from .model import LayerRopeModel
 from .registration import register
 
 if TYPE_CHECKING:
-    from .evaluation import PositionScores, evaluate
+    from .evaluation import evaluate
+    from .scores import PositionScores
     from .searcher import Guards, SearchResult, SearchSettings, plan_search, search
     from .searcher.ray_workers import RayWorkers
     from .tasks import Example, KeyValueWords, Split, Task, TokenTask
@@ -35,7 +36,7 @@ _LAZY = {
     "Guards": ".searcher",
     "KeyValueWords": ".tasks",
     "LayerCheck": ".verification",
-    "PositionScores": ".evaluation",
+    "PositionScores": ".scores",
     "RayWorkers": ".searcher.ray_workers",
     "SearchResult": ".searcher",
     "SearchSettings": ".searcher",

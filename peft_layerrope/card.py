@@ -9,8 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .config import LayerRopeConfig
 from .demo import DEMO_NAME
-from .evaluation import PositionScores
 from .report import format_factors
+from .scores import PositionScores
 
 TAGS = ["layer-rope", "long-context", "rope-scaling", "peft"]
 

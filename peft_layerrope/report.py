@@ -13,8 +13,8 @@ from rich import box
 from rich.table import Table
 
 from .bezier import sample_curve
-from .evaluation import PositionScores
 from .families import NOT_BUILT, REFUSED, SUPPORTED, WRONG, Trial
+from .scores import PositionScores
 from .statistics import Interval
 from .verification import MISMATCH, OK, Verification
 

@@ -14,7 +14,8 @@ from scipy import stats
 
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
 from peft_layerrope.batching import can_pack
-from peft_layerrope.evaluation import score, utilisation, with_halving
+from peft_layerrope.evaluation import score, with_halving
+from peft_layerrope.scores import utilisation
 from peft_layerrope.statistics import mean_interval, wilson_interval
 
 
@@ -165,7 +166,7 @@ def test_paired_difference_is_by_group():
     gap, reference = a.paired_difference(b), test.confidence_interval(0.95)
     assert (gap.low, gap.high) == pytest.approx((reference.low, reference.high))
     assert a.paired_difference(a).value == 0
-    with pytest.raises(TaskError, match="cannot pair scores"):
+    with pytest.raises(TaskError, match="cannot pair accuracy"):
         a.paired_difference(PositionScores((0, 1, 2, 3), b.correct[:5], b.log_prob[:5]))
 
 

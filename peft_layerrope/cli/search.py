@@ -15,7 +15,8 @@ import typer
 from .. import report
 from ..demo import demo_model_path
 from ..errors import SearchError
-from ..evaluation import DEFAULT_BATCH_TOKENS, DEFAULT_WEIGHTS
+from ..evaluation import DEFAULT_BATCH_TOKENS
+from ..scores import DEFAULT_WEIGHTS
 from ..searcher import Guards, SearchResult, SearchSettings, plan_search
 from ..searcher import search as run_search
 from ..searcher.sensitivity import parse_layers

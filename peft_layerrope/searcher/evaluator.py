@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..batching import Batch, make_batches
-from ..evaluation import Objective, PositionScores, ScoreSheet, answer_logits, with_halving
+from ..evaluation import ScoreSheet, answer_logits, with_halving
+from ..scores import Objective, PositionScores
 from ..sites import find_stack
 from ..tasks import Split
 from .grid import Factors

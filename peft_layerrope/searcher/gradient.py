@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..batching import Batch, make_batches
-from ..evaluation import DEFAULT_WEIGHTS, answer_logits, judge, with_halving
+from ..evaluation import answer_logits, judge, with_halving
 from ..injection import scaling_for
 from ..rotary import LayerRopeLayer
+from ..scores import DEFAULT_WEIGHTS
 from ..sites import find_stack
 from ..tables import LayerScaling
 from ..tasks import Split

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import LayerRopeError, SearchError
-from ..evaluation import PositionScores
+from ..scores import PositionScores
 from .chunks import cut_into_chunks
 from .evaluator import ModelEvaluator
 from .grid import Factors

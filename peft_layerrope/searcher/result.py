@@ -14,7 +14,7 @@ from .. import report
 from ..artifacts import save_adapter
 from ..card import model_card
 from ..config import LayerRopeConfig
-from ..evaluation import PositionScores
+from ..scores import PositionScores
 from ..statistics import Interval
 from .controls import Candidate
 from .gradient import STEP_COST

@@ -16,14 +16,14 @@ import transformers
 from torch import nn
 
 from .._version import __version__
+from ..adapted import adapted
 from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME, demo_model_path
 from ..errors import SearchError
-from ..evaluation import PositionScores
+from ..scores import PositionScores
 from ..sites import find_stack, trained_window
 from ..tasks import Task
 from . import controls
-from .adapted import adapted
 from .bootstrap import bootstrap_choice
 from .controls import Candidate, best_of
 from .coordinates import climb

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..adapted import adapted
 from ..batching import check_vocabulary
 from ..config import MAX_LAYERS
 from ..errors import SearchError
-from ..evaluation import DEFAULT_BATCH_TOKENS, DEFAULT_WEIGHTS
+from ..evaluation import DEFAULT_BATCH_TOKENS
+from ..scores import DEFAULT_WEIGHTS
 from ..sites import find_stack, trained_window
 from ..statistics import Interval, mean_interval
 from ..tasks import SPLIT_NAMES, Split, SplitName, Task
-from .adapted import adapted
 from .evaluator import ModelEvaluator
 from .grid import Factors
 from .progress import SearchProgress, audience_of

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 
 from ..config import LayerRopeConfig
 from ..errors import SearchError
-from ..evaluation import DEFAULT_BATCH_TOKENS, DEFAULT_WEIGHTS, OBJECTIVES, Objective, check_weights
+from ..evaluation import DEFAULT_BATCH_TOKENS
+from ..scores import DEFAULT_WEIGHTS, OBJECTIVES, Objective, check_weights
 from .genetic import ELITES
 from .genome import CURVES, Curve
 from .grid import FactorGrid, default_scaled_layers

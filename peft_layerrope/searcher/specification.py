@@ -12,9 +12,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .._version import __version__
+from ..atomic import write_atomically
 from ..errors import LayerRopeError, SearchError
 from .settings import SearchSettings
-from .state import write_atomically
 
 _MAX_BYTES = 1_000_000
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..atomic import write_atomically
 from ..errors import SearchError
-from ..evaluation import PositionScores
+from ..scores import PositionScores
 from .grid import Factors
 from .measurement import HeatScores, Measurement
 
@@ -81,9 +81,8 @@ class RunState:
         """Keeps full scores on a split other than the search split."""
         for vector, found in scores.items():
             self.scores[split, vector] = found
-            values = [found.correct.astype(int).tolist(), found.log_prob.tolist()]
-            self._scored[split, vector] = json.dumps([split, list(vector), list(found.positions), *values])
-            self.log("scored", split=split, factors=list(vector), accuracy=float(found.correct.mean()))
+            self._scored[split, vector] = json.dumps([split, list(vector), *found.to_plain()])
+            self.log("scored", split=split, factors=list(vector), value=float(found.values.mean()))
         self._save()
 
     def add_generation(self, stage: str, population: list[list[float]], random_state: list[Any]) -> None:
@@ -146,11 +145,10 @@ class RunState:
                 parts = tuple(HeatScores(tuple(values), tuple(tail)) for values, tail in heats)
                 self.measurements[vector] = Measurement(parts)
                 self._measured[vector] = json.dumps([factors, heats])
-            for split, factors, positions, correct, log_prob in content["scores"]:
+            for split, factors, *plain in content["scores"]:
                 key = split, tuple(map(float, factors))
-                arrays = np.array(correct, dtype=bool), np.array(log_prob, dtype=np.float64)
-                self.scores[key] = PositionScores(tuple(positions), *arrays)
-                self._scored[key] = json.dumps([split, factors, positions, correct, log_prob])
+                self.scores[key] = PositionScores.from_plain(plain)
+                self._scored[key] = json.dumps([split, factors, *plain])
             path_taken = content["gradient_path"]
             if path_taken is not None:
                 self.gradient_path = [tuple(map(float, vector)) for vector in path_taken]
@@ -164,16 +162,6 @@ class RunState:
             lines = log.read_bytes()
             log.write_bytes(lines[: lines.rfind(b"\n") + 1])
         self.log("resumed", measurements=len(self.measurements))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step: whoever reads it, or resumes after a crash, finds the old text or the new."""
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from ..errors import TaskError
+
+Measure = Literal["accuracy", "loss"]
+"""What a task's scores are: right or wrong answers, or the loss on running text."""
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 SplitName = Literal["search", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
@@ -27,6 +31,10 @@ class Example:
         position: index into the task's `positions` of where the answer stands in the context.
         group: number of the independent draw that this example belongs to, the unit of all statistics:
             examples of one group (one context asked at every position) are not independent of each other.
+        answers: accepted answers as text, where a written answer is judged by the task's metric; empty where only the
+            answer's own tokens are right.
+        gold_span: first token of `context_ids` that the answer can be read from, and the one after the last; None
+            where the task does not know.
     """
 
     context_ids: tuple[int, ...]
@@ -34,6 +42,8 @@ class Example:
     answer_ids: tuple[int, ...]
     position: int
     group: int
+    answers: tuple[str, ...] = ()
+    gold_span: tuple[int, int] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -49,6 +59,7 @@ class Split:
     seed: int
     positions: tuple[int, ...]
     examples: tuple[Example, ...]
+    measure: Measure = "accuracy"
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -77,7 +88,7 @@ class Split:
         """Returns the split's groups from number `start` to before `stop`, in their order."""
         members = list(dict.fromkeys(example.group for example in self.examples))[start:stop]
         wanted = set(members)
-        return Split(self.name, self.seed, self.positions, tuple(e for e in self.examples if e.group in wanted))
+        return replace(self, examples=tuple(e for e in self.examples if e.group in wanted))
 
     @property
     def max_tokens(self) -> int:

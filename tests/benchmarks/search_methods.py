@@ -41,6 +41,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, SearchSettings, Split, demo_model_path, search
+from peft_layerrope.atomic import write_atomically
 from peft_layerrope.evaluation import score
 from peft_layerrope.searcher import Factors
 from peft_layerrope.searcher.controls import best_of, uniform_vectors
@@ -49,7 +50,6 @@ from peft_layerrope.searcher.found import Generation
 from peft_layerrope.searcher.measurement import Measurement, plan_heats
 from peft_layerrope.searcher.memo import BudgetView, Memo
 from peft_layerrope.searcher.result import CURVE, LABELS, UNIFORM
-from peft_layerrope.searcher.state import write_atomically
 from peft_layerrope.searcher.strategies import run_strategy
 from peft_layerrope.sites import find_stack
 from peft_layerrope.statistics import Interval, mean_interval

@@ -16,8 +16,9 @@ from rich.console import Console
 from scipy import stats
 
 from peft_layerrope import Example, InvalidConfigError, KeyValueWords, LayerRopeConfig, SearchError, TaskError
-from peft_layerrope.evaluation import score, utilisation
+from peft_layerrope.evaluation import score
 from peft_layerrope.families import build_tiny
+from peft_layerrope.scores import utilisation
 from peft_layerrope.searcher.sensitivity import (
     LayerEffect,
     Sensitivity,
@@ -213,7 +214,7 @@ def test_errors_name_value_and_expectation(arguments, message):
 
 
 def test_errors_of_others_come_before_any_work(monkeypatch):
-    monkeypatch.setattr("peft_layerrope.searcher.adapted.get_peft_model", lambda *args: pytest.fail("work"))
+    monkeypatch.setattr("peft_layerrope.adapted.get_peft_model", lambda *args: pytest.fail("work"))
     with pytest.raises(InvalidConfigError, match="has no effect with rope_type='default'"):
         measure(build_model("llama"), factor=2.0)
     with pytest.raises(TaskError, match="must be three positive numbers"):

@@ -1,4 +1,4 @@
-"""A model with an adapter for as long as a search needs it."""
+"""A model with an adapter for as long as something needs it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from ..config import LayerRopeConfig
+from .config import LayerRopeConfig
 
 
 @contextmanager
