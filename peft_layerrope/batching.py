@@ -14,6 +14,7 @@ from torch import nn
 
 from .errors import TaskError
 from .rotary import BakedLayerRope, LayerRopeLayer, inv_freq_names, is_length_dependent
+from .sites import embedding_table
 from .tasks import Example, Split
 
 _PACKABLE_ATTENTION = ("eager", "sdpa")  # implementations that take a dense 4-D mask
@@ -66,7 +67,7 @@ def make_batches(model: nn.Module, split: Split, batch_tokens: int, packed: bool
         packed = can_pack(model)
     same_length = rotation_depends_on_length(model)
     rows = _packed_rows(split, same_length) if packed else [[i] for i in range(len(split.examples))]
-    embeddings = model.get_input_embeddings().weight
+    embeddings = embedding_table(model)
     return [
         _batch(split.examples, group, embeddings.dtype, embeddings.device)
         for group in _batched_rows(rows, split.examples, batch_tokens, same_length)
@@ -76,7 +77,7 @@ def make_batches(model: nn.Module, split: Split, batch_tokens: int, packed: bool
 def check_vocabulary(model: nn.Module, split: Split) -> None:
     """Raises TaskError if a token id of `split` is outside the model's vocabulary."""
     largest = max(max(e.context_ids + e.query_ids + e.answer_ids) for e in split.examples)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_table(model).shape[0]
     if largest >= vocabulary:
         raise TaskError(f"token id {largest} is outside the model's vocabulary of {vocabulary}.")
 

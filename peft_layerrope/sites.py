@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -81,6 +82,19 @@ def text_config(model: nn.Module) -> PretrainedConfig:
 def trained_window(model: nn.Module) -> int | None:
     """Returns how many tokens the model was trained on, as its config says; None if it does not."""
     return getattr(text_config(model), "max_position_embeddings", None)
+
+
+def embedding_table(model: nn.Module) -> torch.Tensor:
+    """Returns the table of the model's input embeddings, whose first dimension is the vocabulary.
+
+    Raises:
+        UnsupportedModelError: its inputs are not token ids.
+    """
+    module = model.get_input_embeddings()
+    tables = [parameter for parameter in module.parameters() if parameter.ndim == 2] if module is not None else []
+    if not tables:
+        raise UnsupportedModelError(f"{model_type(model)} has no table of token embeddings, so it takes no token ids.")
+    return tables[0]
 
 
 def find_stack(model: nn.Module) -> DecoderStack:

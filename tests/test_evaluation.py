@@ -13,8 +13,9 @@ from peft import get_peft_model
 from scipy import stats
 
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
-from peft_layerrope.batching import can_pack
+from peft_layerrope.batching import can_pack, check_vocabulary
 from peft_layerrope.evaluation import score, with_halving
+from peft_layerrope.families.shrink import build_tiny
 from peft_layerrope.scores import utilisation
 from peft_layerrope.statistics import mean_interval, wilson_interval
 
@@ -263,3 +264,16 @@ def test_utilisation_by_group_has_the_utilisation_as_its_mean(objective):
     assert scores.utilisation_by_group(objective, (1, 2, 3)).mean() == pytest.approx(whole)
     single = PositionScores((0,), scores.correct[:, :1], scores.log_prob[:, :1])
     np.testing.assert_array_equal(single.utilisation_by_group("log_prob"), scores.log_prob[:, 0])
+
+
+def test_the_vocabulary_is_found_where_the_embeddings_have_no_weight_of_their_own():
+    model = build_tiny("kyutai_speech_to_text")  # its input embeddings are a module around a table
+    assert not hasattr(model.get_input_embeddings(), "weight")
+    rows = model.get_input_embeddings().embed_tokens.num_embeddings
+    check_vocabulary(model, one_token(rows - 1))
+    with pytest.raises(TaskError, match=f"token id {rows} is outside the model's vocabulary of {rows}"):
+        check_vocabulary(model, one_token(rows))
+
+
+def one_token(token: int) -> Split:
+    return Split("test", 0, (0,), (Example((1,), (2,), (token,), 0, 0),))

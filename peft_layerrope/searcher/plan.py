@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import SearchError
+from ..sites import embedding_table
 from .controls import first_and_rest_vectors, first_layers_alone_vectors, line_vectors
 from .gradient import STEP_COST
 from .settings import SearchSettings
@@ -101,7 +102,7 @@ def check_length(settings: SearchSettings, length: int, window: int | None) -> N
 
 def memory_in_use(model: nn.Module) -> int:
     """Peak memory so far in bytes: of the model's accelerator, or of this process."""
-    device = model.get_input_embeddings().weight.device
+    device = embedding_table(model).device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..errors import SearchError
+from ..sites import embedding_table
 from .evaluator import ModelEvaluator
 from .ray_actor import unscaled
 from .ray_pool import Limits, WorkerPool, first_line
@@ -114,7 +115,7 @@ class RayWorkers:
         if self._pool is not None:
             self._pool.close()
         model = local.model.get_base_model()
-        weight = model.get_input_embeddings().weight
+        weight = embedding_table(model)
         threads = self._threads or torch.get_num_threads()
         device = self._device or weight.device.type
         on_gpu = device.split(":")[0] not in ("cpu", "meta")

@@ -20,8 +20,9 @@ from ..adapted import adapted
 from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME, demo_model_path
 from ..errors import SearchError
+from ..fingerprint import model_fingerprint
 from ..scores import PositionScores
-from ..sites import find_stack, trained_window
+from ..sites import embedding_table, find_stack, trained_window
 from ..tasks import Task
 from . import controls
 from .bootstrap import bootstrap_choice
@@ -52,7 +53,7 @@ from .result import (
 from .search_data import SearchData, make_data
 from .settings import SearchSettings
 from .space import FactorSpace
-from .state import RunState, model_fingerprint
+from .state import RunState
 from .strategies import run_strategy
 
 Distribute = Callable[[ModelEvaluator], Evaluator]
@@ -150,7 +151,7 @@ def _prepared(
         "model": model_fingerprint(model),
         "versions": _versions(),
         "threads": torch.get_num_threads(),
-        "device": model.get_input_embeddings().weight.device.type,
+        "device": embedding_table(model).device.type,
     }
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         state = RunState(Path(folder) if folder is not None else None, identity, resume)
