@@ -21,21 +21,39 @@ from .model import LayerRopeModel
 from .registration import register
 
 if TYPE_CHECKING:
+    from .comparison import Comparison, compare
+    from .contenders import Contender, parse_baseline
     from .evaluation import evaluate
+    from .hub import pull, push_to_hub
     from .scores import PositionScores
     from .searcher import Guards, SearchResult, SearchSettings, plan_search, search
     from .searcher.ray_workers import RayWorkers
-    from .tasks import Example, KeyValueWords, Split, Task, TokenTask
+    from .tasks import (
+        Example,
+        KeyValueRetrieval,
+        KeyValueWords,
+        MultiDocumentQA,
+        Perplexity,
+        Split,
+        Task,
+        TokenTask,
+        best_subspan_em,
+    )
     from .verification import LayerCheck, Verification, verify
 
 register(LayerRopeConfig, LayerRopeModel)
 
 # Loaded at first use, so that serving an adapter needs neither DEAP nor SciPy nor matplotlib.
 _LAZY = {
+    "Comparison": ".comparison",
+    "Contender": ".contenders",
     "Example": ".tasks",
     "Guards": ".searcher",
+    "KeyValueRetrieval": ".tasks",
     "KeyValueWords": ".tasks",
     "LayerCheck": ".verification",
+    "MultiDocumentQA": ".tasks",
+    "Perplexity": ".tasks",
     "PositionScores": ".scores",
     "RayWorkers": ".searcher.ray_workers",
     "SearchResult": ".searcher",
@@ -44,22 +62,32 @@ _LAZY = {
     "Task": ".tasks",
     "TokenTask": ".tasks",
     "Verification": ".verification",
+    "best_subspan_em": ".tasks",
+    "compare": ".comparison",
     "evaluate": ".evaluation",
+    "parse_baseline": ".contenders",
     "plan_search": ".searcher",
+    "pull": ".hub",
+    "push_to_hub": ".hub",
     "search": ".searcher",
     "verify": ".verification",
 }
 
 __all__ = [
     "AdapterMismatchError",
+    "Comparison",
+    "Contender",
     "Example",
     "Guards",
     "InvalidConfigError",
+    "KeyValueRetrieval",
     "KeyValueWords",
     "LayerCheck",
     "LayerRopeConfig",
     "LayerRopeError",
     "LayerRopeModel",
+    "MultiDocumentQA",
+    "Perplexity",
     "PositionScores",
     "RayWorkers",
     "SearchError",
@@ -72,9 +100,14 @@ __all__ = [
     "UnsupportedModelError",
     "Verification",
     "__version__",
+    "best_subspan_em",
+    "compare",
     "demo_model_path",
     "evaluate",
+    "parse_baseline",
     "plan_search",
+    "pull",
+    "push_to_hub",
     "restore_baked",
     "search",
     "verify",

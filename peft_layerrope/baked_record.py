@@ -6,8 +6,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from .config import LayerRopeConfig
-from .errors import LayerRopeError
+from .errors import InvalidConfigError, LayerRopeError
 from .tables import LayerScaling
+from .untrusted import shown
 
 BAKED_CONFIG_KEY = "layer_rope"
 """Entry of a baked model's `config.json` that remembers what was baked in."""
@@ -32,5 +33,14 @@ def baked_config(model: nn.Module) -> LayerRopeConfig:
     """
     baked = getattr(model.config, BAKED_CONFIG_KEY, None)
     if not isinstance(baked, dict):
-        raise LayerRopeError(f"config.{BAKED_CONFIG_KEY} is {baked!r}: this model was not saved from a baked one.")
-    return LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
+        raise LayerRopeError(
+            f"config.{BAKED_CONFIG_KEY} is {shown(baked)}, expected a mapping: this model was not saved from a baked "
+            "one."
+        )
+    try:
+        config = LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
+    except InvalidConfigError as error:
+        raise InvalidConfigError(f"config.json: {BAKED_CONFIG_KEY}: {error}") from error
+    if config.layer_factors is None:
+        raise InvalidConfigError(f"config.json: {BAKED_CONFIG_KEY}: layer_factors=None, expected one for each layer.")
+    return config

@@ -105,7 +105,8 @@ def _packed_rows(split: Split, same_length: bool) -> list[list[int]]:
     """Groups examples that share a context (and, for a length-dependent rotation, their length)."""
     rows: dict[tuple, list[int]] = {}
     for index, example in enumerate(split.examples):
-        rows.setdefault((example.context_ids, example.num_tokens if same_length else 0), []).append(index)
+        shared = example.context_ids or index  # nothing is nothing to share
+        rows.setdefault((shared, example.num_tokens if same_length else 0), []).append(index)
     return list(rows.values())
 
 

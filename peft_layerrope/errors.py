@@ -25,5 +25,9 @@ class TaskError(LayerRopeError, ValueError):
     """A task cannot be built, or its prompts do not fit the model."""
 
 
+class NotEnoughMemoryError(TaskError):
+    """Not even a single prompt fits into memory."""
+
+
 class SearchError(LayerRopeError, ValueError):
     """A search was asked for with settings that cannot work."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .batching import Batch, make_batches
-from .errors import TaskError
+from .errors import NotEnoughMemoryError
 from .scores import PositionScores
 from .tasks import Split, SplitName, Task
 
@@ -169,7 +169,7 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
         The result and the number of tokens that worked.
 
     Raises:
-        TaskError: memory does not suffice for a single row.
+        NotEnoughMemoryError: memory does not suffice for a single row.
     """
     while True:
         try:
@@ -178,7 +178,7 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
             if not _is_out_of_memory(error):
                 raise
             if batch_tokens <= MIN_BATCH_TOKENS:
-                raise TaskError(
+                raise NotEnoughMemoryError(
                     f"out of memory even with --batch-tokens {batch_tokens}: use shorter prompts, a smaller dtype "
                     "or a larger device."
                 ) from error

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,10 +21,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .adapter_files import AdapterFiles
 from .baked_record import BAKED_CONFIG_KEY
 from .baking import restore_baked
 from .config import LayerRopeConfig
 from .errors import LayerRopeError
+from .registration import LAYER_ROPE
+from .untrusted import MAX_BYTES, UntrustedFileError, one_line, read_json_object, shown
 
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
 
@@ -38,7 +44,7 @@ def load_model(
         name_or_path: Hub id or folder.
         device: `"cpu"`, `"cuda"`, ...; default: a GPU when there is one.
         dtype: `"auto"` or a torch dtype's name.
-        revision: branch, tag or commit on the Hub.
+        revision: branch, tag or commit on the Hub; default: `main`.
 
     Raises:
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
@@ -47,7 +53,8 @@ def load_model(
     with _model_errors(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, revision=revision)
         auto_class = next((c for c in _AUTO_CLASSES if type(config) in c._model_mapping), AutoModelForCausalLM)
-        model = auto_class.from_pretrained(name_or_path, revision=revision, dtype=dtype, use_safetensors=True)
+        # by its name: only then does transformers look for the safetensors that the Hub made of other formats
+        model = auto_class.from_pretrained(name_or_path, revision=revision or "main", dtype=dtype, use_safetensors=True)
     if getattr(model.config, BAKED_CONFIG_KEY, None) is not None:
         restore_baked(model)  # saved after merge_and_unload(): its weights alone know nothing of the factors
     return model.to(device).eval()
@@ -68,17 +75,41 @@ def _model_errors(name_or_path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise LayerRopeError(f"cannot load model {name_or_path!r}: {_first_line(error)}") from error
+        raise LayerRopeError(f"cannot load model {name_or_path!r}: {one_line(error)}") from error
 
 
 def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
     """Loads a LAYER_ROPE adapter (or any PEFT adapter) from the Hub or a folder onto `model`.
 
+    Reads safetensors only.
+
     Raises:
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
     """
-    with _adapter_errors(adapter):
+    with _adapter_errors(adapter) as kind:
+        if kind is not LAYER_ROPE:
+            adapter_weights(adapter)  # PEFT would fall back to a pickle
         return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def load_peft_config(adapter: str) -> PeftConfig:
+    """Loads the configuration of any PEFT adapter from the Hub or a folder.
+
+    Raises:
+        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
+    """
+    with _adapter_errors(adapter) as kind:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(adapter)
+
+
+def adapter_weights(adapter: str) -> Path:
+    """Returns where an adapter's `adapter_model.safetensors` lies, fetched from the Hub if need be.
+
+    Raises:
+        LayerRopeError: there is none.
+    """
+    with _adapter_errors(adapter) as kind:
+        return AdapterFiles(adapter).find(SAFETENSORS_WEIGHTS_NAME, MAX_BYTES if kind is LAYER_ROPE else None)
 
 
 def load_adapter_config(adapter: str) -> LayerRopeConfig:
@@ -87,24 +118,34 @@ def load_adapter_config(adapter: str) -> LayerRopeConfig:
     Raises:
         LayerRopeError: it cannot be loaded, or belongs to another method.
     """
-    with _adapter_errors(adapter):
-        config = PeftConfig.from_pretrained(adapter)
+    config = load_peft_config(adapter)
     if not isinstance(config, LayerRopeConfig):
         raise LayerRopeError(f"{adapter!r} is a {config.peft_type.value} adapter, expected LAYER_ROPE.")
     return config
 
 
+# What PEFT's code for any method raises when a file is not what it expects.
+_PEFT_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+
+
 @contextmanager
-def _adapter_errors(adapter: str) -> Iterator[None]:
-    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise LayerRopeError(f"{adapter!r} is not an adapter folder: it has no adapter_config.json.")
+def _adapter_errors(adapter: str) -> Iterator[PeftType]:
+    """Yields the adapter's kind, from a look at its `adapter_config.json` before PEFT reads it whatever it is."""
+    if Path(adapter).is_dir() and not (Path(adapter) / CONFIG_NAME).is_file():
+        raise LayerRopeError(f"{adapter!r} is not an adapter folder: it has no {CONFIG_NAME}.")
     try:
-        yield
+        yield _peft_type(AdapterFiles(adapter).find(CONFIG_NAME))
     except LayerRopeError:
         raise
-    except (OSError, ValueError) as error:
-        raise LayerRopeError(f"cannot load adapter {adapter!r}: {_first_line(error)}") from error
+    except UntrustedFileError as error:
+        reason = f"its {CONFIG_NAME} {error}; expected a JSON object"
+        raise LayerRopeError(f"cannot load adapter {adapter!r}: {reason}.") from error
+    except _PEFT_ERRORS as error:
+        raise LayerRopeError(f"cannot load adapter {adapter!r}: {one_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _peft_type(path: Path) -> PeftType:
+    name = read_json_object(path).get("peft_type")
+    if not isinstance(name, str) or name not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UntrustedFileError(f"has peft_type={shown(name)}, which PEFT does not know")
+    return PeftType(name)

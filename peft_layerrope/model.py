@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from .artifacts import FACTORS_KEY, KEY_PREFIX, check_factors_tensor
+from .artifacts import FACTORS_KEY, KEY_PREFIX, check_factors_tensor, check_weights_file
 from .baked_record import BAKED_CONFIG_KEY
 from .baking import bake
 from .config import LayerRopeConfig
@@ -121,6 +122,10 @@ class LayerRopeModel(BaseTuner):
         config: LayerRopeConfig = self.peft_config[adapter_name]
         stack = find_stack(model)
         scaling = scaling_for(config, model, stack)
+        if config.files is not None:  # PEFT reads the weights file only after injection, which a bad one would outlive
+            factors = config.files.layer_factors or [1.0] * len(stack.layers)
+            check_weights_file(config.files.find(SAFETENSORS_WEIGHTS_NAME), factors)
+            config.files = None
         if stack.is_baked:
             raise LayerRopeError(
                 "this model has LAYER_ROPE factors baked in already; load the plain base model to add an adapter."

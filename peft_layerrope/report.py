@@ -1,21 +1,18 @@
-"""Tables and plots, from plain results. Knows nothing of how they were made."""
+"""Tables, from plain results. Knows nothing of how they were made."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from .bezier import sample_curve
 from .families import NOT_BUILT, REFUSED, SUPPORTED, WRONG, Trial
 from .scores import PositionScores
 from .statistics import Interval
+from .tasks import Measure
 from .verification import MISMATCH, OK, Verification
 
 
@@ -36,7 +33,7 @@ class Comparison(Protocol):
     def __iter__(self) -> Iterable[Row]: ...
 
     def difference(self, name: str, baseline: str) -> Interval:
-        """Average accuracy of row `name` minus that of `baseline`, paired."""
+        """Average accuracy (or minus the loss) of row `name` minus that of `baseline`, paired."""
 
 
 class Plan(Protocol):
@@ -51,10 +48,6 @@ class Plan(Protocol):
     seconds: float
 
 
-_DPI = 150
-_GREY, _COLOURS = "0.55", ("0.55", "tab:orange", "tab:green", "tab:blue")
-
-
 def format_factors(factors: Sequence[float]) -> str:
     """Writes factors for people; a uniform vector as a single number."""
     if len(set(factors)) == 1:
@@ -62,17 +55,42 @@ def format_factors(factors: Sequence[float]) -> str:
     return " ".join(f"{factor:g}" for factor in factors)
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """Writes a share in percent."""
     return f"{100 * value:.1f}"
 
 
-def _percent_interval(interval: Interval) -> str:
+def value_with_interval(interval: Interval, measure: Measure) -> str:
+    """Writes an estimate of `PositionScores` with its interval: accuracy in percent, or the loss in nats."""
+    if measure == "loss":
+        return f"{-interval.value:.3f} [{-interval.high:.3f}, {-interval.low:.3f}]"
     return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def _percent_mean(interval: Interval, signed: bool = False) -> str:
-    """A mean with its symmetric interval."""
-    sign = "+" if signed else ""
+def mean_with_error(interval: Interval, measure: Measure) -> str:
+    """Writes a mean with its symmetric interval, in the same units."""
+    half = interval.high - interval.value
+    return f"{-interval.value:.3f} ± {half:.3f}" if measure == "loss" else _plus_minus(interval)
+
+
+def difference(interval: Interval, measure: Measure) -> str:
+    """Writes a paired difference; plus is better: points of accuracy gained, or nats of loss saved."""
+    if measure == "loss":
+        return f"{interval.value:+.3f} ± {interval.high - interval.value:.3f}"
+    return _plus_minus(interval, "+")
+
+
+def perplexity(interval: Interval) -> str:
+    """Writes the perplexity of minus a loss, with its interval."""
+    value, low, high = (_exp(-x) for x in (interval.value, interval.high, interval.low))
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _plus_minus(interval: Interval, sign: str = "") -> str:
     return f"{100 * interval.value:{sign}.1f} ± {100 * (interval.high - interval.value):.1f}"
 
 
@@ -81,24 +99,41 @@ TABLE_LEGEND = (
     'of the accuracies. ±: 95 % interval over contexts; differences are paired. Control: of "first k at 1, rest b" and '
     '"first a, rest b" the one that is better on the search split.'
 )
+LOSS_LEGEND = (
+    "loss: mean over the scored tokens, in nats; ±: 95 % interval over windows; differences are paired, and + is "
+    "better: nats of loss saved."
+)
+
+
+def _measure_of(table: Comparison) -> Measure:
+    return next(iter(table)).scores.measure
+
+
+def _legend(table: Comparison) -> str:
+    return LOSS_LEGEND if _measure_of(table) == "loss" else TABLE_LEGEND
+
+
+def _score_cells(scores: PositionScores) -> list[str]:
+    """Accuracy, worst and U; or loss and perplexity."""
+    average = mean_with_error(scores.average(), scores.measure)
+    if scores.measure == "loss":
+        return [average, f"{math.exp(-scores.average().value):.2f}"]
+    return [average, percent(scores.accuracy_by_position.min()), percent(scores.utilisation())]
 
 
 def _comparison_cells(table: Comparison, control: str | None) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the held-out scores: method, accuracy, worst, U, paired differences."""
+    """Header and cells of the held-out scores: method, what [`_score_cells`] has, paired differences."""
+    measure = _measure_of(table)
     against = [name for name in ("uniform", control) if name in {row.name for row in table}]
     cells = []
     for row in table:
-        line = [
-            row.label,
-            _percent_mean(row.scores.average()),
-            _percent(row.scores.accuracy_by_position.min()),
-            _percent(row.scores.utilisation()),
-        ]
+        line = [row.label, *_score_cells(row.scores)]
         for name in against:
-            line.append("" if name == row.name else _percent_mean(table.difference(row.name, name), signed=True))
+            line.append("" if name == row.name else difference(table.difference(row.name, name), measure))
         cells.append(line)
+    columns = ["loss", "perplexity"] if measure == "loss" else ["accuracy", "worst", "U"]
     header = ["vs uniform" if name == "uniform" else "vs control" for name in against]
-    return ["method", "accuracy", "worst", "U", *header], cells
+    return ["method", *columns, *header], cells
 
 
 def _choice_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -111,21 +146,46 @@ def comparison_table(table: Comparison, title: str, control: str | None = None) 
     """Returns the held-out comparison as a rich table of at most 80 columns; `control` names the row to compare with,
     beside the best uniform factor.
     """
-    return _rich_table(title, TABLE_LEGEND, *_comparison_cells(table, control), left=(0,))
+    return rich_table(title, _legend(table), *_comparison_cells(table, control), left=(0,))
 
 
 def choice_table(table: Comparison) -> Table:
     """Returns what each method chose on the search split as a rich table."""
     title = "Chosen on the search split, from so many distinct factor vectors"
-    return _rich_table(title, None, *_choice_cells(table), left=(0, 3))
+    return rich_table(title, None, *_choice_cells(table), left=(0, 3))
 
 
-def _rich_table(
-    title: str, caption: str | None, header: list[str], cells: list[list[str]], left: Sequence[int]
+def rich_table(
+    title: str,
+    caption: str | None,
+    header: list[str],
+    cells: list[list[str]],
+    left: Sequence[int],
+    folded: Sequence[int] = (),
 ) -> Table:
-    rendered = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left")
+    """Returns a plain table.
+
+    Args:
+        title: above it.
+        caption: below it.
+        header: names of the columns.
+        cells: lines below the header.
+        left: columns that are flush left; only these, and
+        folded: these, are folded where the table does not fit.
+    """
+    rendered = Table(
+        title=title,
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for i, column in enumerate(header):
-        rendered.add_column(column, justify="left" if i in left else "right", no_wrap=i not in left)
+        rendered.add_column(
+            column, justify="left" if i in left else "right", no_wrap=i not in (*left, *folded), overflow="fold"
+        )
     for line in cells:
         rendered.add_row(*line)
     return rendered
@@ -140,15 +200,20 @@ def markdown_table(table: Comparison, control: str | None = None) -> str:
         ["---", *["---:"] * len(header), "---"],
         *([*score, choice[1], choice[3]] for score, choice in zip(scores, choices, strict=True)),
     ]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{body}\n\ntried: distinct factor vectors evaluated on the search split. {TABLE_LEGEND}"
+    tried = "tried: distinct factor vectors evaluated on the search split."
+    return f"{markdown(lines)}\n\n{tried} {_legend(table)}"
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Returns lines of cells as a Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plan_table(plan: Plan) -> Table:
     """Returns what a search is going to cost at most, stage by stage."""
     cells = [[name, str(count)] for name, count in plan.evaluations.items()]
     cells.append(["all", str(plan.num_evaluations)])
-    return _rich_table("The search, at most", plan_line(plan), ["stage", "evaluations"], cells, left=(0,))
+    return rich_table("The search, at most", plan_line(plan), ["stage", "evaluations"], cells, left=(0,))
 
 
 def plan_line(plan: Plan) -> str:
@@ -169,73 +234,23 @@ def _duration(seconds: float) -> str:
 
 
 def position_table(scores: PositionScores, title: str) -> Table:
-    """Returns accuracy and gold log-probability by gold position as a rich table."""
+    """Returns the scores by position as a rich table: accuracy and gold log-probability, or loss and perplexity."""
+    if scores.measure == "loss":
+        rows = [*zip(map(str, scores.positions), scores.intervals(), strict=True), ("all", scores.average())]
+        cells = [[name, value_with_interval(i, "loss"), perplexity(i)] for name, i in rows]
+        caption = "Tokens from each position to the next. Brackets: 95 % intervals over windows."
+        return rich_table(title, caption, ["token", "loss in nats", "perplexity"], cells, left=())
     cells = []
     for position, interval, log_prob in zip(
         scores.positions, scores.intervals(), scores.log_prob_by_position, strict=True
     ):
-        cells.append([str(position), _percent_interval(interval), f"{log_prob:.3f}"])
-    cells.append(["average", _percent_mean(scores.average()), f"{scores.log_prob_by_position.mean():.3f}"])
-    cells.append(["U", _percent(scores.utilisation()), f"{scores.log_prob_utilisation():.3f}"])
+        cells.append([str(position), value_with_interval(interval, "accuracy"), f"{log_prob:.3f}"])
+    cells.append(
+        ["average", mean_with_error(scores.average(), "accuracy"), f"{scores.log_prob_by_position.mean():.3f}"]
+    )
+    cells.append(["U", percent(scores.utilisation()), f"{scores.log_prob_utilisation():.3f}"])
     caption = "Brackets: 95 % Wilson intervals; ±: 95 % interval over contexts; U: context utilisation."
-    return _rich_table(title, caption, ["gold position", "accuracy %", "gold log-prob"], cells, left=())
-
-
-def plot_accuracy_by_position(curves: Mapping[str, PositionScores], path: str | Path, subtitle: str) -> None:
-    """Draws accuracy over gold position with 95 % Wilson bands, one line per method, as PNG.
-
-    Args:
-        curves: label to scores; the first is drawn in grey as "before".
-        path: file to write.
-        subtitle: what was measured, under the title.
-    """
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
-    for (label, scores), colour in zip(curves.items(), _COLOURS, strict=False):
-        intervals = scores.intervals()
-        low, high = [100 * i.low for i in intervals], [100 * i.high for i in intervals]
-        axes.fill_between(scores.positions, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(scores.positions, 100 * scores.accuracy_by_position, "o-", color=colour, label=label, markersize=4)
-    axes.set(xlabel="position of the answer (index of the pair)", ylabel="accuracy (%)", ylim=(-3, 103))
-    _finish(figure, axes, "Accuracy by position of the answer", subtitle, path)
-
-
-def plot_factors_by_depth(
-    factors: Sequence[float],
-    path: str | Path,
-    *,
-    control_points: Sequence[Sequence[float]] | None = None,
-    scaled_layers: Sequence[int] | None = None,
-) -> None:
-    """Draws the factor of every layer, and the Bézier curve that the search came from, as PNG.
-
-    Args:
-        factors: one per layer.
-        path: file to write.
-        control_points: four `(x, y)` points; x runs over `scaled_layers`.
-        scaled_layers: layers that the curve spans; default: all.
-    """
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
-    axes = figure.subplots()
-    layers = list(range(len(factors)))
-    axes.bar(layers, factors, width=0.6, color="tab:blue", alpha=0.8, label="factor of the layer")
-    if control_points is not None:
-        spanned = list(scaled_layers) if scaled_layers is not None else layers
-        depth = np.linspace(spanned[0], spanned[-1], 200)
-        axes.plot(depth, sample_curve(control_points, 200), color="tab:orange", label="Bézier curve before refinement")
-        x = [spanned[0] + point[0] * (spanned[-1] - spanned[0]) for point in control_points]
-        axes.plot(x, [point[1] for point in control_points], "s:", color=_GREY, markersize=4, label="control points")
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set(xlabel="layer", ylabel="factor", xticks=layers if len(layers) <= 16 else None)
-    _finish(figure, axes, "RoPE scaling factor by depth", "1.0 leaves a layer as it was trained", path)
-
-
-def _finish(figure: Figure, axes: Axes, title: str, subtitle: str, path: str | Path) -> None:
-    axes.set_title(title, loc="left", pad=20)
-    axes.annotate(subtitle, (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8, color="0.35")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=_DPI)
+    return rich_table(title, caption, ["gold position", "accuracy %", "gold log-prob"], cells, left=())
 
 
 def verification_table(verification: Verification, title: str) -> Table:

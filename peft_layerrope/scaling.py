@@ -65,9 +65,10 @@ def dynamic_alpha(
 ) -> torch.Tensor:
     """Returns Dynamic-NTK's growth of the base, `f * n / N - (f - 1)`, and 1 for `n <= N`.
 
-    Written as `1 + f * (n / N - 1)`, so that a length inside the window gives exactly 1 and leaves the base
-    frequencies bit for bit. A tensor `seq_len` stays a tensor: no device synchronisation.
+    Written as `1 + f * (n - N) / N`, with `n - N` in integers, so that a length inside the window gives exactly 1 and
+    leaves the base frequencies bit for bit, and one just beyond it loses no digits. A tensor `seq_len` stays a
+    tensor: no device synchronisation.
     """
-    length = torch.as_tensor(seq_len, device=factors.device).to(factors.dtype)
-    excess = (length / original_max_position_embeddings - 1).clamp(min=0)
+    beyond = torch.as_tensor(seq_len, device=factors.device) - original_max_position_embeddings
+    excess = beyond.clamp(min=0).to(factors.dtype) / original_max_position_embeddings
     return 1 + factors * excess

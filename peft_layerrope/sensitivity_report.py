@@ -28,15 +28,16 @@ def sensitivity_table(result: Sensitivity, title: str) -> Table:
     )
     beside = len(result.factors) <= _MOST_FACTORS_BESIDE
     table.add_column("layer", overflow="fold", min_width=5)
-    for header in [f"{factor:g}: U, Δ" for factor in result.factors] if beside else ["factor", " U, Δ"]:
+    cells = "loss, Δ" if _is_loss(result) else "U, Δ"
+    for header in [f"{factor:g}: {cells}" for factor in result.factors] if beside else ["factor", f" {cells}"]:
         table.add_column(header, no_wrap=True)
     for layer in result.layers:
         effects = result.of_layer(layer)
         if beside:
-            table.add_row(_label(result, layer), *map(_cell, effects))
+            table.add_row(_label(result, layer), *(_cell(result, effect) for effect in effects))
             continue
         for effect in effects:
-            table.add_row(_label(result, layer), f"{effect.factor:g}", _cell(effect))
+            table.add_row(_label(result, layer), f"{effect.factor:g}", _cell(result, effect))
     return table
 
 
@@ -45,20 +46,29 @@ def _label(result: Sensitivity, layer: int) -> str:
     return f"{layer} (+{format_layers(followers)})" if followers else str(layer)
 
 
-def _cell(effect: LayerEffect) -> str:
+def _is_loss(result: Sensitivity) -> bool:
+    return result.split.get("measure") == "loss"
+
+
+def _cell(result: Sensitivity, effect: LayerEffect) -> str:
     change = effect.log_prob_change
     text = f"{change.value:+7.3f}"
     if change.excludes_zero():
         text = f"[{'green' if change.value > 0 else 'red'}]{text}*[/]"
-    return f"{100 * effect.accuracy:5.1f} {text}"
+    level = f"{-effect.accuracy:5.3f}" if _is_loss(result) else f"{100 * effect.accuracy:5.1f}"
+    return f"{level} {text}"
 
 
 def _legend(result: Sensitivity) -> str:
+    what = (
+        f"U: context utilisation of the accuracies in %, {100 * result.accuracy:.1f} unscaled. Δ: change of the gold "
+        f"log-prob's U in nats, from {result.log_prob:.3f} unscaled."
+    )
+    if _is_loss(result):
+        what = f"loss: in nats per token, {-result.accuracy:.3f} unscaled. Δ: nats saved."
     legend = (
-        "Only that layer is scaled. U: context utilisation of the accuracies in %, "
-        f"{100 * result.accuracy:.1f} unscaled. Δ: change of the gold log-prob's U in nats, from "
-        f"{result.log_prob:.3f} unscaled. *: the paired 95 % interval over contexts excludes 0, as it does for 1 in 20 "
-        "by chance."
+        f"Only that layer is scaled. {what} *: the paired 95 % interval over contexts excludes 0, as it does for 1 in "
+        "20 by chance."
     )
     if any(result.followers(layer) for layer in result.layers):
         legend += " (+n): layers that attend to its keys and are scaled with it."
@@ -76,6 +86,8 @@ def plot_sensitivity(result: Sensitivity, path: str | Path, subtitle: str) -> No
     width = min(max(7.2, 2.2 + 0.09 * len(result.effects)), 14)
     figure = Figure(figsize=(width, 6.4), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+    loss = _is_loss(result)
+    scale = -1 if loss else 100
     for number, factor in enumerate(result.factors):
         effects = [effect for effect in result.effects if effect.factor == factor]
         shift = _GROUP_WIDTH * ((number + 0.5) / len(result.factors) - 0.5)
@@ -94,11 +106,13 @@ def plot_sensitivity(result: Sensitivity, path: str | Path, subtitle: str) -> No
             capsize=2,
             label=f"× {factor:g}",
         )
-        lower.plot(x, [100 * effect.accuracy for effect in effects], "o", color=colour, markersize=4)
+        lower.plot(x, [scale * effect.accuracy for effect in effects], "o", color=colour, markersize=4)
     upper.axhline(0, color="black", linewidth=0.8, label="unscaled")
-    lower.axhline(100 * result.accuracy, color="black", linewidth=0.8)
-    upper.set_ylabel("change of U of the\ngold log-prob (nats)")
-    lower.set(ylabel="U of the accuracy (%)", xlabel="layer that is scaled", ylim=(-3, 103))
+    lower.axhline(scale * result.accuracy, color="black", linewidth=0.8)
+    upper.set_ylabel("nats saved" if loss else "change of U of the\ngold log-prob (nats)")
+    lower.set(ylabel="loss (nats)" if loss else "U of the accuracy (%)", xlabel="layer that is scaled")
+    if not loss:
+        lower.set_ylim(-3, 103)
     for axes in (upper, lower):
         _style(axes, result)
     figure.suptitle("Effect of scaling one layer", x=0.02, ha="left")

@@ -20,6 +20,7 @@ from torch import nn
 from .baked_record import BAKED_CONFIG_KEY, baked_config
 from .config import LayerRopeConfig
 from .errors import LayerRopeError
+from .model import LayerRopeModel
 from .rotary import BakedLayerRope, LayerRopeLayer
 from .sites import DecoderStack, find_stack, model_type, text_config
 from .tables import holds_tables
@@ -29,6 +30,7 @@ OK, MISMATCH, NO_ROTATION = "ok", "mismatch", "no rotation"
 _PROMPT_TOKENS = 12
 _ARGUMENT = "position_embeddings"  # transformers' name for what a decoder layer is handed
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 2e-2  # relative; half precision keeps sines to 8 or 11 bits
+_SMALLEST, _SMALLEST_HALF = 1e-9, 1e-4  # angles that can be told from 0
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def expected_config(model: nn.Module) -> LayerRopeConfig:
     active = {name for wrapper in wrappers for name in wrapper.active_adapters}
     configs: dict[str, LayerRopeConfig] = {}
     for module in model.modules():  # a PeftModel, the tuner in it, the model in that
-        held = module.__dict__.get("peft_config")
+        held = module.peft_config if isinstance(module, LayerRopeModel) else module.__dict__.get("peft_config")
         if isinstance(held, dict):
             configs |= {name: config for name, config in held.items() if isinstance(config, LayerRopeConfig)}
     if configs:
@@ -185,7 +187,7 @@ class _Rotation:
         if config.rope_type != "dynamic":
             return cls(config.rope_type, config.factor, 0.0, None)
         window = config.original_max_position_embeddings or text_config(model).max_position_embeddings
-        length = config.target_length or 2 * window
+        length = config.target_length or max(2 * window, _PROMPT_TOKENS)
         probe_length = None if config.target_length else length
         return cls(config.rope_type, config.factor, max(length / window - 1, 0.0), probe_length)
 
@@ -199,7 +201,7 @@ class _Rotation:
         """The global factor times the layer's that explains the measured ratios best (their median)."""
         if self.rope_type != "dynamic" or self.growth == 0:
             return float(np.median(ratios))
-        low = depths >= 0.5  # the lower frequencies, which grow most
+        low = depths >= min(0.5, depths.max())  # the lower frequencies, which grow most
         alpha = np.median(ratios[low] ** (1 / depths[low]))
         return float((alpha - 1) / self.growth)
 
@@ -326,9 +328,17 @@ def _check(layer: int, rotation: _Rotation, factor: float, base: _Received, rece
         angles, scaled_angles = _angles(own), _angles(scaled)
         distinct = np.unique(angles.round(12))[::-1]
         depths = np.searchsorted(-distinct, -angles.round(12)) / max(len(distinct) - 1, 1)
-        usable = (angles > 1e-9) & (scaled_angles > 1e-9) & ((angles < 0.5) | (len(distinct) == 1))
-        ratios, depths = angles[usable] / scaled_angles[usable], depths[usable]
-        tolerance = _TOLERANCE if _parts(scaled)[0].element_size() >= 4 else _HALF_TOLERANCE
+        is_half = _parts(scaled)[0].element_size() < 4
+        expected_angles = angles / rotation.expected_ratios(factor, depths)
+        usable = (np.minimum(angles, expected_angles) > (_SMALLEST_HALF if is_half else _SMALLEST)) & (
+            (angles < 0.5) | (len(distinct) == 1)
+        )
+        usable &= expected_angles < 3  # a larger one has gone round
+        if not usable.any():
+            return result(MISMATCH, note="its rotation is too slow or too fast to be measured")
+        with np.errstate(divide="ignore"):  # a layer that does not rotate at all
+            ratios, depths = angles[usable] / scaled_angles[usable], depths[usable]
+        tolerance = _HALF_TOLERANCE if is_half else _TOLERANCE
         measured.append(rotation.measured_factor(ratios, depths))
         close.append(np.allclose(ratios, rotation.expected_ratios(factor, depths), rtol=tolerance, atol=0))
     if not measured:

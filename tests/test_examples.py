@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from loopback_hub import loopback_hub
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_layerrope
-from peft_layerrope import LayerRopeConfig
+from peft_layerrope import KeyValueWords, LayerRopeConfig, evaluate, verify
 from peft_layerrope.artifacts import save_adapter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(script: str, *arguments: str) -> str:
+def run(script: str, *arguments: str, **environment: str) -> str:
     command = [sys.executable, str(EXAMPLES / script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def training():
-    spec = importlib.util.spec_from_file_location("train_demo_model", EXAMPLES / "train_demo_model.py")
+def load(script: str) -> ModuleType:
+    """The script as a module, under a name that shadows no other."""
+    spec = importlib.util.spec_from_file_location(f"example_{script.removesuffix('.py')}", EXAMPLES / script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def training() -> ModuleType:
+    return load("train_demo_model.py")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_examples_are_short_and_say_how_to_run_them(script):
+    text = (EXAMPLES / script).read_text()
+    assert script == "train_demo_model.py" or len(text.splitlines()) < 60
+    assert f"python examples/{script}" in text
 
 
 def test_quick_start(tmp_path, demo_model):
@@ -47,39 +65,106 @@ def test_quick_start(tmp_path, demo_model):
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("lora")
-    output = run("train_lora.py", "--output", str(folder), "--steps", "2", "--batch", "1", "--contexts", "2")
+    output = run("train_lora.py", "--output", str(folder), "--steps", "2", "--contexts", "2")
     return folder, output.splitlines()
 
 
-def test_train_lora(lora_run):
+def test_train_lora(lora_run, demo_model):
     folder, lines = lora_run
-    accuracy = {line[:28].strip(): line[28:] for line in lines if " ± " in line}
-    assert list(accuracy) == [
-        "base",
-        "base + LAYER_ROPE",
-        "base + LAYER_ROPE + LoRA",
-        "the same, LoRA disabled",
-    ]
-    assert accuracy["the same, LoRA disabled"] == accuracy["base + LAYER_ROPE"] != accuracy["base"]
-    assert lines[-1] == f"saved the LoRA: {folder}"
+    shown = dict(re.findall(r"^(LAYER_ROPE.*?): +(\d+\.\d%) right$", "\n".join(lines), re.MULTILINE))
+    assert list(shown) == ["LAYER_ROPE + LoRA", "LAYER_ROPE alone"]
+    scaled = PeftModel.from_pretrained(demo_model, EXAMPLES.parent / "hub_configs" / "demo-plain")
+    task = KeyValueWords(AutoTokenizer.from_pretrained(peft_layerrope.demo_model_path()), 512)
+    assert shown["LAYER_ROPE alone"] == f"{evaluate(scaled, task, num_groups=2).average().value:.1%}"
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:  # the keys of any LoRA for a Llama
         assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in file.keys()  # noqa: SIM118
         assert not any("base_layer" in key or "rotary" in key for key in file.keys())  # noqa: SIM118
 
 
+def test_lora_rows_have_their_loss_on_the_right_answers():
+    script = load("train_lora.py")
+    tokenizer = AutoTokenizer.from_pretrained(peft_layerrope.demo_model_path())
+    task = KeyValueWords(tokenizer, script.LENGTH, num_positions=script.QUESTIONS, num_pairs=script.PAIRS, seed=1)
+    rows = script.training_rows(task, 3)
+    assert len(rows) == 3
+    orders = set()
+    for row in rows:
+        ids, labels = row["input_ids"], row["labels"]
+        assert len(ids) == len(labels) <= script.LENGTH
+        listing = {ids[i]: ids[i + 1 : i + 3] for i in range(1, 1 + 4 * script.PAIRS, 4)}
+        asked = [i for i, token in enumerate(ids) if token == tokenizer.convert_tokens_to_ids("?")]
+        assert len(asked) == script.QUESTIONS
+        for i in asked:
+            assert ids[i + 2 : i + 4] == labels[i + 2 : i + 4] == listing[ids[i + 1]]
+        assert sum(label != -100 for label in labels) == 2 * script.QUESTIONS
+        orders.add(tuple(list(listing).index(ids[i + 1]) for i in asked))
+    assert len(orders) == 3  # asked in order, the next answer would be the next pair's
+    assert all(list(order) != sorted(order) for order in orders)
+
+
 def test_serve_with_lora(lora_run):
     folder, _ = lora_run
     lines = run("serve_with_lora.py", str(folder), "--prompts", "2").splitlines()
-    assert [line[:28].strip() for line in lines[1:]] == [
+    assert [line[:28].strip() for line in lines] == [
         "base",
         "LoRA + LAYER_ROPE",
         "LAYER_ROPE alone",
         "LoRA alone",
         "LoRA + second LAYER_ROPE",
-        "LoRA + LAYER_ROPE again",
     ]
-    assert all(" of 2 " in line for line in lines[1:])
-    assert lines[2][28:] == lines[-1][28:]
+    assert all(re.fullmatch(r"[0-2] of 2", line[28:]) for line in lines)
+
+
+@pytest.mark.slow
+def test_search(tmp_path, demo_model):
+    lines = run("search.py", "--output", str(tmp_path), "--contexts", "5").splitlines()
+    assert any(line.startswith("gradient steps: at most") for line in lines)  # its own progress
+    report = json.loads((tmp_path / "search.json").read_text())
+    shown = [line.split("   ") for line in lines[-len(report["table"]) :]]
+    assert [factors for *_, factors in shown] == [
+        " ".join(f"{factor:g}" for factor in row["layer_factors"]) for row in report["table"]
+    ]
+    assert report["task"]["name"] == "my lists"
+    assert verify(PeftModel.from_pretrained(demo_model, tmp_path)).ok
+
+
+def test_the_search_examples_lists_are_what_the_demo_model_reads():
+    script = load("search.py")
+    tokenizer = AutoTokenizer.from_pretrained(peft_layerrope.demo_model_path())
+    for example in script.my_examples(tokenizer, 2):
+        text = tokenizer.decode(example.context_ids)
+        key = tokenizer.decode(example.query_ids).removeprefix("? ")
+        pairs = [pair.split() for pair in text.removeprefix("[BOS] ").rstrip(" ,").split(" , ")]
+        place = script.POSITIONS[example.position]
+        assert (len(pairs), pairs[place]) == (script.PAIRS, [key, *tokenizer.decode(example.answer_ids).split()])
+
+
+def test_share_on_the_hub(tmp_path):
+    folder = EXAMPLES.parent / "hub_configs" / "demo-plain"
+    with loopback_hub(alice="hf_alice") as hub:
+        environment = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path),  # another cache, and no token but this one
+            "HF_TOKEN": "hf_alice",
+            "HF_HUB_OFFLINE": "0",
+        }
+        lines = run("share_on_the_hub.py", str(folder), "alice/demo-plain", "--private", **environment).splitlines()
+        repo = hub.repos["alice/demo-plain"]
+    assert repo.private
+    assert repo.files()["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+    assert lines[0].startswith(f"uploaded: {hub.endpoint}/alice/demo-plain/commit/")
+    factors = json.loads((folder / "adapter_config.json").read_text())["layer_factors"]
+    measured = [line.split()[2:4] for line in lines[3:]]
+    assert measured == [[f"{factor:.3f}", "ok"] for factor in factors]
+
+
+@pytest.mark.slow
+def test_cluster(tmp_path):
+    pytest.importorskip("ray")
+    few = ("--workers", "1", "--contexts", "1", "--generations", "0", "--no-controls")
+    lines = run("cluster.py", *few, "--output", str(tmp_path)).splitlines()
+    assert lines[0] == f"factors: {json.loads((tmp_path / 'search.json').read_text())['layer_factors']}"
+    assert re.fullmatch(r"over the best uniform factor: \S+ points \[\S+, \S+\]", lines[1])
 
 
 @pytest.mark.slow

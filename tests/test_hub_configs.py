@@ -1,29 +1,65 @@
-"""Every adapter folder in hub_configs/ loads, and says what its report says."""
+"""Every adapter folder in hub_configs/ loads and says what its report says; every recipe fits its model."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
-from peft_layerrope import KeyValueWords
+from peft_layerrope import KeyValueWords, verify
+from peft_layerrope.adapted import adapted
+from peft_layerrope.cli import app
 from peft_layerrope.demo import DEMO_NAME
 from peft_layerrope.evaluation import score
+from peft_layerrope.searcher.search_data import make_data
+from peft_layerrope.sites import find_stack, trained_window
+from peft_layerrope.tasks.specification import make_task
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = sorted(path.parent for path in (ROOT / "hub_configs").glob("*/adapter_config.json"))
 
 
-def test_the_index_names_every_folder():
-    named = set(re.findall(r"^\| `([^`]+)`", (ROOT / "hub_configs" / "README.md").read_text(), re.MULTILINE))
-    assert named == {folder.name for folder in FOLDERS}
+def _load_script(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+build_index = _load_script(ROOT / "hub_configs" / "build_index.py")
+each_adapter = pytest.mark.parametrize("folder", build_index.adapter_folders(), ids=lambda folder: folder.name)
+each_recipe = pytest.mark.parametrize("folder", build_index.recipe_folders(), ids=lambda folder: folder.name)
+
+
+def test_the_index_is_what_the_generator_makes_now():
+    wanted = build_index.index()
+    assert build_index.INDEX.read_text() == wanted, "run: python hub_configs/build_index.py"
+    folders = {path.name for path in build_index.FOLDER.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert set(re.findall(r"^\| `([^`]+)`", wanted, re.MULTILINE)) == folders
+
+
+@each_adapter
+def test_the_index_shows_the_held_out_figures(folder):
+    row = next(line for line in build_index.index().splitlines() if line.startswith(f"| `{folder.name}`"))
+    shown = [float(figure) for figure in re.findall(r"(\d+\.\d) \[", row)]
+    table = {row["name"]: row for row in json.loads((folder / "search.json").read_text())["table"]}
+    by_position = [table[name]["test"]["accuracy_by_position"] for name in ("none", "uniform")]
+    wanted = [100 * sum(values) / len(values) for values in by_position]
+    assert shown[:2] == pytest.approx(wanted, abs=0.051)
+    card = ModelCard.load(folder / "README.md").data.eval_results[0].metric_value
+    assert shown[2] == pytest.approx(100 * card, abs=0.051)
+
+
+@each_adapter
 def test_adapter_loads_and_reproduces_its_report(folder, demo_model, demo_tokenizer):
     report = json.loads((folder / "search.json").read_text())
     assert report["model"] == DEMO_NAME
@@ -33,13 +69,14 @@ def test_adapter_loads_and_reproduces_its_report(folder, demo_model, demo_tokeni
     assert task.split("test", test_split["groups"]).fingerprint() == test_split["fingerprint"]
     model = PeftModel.from_pretrained(demo_model, folder)
     assert model.peft_config["default"].layer_factors == report["layer_factors"]
+    assert verify(model).ok
     groups = splits["search"]["groups"]
     fitness = score(model, task.split("search", groups)).log_prob_utilisation(report["settings"]["weights"])
     chosen = next(row for row in report["table"] if row["name"] == report["chosen"])
     assert fitness == pytest.approx(chosen["search_fitness"], abs=1e-3)
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@each_adapter
 def test_card_holds_the_held_out_figure_and_no_path_of_a_machine(folder):
     card = ModelCard.load(folder / "README.md")
     report = json.loads((folder / "search.json").read_text())
@@ -51,9 +88,91 @@ def test_card_holds_the_held_out_figure_and_no_path_of_a_machine(folder):
         assert not re.search(r"/(home|root|Users|work|tmp)/", text)
 
 
-@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+@each_adapter
 def test_readme_shows_the_cards_own_table(folder):
     rows = [line for line in (folder / "README.md").read_text().splitlines() if " ± " in line and line.startswith("| ")]
     assert len(rows) == 8
     readme = (ROOT / "README.md").read_text()
     assert all(row in readme for row in rows)
+
+
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
+    """One token a byte: more tokens for a UUID than any real tokenizer takes."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(sorted(alphabet))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    made.chat_template = chat_template
+    return made
+
+
+def shrunken(config: dict) -> torch.nn.Module:
+    """The recipe's model with all its layers, its window and its rotary embedding, and little width."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, **TINY, "vocab_size": 256})).eval()
+
+
+@each_recipe
+def test_a_recipe_is_settings_and_nothing_more(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["base_model.json", "search.yaml"]
+    specification, facts = build_index.read_recipe(folder)
+    assert specification.model == facts["model"]
+    config = AutoConfig.for_model(**facts["config"])
+    for name, value in facts["config"].items():  # the family takes them under these names, and changes none
+        assert getattr(config, name) == value, name
+    task, settings = specification.task, specification.search
+    assert (task.name, task.keys, task.positions) == ("kv_retrieval", "uuid", 5)
+    assert task.length == min(config.max_position_embeddings, 16384)
+    without_listing = replace(settings, scaled_layers=None)
+    own_rule = without_listing.space(tuple(range(config.num_hidden_layers))).scaled_layers
+    assert settings.scaled_layers == own_rule
+
+
+@each_recipe
+def test_a_recipe_fits_its_models_layers_and_window(folder):
+    specification, facts = build_index.read_recipe(folder)
+    model = shrunken(facts["config"])
+    layers = facts["config"]["num_hidden_layers"]
+    assert trained_window(model) == facts["config"]["max_position_embeddings"]
+    few = {"search_groups": 1, "validation_groups": 1, "test_groups": 2, "short_groups": 1}
+    settings = replace(specification.search, **few)
+    space = settings.space(tuple(find_stack(model).key_sources))
+    assert (space.num_layers, len(space.scaled_layers)) == (layers, layers - 2)
+    tokenizer = byte_tokenizer(CHAT if specification.task.chat_template else None)
+    data = make_data(model, make_task(specification.task, tokenizer, trained_window(model)), settings)
+    assert 0.95 * specification.task.length < data.search.max_tokens <= specification.task.length
+    assert data.short is not None  # the guard of short prompts has some
+    factors = [1 + 0.01 * layer for layer in range(layers)]
+    with adapted(model, settings.adapter_config(factors)) as peft_model:
+        found = verify(peft_model)
+    assert [check.measured for check in found.layers] == pytest.approx(factors, rel=1e-3)
+
+
+@each_recipe
+def test_the_dry_run_of_a_recipe(folder, tmp_path):
+    specification, facts = build_index.read_recipe(folder)
+    base = tmp_path / "base"
+    shrunken(facts["config"]).save_pretrained(base)
+    byte_tokenizer(CHAT if specification.task.chat_template else None).save_pretrained(base)
+    fewer = ("--length", "700", "--search-groups", "1", "--validation-groups", "1", "--test-groups", "2")
+    arguments = ["search", str(base), "--config", str(folder / "search.yaml"), *fewer, "--device", "cpu", "--dry-run"]
+    done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out")], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "random per layer" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@each_recipe
+def test_a_recipes_command_names_the_model_that_it_cannot_fetch(folder, tmp_path):
+    arguments = ["search", "--config", str(folder / "search.yaml"), "--output", str(tmp_path / "out"), "--dry-run"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})  # offline, see conftest
+    assert done.exit_code != 0
+    assert build_index.read_recipe(folder)[0].model in done.stderr

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from peft_layerrope import LayerRopeConfig, LayerRopeError, restore_baked
+from peft_layerrope import LayerRopeConfig, LayerRopeError, restore_baked, verify
 from peft_layerrope.artifacts import FACTORS_KEY
 from peft_layerrope.rotary import LayerRopeLayer
 
@@ -270,6 +270,15 @@ def test_rope_over_lora(stacked, wanted, ids):
         assert close(logits(both, ids), wanted["rope"])
     assert close(logits(both, ids), wanted["both"])
     assert close(logits(twin, ids), wanted["both"])
+
+
+def test_rope_over_lora_is_verified(stacked):
+    _, both = stacked
+    result = verify(both)
+    assert [check.expected for check in result.layers] == FACTORS
+    assert [check.measured for check in result.layers] == pytest.approx(FACTORS, rel=1e-3)
+    with both.disable_adapter():
+        assert not verify(both).ok
 
 
 def test_rope_over_lora_keeps_configurations_and_gradients_apart(stacked, ids):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 
-from peft_layerrope import PositionScores, report
+from peft_layerrope import PositionScores, plots, report
 from peft_layerrope.searcher import ResultTable, TableRow
 
 
@@ -71,8 +73,8 @@ def test_differences_are_paired_and_signed(table):
 
 
 def test_plots_need_no_display_and_no_pyplot(table, tmp_path):
-    report.plot_accuracy_by_position({row.label: row.scores for row in table}, tmp_path / "a.png", "a subtitle")
-    report.plot_factors_by_depth(
+    plots.plot_by_position({row.label: row.scores for row in table}, tmp_path / "a.png", "a subtitle")
+    plots.plot_factors_by_depth(
         [1.0, 1.0, 1.4, 2.0],
         tmp_path / "f.png",
         control_points=[(0, 1.0), (0.3, 1.2), (0.6, 1.8), (1, 2.0)],
@@ -85,3 +87,45 @@ def test_plots_need_no_display_and_no_pyplot(table, tmp_path):
 @pytest.mark.parametrize(("factors", "text"), [((1.3, 1.3), "1.3"), ((1.0, 2.0), "1 2")])
 def test_format_factors(factors, text):
     assert report.format_factors(factors) == text
+
+
+@pytest.fixture
+def losses() -> ResultTable:
+    """Three windows in two buckets; the refined factors save 0.5 nats in each."""
+    before = np.array([[-2.0, -1.0], [-3.0, -2.0], [-2.5, -1.0]])
+    rows = (("uniform", before), ("refined", before + 0.5))
+    nothing = np.zeros(before.shape, dtype=bool)
+    return ResultTable(
+        tuple(
+            TableRow(name, (1.0, 1.5), -1.0, 9, True, PositionScores((1, 64), nothing, values, "loss"))
+            for name, values in rows
+        )
+    )
+
+
+def test_a_search_by_loss_has_a_table_of_losses(losses):
+    lines = report.markdown_table(losses).splitlines()
+    assert lines[0] == "| method | loss | perplexity | vs uniform | tried | factors |"
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
+    mean = (2 + 1 + 3 + 2 + 2.5 + 1) / 6
+    assert [row[1].split(" ")[0] for row in cells] == [f"{mean:.3f}", f"{mean - 0.5:.3f}"]
+    assert [row[2] for row in cells] == [f"{math.exp(mean):.2f}", f"{math.exp(mean - 0.5):.2f}"]
+    assert [row[3] for row in cells] == ["", "+0.500 ± 0.000"]
+    assert "nats of loss saved" in lines[-1]
+    assert "exact match" not in lines[-1]
+
+
+def test_loss_tables_of_the_terminal(losses):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.comparison_table(losses, "Held out"))
+    console.print(report.position_table(losses["uniform"].scores, "demo"))
+    text = console.export_text()
+    low, high = stats.ttest_1samp([2.0, 3.0, 2.5], 0).confidence_interval(0.95)
+    for words in (
+        f"2.500 [{low:.3f}, {high:.3f}]",
+        f"{math.exp(2.5):.2f} [{math.exp(low):.2f}, {math.exp(high):.2f}]",
+        "+0.500 ± 0.000",
+    ):
+        assert words in text
+    assert "…" not in text
+    assert "U" not in text.replace("Uniform", "")

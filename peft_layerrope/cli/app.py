@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from .. import __version__
@@ -37,7 +38,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
     except LayerRopeError as error:
         if debug:
             raise
-        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         usage = isinstance(error, (SearchError, TaskError, InvalidConfigError))
         raise typer.Exit(USAGE_ERROR if usage else FAILURE) from error
 

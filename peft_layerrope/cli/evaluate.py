@@ -3,77 +3,265 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .. import report
-from ..evaluation import DEFAULT_BATCH_TOKENS, evaluate
-from ..loading import load_adapter
-from ..searcher.specification import TaskSpecification
-from .app import app, err, out, plain_errors
+from .. import __version__
+from ..atomic import write_atomically
+from ..comparison import Comparison, compare
+from ..comparison_report import (
+    by_position_tables,
+    comparison_markdown,
+    describe_setting,
+    plot_comparison,
+    summary_table,
+)
+from ..comparison_state import SCORES_NAME
+from ..contenders import BASELINES, Contender, parse_baseline
+from ..errors import TaskError
+from ..evaluation import DEFAULT_BATCH_TOKENS
+from ..losses import DEFAULT_BUCKETS
+from ..public_names import public_name
+from ..report import position_table
+from .app import INTERRUPTED, app, err, out, plain_errors
 from .options import (
     BatchTokensOption,
+    ChatTemplateOption,
+    DataOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
+    KeysOption,
     LengthOption,
     ModelArgument,
+    NumDocumentsOption,
+    NumKeysOption,
     PositionsOption,
     SplitChoice,
-    TaskName,
+    StrideOption,
     TaskOption,
     TaskSeedOption,
     build_task,
     display_name,
     load,
-    resolve_length,
+    resolve_task,
+    task_of,
     tokenizer_of,
+    window_of,
 )
+from .output import check_file, check_output
+
+_COMPARED, _RUN = "Compared", "Running"
 
 
 @app.command(name="evaluate")
 def evaluate_command(
     model: ModelArgument = None,
-    adapter: Annotated[str | None, typer.Option(help="Hub id or folder of an adapter.")] = None,
-    task: TaskOption = TaskName.kv_words,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Hub id or folder of an adapter, LAYER_ROPE or any other of PEFT's; may be given again.",
+            rich_help_panel=_COMPARED,
+        ),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{', '.join(BASELINES.values())}; may be given again. The first is what the others are compared "
+            "with. Default: none.",
+            rich_help_panel=_COMPARED,
+        ),
+    ] = None,
+    task: TaskOption = None,
+    data: DataOption = None,
     length: LengthOption = None,
-    positions: PositionsOption = 11,
+    positions: PositionsOption = None,
     task_seed: TaskSeedOption = 0,
+    num_keys: NumKeysOption = None,
+    keys: KeysOption = None,
+    num_documents: NumDocumentsOption = None,
+    stride: StrideOption = None,
+    chat_template: ChatTemplateOption = False,
     split: Annotated[
         SplitChoice, typer.Option(help="Which split; quote figures from test only.", rich_help_panel="Task")
     ] = SplitChoice.test,
     groups: Annotated[
-        int, typer.Option(help="Contexts; each is asked at every position.", rich_help_panel="Task")
+        int, typer.Option(help="Contexts, each asked at every position; or windows of text.", rich_help_panel="Task")
     ] = 100,
+    buckets: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Parts of a perplexity window by token position. Default: {DEFAULT_BUCKETS}.", rich_help_panel="Task"
+        ),
+    ] = None,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate",
+            help="Have answers written by greedy generate(), and judge them by the task's metric. Default: exact match "
+            "in one teacher-forced pass.",
+            rich_help_panel="Task",
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="With --generate. Default: tokens of the longest answer.", rich_help_panel="Task"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for evaluation.json and .md, the plot, and the scores.", rich_help_panel=_RUN),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with what is in --output, also after a kill.", rich_help_panel=_RUN),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what is in --output.", rich_help_panel=_RUN)
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
     json_output: JsonOption = None,
     batch_tokens: BatchTokensOption = DEFAULT_BATCH_TOKENS,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     debug: DebugOption = False,
 ) -> None:
-    """Print accuracy at each gold position and context utilisation U, with or without an adapter.
+    """Print accuracy at each gold position and context utilisation U; or compare adapters and baselines side by side.
 
-    Example: `layerrope evaluate --adapter demo-adapter`
+    Alone, a model is evaluated as it is. Adapters and baselines are scored on the same examples, and the differences
+    to the first are paired by context.
+
+    Example: `layerrope evaluate --adapter demo-adapter --baseline none --baseline yarn:2`
+
+    Example: `layerrope evaluate Qwen/Qwen3-8B --task multi_doc_qa --data nq-open-20_total_documents_gold_at_0.jsonl.gz
+    --generate --max-new-tokens 100 --adapter my-adapter --output comparison`
+
+    Example: `layerrope evaluate Qwen/Qwen3-8B --task perplexity --data book.txt --length 8192 --adapter my-adapter`
+
+    The task's settings stand beside every figure. `--output` keeps the scores of each part of the work, and
+    `--resume` goes on with them.
     """
     with plain_errors(debug):
-        tokenizer = tokenizer_of(model)
-        loaded = load(model, device, dtype)
-        length = resolve_length(length, loaded, is_demo=model is None)
-        built = build_task(TaskSpecification(task.value, length, positions, task_seed), tokenizer)
-        subject = load_adapter(loaded, adapter) if adapter is not None else loaded
-        scores = evaluate(
-            subject,
-            built,
-            split=split.value,
-            num_groups=groups,
-            batch_tokens=batch_tokens,
-            progress=lambda batches: track(batches, "evaluating", console=err, transient=True),
+        specification = task_of(
+            task,
+            data=data,
+            length=length,
+            positions=positions,
+            task_seed=task_seed,
+            num_keys=num_keys,
+            keys=keys,
+            num_documents=num_documents,
+            stride=stride,
+            chat_template=chat_template,
         )
-        title = f"{display_name(model)} + {adapter}" if adapter else display_name(model)
-        out.print(report.position_table(scores, title))
+        contenders = _contenders(adapter or [], baseline or [])
+        _check_options(output, resume, overwrite, generate, max_new_tokens)
+        for file, option in ((json_output, "--json"), (plot, "--plot")):
+            check_file(file, option)
+        tokenizer = tokenizer_of(model)
+        specification = resolve_task(specification, window_of(model), is_demo=model is None)
+        built = build_task(specification, tokenizer)
+        examples = built.split(split.value, groups)
+        if buckets is not None and examples.measure != "loss":
+            raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
+        loaded = load(model, device, dtype)
+        if output is not None and overwrite:
+            (output / SCORES_NAME).unlink(missing_ok=True)
+        try:
+            with _progress() as progress:
+                comparison = compare(
+                    loaded,
+                    examples,
+                    contenders,
+                    task_description=built.describe(),
+                    generate=generate,
+                    tokenizer=tokenizer,
+                    metric=getattr(built, "metric", None) if generate else None,
+                    max_new_tokens=max_new_tokens,
+                    num_buckets=buckets if buckets is not None else DEFAULT_BUCKETS,
+                    batch_tokens=batch_tokens,
+                    folder=output,
+                    resume=resume and (output / SCORES_NAME).exists(),
+                    progress=progress,
+                )
+        except KeyboardInterrupt:
+            if output is None:
+                raise
+            err.print("interrupted; nothing is lost. Go on with the same command and --resume.")
+            raise typer.Exit(INTERRUPTED) from None
+        name = display_name(model)
+        _print(comparison, name)
+        content = {"model": public_name(loaded.config._name_or_path), "version": __version__, **comparison.to_dict()}
+        report = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         if json_output is not None:
-            content = {"task": built.describe(), "adapter": adapter, "scores": scores.to_dict()}
-            json_output.write_text(json.dumps(content, indent=2) + "\n")
+            json_output.write_text(report)
+        if plot is not None:
+            plot_comparison(comparison, plot)
+        if output is not None:
+            write_atomically(output / "evaluation.json", report)
+            write_atomically(output / "evaluation.md", f"# {content['model']}\n\n{comparison_markdown(comparison)}")
+            plot_comparison(comparison, output / f"{comparison.measure}_by_position.png")
+            out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
+
+
+def _contenders(adapters: list[str], baselines: list[str]) -> list[Contender]:
+    """What is compared, each adapter's files read once: a wrong one is to fail before the model is loaded."""
+    loaded = [Contender.of_adapter(adapter) for adapter in adapters]
+    names = [contender.label for contender in loaded]
+    loaded = [c if names.count(c.label) == 1 else Contender.of_adapter(c.adapter, _longer_name(c)) for c in loaded]
+    contenders = [*map(parse_baseline, baselines or ["none"]), *loaded]
+    labels = [contender.label for contender in contenders]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise TaskError(f"{twice} is given twice.")
+    for contender in contenders:
+        contender.identity()
+    return contenders
+
+
+def _longer_name(contender: Contender) -> str:
+    """The last two components of an adapter's path or id."""
+    path = Path(contender.adapter).expanduser().resolve()
+    return f"{path.parent.name}/{path.name}"
+
+
+def _check_options(
+    output: Path | None, resume: bool, overwrite: bool, generate: bool, max_new_tokens: int | None
+) -> None:
+    if max_new_tokens is not None and not generate:
+        raise TaskError(f"--max-new-tokens {max_new_tokens} needs --generate.")
+    if output is not None:
+        check_output(output, resume, overwrite)
+    elif resume or overwrite:
+        raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, gone when it is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        tasks = []
+
+        def report(label: str, done: int, total: int) -> None:
+            if not tasks:  # what an earlier run did says nothing of the speed
+                tasks.append(progress.add_task(label, total=total, completed=done))
+            progress.update(tasks[0], description=label, completed=done)
+
+        yield report
+
+
+def _print(comparison: Comparison, name: str) -> None:
+    out.print(describe_setting(comparison), highlight=False)
+    if len(comparison.scores) == 1:
+        label, scores = next(iter(comparison.scores.items()))
+        out.print(position_table(scores, f"{name}, {label}"))
+        return
+    out.print(summary_table(comparison, name))
+    for table in by_position_tables(comparison, "By position"):
+        out.print(table)

@@ -25,22 +25,28 @@ from ..searcher.state import STATE_NAME
 from .app import INTERRUPTED, app, err, out, plain_errors
 from .options import (
     BatchTokensOption,
+    ChatTemplateOption,
+    DataOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
     FactorOption,
+    KeysOption,
     LengthOption,
     ModelArgument,
+    NumDocumentsOption,
+    NumKeysOption,
     PositionsOption,
     RopeType,
     RopeTypeOption,
-    TaskName,
+    StrideOption,
     TaskOption,
     TaskSeedOption,
     build_task,
     load,
-    resolve_length,
+    resolve_task,
     tokenizer_of,
+    window_of,
 )
 
 SPECIFICATION_NAME, RUN_FOLDER = "search.yaml", "run"
@@ -76,9 +82,20 @@ _PATHS: dict[str, tuple[str, ...]] = {
     "device": ("device",),
     "dtype": ("dtype",),
     "task": ("task", "name"),
-    "length": ("task", "length"),
-    "positions": ("task", "positions"),
     "task_seed": ("task", "seed"),
+    **{
+        name: ("task", name)
+        for name in (
+            "length",
+            "positions",
+            "data",
+            "num_keys",
+            "keys",
+            "num_documents",
+            "stride",
+            "chat_template",
+        )
+    },
     "min_factor": ("search", "grid", "low"),
     "max_factor": ("search", "grid", "high"),
     "step": ("search", "grid", "step"),
@@ -132,10 +149,16 @@ def search(
             rich_help_panel=_SCALING,
         ),
     ] = None,
-    task: TaskOption = TaskName.kv_words,
+    task: TaskOption = None,
+    data: DataOption = None,
     length: LengthOption = None,
-    positions: PositionsOption = 11,
+    positions: PositionsOption = None,
     task_seed: TaskSeedOption = 0,
+    num_keys: NumKeysOption = None,
+    keys: KeysOption = None,
+    num_documents: NumDocumentsOption = None,
+    stride: StrideOption = None,
+    chat_template: ChatTemplateOption = False,
     curve: Annotated[
         CurveName | None,
         typer.Option(
@@ -238,10 +261,11 @@ def search(
         _check_output(output, resume, overwrite)
         pool = _workers(workers, ray_address, specification)
         tokenizer = tokenizer_of(specification.model)
-        loaded = load(specification.model, specification.device, specification.dtype)
-        length = resolve_length(specification.task.length, loaded, is_demo=specification.model is None)
-        specification = replace(specification, task=replace(specification.task, length=length))
+        window = window_of(specification.model)
+        task = resolve_task(specification.task, window, is_demo=specification.model is None)
+        specification = replace(specification, task=task)
         built = build_task(specification.task, tokenizer)
+        loaded = load(specification.model, specification.device, specification.dtype)
         if dry_run:
             out.print(report.plan_table(plan_search(loaded, built, specification.search)))
             return

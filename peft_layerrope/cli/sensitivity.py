@@ -11,29 +11,35 @@ import typer
 from ..evaluation import DEFAULT_BATCH_TOKENS
 from ..searcher import SearchSettings
 from ..searcher.sensitivity import DEFAULT_FACTORS, parse_layers, sensitivity
-from ..searcher.specification import TaskSpecification
 from ..sensitivity_report import plot_sensitivity, sensitivity_table
 from .app import app, out, plain_errors
 from .options import (
     BatchTokensOption,
+    ChatTemplateOption,
+    DataOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
     FactorOption,
     JsonOption,
+    KeysOption,
     LengthOption,
     ModelArgument,
+    NumDocumentsOption,
+    NumKeysOption,
     PositionsOption,
     RopeType,
     RopeTypeOption,
-    TaskName,
+    StrideOption,
     TaskOption,
     TaskSeedOption,
     build_task,
     display_name,
     load,
-    resolve_length,
+    resolve_task,
+    task_of,
     tokenizer_of,
+    window_of,
 )
 
 
@@ -47,10 +53,16 @@ def sensitivity_command(
     layers: Annotated[str | None, typer.Option(help="Layers to try, such as 0-3,7. Default: all.")] = None,
     rope_type: RopeTypeOption = RopeType.default,
     factor: FactorOption = 1.0,
-    task: TaskOption = TaskName.kv_words,
+    task: TaskOption = None,
+    data: DataOption = None,
     length: LengthOption = None,
-    positions: PositionsOption = 11,
+    positions: PositionsOption = None,
     task_seed: TaskSeedOption = 0,
+    num_keys: NumKeysOption = None,
+    keys: KeysOption = None,
+    num_documents: NumDocumentsOption = None,
+    stride: StrideOption = None,
+    chat_template: ChatTemplateOption = False,
     groups: Annotated[
         int, typer.Option(help="Contexts of the search split.", rich_help_panel="Task")
     ] = SearchSettings.search_groups,
@@ -75,12 +87,25 @@ def sensitivity_command(
     """
     with plain_errors(debug):
         wanted = parse_layers(layers) if layers is not None else None
+        specification = task_of(
+            task,
+            data=data,
+            length=length,
+            positions=positions,
+            task_seed=task_seed,
+            num_keys=num_keys,
+            keys=keys,
+            num_documents=num_documents,
+            stride=stride,
+            chat_template=chat_template,
+        )
         tokenizer = tokenizer_of(model)
+        specification = resolve_task(specification, window_of(model), is_demo=model is None)
+        built = build_task(specification, tokenizer)
         loaded = load(model, device, dtype)
-        length = resolve_length(length, loaded, is_demo=model is None)
         result = sensitivity(
             loaded,
-            build_task(TaskSpecification(task.value, length, positions, task_seed), tokenizer),
+            built,
             factors=tuple(factors or DEFAULT_FACTORS),
             layers=wanted,
             rope_type=rope_type.value,

@@ -113,11 +113,11 @@ class GradientSteps:
         def attempt(batch_tokens: int) -> torch.Tensor:
             if not self._batches or batch_tokens != self._batch_tokens:  # made once, and again when memory ran out
                 self._batches = make_batches(self._model, self._split, batch_tokens)
-            total = torch.zeros_like(values)
+            total, clamp = torch.zeros_like(values), self._split.measure == "accuracy"
             for batch in self._batches:
                 leaf = values.detach().clone().requires_grad_(True)
                 with self._scaled_by(leaf):
-                    _, log_probs = judge(answer_logits(self._model, batch), batch)
+                    _, log_probs = judge(answer_logits(self._model, batch), batch, clamp)
                 share = torch.tensor([self._share[i] for i in batch.examples], device=log_probs.device)
                 total += torch.autograd.grad((log_probs * share).sum(), leaf)[0]
             return total

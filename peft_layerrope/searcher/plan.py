@@ -65,7 +65,7 @@ def planned_evaluations(settings: SearchSettings, space: FactorSpace) -> dict[st
     """Returns the most distinct vectors that each stage may evaluate; a gradient step counts as three."""
     counts = {"uniform factors": len(space.grid.values) + 1, "search": settings.search_evaluations}
     if settings.refine:
-        steps = settings.gradient_steps if settings.objective == "log_prob" else 0
+        steps = settings.gradient_steps if settings.takes_gradient_steps else 0
         counts["gradient steps"] = steps * (STEP_COST + 1)
         counts["coordinate steps"] = settings.refine_evaluations
     if settings.controls:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import report
+from .. import plots, report
 from ..artifacts import save_adapter
-from ..card import model_card
+from ..card import ACCURACY_PLOT, FACTORS_PLOT, HeldOut, model_card
+from ..card_merge import save_card
 from ..config import LayerRopeConfig
+from ..public_names import public_name
 from ..scores import PositionScores
 from ..statistics import Interval
+from ..tasks import Measure
 from .controls import Candidate
 from .gradient import STEP_COST
 from .grid import Factors
@@ -41,6 +45,9 @@ LABELS = {
     CURVE: "per layer: curve",
     REFINED: "per layer: refined",
 }
+
+
+_NO_TAIL_GUARD = {"tail_accuracy": None, "max_tail_drop": None}
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,7 @@ class SearchResult:
         return {
             "searcher": "peft_layerrope",
             "searcher_version": self.config.searcher_version,
-            "model": self.model_name,
+            "model": public_name(self.model_name),
             "model_window": self.model_window,
             "task": self.task,
             "splits": self.splits,
@@ -163,7 +170,7 @@ class SearchResult:
             "layers_at_edge_of_range": self.edge_layers,
             "table": [self._row_dict(row) for row in self.table],
             "evaluations": self.evaluations,
-            "guards": self.guards,
+            "guards": self.guards | (_NO_TAIL_GUARD if self._measure == "loss" else {}),
             "better_control": self.better_control,
             "bootstrap": self.bootstrap,
             "history": self.history,
@@ -171,10 +178,9 @@ class SearchResult:
 
     def _row_dict(self, row: TableRow) -> dict[str, Any]:
         differences = {
-            other.name: [round(v, 6) for v in (gap.value, gap.low, gap.high)]
+            other.name: [round(v, 6) for v in self._difference(row.name, other.name)]
             for other in self.table
             if other.name != row.name
-            for gap in [self.table.difference(row.name, other.name)]
         }
         return {
             "name": row.name,
@@ -184,36 +190,58 @@ class SearchResult:
             "evaluations": row.evaluations,
             "exhaustive": row.exhaustive,
             "test": row.scores.to_dict(),
-            "average_accuracy_minus": differences,
+            f"average_{self._measure}_minus": differences,
         }
+
+    @property
+    def _measure(self) -> Measure:
+        return next(iter(self.table)).scores.measure
+
+    def _difference(self, name: str, baseline: str) -> tuple[float, float, float]:
+        """In accuracy, or in the loss itself rather than minus it; with its 95 % interval."""
+        gap = self.table.difference(name, baseline)
+        return (-gap.value, -gap.high, -gap.low) if self._measure == "loss" else (gap.value, gap.low, gap.high)
 
     def save(self, directory: str | Path) -> None:
         """Writes the adapter folder: both adapter files, model card, `search.json`, two plots.
 
+        No file tells where on this machine the base model lies. Of a model card that is there already only the
+        generated part and its facts change.
+
         Args:
             directory: created if missing; files of the same names are replaced.
+
+        Raises:
+            CardError: the model card that is there cannot be read; everything else is written by then.
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.config, folder)
+        config = copy(self.config)
+        config.base_model_name_or_path = base_model = public_name(self.model_name)
+        save_adapter(config, folder)
         (folder / "search.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
         (folder / "timing.json").write_text(json.dumps(self.timing, indent=2) + "\n")
-        report.plot_accuracy_by_position(self.curves_to_plot(), folder / "accuracy_by_position.png", self.subtitle())
-        report.plot_factors_by_depth(
+        plots.plot_by_position(self.curves_to_plot(), folder / ACCURACY_PLOT, self.subtitle())
+        plots.plot_factors_by_depth(
             self.table[self.chosen].factors,
-            folder / "factors_by_depth.png",
+            folder / FACTORS_PLOT,
             control_points=self.control_points,
             scaled_layers=self.config.scaled_layers,
         )
-        card = model_card(
-            self.model_name,
-            self.config,
+        files = {path.name for path in folder.iterdir()}
+        save_card(model_card(base_model, self.config, self._held_out(), files=files), folder)
+
+    def _held_out(self) -> HeldOut:
+        """What the model card says of the search."""
+        others = [name for name in (UNIFORM, self.better_control) if name in self.table and name != self.chosen]
+        return HeldOut(
             self.table[self.chosen].scores,
             self.task,
+            self.subtitle(),
             report.markdown_table(self.table, self.better_control),
             self.remarks(with_time=False),
+            {f'"{self.table[name].label}"': self.table.difference(self.chosen, name) for name in others},
         )
-        card.save(folder / "README.md")
 
     @property
     def better_control(self) -> str | None:
@@ -224,15 +252,14 @@ class SearchResult:
     def remarks(self, with_time: bool = True) -> list[str]:
         """Returns what a reader should know beside the table: cost, guards, edges, and how sure the choice is."""
         counts, guards = self.evaluations, self.guards
-        before, after = guards["tail_accuracy"]
         lines = [
             f"cost: {counts['per_layer_search']} evaluations for the per-layer search (a gradient step counts as "
             f"{STEP_COST}), {counts['all_methods']} distinct factor vectors for all methods; "
             f"{counts['saved_by_memo']} more were known already and {counts['given_up_early']} given up early.",
-            f"guards on the search split: accuracy at the last position {100 * before:.1f} → {100 * after:.1f} %"
-            + _limit(guards["max_tail_drop"], " (may fall by {:.0%})")
-            + _short(guards),
+            f"guards on the search split: {self._tail()}{_short(guards)}",
         ]
+        if self.settings.takes_gradient_steps and not counts["gradient_steps"]:
+            lines.append("note: gradient steps were left out: memory did not suffice for a backward pass.")
         if with_time:
             asked, ran = self.timing["layer_tokens_asked"], self.timing["layer_tokens_run"]
             seconds = sum(self.timing["seconds"].values())
@@ -252,6 +279,14 @@ class SearchResult:
                 "--min-factor/--max-factor may find better ones."
             )
         return lines
+
+    def _tail(self) -> str:
+        if self._measure == "loss":
+            return "none on the last position, since a loss has no right answers there"
+        before, after = self.guards["tail_accuracy"]
+        return f"accuracy at the last position {100 * before:.1f} → {100 * after:.1f} %" + _limit(
+            self.guards["max_tail_drop"], " (may fall by {:.0%})"
+        )
 
     def subtitle(self) -> str:
         """Says in one line what was measured."""

@@ -10,17 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from torch import nn
 
 from .._version import __version__
 from ..adapted import adapted
 from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME, demo_model_path
-from ..errors import SearchError
-from ..fingerprint import model_fingerprint
+from ..errors import NotEnoughMemoryError, SearchError
+from ..fingerprint import library_versions, model_fingerprint
 from ..scores import PositionScores
 from ..sites import embedding_table, find_stack, trained_window
 from ..tasks import Task
@@ -149,7 +147,7 @@ def _prepared(
         "task": task.describe(),
         "splits": [split.describe() for split in data.all],
         "model": model_fingerprint(model),
-        "versions": _versions(),
+        "versions": library_versions(),
         "threads": torch.get_num_threads(),
         "device": embedding_table(model).device.type,
     }
@@ -157,15 +155,6 @@ def _prepared(
         state = RunState(Path(folder) if folder is not None else None, identity, resume)
         with audience_of(progress) as audience:
             yield _Run(peft_model, settings, space, data, state, audience)
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "peft_layerrope": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
 
 
 def model_name(model: nn.Module) -> str:
@@ -316,7 +305,7 @@ class _Run:
         """
         settings, self._generation = self.settings, ""
         candidates = [curve]
-        if settings.objective == "log_prob" and settings.gradient_steps:
+        if settings.takes_gradient_steps:
             with self._stage("gradient steps", settings.gradient_steps):
                 candidates.append(self._gradient(curve, view))
         with self._stage("coordinate steps", settings.refine_evaluations):
@@ -337,8 +326,15 @@ class _Run:
                 batch_tokens=self.local.batch_tokens,
             )
             count = self.settings.gradient_steps
-            self.state.add_gradient_path(steps.climb(curve.factors, count, self.audience.advance))
+            try:
+                path = steps.climb(curve.factors, count, self.audience.advance)
+            except NotEnoughMemoryError as error:  # a backward pass takes far more of it; the coordinate steps do not
+                self.state.log("skipped", stage="gradient steps", reason=str(error))
+                path = []
+            self.state.add_gradient_path(path)
         visited = self.state.gradient_path
+        if not visited:
+            return curve
         view.charge(STEP_COST * self.settings.gradient_steps)
         view.evaluate(visited)
         best = max(view.feasible(visited), key=view.fitness.__getitem__, default=curve.factors)
@@ -416,6 +412,7 @@ class _Run:
                 "per_layer_search": view.evaluations,
                 "all_methods": len(self.memo.known),
                 "saved_by_memo": self.memo.requested - len(self.memo.known),
+                "gradient_steps": self.settings.gradient_steps if self.state.gradient_path else 0,
                 "given_up_early": sum(not self.memo.is_complete(vector) for vector in self.memo.known),
                 "examples_saved_by_racing": (groups - searched) * len(self.data.search.positions),
             },

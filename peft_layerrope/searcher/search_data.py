@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..batching import check_vocabulary
-from ..errors import TaskError
+from ..errors import SearchError, TaskError
 from ..sites import trained_window
 from ..tasks import Split, Task, check_disjoint
 from .plan import check_length
@@ -29,8 +29,18 @@ class SearchData:
 
 
 def make_data(model: nn.Module, task: Task, settings: SearchSettings) -> SearchData:
-    """Makes and checks the splits."""
+    """Makes and checks the splits.
+
+    Raises:
+        SearchError: exact match is to be searched for where the task measures a loss, or no factor could reach.
+        TaskError: the splits cannot be made, overlap, or do not fit the model.
+    """
     search_split = task.split("search", settings.search_groups)
+    if search_split.measure == "loss" and settings.objective == "accuracy":
+        raise SearchError(
+            f"objective='accuracy' with the task {task.name!r}, which measures a loss: nothing is right or wrong "
+            "there. Use objective='log_prob'."
+        )
     window = trained_window(model)
     check_length(settings, search_split.max_tokens, window)
     data = SearchData(

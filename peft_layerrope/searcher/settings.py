@@ -116,6 +116,11 @@ class SearchSettings:
         """The curve that is searched."""
         return self.curve or ("direct" if self.algorithm == "greedy" else "bezier")
 
+    @property
+    def takes_gradient_steps(self) -> bool:
+        """Whether gradient steps follow the search: exact matches have no gradient."""
+        return self.refine and self.objective == "log_prob" and self.gradient_steps > 0
+
     def adapter_config(self, layer_factors: list[float] | None = None, **provenance: Any) -> LayerRopeConfig:
         """Returns the adapter config that these settings and `layer_factors` make."""
         return LayerRopeConfig(

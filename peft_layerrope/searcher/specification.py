@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -14,26 +14,12 @@ from pydantic import TypeAdapter, ValidationError
 from .._version import __version__
 from ..atomic import write_atomically
 from ..errors import LayerRopeError, SearchError
+from ..plain_yaml import parse_yaml
+from ..tasks.specification import TaskSpecification
+from ..untrusted import one_line, shown, shown_names
 from .settings import SearchSettings
 
 _MAX_BYTES = 1_000_000
-
-
-@dataclass(frozen=True)
-class TaskSpecification:
-    """Which task, and its settings.
-
-    Args:
-        name: the task.
-        length: longest prompt in tokens; None: the model's window, for the demo model twice its window.
-        positions: gold positions.
-        seed: seed of the examples.
-    """
-
-    name: Literal["kv_words"] = "kv_words"
-    length: int | None = None
-    positions: int = 11
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,11 +77,11 @@ def read_specification(path: str | Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise SearchError(f"{path} has {path.stat().st_size} bytes; a search.yaml has at most {_MAX_BYTES}.")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SearchError(f"{path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SearchError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+        raise SearchError(f"{path} is not YAML: {one_line(' '.join(str(error).split()))}.") from error
     if not isinstance(values, dict):
         raise SearchError(f"{path} must hold names and values, such as 'task:', got {type(values).__name__}.")
     return values
@@ -119,8 +105,9 @@ def _check_names(values: Mapping[str, Any], kind: type, source: str, prefix: str
     known = {f.name: f for f in fields(kind)}
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
-            raise SearchError(f"{source}: {prefix}{name} is unknown; did you mean {prefix}{near[0]}?")
+            wrong = shown_names([name])
+            near = difflib.get_close_matches(wrong, known, n=1, cutoff=0)
+            raise SearchError(f"{source}: {prefix}{wrong} is unknown; did you mean {prefix}{near[0]}?")
         default = known[name].default_factory
         if isinstance(default, type) and is_dataclass(default) and isinstance(value, Mapping):
             _check_names(value, default, source, f"{prefix}{name}.")
@@ -131,5 +118,5 @@ def _message(error: ValidationError, source: str) -> str:
     own = first.get("ctx", {}).get("error")
     if isinstance(own, LayerRopeError):  # of the settings' own checks, which name the setting
         return str(own)
-    name = ".".join(map(str, first["loc"]))
-    return f"{source}: {name}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}."
+    name = shown_names([".".join(map(str, first["loc"]))])
+    return f"{source}: {name}={shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}."

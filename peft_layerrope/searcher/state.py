@@ -7,7 +7,6 @@ and the random state of each generation are kept as well, and compared on the wa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
@@ -15,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ..atomic import write_atomically
 from ..errors import SearchError
+from ..fingerprint import first_difference
 from ..scores import PositionScores
 from .grid import Factors
 from .measurement import HeatScores, Measurement
 
 STATE_NAME, LOG_NAME = "state.json", "log.jsonl"
 _FORMAT = 1
-_SHOWN = 120  # characters of a differing value that an error message shows
 
 
 class RunState:
@@ -139,7 +137,9 @@ class RunState:
         try:
             if content["format"] != _FORMAT:
                 raise SearchError(f"{path} has format {content['format']!r}, expected {_FORMAT}.")
-            _check_same(content["identity"], self._identity, path)
+            difference = first_difference(content["identity"], self._identity)
+            if difference is not None:
+                raise SearchError(f"{path} is from another search: {difference}.")
             for factors, heats in content["measurements"]:
                 vector = tuple(map(float, factors))
                 parts = tuple(HeatScores(tuple(values), tuple(tail)) for values, tail in heats)
@@ -164,26 +164,5 @@ class RunState:
         self.log("resumed", measurements=len(self.measurements))
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """Returns a hash of the model's configuration and of a few values of each weight."""
-    digest = hashlib.sha256()
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:16].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _lines(items: Iterable[str]) -> str:
     return ",\n".join(items)
-
-
-def _check_same(before: Any, now: Any, path: Path, name: str = "") -> None:
-    """Raises SearchError that names the first value in which two searches differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
-            _check_same(before.get(key), now.get(key), path, f"{name}.{key}" if name else key)
-    elif before != now:
-        was, is_now = (json.dumps(value)[:_SHOWN] for value in (before, now))
-        raise SearchError(f"{path} is from another search: {name} was {was} there and is {is_now} now.")

@@ -1,19 +1,35 @@
 """Tasks: where examples come from. One file each; `base` says what a task is."""
 
 from .base import MEASURES, SPLIT_NAMES, Example, Measure, Split, SplitName, Task, check_disjoint, spread_positions
+from .kv_retrieval import KeyValueRetrieval
 from .kv_words import KeyValueWords
+from .metrics import METRICS, best_subspan_em, contains_value
+from .multi_doc_qa import MultiDocumentQA
+from .perplexity import Perplexity
+from .prompts import Prompt, PromptTask
+from .specification import TaskSpecification, make_task
 from .token_task import TokenTask
 
 __all__ = [
     "MEASURES",
+    "METRICS",
     "SPLIT_NAMES",
     "Example",
+    "KeyValueRetrieval",
     "KeyValueWords",
     "Measure",
+    "MultiDocumentQA",
+    "Perplexity",
+    "Prompt",
+    "PromptTask",
     "Split",
     "SplitName",
     "Task",
+    "TaskSpecification",
     "TokenTask",
+    "best_subspan_em",
     "check_disjoint",
+    "contains_value",
+    "make_task",
     "spread_positions",
 ]

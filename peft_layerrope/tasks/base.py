@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+import numpy as np
+
 from ..errors import TaskError
 
 Measure = Literal["accuracy", "loss"]
@@ -103,13 +105,14 @@ class Split:
         return digest.hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
-        """Returns name, seed, sizes and fingerprint, for a report."""
+        """Returns name, seed, sizes, what is measured and a fingerprint, for a report."""
         return {
             "name": self.name,
             "seed": self.seed,
             "groups": self.num_groups,
             "examples": len(self.examples),
             "max_tokens": self.max_tokens,
+            "measure": self.measure,
             "fingerprint": self.fingerprint(),
         }
 
@@ -129,18 +132,37 @@ class Task(Protocol):
         """Returns the task's settings, for a report."""
 
 
+def check_request(name: str, num_groups: int) -> None:
+    """Raises TaskError unless `name` is a split and `num_groups` at least 1."""
+    if name not in SPLIT_NAMES:
+        raise TaskError(f"split {name!r} is unknown, expected one of {', '.join(SPLIT_NAMES)}.")
+    if num_groups < 1:
+        raise TaskError(f"num_groups={num_groups} must be at least 1.")
+
+
+def split_stream(seed: int, name: SplitName) -> np.random.Generator:
+    """Returns the random stream of a split: independent of the others', told apart by the split's number."""
+    return np.random.default_rng(np.random.SeedSequence([seed, SPLIT_NAMES.index(name)]))
+
+
 def check_disjoint(splits: Sequence[Split]) -> None:
     """Checks that no two splits share a context, the premise of every held-out figure.
+
+    Where a loss is measured the scored tokens are text like the context's, so all of a window counts.
 
     Raises:
         TaskError: naming the two splits and how many contexts they share.
     """
-    contexts = [{example.context_ids for example in split.examples} for split in splits]
+    contexts = [{_context(example, split.measure) for example in split.examples} for split in splits]
     for i, first in enumerate(splits):
         for j in range(i + 1, len(splits)):
             shared = len(contexts[i] & contexts[j])
             if shared:
                 raise TaskError(f"splits {first.name!r} and {splits[j].name!r} share {shared} contexts.")
+
+
+def _context(example: Example, measure: Measure) -> tuple[int, ...]:
+    return example.context_ids + (example.query_ids + example.answer_ids if measure == "loss" else ())
 
 
 def spread_positions(num_items: int, num_positions: int) -> tuple[int, ...]:

@@ -6,17 +6,22 @@ Asking one context for the key at every gold position gives examples that differ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError
-from .base import SPLIT_NAMES, Example, Split, SplitName, spread_positions
+from .base import Example, Split, SplitName, check_request, split_stream, spread_positions
+from .prompts import Prompt, check_positions
 from .words import NUM_KEYS, NUM_VALUES, key_words, value_words
 
 SEPARATOR = ","
 QUESTION = "?"
+
+_Pair = tuple[int, int, int]
+"""Numbers of a key and of its two values."""
 
 
 class KeyValueWords:
@@ -35,6 +40,7 @@ class KeyValueWords:
     """
 
     name = "kv_words"
+    metric = "contains_value"
 
     def __init__(
         self,
@@ -47,7 +53,7 @@ class KeyValueWords:
     ) -> None:
         self.length = length
         self.seed = seed
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._num_positions = num_positions
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._keys = [_encode(tokenizer, word) for word in key_words()]
@@ -80,27 +86,70 @@ class KeyValueWords:
         Raises:
             TaskError: the split is unknown, or `num_groups` is below 1.
         """
-        if name not in SPLIT_NAMES:
-            raise TaskError(f"split {name!r} is unknown, expected one of {', '.join(SPLIT_NAMES)}.")
-        if num_groups < 1:
-            raise TaskError(f"num_groups={num_groups} must be at least 1.")
-        # Spawned children of one SeedSequence: independent streams, told apart by the split's number.
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, SPLIT_NAMES.index(name)]))
-        examples = [example for group in range(num_groups) for example in self._group(rng, group)]
-        return Split(name, self.seed, self.positions, tuple(examples))
-
-    def _group(self, rng: np.random.Generator, group: int) -> list[Example]:
-        keys = rng.permutation(NUM_KEYS)[: self.num_pairs]
-        values = _draw_evenly(rng, NUM_VALUES, 2 * self.num_pairs).reshape(-1, 2)
-        answers = [self._values[a] + self._values[b] for a, b in values]
-        context = list(self._bos)
-        for key, answer in zip(keys, answers, strict=True):
-            context += self._keys[key] + answer + self._separator
-        context_ids = tuple(context)
-        return [
-            Example(context_ids, tuple(self._question + self._keys[keys[gold]]), tuple(answers[gold]), index, group)
+        examples = [
+            self._example(pairs, gold, index, group)
+            for group, pairs in enumerate(self._contexts(name, num_groups))
             for index, gold in enumerate(self.positions)
         ]
+        return Split(name, self.seed, self.positions, tuple(examples))
+
+    def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
+        """Returns the prompts of a split as text that the tokenizer turns into exactly the examples' token ids.
+
+        Args:
+            split_name: which split.
+            num_groups: independent contexts.
+            positions: indices of the pairs that are asked for, other than the task's.
+
+        Raises:
+            TaskError: the split is unknown, a position is out of range, or no text gives these token ids.
+        """
+        wanted = self.positions if positions is None else tuple(positions)
+        check_positions(wanted, self.num_pairs, "pair")
+        return [
+            self._prompt(pairs, gold, group)
+            for group, pairs in enumerate(self._contexts(split_name, num_groups))
+            for gold in wanted
+        ]
+
+    def _contexts(self, name: SplitName, num_groups: int) -> list[list[_Pair]]:
+        """The numbers of the words of each context."""
+        check_request(name, num_groups)
+        rng = split_stream(self.seed, name)
+        contexts = []
+        for _ in range(num_groups):
+            keys = rng.permutation(NUM_KEYS)[: self.num_pairs].tolist()
+            values = _draw_evenly(rng, NUM_VALUES, 2 * self.num_pairs).reshape(-1, 2).tolist()
+            contexts.append([(key, first, second) for key, (first, second) in zip(keys, values, strict=True)])
+        return contexts
+
+    def _example(self, pairs: Sequence[_Pair], gold: int, index: int, group: int) -> Example:
+        context, answer = list(self._bos), self._value_ids(pairs[gold])
+        span = (0, 0)
+        for number, pair in enumerate(pairs):
+            context += self._keys[pair[0]]
+            if number == gold:
+                span = (len(context), len(context) + len(answer))
+            context += self._value_ids(pair) + self._separator
+        query = self._question + self._keys[pairs[gold][0]]
+        return Example(tuple(context), tuple(query), tuple(answer), index, group, (_value_text(pairs[gold]),), span)
+
+    def _value_ids(self, pair: _Pair) -> list[int]:
+        return self._values[pair[1]] + self._values[pair[2]]
+
+    def _prompt(self, pairs: Sequence[_Pair], gold: int, group: int) -> Prompt:
+        names = key_words()
+        key, answer = names[pairs[gold][0]], _value_text(pairs[gold])
+        before = "".join(f"{names[pair[0]]} {_value_text(pair)} {SEPARATOR} " for pair in pairs[:gold]) + f"{key} "
+        after = "".join(f" {SEPARATOR} {names[pair[0]]} {_value_text(pair)}" for pair in pairs[gold + 1 :])
+        text = f"{before}{answer}{after} {SEPARATOR} {QUESTION} {key}"
+        example = self._example(pairs, gold, 0, group)
+        bos = self.tokenizer.bos_token or ""
+        for start in ("", " ", bos, bos + " "):  # some tokenizers begin a word with its space, some texts with BOS
+            if tuple(self.tokenizer(start + text)["input_ids"]) == example.context_ids + example.query_ids:
+                begin = len(start + before)
+                return Prompt(start + text, example.answers, gold, group, (begin, begin + len(answer)))
+        raise TaskError(f"{self.name}: no text gives these token ids with this tokenizer; use kv_retrieval.")
 
     def shortened(self, length: int) -> KeyValueWords:
         """Returns the same task with prompts of at most `length` tokens.
@@ -108,7 +157,7 @@ class KeyValueWords:
         Raises:
             TaskError: the length has no room for the positions.
         """
-        return KeyValueWords(self._tokenizer, length, num_positions=self._num_positions, seed=self.seed)
+        return KeyValueWords(self.tokenizer, length, num_positions=self._num_positions, seed=self.seed)
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's settings, for a report."""
@@ -119,6 +168,11 @@ class KeyValueWords:
             "positions": list(self.positions),
             "seed": self.seed,
         }
+
+
+def _value_text(pair: _Pair) -> str:
+    words = value_words()
+    return f"{words[pair[1]]} {words[pair[2]]}"
 
 
 def _draw_evenly(rng: np.random.Generator, population: int, count: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from peft_layerrope import (
     UnsupportedModelError,
     search,
 )
+from peft_layerrope.errors import NotEnoughMemoryError
 from peft_layerrope.evaluation import score
 from peft_layerrope.families import build_tiny
 from peft_layerrope.searcher import FactorGrid, Guards
@@ -182,6 +183,19 @@ def test_gradient_steps_offer_nothing_that_was_ruled_out(monkeypatch, broken):
     found = search(build_model("llama"), task, **fields, guards=guards)
     assert ruled_out in found.measurements
     assert found.table["refined"].factors == winner
+
+
+def test_without_memory_for_a_backward_pass_the_search_goes_on(monkeypatch, task):
+    def climb(*args):
+        raise NotEnoughMemoryError("out of memory")
+
+    expected = search(build_model("llama"), task, **{**SMALL, "gradient_steps": 0})
+    monkeypatch.setattr(GradientSteps, "climb", climb)
+    found = search(build_model("llama"), task, **SMALL)
+    assert [row.factors for row in found.table] == [row.factors for row in expected.table]
+    assert found.evaluations == expected.evaluations
+    assert any("gradient steps were left out" in line for line in found.remarks())
+    assert not any("gradient steps were left out" in line for line in expected.remarks())
 
 
 def test_a_range_without_one_keeps_to_the_guards_or_leaves_the_model_alone(task):

@@ -9,12 +9,13 @@ import yaml
 
 from peft_layerrope import SearchError
 from peft_layerrope.searcher import FactorGrid, Guards, SearchSettings
-from peft_layerrope.searcher.specification import SearchSpecification, TaskSpecification, merge, read_specification
+from peft_layerrope.searcher.specification import SearchSpecification, merge, read_specification
+from peft_layerrope.tasks import TaskSpecification
 
 FULL = SearchSpecification(
     model="some/model",
     dtype="bfloat16",
-    task=TaskSpecification(length=300, positions=5, seed=3),
+    task=TaskSpecification("kv_retrieval", 300, positions=5, seed=3, data="a.jsonl.gz", num_keys=9, chat_template=True),
     search=SearchSettings(
         rope_type="linear",
         factor=2.0,
@@ -55,7 +56,13 @@ def test_changes_go_first_and_leave_the_rest():
         ({"serch": {}}, "f.yaml: serch is unknown; did you mean search?"),
         ({"search": {"generation": 3}}, "f.yaml: search.generation is unknown; did you mean search.generations?"),
         ({"search": {"grid": {"hi": 3}}}, "f.yaml: search.grid.hi is unknown; did you mean search.grid.high?"),
-        ({"task": {"name": "kv"}}, "f.yaml: task.name='kv': input should be 'kv_words'."),
+        ({"task": {"name": "kv"}}, "f.yaml: task.name='kv': input should be 'kv_words', 'kv_retrieval',"),
+        ({"task": {"nam": "kv"}}, "f.yaml: task.nam is unknown; did you mean task.name?"),
+        (
+            {"task": {"name": "kv_words", "stride": 8}},
+            "stride=8 is no setting of kv_words, which has length, seed",
+        ),
+        ({"task": {"keys": "hex"}}, "f.yaml: task.keys='hex': input should be 'uuid' or 'words'."),
         ({"search": {"population": "many"}}, "f.yaml: search.population='many': input should be a valid integer"),
         ({"search": {"weights": [1, 2]}}, "f.yaml: search.weights.2="),
         ({"search": {"population": 1}}, "population=1 must be an integer of at least 4."),

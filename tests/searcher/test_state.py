@@ -14,8 +14,9 @@ from conftest import build_model
 
 from peft_layerrope import PositionScores, SearchError
 from peft_layerrope.atomic import write_atomically
+from peft_layerrope.fingerprint import model_fingerprint
 from peft_layerrope.searcher.measurement import HeatScores, Measurement
-from peft_layerrope.searcher.state import LOG_NAME, STATE_NAME, RunState, model_fingerprint
+from peft_layerrope.searcher.state import LOG_NAME, STATE_NAME, RunState
 
 IDENTITY = {"settings": {"seed": 1, "weights": (0.8, 1.0)}, "model": "abc", "splits": [{"name": "search"}]}
 ONE, TWO = (1.0, 1.1), (1.0, 2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import Example, KeyValueWords, Split, Task, TaskError, TokenTask
 from peft_layerrope.tasks import SPLIT_NAMES, check_disjoint, spread_positions
@@ -44,6 +45,37 @@ def test_a_value_word_stands_as_seldom_as_it_can(demo_tokenizer, length, times):
     words = demo_tokenizer.decode(example.context_ids).split()
     counts = [words.count(value) for value in value_words()]
     assert max(counts) == times
+
+
+def test_kv_examples_say_where_the_answer_stands_and_how_it_is_written(demo_tokenizer):
+    split = KeyValueWords(demo_tokenizer, 128, num_positions=5).split("test", 3)
+    for example in split.examples:
+        assert example.context_ids[slice(*example.gold_span)] == example.answer_ids
+        assert example.answers == (demo_tokenizer.decode(example.answer_ids),)
+
+
+@pytest.mark.parametrize("tokenizer", ["demo", "bpe"])
+def test_kv_prompts_are_tokenised_into_exactly_the_examples(demo_tokenizer, tokenizer):
+    tokenizer = demo_tokenizer if tokenizer == "demo" else tiny_bpe()
+    task = KeyValueWords(tokenizer, 300, num_positions=3)
+    examples, prompts = task.split("test", 3).examples, task.prompts("test", 3)
+    for example, prompt in zip(examples, prompts, strict=True):
+        assert tokenizer(prompt.text)["input_ids"] == [*example.context_ids, *example.query_ids]
+        assert (prompt.position, prompt.group) == (task.positions[example.position], example.group)
+        assert prompt.answers == example.answers == (prompt.text[slice(*prompt.gold)],)
+        assert prompt.text.endswith(f", ? {prompt.text[: prompt.gold[0]].split()[-1]}")
+    other = task.prompts("test", 3, [1])
+    assert [p.text.split(" ? ")[0] for p in other] == [p.text.split(" ? ")[0] for p in prompts[::3]]
+    with pytest.raises(TaskError, match="gold position 99 is out of range"):
+        task.prompts("test", 1, [99])
+
+
+def test_kv_prompts_that_no_text_gives_are_refused(demo_tokenizer):
+    task = KeyValueWords(demo_tokenizer, 64, num_positions=3)
+    task.tokenizer = lambda text: {"input_ids": [0]}
+    task.tokenizer.bos_token = None
+    with pytest.raises(TaskError, match="kv_words: no text gives these token ids"):
+        task.prompts("test", 1)
 
 
 def test_kv_prompt_reads_as_text(demo_tokenizer):

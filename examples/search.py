@@ -1,0 +1,59 @@
+"""Searches factors for data of your own, from Python.
+
+    python examples/search.py --output my-adapter
+
+A task can be token ids: context, question and answer, and where the answer stands. A few minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from peft_layerrope import Example, TokenTask, demo_model_path, search
+from peft_layerrope.searcher.progress import SilentProgress
+from peft_layerrope.tasks.words import key_words, value_words
+
+PAIRS, POSITIONS = 100, (0, 25, 50, 75, 99)
+
+
+class Stages(SilentProgress):
+    """Prints what begins; `progress=True` draws bars instead."""
+
+    def stage(self, name: str, total: int) -> None:
+        print(f"{name}: at most {total} steps", flush=True)
+
+
+def my_examples(tokenizer: PreTrainedTokenizerBase, contexts: int) -> Iterator[Example]:
+    """Put your own data here: each context is a group, and is asked about every position."""
+    rng = random.Random(0)
+    for group in range(contexts):
+        keys = rng.sample(key_words(), PAIRS)
+        values = [" ".join(rng.sample(value_words(), 2)) for _ in keys]
+        context = " ".join(f"{key} {value} ," for key, value in zip(keys, values, strict=True))
+        for index, place in enumerate(POSITIONS):
+            question = tokenizer(f"? {keys[place]}", add_special_tokens=False).input_ids
+            answer = tokenizer(values[place], add_special_tokens=False).input_ids
+            yield Example(*map(tuple, (tokenizer(context).input_ids, question, answer)), position=index, group=group)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, help="folder for the adapter")
+    parser.add_argument("--contexts", type=int, default=80, help="shared out to search, validation and test")
+    args = parser.parse_args()
+    model = AutoModelForCausalLM.from_pretrained(demo_model_path())
+    examples = list(my_examples(AutoTokenizer.from_pretrained(demo_model_path()), args.contexts))
+    task = TokenTask(examples, POSITIONS, fractions=(0.2, 0.2, 0.6), name="my lists")
+    groups = {"search_groups": args.contexts // 5, "validation_groups": args.contexts // 5}
+    result = search(model, task, progress=Stages(), test_groups=args.contexts * 3 // 5, **groups)
+    for row in result.table:  # held out
+        print(f"{row.label:22}{row.scores.average().value:7.1%}   {' '.join(f'{f:g}' for f in row.factors)}")
+    result.save(args.output)
+
+
+if __name__ == "__main__":
+    main()

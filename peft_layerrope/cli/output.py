@@ -1,0 +1,31 @@
+"""Files that a command is to write: refused before any work where they could not be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import TaskError
+
+
+def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Raises TaskError if a folder cannot be used for results."""
+    if resume and overwrite:
+        raise TaskError("--resume keeps what is there and --overwrite replaces it: pass one of them.")
+    if output.exists() and not output.is_dir():
+        raise TaskError(f"--output {output} exists and is not a folder.")
+    if output.is_dir() and any(output.iterdir()) and not (overwrite or resume):
+        raise TaskError(
+            f"--output {output} is not empty; pass --resume to go on with what is in it, --overwrite to replace it."
+        )
+    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise TaskError(f"--output {output} is not writable.")
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """Raises TaskError if a file, where one is wanted, could not be written."""
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise TaskError(f"{option} {path} cannot be written: " + ("a folder." if path.is_dir() else "no such folder."))

@@ -1,0 +1,160 @@
+"""`layerrope report`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import LayerRopeConfig
+from ..demo import DEMO_NAME
+from ..errors import SearchError
+from ..evaluation import DEFAULT_BATCH_TOKENS
+from ..experiments.commands import command_line
+from ..experiments.measuring import factor_vector
+from ..experiments.report_page import write_report
+from ..experiments.report_plan import ReportRequest, run_steps
+from ..experiments.search_record import SearchRecord, read_record
+from ..loading import load_adapter_config
+from ..public_names import last_component
+from ..searcher.progress import RichProgress
+from ..searcher.specification import SearchSpecification, read_specification
+from ..sites import trained_window
+from ..tasks.specification import TASK_NAMES, TaskSpecification
+from .app import INTERRUPTED, app, err, out, plain_errors
+from .options import (
+    BatchTokensOption,
+    DataOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    LengthOption,
+    TaskOption,
+    build_task,
+    load,
+    resolve_task,
+    tokenizer_of,
+)
+from .output import check_output
+
+_SPECIFICATION_NAME = "search.yaml"
+_LONGEST = 64  # times the trained window: more is a damaged or hostile file
+
+
+class Format(StrEnum):
+    """Choices of --format."""
+
+    html = "html"
+    md = "md"
+
+
+@app.command(name="report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter that was searched.")],
+    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: as in search.json.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write. Default: FOLDER/report.html.")] = None,
+    kind: Annotated[Format, typer.Option("--format", help="html: one file; md: with a folder of plots.")] = Format.html,
+    also: Annotated[list[str] | None, typer.Option(help="A further adapter to compare with; may be repeated.")] = None,
+    groups: Annotated[
+        int | None, typer.Option(help="Contexts of every experiment. Default: each has its own.", min=2)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer contexts and factors.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier call has finished.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure all of it anew.")] = False,
+    task: TaskOption = None,
+    data: DataOption = None,
+    length: LengthOption = None,
+    batch_tokens: BatchTokensOption = DEFAULT_BATCH_TOKENS,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Run every experiment that applies to a searched adapter, and write one report.
+
+    Model, task and length are those of the search unless options say otherwise. Finished sections are kept in a folder
+    beside the report.
+
+    Example: `layerrope report demo-adapter`
+
+    Example: `layerrope report demo-adapter --quick --format md --output demo.md`
+    """
+    with plain_errors(debug):
+        output = output or folder / f"report.{kind.value}"
+        record, config = read_record(folder), load_adapter_config(str(folder))
+        _check(record, config, folder, output)
+        check_output(output.with_suffix(""), resume, overwrite)
+        source = model or (None if record.model == DEMO_NAME else record.model)
+        specification = _specification(folder, record)
+        changes = {"name": task.value if task is not None else None, "data": data, "length": length}
+        specification = _changed(specification, {k: v for k, v in changes.items() if v is not None})
+        tokenizer, loaded = tokenizer_of(source), load(source, device, dtype)
+        factor_vector(loaded, config)
+        window = trained_window(loaded)
+        specification = resolve_task(specification, window, is_demo=source is None)
+        if window is not None and specification.length > _LONGEST * window:
+            raise SearchError(
+                f"{folder}: prompts of {specification.length} tokens are more than {_LONGEST}× the model's window of "
+                f"{window}; pass --length."
+            )
+        request = ReportRequest(
+            model=loaded,
+            model_option=source,
+            adapter=str(folder),
+            config=config,
+            grid=record.grid,
+            specification=specification,
+            make_task=lambda wanted: build_task(wanted, tokenizer),
+            others=tuple(also or ()),
+            num_groups=groups,
+            quick=quick,
+        )
+        request.task()  # a task that cannot be made stops here
+        try:
+            with RichProgress(err) as audience:
+                ran = run_steps(
+                    request, output.with_suffix(""), batch_tokens=batch_tokens, resume=resume, audience=audience
+                )
+        except KeyboardInterrupt:
+            err.print("interrupted; nothing is lost. Go on with the same command and --resume.")
+            raise typer.Exit(INTERRUPTED) from None
+        options = [("--model", model), ("--also", list(also or [])), ("--groups", groups), ("--quick", quick)]
+        options += [("--task", task), ("--data", data), ("--length", length)]
+        command = command_line(["report", str(folder)], options)
+        name = last_component(str(folder))
+        write_report(output, record, config, name, ran, command, markdown=kind is Format.md)
+        for section_name, reason in ran.skipped:
+            err.print(f"not run: {section_name}: {reason}", highlight=False, markup=False)
+        out.print(f"report: {output}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check(record: SearchRecord, config: LayerRopeConfig, folder: Path, output: Path) -> None:
+    """Refuses what cannot work before any model is loaded."""
+    if config.layer_factors != record.layer_factors:
+        raise SearchError(f"{folder}: adapter_config.json and search.json have different layer_factors.")
+    if not output.suffix:
+        raise SearchError(f"--output {output} must be a file such as report.html.")
+    if output.is_dir():
+        raise SearchError(f"--output {output} is a folder, expected a file such as report.html.")
+
+
+def _specification(folder: Path, record: SearchRecord) -> TaskSpecification:
+    """The task that was searched on; a file that it read is named by whoever asks for the report."""
+    path = folder / _SPECIFICATION_NAME
+    if path.is_file():
+        found = SearchSpecification.of(read_specification(path), str(path)).task
+        found = replace(found, length=found.length or record.task.length)
+        return replace(found, data=None) if found.data is not None else found
+    if record.task.name not in TASK_NAMES:
+        raise SearchError(f"{folder}: the search's task {record.task.name!r} is not one of {', '.join(TASK_NAMES)}.")
+    positions = len(record.task.positions) if record.task.name != "perplexity" else None
+    return TaskSpecification(record.task.name, record.task.length, positions or None, record.task.seed)
+
+
+def _changed(specification: TaskSpecification, changes: dict[str, object]) -> TaskSpecification:
+    """Another task has none of the settings of the one that was searched on but length and seed."""
+    if changes.get("name", specification.name) != specification.name:
+        specification = TaskSpecification(length=specification.length, seed=specification.seed)
+    return replace(specification, **changes)

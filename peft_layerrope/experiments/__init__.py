@@ -1,0 +1,29 @@
+"""The paper's experiments: functions from a model and a task to a [`Section`], and what renders and keeps them."""
+
+from .attention import run_attention
+from .control_points import run_control_points
+from .extrapolation import Line, matched_baselines, run_extrapolation
+from .halves import run_halves
+from .layer_sensitivity import run_sensitivity
+from .measuring import Measuring
+from .section import Section, SectionFigure, SectionTable
+from .sweep import run_sweep
+from .transfer import run_transfer
+from .u_shape import run_u_shape
+
+__all__ = [
+    "Line",
+    "Measuring",
+    "Section",
+    "SectionFigure",
+    "SectionTable",
+    "matched_baselines",
+    "run_attention",
+    "run_control_points",
+    "run_extrapolation",
+    "run_halves",
+    "run_sensitivity",
+    "run_sweep",
+    "run_transfer",
+    "run_u_shape",
+]

@@ -1,0 +1,242 @@
+"""Where the model looks for the answer: attention on the gold span and its entropy, with and without the adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..batching import check_vocabulary
+from ..config import LayerRopeConfig
+from ..contenders import NO_SCALING, Contender, contending
+from ..errors import TaskError
+from ..searcher.sensitivity import format_layers
+from ..statistics import Interval, mean_interval
+from ..tasks import Example, Split, Task
+from .attention_rows import AttentionReader, visible_tokens
+from .figures import COLOURS, GREY, draw_line, legend_below, new_figure, to_png
+from .measuring import Measuring, factor_vector, held_out, measured_on, need_positions
+from .section import Section, SectionFigure, SectionTable
+from .units import Unit, interval_dict
+
+NAME = "attention"
+DEFAULT_GROUPS = 20
+ADAPTER = "with the adapter"
+PLACES = ("first", "middle", "last")
+MASS = Unit("attention on the gold", "%", "points", 100, 1)
+ENTROPY = Unit("entropy", "of log n", "", 1, 3)
+
+_LEGEND = (
+    "Mean over heads, from the token that predicts the answer's first. Without → with the adapter; *: the paired 95 % "
+    "interval of the difference excludes 0, as it does for 1 in 20 by chance."
+)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What was read, by group: float64 of shape `(places, groups, layers)` each.
+
+    Attributes:
+        mass: share of the attention that is on the gold span, mean over heads.
+        entropy: of the attention, in nats over the log of the number of visible tokens, mean over heads: 0 on one
+            token, 1 spread evenly.
+    """
+
+    mass: np.ndarray
+    entropy: np.ndarray
+
+
+def run_attention(
+    model: nn.Module,
+    task: Task,
+    config: LayerRopeConfig,
+    *,
+    num_groups: int = DEFAULT_GROUPS,
+    measuring: Measuring | None = None,
+) -> Section:
+    """Reads the attention of the last prompt token with the gold first, in the middle and last.
+
+    Args:
+        model: a transformers causal language model; left as it was found.
+        task: where the examples come from; it must know where the gold stands.
+        config: the adapter.
+        num_groups: held-out contexts.
+        measuring: how to measure; one prompt runs at a time, and nothing is kept in its folder.
+
+    Raises:
+        TaskError: a task without gold positions or gold spans, or one that cannot give the contexts.
+        UnsupportedModelError: the model's attention cannot be read.
+        AdapterMismatchError: the adapter is for another number of layers.
+    """
+    measuring = measuring or Measuring()
+    factor_vector(model, config)
+    split = held_out(task, num_groups)
+    need_positions(task, split, NAME)
+    examples = _examples(task, split)
+    check_vocabulary(model, split)
+    contenders = [Contender(NO_SCALING), Contender.of_config(ADAPTER, config)]
+    measuring.audience.stage(NAME, len(contenders) * len(PLACES) * split.num_groups)
+    found, whole = [], False
+    for contender in contenders:
+        with contending(model, contender) as subject:
+            reader = AttentionReader(subject)
+            layers, whole = reader.layers(), whole or reader.whole
+            found.append(_read(subject, reader, layers, examples, measuring))
+    return _section(model, task, split, layers, *found, whole)
+
+
+def _examples(task: Task, split: Split) -> list[list[Example]]:
+    """The examples to read, by place and group."""
+    wanted = (0, len(split.positions) // 2, len(split.positions) - 1)
+    chosen = [[example for example in split.examples if example.position == index] for index in wanted]
+    if any(example.gold_span is None for place in chosen for example in place):
+        raise TaskError(f"{NAME} needs to know where the gold stands in the prompt; task {task.name} does not say.")
+    return chosen
+
+
+def _read(
+    model: nn.Module,
+    reader: AttentionReader,
+    layers: Sequence[int],
+    examples: list[list[Example]],
+    measuring: Measuring,
+) -> Attention:
+    shape = (len(examples), len(examples[0]), len(layers))
+    mass, entropy = np.empty(shape), np.empty(shape)
+    for place, members in enumerate(examples):
+        for group, example in enumerate(members):
+            prompt = example.context_ids + example.query_ids
+            rows = reader.read(prompt, layers)
+            visible = [visible_tokens(model, layer, len(prompt)) for layer in layers]
+            mass[place, group] = gold_mass(rows, example.gold_span)
+            entropy[place, group] = relative_entropy(rows, visible)
+            measuring.audience.advance()
+    return Attention(mass, entropy)
+
+
+def gold_mass(rows: torch.Tensor, gold_span: tuple[int, int]) -> np.ndarray:
+    """Returns the share of the attention on a span, mean over heads.
+
+    Args:
+        rows: shape `(layers, heads, S)`.
+        gold_span: first token, and the one after the last.
+
+    Returns:
+        Shape `(layers,)`.
+    """
+    start, end = gold_span
+    return rows[..., start:end].sum(-1).mean(-1).double().numpy()
+
+
+def relative_entropy(rows: torch.Tensor, visible: Sequence[int]) -> np.ndarray:
+    """Returns the entropy of the attention over that of an even spread, mean over heads.
+
+    Args:
+        rows: shape `(layers, heads, S)`.
+        visible: for each layer how many tokens can be attended to.
+
+    Returns:
+        Shape `(layers,)`, from 0 to 1.
+    """
+    nats = torch.special.entr(rows.double()).sum(-1).mean(-1).numpy()
+    return nats / np.array([math.log(max(count, 2)) for count in visible])
+
+
+def _section(
+    model: nn.Module,
+    task: Task,
+    split: Split,
+    layers: list[int],
+    before: Attention,
+    after: Attention,
+    whole: bool,
+) -> Section:
+    measured = measured_on(model, task, split)
+    tables, figures, data = [], [], {}
+    for kind, unit, title in (("mass", MASS, "Attention on the gold"), ("entropy", ENTROPY, "Entropy of attention")):
+        old, new = getattr(before, kind), getattr(after, kind)
+        tables.append(_table(title, unit, layers, old, new))
+        figures.append(_figure(kind, title, unit, layers, old, new, measured))
+        data[kind] = {
+            place: {
+                "without": [interval_dict(mean_interval(values)) for values in old[index].T],
+                "with": [interval_dict(mean_interval(values)) for values in new[index].T],
+                "difference": [interval_dict(mean_interval(values)) for values in (new - old)[index].T],
+            }
+            for index, place in enumerate(PLACES)
+        }
+    way = "the whole prompt run eagerly, since the rotation depends on its length" if whole else "last token, by cache"
+    return Section(
+        name=NAME,
+        title="Attention on the gold",
+        question="Does the adapter move attention towards the answer, and in which layers?",
+        measured=f"{measured}; {way}",
+        findings=tuple(_findings(layers, before, after)),
+        tables=tuple(tables),
+        figures=tuple(figures),
+        data={"task": task.describe(), "split": split.describe(), "layers": layers, "whole_prompt": whole, **data},
+    )
+
+
+def _findings(layers: list[int], before: Attention, after: Attention) -> list[str]:
+    lines = []
+    for index, place in enumerate(PLACES):
+        change = after.mass[index] - before.mass[index]
+        overall, old = mean_interval(change.mean(axis=1)), float(before.mass[index].mean())
+        moved = "more attention on it" if overall.value > 0 else "less attention on it"
+        verdict = f"{moved} with the adapter" if overall.excludes_zero() else "no difference beyond noise"
+        by_layer = [mean_interval(values) for values in change.T]
+        up = [layer for layer, i in zip(layers, by_layer, strict=True) if i.low > 0]
+        down = [layer for layer, i in zip(layers, by_layer, strict=True) if i.high < 0]
+        lines.append(
+            f"Gold {place}: {verdict} over all layers, {MASS.value(old)} % without it and "
+            f"{MASS.change_in_words(overall)} with it{_where(up, down)}."
+        )
+    entropy = mean_interval((after.entropy - before.entropy).mean(axis=(0, 2)))
+    kind = "unchanged beyond noise" if not entropy.excludes_zero() else "sharper" if entropy.value < 0 else "flatter"
+    text = f"{entropy.value:+.3f} [{entropy.low:+.3f}, {entropy.high:+.3f}]"
+    return [*lines, f"Attention over all layers is {kind}: relative entropy {text}."]
+
+
+def _where(up: list[int], down: list[int]) -> str:
+    parts = [
+        f"{word} in layer{'s' if len(found) > 1 else ''} {format_layers(found)}"
+        for word, found in (("up", up), ("down", down))
+        if found
+    ]
+    return f"; {' and '.join(parts)}" if parts else ""
+
+
+def _table(title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.ndarray) -> SectionTable:
+    rows = []
+    for column, layer in enumerate(layers):
+        cells = []
+        for index in range(len(PLACES)):
+            change = mean_interval(new[index, :, column] - old[index, :, column])
+            values = f"{unit.value(old[index, :, column].mean())} → {unit.value(new[index, :, column].mean())}"
+            cells.append(values + ("*" if change.excludes_zero() else ""))
+        rows.append((str(layer), *cells))
+    header = ("layer", *(f"gold {place}" for place in PLACES))
+    return SectionTable(header, tuple(rows), f"{title} ({unit.symbol})", _LEGEND, ())
+
+
+def _figure(
+    kind: str, title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.ndarray, measured: str
+) -> SectionFigure:
+    figure, panels = new_figure(height=3.6, panels=len(PLACES), sharey=True)
+    for index, (axes, place) in enumerate(zip(panels, PLACES, strict=True)):
+        for values, label, colour, shift in ((old, NO_SCALING, GREY, -0.08), (new, ADAPTER, COLOURS[2], 0.08)):
+            intervals: list[Interval] = [mean_interval(column) for column in values[index].T]
+            draw_line(axes, layers, intervals, unit, label, colour, shift)
+        axes.set_title(f"gold {place}", fontsize=9)
+        axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set_ylabel(f"{unit.name} ({unit.symbol})")
+    panels[0].set_ylim(bottom=0)
+    legend_below(figure, panels[0])
+    caption = f"{title} by layer, with the gold first, in the middle and last; bars: 95 % intervals over contexts."
+    return SectionFigure(kind, caption, to_png(figure, title, measured))

@@ -1,0 +1,85 @@
+"""Sections on disk: `NAME.json`, `NAME.md` and a PNG for each figure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..atomic import write_atomically
+from ..errors import SearchError
+from ..untrusted import UntrustedFileError, read_bytes, read_json_object
+from .rendering import to_markdown
+from .section import Section
+
+_MAX_JSON, _MAX_PNG = 64 * 2**20, 16 * 2**20
+
+
+def digest_of(asked: Mapping[str, Any]) -> str:
+    """Returns a short hash of what an experiment was asked."""
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def save_section(section: Section, folder: Path, asked: Mapping[str, Any] | None = None) -> Path:
+    """Writes a section's files; the JSON last, so that what has one is complete.
+
+    Args:
+        section: what to write.
+        folder: made if it is missing.
+        asked: what the section depends on, so that [`find_section`] knows whether it is still the answer.
+
+    Returns:
+        The path of the JSON file.
+
+    Raises:
+        SearchError: a file cannot be written.
+    """
+    path = folder / f"{section.name}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        for figure in section.figures:
+            (folder / section.figure_file(figure)).write_bytes(figure.png)
+        write_atomically(folder / f"{section.name}.md", to_markdown(section))
+        content = {"asked": digest_of(asked or {}), **section.to_dict()}
+        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise SearchError(f"{folder} cannot be written: {error.strerror}.") from error
+    return path
+
+
+def load_section(folder: Path, name: str) -> Section:
+    """Reads a section that [`save_section`] wrote.
+
+    Raises:
+        SearchError: a file is missing or damaged.
+    """
+    return _load(folder, name)[0]
+
+
+def find_section(folder: Path, name: str, asked: Mapping[str, Any]) -> Section | None:
+    """Returns a saved section if it is whole and answers what is asked now; else None."""
+    try:
+        section, digest = _load(folder, name)
+    except SearchError:
+        return None
+    return section if digest == digest_of(asked) else None
+
+
+def _load(folder: Path, name: str) -> tuple[Section, str]:
+    path = folder / f"{name}.json"
+    try:
+        values = read_json_object(path, _MAX_JSON)
+        figures = values.get("figures")
+        names = [f["name"] for f in figures if isinstance(f, dict)] if isinstance(figures, list) else []
+        # a name from the file becomes a path only if it is one that a figure may have
+        pictures = {
+            figure: read_bytes(folder / f"{name}-{figure}.png", _MAX_PNG)
+            for figure in names
+            if isinstance(figure, str) and figure.replace("-", "").isalnum()
+        }
+    except (UntrustedFileError, KeyError) as error:
+        raise SearchError(f"{path} cannot be read as a section: {error}.") from error
+    return Section.from_dict(values, pictures), str(values.get("asked"))

@@ -1,0 +1,122 @@
+"""Is there a dip in the middle? Accuracy by gold position of the unscaled model, at one or more lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..contenders import NO_SCALING, Contender
+from ..scores import PositionScores
+from ..sites import trained_window
+from ..statistics import Interval, mean_interval
+from ..tasks import Task
+from .figures import draw_positions, legend_below, new_figure, to_png
+from .measuring import Measuring, held_out, measure, measured_on, need_positions, times_window
+from .section import Section, SectionFigure, SectionTable
+from .units import ACCURACY, SCORE_LEGEND, Thirds, interval_dict, score_cells, score_header
+
+NAME = "u-shape"
+DEFAULT_GROUPS = 100
+
+
+def run_u_shape(
+    model: nn.Module, tasks: Sequence[Task], *, num_groups: int = DEFAULT_GROUPS, measuring: Measuring | None = None
+) -> Section:
+    """Measures the unscaled model at every gold position, and compares the middle with both ends.
+
+    Args:
+        model: a transformers causal language model; left as it was found.
+        tasks: one for each length.
+        num_groups: held-out contexts of each.
+        measuring: how to measure.
+
+    Raises:
+        TaskError: a task without gold positions, or one that cannot give the contexts.
+    """
+    measuring = measuring or Measuring()
+    splits = [held_out(task, num_groups) for task in tasks]
+    for task, split in zip(tasks, splits, strict=True):
+        need_positions(task, split, NAME)
+    window = trained_window(model)
+    curves: dict[str, PositionScores] = {}
+    findings, gaps, by_position = [], {}, []
+    for number, split in enumerate(splits):
+        length = split.max_tokens
+        label = f"{length} tokens{times_window(length, window)}"
+        part = measuring.within(str(number))
+        scores = measure(model, split, [Contender(NO_SCALING)], f"{NAME}, {length} tokens", part)[NO_SCALING]
+        curves[label] = scores
+        ends = Thirds.of(scores)
+        gaps[label] = mean_interval(ends.middle - ends.first), mean_interval(ends.middle - ends.last)
+        findings.append(f"{label}: {describe_shape(*gaps[label])}.")
+        by_position.append(_position_table(label, scores))
+    rows = [
+        (label, *score_cells(scores), *(ACCURACY.change(gap) for gap in gaps[label]))
+        for label, scores in curves.items()
+    ]
+    table = SectionTable(
+        ("length", *score_header("accuracy"), "middle − first", "middle − last"), tuple(rows), caption=SCORE_LEGEND
+    )
+    return Section(
+        name=NAME,
+        title="Accuracy by position of the unscaled model",
+        question="Does the model without any scaling lose answers that stand in the middle of its prompt?",
+        measured=measured_on(model, tasks[-1], splits[-1]),
+        findings=tuple(findings),
+        tables=(table, *by_position),
+        figures=(_figure(curves, measured_on(model, tasks[-1], splits[-1])),),
+        data={
+            "tasks": [task.describe() for task in tasks],
+            "splits": [split.describe() for split in splits],
+            "scores": {label: scores.to_dict() for label, scores in curves.items()},
+            "middle_minus_first": {label: interval_dict(first) for label, (first, _) in gaps.items()},
+            "middle_minus_last": {label: interval_dict(last) for label, (_, last) in gaps.items()},
+        },
+    )
+
+
+def describe_shape(to_first: Interval, to_last: Interval) -> str:
+    """Says what the middle minus the first and minus the last position mean together."""
+    gaps = f"middle − first {ACCURACY.change_in_words(to_first)}, − last {ACCURACY.change_in_words(to_last)}"
+    lower = [end for end, gap in (("first", to_first), ("last", to_last)) if gap.high < 0]
+    higher = [end for end, gap in (("first", to_first), ("last", to_last)) if gap.low > 0]
+    if len(lower) == 2:
+        text = "a dip in the middle, which is worse than both ends"
+    elif len(higher) == 2:
+        text = "no dip; the middle is better than both ends"
+    elif lower:
+        text = f"no dip, but a slope: the middle is worse than the {lower[0]} position only"
+    elif higher:
+        text = f"no dip; the middle is better than the {higher[0]} position"
+    else:
+        text = "no dip beyond noise"
+    return f"{text} ({gaps})"
+
+
+def _position_table(label: str, scores: PositionScores) -> SectionTable:
+    rows = [
+        (
+            str(position),
+            f"{ACCURACY.value(interval.value)} [{ACCURACY.value(interval.low)}, {ACCURACY.value(interval.high)}]",
+            f"{log_prob:.3f}",
+        )
+        for position, interval, log_prob in zip(
+            scores.positions, scores.intervals(), scores.log_prob_by_position, strict=True
+        )
+    ]
+    return SectionTable(
+        ("gold position", "accuracy", "gold log-prob"),
+        tuple(rows),
+        title=f"By position, {label}",
+        caption="Brackets: 95 % Wilson intervals.",
+        text_columns=(),
+    )
+
+
+def _figure(curves: dict[str, PositionScores], measured: str) -> SectionFigure:
+    figure, (axes,) = new_figure()
+    draw_positions(axes, curves)
+    legend_below(figure, axes)
+    caption = "Accuracy of the unscaled model over the place of the answer; bands: 95 % Wilson intervals."
+    return SectionFigure("positions", caption, to_png(figure, "Accuracy by position, unscaled", measured))

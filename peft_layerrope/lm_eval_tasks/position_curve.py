@@ -1,0 +1,125 @@
+"""What the task files name: a task that reads `layerrope prompts`' JSON lines and reports accuracy by gold position.
+
+Imports lm_eval, which is an extra; lm_eval itself loads this file when one of the tasks is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from lm_eval.api.metrics import mean
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.utils import resolve_max_length
+from transformers import AutoConfig
+
+from ..errors import TaskError
+from ..loading import load_tokenizer
+from ..tasks import metrics
+from ..tasks.records import read_records
+
+FIELDS = ("prompt", "answers", "position")
+SPLIT = "test"
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Reads the JSON lines that `layerrope prompts` wrote: prompt, accepted answers, position of the gold item.
+
+    Raises:
+        TaskError: the file cannot be read, is empty, or has a line that is no such object; the message names it.
+    """
+    return [_checked(record, where) for where, record in read_records(path, FIELDS)]
+
+
+def _checked(record: dict[str, Any], where: str) -> dict[str, Any]:
+    prompt, answers, position = (record[field] for field in FIELDS)
+    if not (isinstance(prompt, str) and prompt):
+        raise TaskError(f"{where}: prompt must be text and not empty.")
+    if not (isinstance(answers, list) and answers and all(isinstance(a, str) and a for a in answers)):
+        raise TaskError(f"{where}: answers must be a list of texts, at least one and none of them empty.")
+    if type(position) is not int or position < 0:  # True is an int, too
+        raise TaskError(f"{where}: position={position!r} must be a whole number of at least 0.")
+    return {field: record[field] for field in FIELDS}
+
+
+def check_length(prompts: Sequence[str], model_args: dict[str, Any], max_gen_toks: int) -> None:
+    """Checks that no prompt would be cut: lm_eval cuts the beginning off, where some of the answers stand.
+
+    Args:
+        prompts: the prompts.
+        model_args: lm_eval's `--model_args`. Nothing is checked if they name no model, or one that comes with code.
+        max_gen_toks: how many tokens will be generated after each prompt.
+
+    Raises:
+        TaskError: naming the longest prompt, and the `max_length` that it needs.
+    """
+    name = model_args.get("pretrained")
+    if not isinstance(name, str) or model_args.get("trust_remote_code"):
+        return
+    revision = model_args.get("revision")
+    tokenizer = load_tokenizer(model_args.get("tokenizer") or name, revision=revision)
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    limit = model_args.get("max_length") or resolve_max_length(config, tokenizer)
+    longest = max(map(len, tokenizer(list(prompts))["input_ids"]))
+    if longest + max_gen_toks > limit:
+        raise TaskError(
+            f"the longest prompt has {longest} tokens, and with {max_gen_toks} to generate lm_eval would cut it to "
+            f"max_length={limit}. If the model is meant to go beyond its window, add max_length="
+            f"{longest + max_gen_toks} to --model_args; else make shorter prompts."
+        )
+
+
+class PositionCurve(ConfigurableTask):
+    """A task of prompts from a file: `acc`, and `acc_position_<position>` for every position in the file.
+
+    The file is the metadata's entry of the task's name, or `data`: `--metadata data=prompts.jsonl`.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        # lm_eval leaves the key by which it found this class among the settings, and then knows no such setting
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Reads the data file: nothing is downloaded."""
+        task, metadata = self.config.task, self.config.metadata or {}
+        path = metadata.get(task, metadata.get("data"))
+        if path is None:
+            raise TaskError(
+                f"{task} needs a file of prompts: write one with `layerrope prompts ... > prompts.jsonl` and pass "
+                "--metadata data=prompts.jsonl."
+            )
+        rows = read_prompts(Path(str(path)))
+        check_length([row["prompt"] for row in rows], metadata, self.config.generation_kwargs["max_gen_toks"])
+        width = len(str(max(row["position"] for row in rows)))  # tables are sorted by name
+        for row in rows:
+            row["metric"] = f"acc_position_{row['position']:0{width}}"
+        self.dataset = {SPLIT: Dataset.from_list(rows)}
+
+    def aggregation(self) -> dict[str, Callable]:
+        return {**super().aggregation(), **dict.fromkeys(self._position_metrics(), mean)}
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {**super().higher_is_better(), **dict.fromkeys(self._position_metrics(), True)}
+
+    def _position_metrics(self) -> list[str]:
+        return sorted(self.dataset[SPLIT].unique("metric"))
+
+
+def contains_value(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm_eval's `process_results` with [`metrics.contains_value`]."""
+    return _judge(metrics.contains_value, doc, results)
+
+
+def best_subspan_em(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm_eval's `process_results` with [`metrics.best_subspan_em`]."""
+    return _judge(metrics.best_subspan_em, doc, results)
+
+
+def _judge(
+    metric: Callable[[str, Sequence[str]], bool], doc: dict[str, Any], results: Sequence[str]
+) -> dict[str, float]:
+    """A prompt counts at its own position and nowhere else: other positions' means do not see it."""
+    right = float(metric(results[0], doc["answers"]))
+    return {"acc": right, doc["metric"]: right}

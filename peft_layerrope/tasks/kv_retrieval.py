@@ -1,0 +1,251 @@
+"""Key-value retrieval in the public format: a JSON object of pairs, and the question for one key's value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from uuid import UUID
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import TaskError
+from .base import SPLIT_NAMES, SplitName, split_stream
+from .encoding import PromptEncoder
+from .prompts import PromptTask
+from .records import cut_into_splits, read_records
+from .words import MAX_KEYS, NUM_KEYS, NUM_VALUES, key_words, value_words
+
+DEFAULT_NUM_POSITIONS = 5
+KEY_STYLES = ("uuid", "words")
+
+_BEFORE = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
+_AFTER = '\n\nKey: "{key}"\nCorresponding value:'
+_FIELDS = ("ordered_kv_records", "key", "value")
+_SAMPLES = 4  # contexts by which it is measured how many pairs fit
+_MARGIN = 6  # standard deviations of a context's length that are left free
+
+
+@dataclass(frozen=True)
+class KeyValueRecord:
+    """The pairs of one context, in order, and which of them is asked for."""
+
+    pairs: tuple[tuple[str, str], ...]
+    gold: int
+
+    def cut(self, num_keys: int) -> KeyValueRecord:
+        """Returns the record with its gold pair and the first `num_keys - 1` others."""
+        others = [pair for i, pair in enumerate(self.pairs) if i != self.gold][: num_keys - 1]
+        return KeyValueRecord((self.pairs[self.gold], *others), 0)
+
+    def prompt(self, position: int) -> tuple[str, tuple[int, int]]:
+        """Returns the prompt with the gold pair at `position`, and the characters of its value."""
+        pairs = list(self.pairs)
+        key, value = pairs.pop(self.gold)
+        pairs.insert(position, (key, value))
+        lines = [f'"{k}": "{v}"' for k, v in pairs]
+        before = _BEFORE + "{" + ",\n ".join([*lines[:position], f'"{key}": "'])
+        text = _BEFORE + "{" + ",\n ".join(lines) + "}" + _AFTER.format(key=key)
+        return text, (len(before), len(before) + len(value))
+
+
+class KeyValueRetrieval(PromptTask[KeyValueRecord]):
+    """The key-value retrieval of "Lost in the Middle", from a public file or generated.
+
+    A record of a file is `{"ordered_kv_records": [[k, v], ...], "key": ..., "value": ...}`. Its gold pair is taken out
+    and put in again at each gold position. A file's records are shuffled by the seed and cut 0.4/0.2/0.4 into
+    search, validation and test split; generated ones are drawn from an independent stream for each split.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        data: JSON lines, plain or gzipped; None: generated.
+        num_keys: pairs of a context. Default: as in the file (a smaller number keeps the gold pair and the first
+            others); generated: as many as fit into `length`, measured with the tokenizer.
+        length: the most tokens that a prompt with its answer may have; None: no limit.
+        keys: generated keys and values: `"uuid"` (the default) or `"words"`, short ones with values of two words.
+        num_positions: gold positions, spread evenly from the first pair to the last; default: 5.
+        positions: the gold positions themselves, instead.
+        seed: base seed.
+        chat_template: put prompts into the tokenizer's chat template.
+
+    Raises:
+        TaskError: the file holds something else, settings that exclude each other, or positions that a context does
+            not have.
+
+    Example:
+    ```py
+    >>> task = KeyValueRetrieval(tokenizer, data="kv-retrieval-75_keys.jsonl.gz")
+    >>> task.positions
+    (0, 18, 37, 55, 74)
+    ```
+    """
+
+    name = "kv_retrieval"
+    metric = "contains_value"
+    item = "pair"
+    size_setting = "num_keys"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        data: str | Path | None = None,
+        num_keys: int | None = None,
+        length: int | None = None,
+        keys: Literal["uuid", "words"] | None = None,
+        num_positions: int | None = None,
+        positions: Sequence[int] | None = None,
+        seed: int = 0,
+        chat_template: bool = False,
+    ) -> None:
+        if keys is not None and (data is not None or keys not in KEY_STYLES):
+            expected = "nothing, since data has keys of its own" if data is not None else " or ".join(KEY_STYLES)
+            raise TaskError(f"keys={keys!r}, expected {expected}.")
+        if positions is not None and num_positions is not None:
+            raise TaskError("pass either num_positions or positions, got both.")
+        if num_keys is not None and num_keys < 2:
+            raise TaskError(f"num_keys={num_keys} must be at least 2.")
+        self.data = Path(data) if data is not None else None
+        self.keys = keys or "uuid"
+        splits = None
+        if self.data is not None:
+            splits, num_keys = _read_splits(self.data, num_keys, seed)
+        elif num_keys is None:
+            if length is None:
+                raise TaskError("pass num_keys or length, which says how many pairs fit, or data.")
+            num_keys = _fitting(PromptEncoder(tokenizer, chat_template), self.keys, length, seed)
+        super().__init__(
+            tokenizer,
+            num_items=num_keys,
+            num_positions=DEFAULT_NUM_POSITIONS if num_positions is None else num_positions,
+            positions=positions,
+            seed=seed,
+            length=length,
+            chat_template=chat_template,
+            splits=splits,
+        )
+
+    def _generated(self, name: SplitName, num_groups: int) -> list[KeyValueRecord]:
+        rng = split_stream(self.seed, name)
+        return [_random_record(rng, self.keys, self.num_items) for _ in range(num_groups)]
+
+    def _written(self, source: KeyValueRecord, position: int) -> tuple[str, tuple[str, ...], tuple[int, int]]:
+        text, gold = source.prompt(position)
+        return text, (source.pairs[source.gold][1],), gold
+
+    def _resized(self, num_items: int, length: int) -> KeyValueRetrieval:
+        settings = {"keys": self.keys} if self.data is None else {"data": self.data}
+        return KeyValueRetrieval(
+            self.tokenizer,
+            num_keys=num_items,
+            length=length,
+            num_positions=len(self.positions) if len(self.positions) >= 3 else None,
+            seed=self.seed,
+            chat_template=self.chat_template,
+            **settings,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the task's settings, for a report; of the file its name alone."""
+        source = {"keys": self.keys} if self.data is None else {"data": self.data.name}
+        return super().describe() | source
+
+
+def read_key_values(path: str | Path) -> list[KeyValueRecord]:
+    """Reads a file in the public format.
+
+    Raises:
+        TaskError: naming file, line and what was expected.
+    """
+    records: list[KeyValueRecord] = []
+    for where, content in read_records(path, _FIELDS):
+        records.append(_checked(content, where))
+        if len(records[-1].pairs) != len(records[0].pairs):
+            raise TaskError(
+                f"{where}: {len(records[-1].pairs)} pairs, expected {len(records[0].pairs)} as in the first record."
+            )
+    return records
+
+
+def _checked(content: dict[str, Any], where: str) -> KeyValueRecord:
+    pairs, key, value = (content[field] for field in _FIELDS)
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and part for part in pair)
+        for pair in pairs
+    ):
+        raise TaskError(f"{where}: ordered_kv_records must be a list of [key, value], both text and not empty.")
+    if len(pairs) < 2:
+        raise TaskError(f"{where}: {len(pairs)} pairs, expected at least 2.")
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TaskError(f"{where}: key {twice!r} stands twice, expected distinct keys.")
+    if not isinstance(key, str) or key not in values:
+        raise TaskError(f"{where}: key {key!r} is not among its ordered_kv_records.")
+    if values[key] != value:
+        raise TaskError(f"{where}: value {value!r} is not that of its key, {values[key]!r}.")
+    return KeyValueRecord(tuple((k, v) for k, v in pairs), list(values).index(key))
+
+
+def _read_splits(path: Path, num_keys: int | None, seed: int) -> tuple[dict[SplitName, list[KeyValueRecord]], int]:
+    records = read_key_values(path)
+    in_file = len(records[0].pairs)
+    if num_keys is not None and num_keys > in_file:
+        raise TaskError(f"num_keys={num_keys}, but the records of {path} have {in_file} pairs.")
+    splits = cut_into_splits([record.pairs for record in records], seed, str(path))
+    if num_keys is not None and num_keys < in_file:
+        records = [record.cut(num_keys) for record in records]
+    return {name: [records[i] for i in numbers] for name, numbers in splits.items()}, len(records[0].pairs)
+
+
+def _random_record(rng: np.random.Generator, keys: str, num_keys: int) -> KeyValueRecord:
+    """A context of random pairs with distinct keys and distinct values."""
+    gold = int(rng.integers(num_keys))
+    if keys == "uuid":
+        texts = [str(UUID(bytes=rng.bytes(16), version=4)) for _ in range(2 * num_keys)]
+        return KeyValueRecord(tuple(zip(texts[::2], texts[1::2], strict=True)), gold)
+    if num_keys > MAX_KEYS:
+        raise TaskError(f"num_keys={num_keys}, but there are {MAX_KEYS} distinct words: use keys='uuid'.")
+    names, words = key_words(NUM_KEYS if num_keys <= NUM_KEYS else MAX_KEYS), value_words()
+    chosen = rng.permutation(len(names))[:num_keys].tolist()
+    values = rng.choice(NUM_VALUES**2, num_keys, replace=False).tolist()
+    pairs = [
+        (names[k], f"{words[v // NUM_VALUES]} {words[v % NUM_VALUES]}") for k, v in zip(chosen, values, strict=True)
+    ]
+    return KeyValueRecord(tuple(pairs), gold)
+
+
+def _fitting(encoder: PromptEncoder, keys: str, length: int, seed: int) -> int:
+    """How many generated pairs fit into `length` tokens.
+
+    Contexts differ in length, so that room is left for six standard deviations: the seed of the examples does not
+    decide on whether they fit.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([seed, len(SPLIT_NAMES)]))  # a stream that no split draws from
+
+    def tokens(record: KeyValueRecord) -> int:
+        encoded = encoder.encode(record.prompt(record.gold)[0], record.pairs[record.gold][1], None)
+        return len(encoded.prompt_ids) + len(encoded.answer_ids)
+
+    most = MAX_KEYS if keys == "words" else length
+    few = _random_record(rng, keys, 2)
+    more = [replace(few, pairs=(*few.pairs, *_random_record(rng, keys, 2).pairs)) for _ in range(16 * _SAMPLES)]
+    added = [(tokens(record) - tokens(few)) / 2 for record in more]
+    each, spread = float(np.mean(added)), float(np.std(added)) * math.sqrt(2)
+    overhead = tokens(few) - 2 * each
+
+    def fits(num_keys: int) -> int:
+        room = length - overhead - _MARGIN * spread * math.sqrt(max(num_keys, 1))
+        return min(int(room / each), most)
+
+    count = fits(fits(int(length / each)))
+    if count > 2:  # what a pair takes is known well enough once whole contexts are measured
+        each = float(np.mean([tokens(_random_record(rng, keys, count)) - overhead for _ in range(_SAMPLES)])) / count
+        count = fits(count)
+    if count < 2:
+        raise TaskError(f"length={length} tokens holds fewer than 2 pairs: a prompt of 2 has {tokens(few)} tokens.")
+    return count

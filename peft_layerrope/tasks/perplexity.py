@@ -1,0 +1,157 @@
+"""Loss on running text, for searching and comparing where there is nothing to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import TaskError
+from .base import SPLIT_NAMES, Example, Split, SplitName, check_request
+from .records import FRACTIONS
+from .text_stream import DATASETS_PREFIX, read_source, token_ids, tokenised
+
+
+class Perplexity:
+    """Windows of running text, scored by the loss on their tokens.
+
+    The text is one stream, cut into three stretches of 0.4, 0.2 and 0.4 for search, validation and test, which no
+    window crosses; the seed decides in which order they follow each other along the text. A split's windows
+    begin at its stretch's beginning, so a larger split begins with the smaller. Each window is a group of its own.
+
+    A tokenizer that begins every text with a token of its own (BOS) has it before every window, where it counts as one
+    of the window's tokens and is not scored.
+
+    Args:
+        text: token ids, one text, or several, which are joined by an empty line.
+        tokenizer: needed for text.
+        length: tokens of a window.
+        stride: how far each window is behind the one before; of all windows but the first only so many tokens, the
+            last ones, are scored, with all others as their context. Default: windows do not overlap, and every token
+            but a window's first is scored.
+        seed: order of the stretches.
+        source: where the text comes from, for reports.
+
+    Raises:
+        TaskError: no text, text without a tokenizer, or a length or stride that cannot work.
+
+    Example:
+    ```py
+    >>> from peft_layerrope import Perplexity, search
+
+    >>> task = Perplexity(open("book.txt").read(), tokenizer=tokenizer, length=4096)
+    >>> result = search(model, task, rope_type="dynamic", factor=2.0)
+    ```
+    """
+
+    name = "perplexity"
+    positions = (0,)
+
+    def __init__(
+        self,
+        text: str | Sequence[str] | Sequence[int] | np.ndarray,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        length: int,
+        stride: int | None = None,
+        seed: int = 0,
+        source: str = "text",
+    ) -> None:
+        if length < 2:
+            raise TaskError(f"length={length} must be at least 2: a token is predicted from those before it.")
+        if stride is not None and not 1 <= stride < length:
+            raise TaskError(f"stride={stride} must be at least 1 and below length={length}.")
+        self.length = length
+        self.stride = stride
+        self.seed = seed
+        self.source = source
+        self.tokenizer = tokenizer
+        texts = [text] if isinstance(text, str) else text
+        if len(texts) and isinstance(texts[0], str):
+            if tokenizer is None:
+                raise TaskError("text needs a tokenizer; without one pass token ids.")
+            self._ids = tokenised(texts, tokenizer, source)
+        else:
+            self._ids = token_ids(texts, source)
+        self._beginning = _beginning(tokenizer)
+        self._body = length - len(self._beginning)
+        self._step = stride if stride is not None else self._body
+
+    @classmethod
+    def from_source(
+        cls,
+        source: str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        length: int,
+        stride: int | None = None,
+        seed: int = 0,
+    ) -> Perplexity:
+        """Reads the text from a file or the `datasets` package; see [`read_source`] and the class.
+
+        Raises:
+            TaskError: the source cannot be read, or the settings do not work.
+        """
+        name = str(source) if str(source).startswith(DATASETS_PREFIX) else Path(source).name
+        text = read_source(source)
+        return cls(text, tokenizer=tokenizer, length=length, stride=stride, seed=seed, source=name)
+
+    def split(self, name: SplitName, num_groups: int) -> Split:
+        """Returns the first `num_groups` windows of the named split.
+
+        Raises:
+            TaskError: the split is unknown or has fewer windows.
+        """
+        check_request(name, num_groups)
+        stretch = self._stretch(name)
+        available = 1 + (len(stretch) - self._body) // self._step if len(stretch) >= self._body else 0
+        if num_groups > available:
+            raise TaskError(
+                f"{self.source}, split {name!r}: its {len(stretch)} tokens hold {available} windows of {self.length}, "
+                f"{num_groups} were asked for. Use a longer text, or fewer or shorter windows."
+            )
+        examples = tuple(self._window(stretch, group) for group in range(num_groups))
+        return Split(name, self.seed, self.positions, examples, "loss")
+
+    def _stretch(self, name: SplitName) -> np.ndarray:
+        order = np.random.default_rng(self.seed).permutation(len(SPLIT_NAMES)).tolist()
+        place = order.index(SPLIT_NAMES.index(name))
+        ends = np.floor(np.cumsum([0, *(FRACTIONS[i] for i in order)]) * len(self._ids) + 1e-9).astype(int)
+        return self._ids[ends[place] : ends[place + 1]]
+
+    def _window(self, stretch: np.ndarray, group: int) -> Example:
+        start = group * self._step
+        tokens = (*self._beginning, *stretch[start : start + self._body].tolist())
+        num_scored = len(tokens) - 1 if group == 0 or self.stride is None else self._step
+        scored = len(tokens) - num_scored
+        return Example(tokens[: scored - 1], tokens[scored - 1 : scored], tokens[scored:], 0, group)
+
+    def shortened(self, length: int) -> Perplexity:
+        """Returns the same text in windows of `length` tokens that do not overlap.
+
+        Raises:
+            TaskError: the length is below 2.
+        """
+        return Perplexity(self._ids, tokenizer=self.tokenizer, length=length, seed=self.seed, source=self.source)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the task's settings, for a report."""
+        return {
+            "name": self.name,
+            "data": self.source,
+            "tokens": len(self._ids),
+            "length": self.length,
+            "stride": self.stride,
+            "seed": self.seed,
+        }
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """The BOS token, if the tokenizer puts it before a text by itself."""
+    if tokenizer is None or tokenizer.bos_token_id is None:
+        return ()
+    ids = tokenizer("a")["input_ids"]
+    return (tokenizer.bos_token_id,) if ids[:1] == [tokenizer.bos_token_id] else ()

@@ -1,0 +1,125 @@
+"""Extrapolation and transfer: every cell against a score by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from experiment_helpers import FACTORS, GROUPS, by_hand, short_task
+
+from peft_layerrope import LayerRopeConfig
+from peft_layerrope.artifacts import save_adapter
+from peft_layerrope.contenders import NO_SCALING, Contender
+from peft_layerrope.errors import TaskError
+from peft_layerrope.experiments import Line, matched_baselines, run_extrapolation, run_transfer
+from peft_layerrope.experiments.extrapolation import NTK, PI
+from peft_layerrope.experiments.lengths import default_lengths, task_of_length, window_and_task
+from peft_layerrope.losses import bucket_losses
+from peft_layerrope.tasks import Perplexity
+from peft_layerrope.tasks.specification import TaskSpecification, make_task
+
+
+@pytest.fixture
+def adapter(tmp_path) -> str:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    save_adapter(LayerRopeConfig(layer_factors=FACTORS), folder)
+    return str(folder)
+
+
+def test_extrapolation_scores_each_contender_at_each_length(demo_model, demo_tokenizer, adapter):
+    tasks = {length: short_task(demo_tokenizer, length) for length in (384, 192)}
+    lines = [*matched_baselines(), Line.fixed(Contender.of_adapter(adapter))]
+    section = run_extrapolation(demo_model, tasks, lines, num_groups=GROUPS)
+    assert list(section.data["scores"]) == ["192", "384"]
+    ones = [1.0] * 6
+    for length, task in tasks.items():
+        found = section.data["scores"][str(length)]
+        plain = by_hand(demo_model, task)
+        assert found[NO_SCALING] == plain.to_dict()
+        assert found["mine"] == by_hand(demo_model, task, FACTORS).to_dict()
+        if length <= 256:  # within the window there is nothing to match
+            assert found[PI] == found[NTK] == plain.to_dict()
+        else:
+            for label, rope_type in ((PI, "linear"), (NTK, "dynamic")):
+                matched = by_hand(demo_model, task, ones, rope_type=rope_type, factor=length / 256)
+                assert found[label] == matched.to_dict()
+        gap = by_hand(demo_model, task, FACTORS).paired_difference(plain)
+        gain = section.data["average_minus_baseline"][str(length)]["mine"]
+        assert gain["value"] == pytest.approx(gap.value, abs=1e-6)
+    assert section.findings[0].startswith("384 tokens (1.5×): mine ")
+
+
+def test_extrapolation_of_a_loss(demo_model):
+    ids = np.random.default_rng(0).integers(3, 500, 6000)
+    tasks = {length: Perplexity(ids, length=length) for length in (64, 300)}
+    section = run_extrapolation(demo_model, tasks, matched_baselines(), num_groups=2)
+    for length, task in tasks.items():
+        expected = bucket_losses(demo_model, task.split("test", 2)).to_dict()
+        found = section.data["scores"][str(length)][NO_SCALING]
+        for name in ("loss_by_position", "average_loss", "perplexity"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4)
+    titles = [table.title for table in section.tables]
+    assert titles == ["Loss (nats)", "Perplexity", "Difference to no scaling (nats)"]
+
+
+def test_extrapolation_names_its_contenders_apart(demo_model, demo_tokenizer):
+    line = Line.fixed(Contender(NO_SCALING))
+    with pytest.raises(TaskError, match="names of their own"):
+        run_extrapolation(demo_model, {192: short_task(demo_tokenizer, 192)}, [line, line])
+
+
+def test_transfer_scores_each_adapter_in_each_cell(demo_model, demo_tokenizer, adapter):
+    cells = {f"kv_words:{length}": short_task(demo_tokenizer, length) for length in (192, 320)}
+    other = Contender.of_config("other", LayerRopeConfig(layer_factors=[1.2] * 6))
+    section = run_transfer(demo_model, cells, [Contender.of_adapter(adapter), other], num_groups=GROUPS)
+    for cell, task in cells.items():
+        none, mine, second = (by_hand(demo_model, task, f) for f in (None, FACTORS, [1.2] * 6))
+        expected = {NO_SCALING: none.to_dict(), "mine": mine.to_dict(), "other": second.to_dict()}
+        assert section.data["scores"][cell] == expected
+        gain = section.data["average_minus_none"]["mine"][cell]
+        assert gain["value"] == pytest.approx(mine.paired_difference(none).value, abs=1e-6)
+    assert [row[0] for row in section.tables[0].rows] == [NO_SCALING, "mine", "other"]
+    assert len(section.findings) == 2
+
+
+def test_transfer_of_accuracy_and_loss_in_one_matrix(demo_model, demo_tokenizer):
+    text = Perplexity(np.random.default_rng(0).integers(3, 500, 3000), length=80)
+    cells = {"words": short_task(demo_tokenizer, 192), "text": text}
+    one = Contender.of_config("one", LayerRopeConfig(layer_factors=[1.5] * 6))
+    section = run_transfer(demo_model, cells, [one], num_groups=GROUPS)
+    assert section.tables[0].header == ("adapter", "words (%)", "text (nats)")
+    gain = section.data["average_minus_none"]["one"]["text"]["value"]
+    shown = next(cell for cell in section.tables[1].rows[0][2:])
+    assert float(shown.split(" ")[0]) == pytest.approx(-gain, abs=5e-4)  # shown as the change of the loss
+
+
+def make(tokenizer):
+    return lambda specification: make_task(specification, tokenizer, specification.length)
+
+
+def test_a_task_that_cannot_fill_a_length_is_refused(demo_tokenizer):
+    specification = TaskSpecification("kv_words", 512)
+    assert task_of_length(make(demo_tokenizer), specification, 300).length == 300
+    with pytest.raises(TaskError, match="cannot fill 5000 tokens: its prompts have"):
+        task_of_length(make(demo_tokenizer), specification, 5000)
+    with pytest.raises(TaskError, match="gold positions"):
+        task_of_length(make(demo_tokenizer), specification, 20)
+
+
+def test_default_lengths_say_what_they_leave_out(demo_tokenizer):
+    tasks, refused = default_lengths(make(demo_tokenizer), TaskSpecification("kv_words", 512), 256, (0.05, 1, 2, 30))
+    assert list(tasks) == [256, 512]
+    assert list(refused) == [12, 7680]
+    assert all(refused.values())
+
+
+@pytest.mark.parametrize(("window", "lengths"), [(256, [256, 512]), (512, [512]), (None, [512]), (8, [512])])
+def test_the_task_at_the_window_where_it_can_be(demo_tokenizer, window, lengths):
+    tasks = window_and_task(make(demo_tokenizer), TaskSpecification("kv_words", 512), window)
+    assert [task.length for task in tasks] == lengths
+
+
+def test_a_model_without_a_window_has_nothing_to_extrapolate_from(monkeypatch, demo_model, demo_tokenizer):
+    monkeypatch.setattr("peft_layerrope.experiments.extrapolation.trained_window", lambda model: None)
+    with pytest.raises(TaskError, match="names no trained window"):
+        run_extrapolation(demo_model, {192: short_task(demo_tokenizer, 192)}, matched_baselines())

@@ -1,0 +1,66 @@
+"""Numbers in words: signs, units, and no claim where the interval holds 0."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from experiment_helpers import scores_of
+
+from peft_layerrope import PositionScores
+from peft_layerrope.experiments.units import (
+    ACCURACY,
+    LOSS,
+    Thirds,
+    interval_dict,
+    score_cells,
+    score_header,
+    utilisation_difference,
+    verdict,
+)
+from peft_layerrope.statistics import Interval
+
+
+@pytest.mark.parametrize(
+    ("interval", "unit", "text"),
+    [
+        (Interval(0.1, 0.05, 0.15), ACCURACY, "a beats b: +10.0 points [+5.0, +15.0]."),
+        (Interval(-0.1, -0.15, -0.05), ACCURACY, "a falls behind b: -10.0 points [-15.0, -5.0]."),
+        (
+            Interval(0.1, -0.05, 0.25),
+            ACCURACY,
+            "a against b: no difference beyond noise (+10.0 points [-5.0, +25.0]).",
+        ),
+        (Interval(0.0, 0.0, 0.0), ACCURACY, "a against b: no difference beyond noise (+0.0 points [+0.0, +0.0])."),
+        # a score is minus the loss: a higher one is a lower loss
+        (Interval(0.2, 0.1, 0.3), LOSS, "a beats b: -0.200 nats [-0.300, -0.100]."),
+    ],
+)
+def test_verdict(interval, unit, text):
+    assert verdict("a", "b", interval, unit) == text
+
+
+def test_an_interval_that_is_not_finite_is_none_in_json():
+    assert interval_dict(Interval(0.5, -np.inf, np.inf)) == {"value": 0.5, "low": None, "high": None}
+
+
+def test_thirds_average_all_inner_positions():
+    ends = Thirds.of(scores_of([[1, 0, 1, 0], [1, 1, 1, 1]]))
+    assert ends.first.tolist() == [1, 1]
+    assert ends.middle.tolist() == [0.5, 1]
+    assert ends.last.tolist() == [0, 1]
+
+
+def test_cells_match_their_header_for_both_measures():
+    accuracy = scores_of([[1, 0, 0], [1, 1, 0]])
+    assert len(score_cells(accuracy)) == len(score_header("accuracy"))
+    assert score_cells(accuracy)[:3] == ("100.0", "50.0", "0.0")
+    loss = PositionScores((0, 9), np.zeros((2, 2), dtype=bool), np.array([[-1.0, -2.0], [-1.0, -2.0]]), "loss")
+    assert score_cells(loss) == ("1.500 ± 0.000", f"{np.exp(1.5):.2f}")
+    assert len(score_header("loss")) == 2
+
+
+def test_utilisation_difference_is_paired():
+    one, other = scores_of([[1, 1, 1], [0, 0, 0]]), scores_of([[1, 0, 1], [0, 0, 0]])
+    difference = utilisation_difference(one, other)
+    assert difference.value == pytest.approx(one.utilisation() - other.utilisation())
+    assert difference.value == pytest.approx(0.5 * 1 / 3)  # the middle weighs 1 of 3

@@ -1,0 +1,104 @@
+"""From plain settings to a task: defaults, what belongs to which task, and what is missing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import numpy as np
+import pytest
+from tiny_tokenizer import tiny_bpe
+
+from peft_layerrope import KeyValueRetrieval, KeyValueWords, MultiDocumentQA, Perplexity, TaskError
+from peft_layerrope.tasks import SPLIT_NAMES, TaskSpecification, make_task
+from peft_layerrope.tasks.specification import TASK_NAMES
+
+OTHER_VALUES = {
+    "positions": 3,
+    "data": "file",
+    "num_keys": 9,
+    "keys": "words",
+    "num_documents": 4,
+    "stride": 8,
+    "chat_template": True,
+}
+KNOWN = {
+    "kv_words": {"positions"},
+    "kv_retrieval": {"positions", "data", "num_keys", "keys", "chat_template"},
+    "multi_doc_qa": {"positions", "data", "num_documents", "chat_template"},
+    "perplexity": {"data", "stride"},
+}
+
+
+def test_every_setting_is_tried_here():
+    assert {field.name for field in fields(TaskSpecification)} == {"name", "length", "seed", *OTHER_VALUES}
+    assert set(KNOWN) == set(TASK_NAMES)
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+@pytest.mark.parametrize("setting", OTHER_VALUES)
+def test_a_setting_that_the_task_does_not_have_is_refused(name, setting):
+    value = OTHER_VALUES[setting]
+    TaskSpecification(**{setting: value})  # the name is still open
+    if setting in KNOWN[name]:
+        TaskSpecification(name, length=9, seed=4, **{setting: value})
+    else:
+        with pytest.raises(TaskError, match=f"{setting}={value!r} is no setting of {name}, which has length, seed"):
+            TaskSpecification(name, **{setting: value})
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, str]:
+    pairs = [[[f"k{n}-{i}", f"v{n}-{i}"] for i in range(6)] for n in range(10)]
+    keys = [{"ordered_kv_records": p, "key": p[1][0], "value": p[1][1]} for p in pairs]
+    documents = [{"title": "t", "text": f"gold{n}", "isgold": True} for n in range(30)]
+    questions = [{"question": "q", "answers": [d["text"]], "ctxs": [d]} for d in documents]
+    for name, records in (("kv", keys), ("qa", questions)):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    np.save(tmp_path / "ids.npy", np.arange(600))
+    return {name: str(tmp_path / name) for name in ("kv", "qa", "ids.npy")}
+
+
+def test_each_task_gets_its_settings(files):
+    tokenizer = tiny_bpe()
+    words = make_task(TaskSpecification("kv_words", positions=3, seed=2), tokenizer, window=400)
+    assert words.describe() == KeyValueWords(tokenizer, 400, num_positions=3, seed=2).describe()
+    made = TaskSpecification("kv_retrieval", 900, 3, 2, num_keys=9, keys="words")
+    direct = KeyValueRetrieval(tokenizer, num_keys=9, keys="words", num_positions=3, length=900, seed=2)
+    assert make_task(made, tokenizer, None).split("test", 2) == direct.split("test", 2)
+    made = TaskSpecification("kv_retrieval", 900, 3, 2, data=files["kv"], num_keys=4, chat_template=True)
+    direct = KeyValueRetrieval(
+        tiny_bpe(chat=True), data=files["kv"], num_keys=4, num_positions=3, length=900, seed=2, chat_template=True
+    )
+    assert make_task(made, tiny_bpe(chat=True), None).split("test", 2) == direct.split("test", 2)
+    made = TaskSpecification("multi_doc_qa", 900, 4, 2, data=files["qa"], num_documents=6)
+    direct = MultiDocumentQA(tokenizer, files["qa"], num_documents=6, num_positions=4, length=900, seed=2)
+    assert make_task(made, tokenizer, None).split("test", 2) == direct.split("test", 2)
+    made = TaskSpecification("perplexity", 40, seed=2, data=files["ids.npy"], stride=8)
+    direct = Perplexity(np.arange(600), tokenizer=tokenizer, length=40, stride=8, seed=2)
+    assert make_task(made, tokenizer, None).split("test", 2) == direct.split("test", 2)
+
+
+def test_defaults(files):
+    tokenizer = tiny_bpe()
+    task = make_task(TaskSpecification(), tokenizer, window=800)
+    assert (task.name, task.keys, task.length, len(task.positions)) == ("kv_retrieval", "uuid", 800, 5)
+    assert task.split("test", 4).max_tokens <= 800
+    assert len(make_task(TaskSpecification("kv_words"), tokenizer, 800).positions) == 11
+    assert make_task(TaskSpecification("multi_doc_qa", data=files["qa"]), tokenizer, 800).positions == (0, 4, 9)
+    for name in SPLIT_NAMES:
+        assert make_task(TaskSpecification(data=files["kv"]), tokenizer, 800).prompts(name, 1)
+
+
+@pytest.mark.parametrize(
+    ("specification", "message"),
+    [
+        (TaskSpecification("kv_words"), "names no trained window"),
+        (TaskSpecification("multi_doc_qa", 100), "multi_doc_qa needs data"),
+        (TaskSpecification("perplexity", 100), "perplexity needs data"),
+        (TaskSpecification(length=100, stride=8), "stride=8 is no setting of kv_retrieval"),
+    ],
+)
+def test_what_is_missing_is_named(specification, message):
+    with pytest.raises(TaskError, match=message):
+        make_task(specification, tiny_bpe(), window=None)

@@ -1,0 +1,152 @@
+"""What is packed, what it needs, and what importing it costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import peft_layerrope
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "peft_layerrope"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+IMPORTED_AS = {"pyyaml": "yaml", "lm-eval": "lm_eval"}  # where a distribution's module has another name
+
+
+def _distributions(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", requirement)[0].replace("_", "-").lower() for requirement in requirements}
+
+
+def _third_party_imports() -> dict[str, set[str]]:
+    """Module outside the standard library -> the files of the package that import it."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for name in names:
+                top = name.split(".")[0]
+                if top not in sys.stdlib_module_names and top != "peft_layerrope":
+                    found.setdefault(top, set()).add(str(path.relative_to(PACKAGE)))
+    return found
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    declared = _distributions(PROJECT["dependencies"])
+    extras = PROJECT["optional-dependencies"]
+    optional = _distributions(extras["datasets"] + extras["lm-eval"] + extras["ray"])
+    assert not declared & optional
+    modules = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in declared | optional}
+    imported = _third_party_imports()
+    assert set(imported) - modules == set(), imported
+    assert modules - set(imported) == set()
+
+
+def test_extras():
+    extras = PROJECT["optional-dependencies"]
+    assert set(extras) == {"all", "datasets", "lm-eval", "ray", "test"}
+    named = re.fullmatch(r"peft-layerrope\[(.+)\]", extras["all"][0])[1].split(",")
+    assert set(named) == set(extras) - {"all", "test"}
+
+
+def test_the_version_is_written_once():
+    assert importlib.metadata.version("peft-layerrope") == peft_layerrope.__version__
+    assert "version" not in PROJECT
+    texts = [path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "_version.py"]
+    assert not any(f'"{peft_layerrope.__version__}"' in text for text in texts)
+
+
+LIGHT = """
+import json, sys
+import peft, transformers
+before = set(sys.modules)
+import peft_layerrope
+peft_layerrope.LayerRopeConfig(layer_factors=[1.0, 1.5])
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+"""What transformers and PEFT import anyway costs nothing more."""
+
+
+def test_importing_the_package_loads_only_what_serving_needs():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    loaded = json.loads(done.stdout)
+    heavy = {"deap", "ray", "matplotlib", "scipy", "typer", "rich", "pydantic", "jinja2", "datasets", "lm_eval", "yaml"}
+    assert {name.split(".")[0] for name in loaded} & heavy == set()
+    own = {name.split(".")[1] for name in loaded if name.startswith("peft_layerrope.")}
+    assert {"model", "rotary", "config"} <= own
+    assert own & {"searcher", "cli", "report", "experiments", "comparison", "hub", "evaluation"} == set()
+
+
+def test_every_public_name_can_be_had():
+    assert sorted(peft_layerrope.__all__) == peft_layerrope.__all__
+    for name in peft_layerrope.__all__:
+        assert getattr(peft_layerrope, name) is not None, name
+
+
+def _setuptools_version() -> int:
+    try:
+        return int(importlib.metadata.version("setuptools").split(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """The wheel and the sdist of a copy of the sources, built without a network."""
+    if _setuptools_version() < 77:
+        pytest.skip("building needs setuptools 77 in this environment")
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    skipped = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist")
+    shutil.copytree(ROOT, source, ignore=skipped, dirs_exist_ok=True)
+    (source / "scratch").mkdir()
+    (source / "scratch" / "notes.txt").write_text("not to be shipped")
+    build = f"from setuptools.build_meta import *; build_sdist({str(output)!r}); build_wheel({str(output)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return next(output.glob("*.whl")), next(output.glob("*.tar.gz"))
+
+
+def _package_files() -> set[str]:
+    files = (path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(ROOT)) for path in files}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(built):
+    wheel, _ = built
+    assert wheel.name == f"peft_layerrope-{peft_layerrope.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
+        scripts = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
+    packed = {name for name in names if ".dist-info/" not in name}
+    assert packed == _package_files()
+    assert {"peft_layerrope/py.typed", "peft_layerrope/demo/model.safetensors"} <= packed
+    assert {Path(name).suffix for name in packed} >= {".j2", ".yaml"}  # the report's template, the harness's tasks
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "layerrope = peft_layerrope.cli:run" in scripts
+
+
+@pytest.mark.slow
+def test_the_sdist_builds_the_same_and_holds_no_tests(built):
+    _, sdist = built
+    with tarfile.open(sdist) as archive:
+        names = {"/".join(Path(member.name).parts[1:]) for member in archive if member.isfile()}
+    assert _package_files() | {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"} <= names
+    tops = {name.split("/")[0] for name in names if "/" in name}
+    assert tops == {"peft_layerrope", "peft_layerrope.egg-info"}

@@ -1,0 +1,68 @@
+"""Plots draw every curve they are given, in the unit of the scores."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from peft_layerrope import PositionScores
+from peft_layerrope.plots import UNSCALED, plot_by_position
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of what was saved."""
+    axes = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kw: (axes.append(self.axes[0]), save(self, *args, **kw))
+    )
+    return axes
+
+
+def scores(groups: int = 20, measure: str = "accuracy", seed: int = 0) -> PositionScores:
+    rng = np.random.default_rng(seed)
+    return PositionScores((0, 5, 10), rng.random((groups, 3)) < 0.6, -rng.random((groups, 3)), measure)
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 8, 20])
+def test_every_curve_is_drawn_and_told_apart(count, drawn, tmp_path):
+    curves = {UNSCALED: scores(), **{f"contender {i}": scores(seed=i) for i in range(1, count)}}
+    plot_by_position(curves, tmp_path / "a.png", "a subtitle")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    lines = drawn[0].get_lines()
+    assert [line.get_label() for line in lines] == list(curves)
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
+    assert to_hex(lines[0].get_color()) == to_hex("0.55")
+    for line, found in zip(lines, curves.values(), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), 100 * found.accuracy_by_position)
+    assert len(drawn[0].collections) == count  # a band each
+    legend = drawn[0].get_legend()
+    assert len(legend.get_texts()) == count
+    inside = legend.get_window_extent().x0 < drawn[0].get_window_extent().x1
+    assert inside == (count <= 5)
+
+
+def test_bands_are_the_intervals(drawn, tmp_path):
+    found = scores()
+    plot_by_position({"a": found}, tmp_path / "a.png", "")
+    corners = drawn[0].collections[0].get_paths()[0].vertices
+    for position, interval in zip(found.positions, found.intervals(), strict=True):
+        heights = corners[corners[:, 0] == position][:, 1]
+        assert (heights.min(), heights.max()) == pytest.approx((100 * interval.low, 100 * interval.high))
+
+
+def test_losses_are_drawn_as_losses(drawn, tmp_path):
+    found = scores(measure="loss")
+    plot_by_position({"a": found}, tmp_path / "a.png", "words " * 40)
+    axes = drawn[0]
+    np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), -found.log_prob.mean(axis=0))
+    assert "nats" in axes.get_ylabel()
+    assert axes.get_ylim()[1] < 5
+
+
+def test_a_single_window_has_no_band(drawn, tmp_path):
+    plot_by_position({"a": scores(1, "loss")}, tmp_path / "a.png", "")
+    assert np.isfinite(drawn[0].get_ylim()).all()
