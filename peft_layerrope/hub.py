@@ -23,7 +23,7 @@ from ._version import __version__
 from .card_merge import CARD_NAME
 from .config import LayerRopeConfig
 from .errors import LayerRopeError
-from .hub_errors import NotLoggedInError, check_repo_id, hub_errors
+from .hub_errors import NotLoggedInError, PullTargetError, check_repo_id, hub_errors
 from .hub_folder import PUBLISHED, address_card, check_adapter_folder, stage
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 PULL_RECORD = ".layerrope-pull.json"
 """In a pulled folder: where it is from, and what was in it, so that a later pull knows what it may replace."""
-
-
-class PullTargetError(LayerRopeError, FileExistsError):
-    """The folder to pull into holds something that a pull did not put there."""
 
 
 def push_to_hub(

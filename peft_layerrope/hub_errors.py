@@ -56,6 +56,10 @@ class HubUnreachableError(HubError, ConnectionError):
     """There is no connection to the Hub, or it does not answer."""
 
 
+class PullTargetError(LayerRopeError, FileExistsError):
+    """The folder to pull into holds something that a pull did not put there."""
+
+
 def check_repo_id(repo_id: str) -> None:
     """Raises InvalidRepoIdError unless `repo_id` is `name` or `owner/name` as the Hub allows."""
     try:

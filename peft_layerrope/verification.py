@@ -236,8 +236,11 @@ def _record(
         mine.tables += _tables_in(value)
         if base is not None and value is not None:
             trying = True
-            own = module.forward(*args, **kwargs)
-            turned_args, turned_kwargs = _with_table(args, kwargs, value, _turned_back(value))
+            # tried with the model's own table: one that does not rotate at all is the same turned back
+            table = value if base[layer].value is None else base[layer].value
+            own_args, own_kwargs = _with_table(args, kwargs, value, table)
+            own = module.forward(*own_args, **own_kwargs)
+            turned_args, turned_kwargs = _with_table(args, kwargs, value, _turned_back(table))
             turned = module.forward(*turned_args, **turned_kwargs)
             mine.rotates |= not torch.equal(_first_tensor(own), _first_tensor(turned))
             trying = False

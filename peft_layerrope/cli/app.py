@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from .. import __version__
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
+from ..hub_errors import InvalidRepoIdError, PullTargetError
 
 app = typer.Typer(
     name="layerrope",
@@ -28,6 +29,7 @@ out = Console()
 err = Console(stderr=True)
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+_USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError, InvalidRepoIdError, PullTargetError)
 
 
 @contextmanager
@@ -39,8 +41,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        usage = isinstance(error, (SearchError, TaskError, InvalidConfigError))
-        raise typer.Exit(USAGE_ERROR if usage else FAILURE) from error
+        raise typer.Exit(USAGE_ERROR if isinstance(error, _USAGE_ERRORS) else FAILURE) from error
 
 
 def _version(value: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -48,6 +47,7 @@ from .options import (
     tokenizer_of,
     window_of,
 )
+from .output import check_output
 
 SPECIFICATION_NAME, RUN_FOLDER = "search.yaml", "run"
 
@@ -258,7 +258,7 @@ def search(
     """
     with plain_errors(debug):
         specification = _specification(context, output, config, resume, guards)
-        _check_output(output, resume, overwrite)
+        check_output(output, resume, overwrite)
         pool = _workers(workers, ray_address, specification)
         tokenizer = tokenizer_of(specification.model)
         window = window_of(specification.model)
@@ -323,21 +323,6 @@ def _workers(count: int, address: str | None, specification: SearchSpecification
         device=specification.device,
         dtype=specification.dtype,
     )
-
-
-def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Refuses an output folder that cannot be used, before any work."""
-    if resume and overwrite:
-        raise SearchError("--resume keeps an earlier search and --overwrite replaces it: pass one of them.")
-    if output.exists() and not output.is_dir():
-        raise SearchError(f"--output {output} exists and is not a folder.")
-    if output.is_dir() and any(output.iterdir()) and not (overwrite or resume):
-        raise SearchError(
-            f"--output {output} is not empty; pass --resume to go on with the search in it, --overwrite to replace it."
-        )
-    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise SearchError(f"--output {output} is not writable.")
 
 
 def _prepare_output(output: Path, resume: bool) -> None:

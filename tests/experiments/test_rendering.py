@@ -57,6 +57,7 @@ def test_html_has_no_markup_from_outside():
     assert not [name for name in attributes if name.startswith("on")]
     assert tags.text.count("alert(1)") >= 8
     assert "{{ 7*7 }}" in tags.text
+    assert all(c.isprintable() or c == "\n" for c in page())
 
 
 def test_html_asks_for_nothing_from_anywhere():

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from peft_layerrope.errors import SearchError
-from peft_layerrope.experiments import Section, SectionFigure, SectionTable
+from peft_layerrope.experiments import Section, SectionFigure, SectionTable, storage
 from peft_layerrope.experiments.commands import command_line
 from peft_layerrope.experiments.storage import find_section, load_section, save_section
 
@@ -59,6 +59,17 @@ def test_a_damaged_section_is_not_found(tmp_path, harm):
     assert find_section(tmp_path, "halves", {}) is None
     with pytest.raises(SearchError):
         load_section(tmp_path, "halves")
+
+
+def test_a_saved_section_cannot_name_a_file_elsewhere(tmp_path, monkeypatch):
+    path = save_section(section(), tmp_path, {})
+    values = json.loads(path.read_text())
+    values["figures"][0]["name"] = "one/../../secret"
+    path.write_text(json.dumps(values))
+    opened = []
+    monkeypatch.setattr(storage, "read_bytes", lambda path, limit: opened.append(path) or PNG)
+    assert find_section(tmp_path, "halves", {}) is None
+    assert not opened
 
 
 @pytest.mark.parametrize("name", ["", "../x", "A", "a b", "a.b", "-a"])

@@ -9,26 +9,29 @@ from experiment_helpers import FACTORS, GROUPS, Audience, by_hand, scores_of, sh
 
 from peft_layerrope import Example, LayerRopeConfig, TokenTask
 from peft_layerrope.errors import AdapterMismatchError, SearchError, TaskError
-from peft_layerrope.experiments import Measuring, run_halves, run_sweep, run_u_shape
+from peft_layerrope.experiments import Measuring, run_halves, run_sensitivity, run_sweep, run_u_shape
 from peft_layerrope.experiments.halves import half_vectors
 from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.experiments.u_shape import describe_shape
 from peft_layerrope.experiments.units import utilisation_difference
+from peft_layerrope.searcher.sensitivity import sensitivity
 from peft_layerrope.statistics import Interval, mean_interval
 
 UP, DOWN, FLAT = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.0, -0.1, 0.1)
 
 
 def test_u_shape_compares_the_middle_with_both_ends(demo_model, demo_tokenizer):
-    tasks = [short_task(demo_tokenizer, 128), short_task(demo_tokenizer)]
-    section = run_u_shape(demo_model, tasks, num_groups=GROUPS)
+    tasks = [short_task(demo_tokenizer, 256), short_task(demo_tokenizer)]
+    section = run_u_shape(demo_model, tasks, num_groups=8)
     assert len(section.findings) == len(section.data["scores"]) == 2
     for task, (label, found) in zip(tasks, section.data["scores"].items(), strict=True):
-        scores = by_hand(demo_model, task)
+        scores = by_hand(demo_model, task, groups=8)
         assert found == scores.to_dict()
         gap = mean_interval(scores.correct[:, 1:-1].mean(axis=1) - scores.correct[:, 0])
         assert section.data["middle_minus_first"][label]["value"] == pytest.approx(gap.value, abs=1e-6)
         assert section.data["middle_minus_first"][label]["low"] == pytest.approx(gap.low, abs=1e-6)
+        gap = mean_interval(scores.correct[:, 1:-1].mean(axis=1) - scores.correct[:, -1])
+        assert section.data["middle_minus_last"][label]["value"] == pytest.approx(gap.value, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,18 @@ def test_a_shared_kv_cache_keeps_its_layers_together():
     model = build_model("llama")
     model.config.kv_source_layers = [0, 1, 1, 3]
     assert with_factors(model, LayerRopeConfig(), [1.1, 1.2, 1.3, 1.4]).layer_factors == [1.1, 1.2, 1.2, 1.4]
+
+
+def test_sensitivity_is_that_of_its_own_command(demo_model, demo_tokenizer):
+    task, audience = short_task(demo_tokenizer), Audience()
+    section = run_sensitivity(demo_model, task, num_groups=GROUPS, measuring=Measuring(audience=audience))
+    result = sensitivity(demo_model, task, num_groups=GROUPS, progress=False)
+    assert section.data == result.to_dict()
+    assert [finding.lower() for finding in section.findings] == [line.lower() for line in result.advice()]
+    effect = result.of_layer(1)[2]
+    assert section.tables[0].rows[1][5] == f"{100 * effect.accuracy:.1f}"
+    assert section.tables[0].rows[1][6].startswith(f"{effect.log_prob_change.value:+.3f}")
+    assert audience.stages[0][1] == audience.stages[0][2]
 
 
 def _loss_task() -> TokenTask:
