@@ -236,7 +236,7 @@ def _figure(
         axes.set_xlabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(f"{unit.name} ({unit.symbol})")
-    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylim(0, min(panels[0].get_ylim()[1], 1.03 * unit.scale))  # no share is above 1
     legend_below(figure, panels[0])
     caption = f"{title} by layer, with the gold first, in the middle and last; bars: 95 % intervals over contexts."
     return SectionFigure(kind, caption, to_png(figure, title, measured))

@@ -18,7 +18,7 @@ from ..tasks import Task
 from .figures import COLOURS, new_figure, to_png
 from .measuring import Measuring, factor_vector, held_out, in_force, measure, measured_on, with_factors
 from .section import Section, SectionFigure, SectionTable
-from .units import Unit, interval_dict, legend, log_prob_difference, unit_of, utilisation_difference
+from .units import U_LEGEND, Unit, interval_dict, legend, log_prob_difference, unit_of, utilisation_difference
 
 NAME = "control-points"
 DEFAULT_GROUPS = 50
@@ -156,7 +156,7 @@ def run_control_points(
     header = ("moved", "factors", "U" if split.measure == "accuracy" else unit.name, "Δ", "Δ gold log-prob's U")
     caption = (
         f"Each coordinate moved by ±{step:g}, at most to its limit, and rounded to the grid as in the search. Δ: to "
-        "the curve itself. " + legend(split.measure)
+        "the curve itself. " + legend(split.measure, U_LEGEND)
     )
     return Section(
         name=NAME,

@@ -17,7 +17,7 @@ from ..tasks import Task
 from .figures import COLOURS, draw_line, legend_below, new_figure, percent_axis, to_png
 from .measuring import Measuring, held_out, measure, measured_on
 from .section import Section, SectionFigure, SectionTable
-from .units import Unit, interval_dict, legend, unit_of, verdict
+from .units import AVERAGE_LEGEND, Unit, interval_dict, legend, unit_of, verdict
 
 NAME = "extrapolation"
 DEFAULT_GROUPS = 30
@@ -148,7 +148,7 @@ def _tables(
 ) -> tuple[SectionTable, ...]:
     header = ("contender", *(f"{length} tokens ({length / window:g}×)" for length in scores))
     measure_name = next(iter(next(iter(scores.values())).values())).measure
-    caption = legend(measure_name) + " Matched: by length over trained window."
+    caption = legend(measure_name, AVERAGE_LEGEND) + " Matched: by length over trained window."
     values = [(label, *(unit.mean(by_label[label].average()) for by_label in scores.values())) for label in labels]
     changes = [(label, *(unit.change(by_label[label]) for by_label in gains.values())) for label in labels[1:]]
     tables = [

@@ -16,7 +16,7 @@ from ..tasks import Split, Task
 from .figures import new_figure, plain, to_png
 from .measuring import Measuring, held_out, measure, times_window
 from .section import Section, SectionFigure, SectionTable
-from .units import Unit, interval_dict, legend, unit_of
+from .units import AVERAGE_LEGEND, Unit, interval_dict, legend, unit_of
 
 NAME = "transfer"
 DEFAULT_GROUPS = 50
@@ -119,7 +119,7 @@ def _tables(
     lengths = "; ".join(
         f"{cell}: {split.max_tokens} tokens{times_window(split.max_tokens, window)}" for cell, split in splits.items()
     )
-    legends = " ".join(dict.fromkeys(legend(split.measure) for split in splits.values()))
+    legends = " ".join(dict.fromkeys(legend(split.measure, AVERAGE_LEGEND) for split in splits.values()))
     return (
         SectionTable(header, tuple(values), "Average accuracy or loss", f"{lengths}. {legends}"),
         SectionTable(header, tuple(changes), f"Difference to {NO_SCALING}"),

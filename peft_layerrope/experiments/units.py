@@ -99,20 +99,22 @@ class Thirds:
         return cls(values[:, 0], values[:, 1:-1].mean(axis=1), values[:, -1])
 
 
-SCORE_LEGEND = (
-    "Accuracy is exact match in %. Middle: the mean over all inner positions; U: context utilisation (weights "
-    f"{', '.join(f'{w:g}' for w in DEFAULT_WEIGHTS)} for first, middle and last). ±: 95 % interval over contexts; "
-    "differences (Δ) are paired."
+_INTERVALS = "±: 95 % interval over contexts; differences (Δ) are paired."
+_WEIGHTS = ", ".join(f"{weight:g}" for weight in DEFAULT_WEIGHTS)
+U_LEGEND = (
+    f"U: context utilisation of the accuracies in % (weights {_WEIGHTS} for first, middle and last). {_INTERVALS}"
 )
+AVERAGE_LEGEND = f"Accuracy is exact match in %, mean over all positions. {_INTERVALS}"
+SCORE_LEGEND = f"Accuracy is exact match in %. Middle: the mean over all inner positions; {U_LEGEND}"
 LOSS_LEGEND = (
     "Loss in nats per token and its exponential, the perplexity; less is better. ±: 95 % interval over texts; "
     "differences (Δ) are paired."
 )
 
 
-def legend(measure: Measure) -> str:
-    """Says how to read a table of [`score_cells`]."""
-    return LOSS_LEGEND if measure == "loss" else SCORE_LEGEND
+def legend(measure: Measure, of_accuracy: str = SCORE_LEGEND) -> str:
+    """Says how to read a table: of losses, or as `of_accuracy` says; by default one of [`score_cells`]."""
+    return LOSS_LEGEND if measure == "loss" else of_accuracy
 
 
 def score_header(measure: Measure) -> tuple[str, ...]:
