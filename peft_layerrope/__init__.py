@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .adapter_context import use_adapter
 from .baking import restore_baked
 from .config import LayerRopeConfig
 from .demo import demo_model_path
@@ -110,6 +111,7 @@ __all__ = [
     "push_to_hub",
     "restore_baked",
     "search",
+    "use_adapter",
     "verify",
 ]
 

@@ -76,10 +76,11 @@ def make_batches(model: nn.Module, split: Split, batch_tokens: int, packed: bool
 
 def check_vocabulary(model: nn.Module, split: Split) -> None:
     """Raises TaskError if a token id of `split` is outside the model's vocabulary."""
-    largest = max(max(e.context_ids + e.query_ids + e.answer_ids) for e in split.examples)
+    ids = [f(e.context_ids + e.query_ids + e.answer_ids) for e in split.examples for f in (min, max)]
     vocabulary = embedding_table(model).shape[0]
-    if largest >= vocabulary:
-        raise TaskError(f"token id {largest} is outside the model's vocabulary of {vocabulary}.")
+    for token in (min(ids), max(ids)):
+        if not 0 <= token < vocabulary:
+            raise TaskError(f"token id {token} is outside the model's vocabulary of {vocabulary}.")
 
 
 def rotation_depends_on_length(model: nn.Module) -> bool:

@@ -42,15 +42,19 @@ def read_card(path: Path) -> ModelCard | None:
         ) from error
 
 
-def save_card(card: ModelCard, folder: Path) -> None:
+def save_card(card: ModelCard, folder: Path, target: Path | None = None) -> None:
     """Writes a generated card as `README.md`, into the one that is there if there is one.
+
+    Args:
+        card: the generated one.
+        folder: where the existing one is.
+        target: folder to write into; default: `folder`.
 
     Raises:
         CardError: the existing card cannot be read. It is left as it is.
     """
-    path = folder / CARD_NAME
-    existing = read_card(path)
-    write_atomically(path, str(card if existing is None else merged(existing, card)))
+    existing = read_card(folder / CARD_NAME)
+    write_atomically((target or folder) / CARD_NAME, str(card if existing is None else merged(existing, card)))
 
 
 def merged(existing: ModelCard, new: ModelCard) -> ModelCard:

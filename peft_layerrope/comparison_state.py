@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .atomic import write_atomically
+from .atomic import write_atomically, writing
 from .errors import TaskError
 from .fingerprint import first_difference
 from .scores import PositionScores
@@ -27,6 +27,7 @@ class ComparisonState:
     Raises:
         TaskError: there is a state but `resume` was not asked for, none although it was, one that cannot be read, or
             one of another comparison; the message names the difference.
+        WriteError: it cannot be written, here or later; what was there before is.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], resume: bool = False) -> None:
@@ -44,7 +45,8 @@ class ComparisonState:
             raise TaskError(
                 f"{folder} holds an unfinished or finished comparison: resume it, overwrite it, or use another folder."
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._save()
 
     def parts(self, label: str) -> list[PositionScores]:

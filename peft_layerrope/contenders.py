@@ -121,6 +121,8 @@ def parse_baseline(text: str) -> Contender:
     Raises:
         TaskError: it is none of these.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"a baseline is text such as 'linear:2', got {type(text).__name__}.")
     kind, _, rest = text.strip().partition(":")
     try:
         numbers = tuple(float(number) for number in rest.split(",")) if rest else ()

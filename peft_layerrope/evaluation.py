@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .batching import Batch, make_batches
-from .errors import NotEnoughMemoryError
+from .errors import NotEnoughMemoryError, TaskError
 from .scores import PositionScores
 from .tasks import Split, SplitName, Task
 
@@ -169,8 +169,11 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
         The result and the number of tokens that worked.
 
     Raises:
+        TaskError: `batch_tokens` is below 1.
         NotEnoughMemoryError: memory does not suffice for a single row.
     """
+    if batch_tokens < 1:
+        raise TaskError(f"batch_tokens={batch_tokens} must be at least 1.")
     while True:
         try:
             return attempt(batch_tokens), batch_tokens

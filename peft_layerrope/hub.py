@@ -195,6 +195,8 @@ def _published_card(api: HfApi, repo_id: str, revision: str | None, folder: Path
 def _check_target(target: Path, repo_id: str, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise PullTargetError(f"{target} exists and is not a folder.")
+    if not next(parent for parent in target.parents if parent.exists()).is_dir():
+        raise PullTargetError(f"{target} cannot be made: a file stands in the way.")
     if target == Path.cwd():
         raise PullTargetError(f"{target} is the working directory, which cannot be replaced: name a folder in it.")
     if overwrite or not target.is_dir() or not any(target.iterdir()):

@@ -25,7 +25,7 @@ from .adapter_files import AdapterFiles
 from .baked_record import BAKED_CONFIG_KEY
 from .baking import restore_baked
 from .config import LayerRopeConfig
-from .errors import LayerRopeError
+from .errors import InvalidConfigError, LayerRopeError
 from .registration import LAYER_ROPE
 from .untrusted import MAX_BYTES, UntrustedFileError, one_line, read_json_object, shown
 
@@ -47,10 +47,12 @@ def load_model(
         revision: branch, tag or commit on the Hub; default: `main`.
 
     Raises:
+        InvalidConfigError: there is no such device or dtype.
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with _model_errors(name_or_path):
+    device = _checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _check_dtype(dtype)
+    with model_errors(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, revision=revision)
         auto_class = next((c for c in _AUTO_CLASSES if type(config) in c._model_mapping), AutoModelForCausalLM)
         # by its name: only then does transformers look for the safetensors that the Hub made of other formats
@@ -66,15 +68,38 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrai
     Raises:
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
     """
-    with _model_errors(name_or_path):
+    with model_errors(name_or_path):
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
 
 
+def _checked_device(name: str) -> torch.device:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch: unknown, absent, not compiled in
+        raise InvalidConfigError(f"device={name!r} cannot be used: {one_line(error)}") from error
+    return torch.device(name)
+
+
+def _check_dtype(name: str) -> None:
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidConfigError(f"dtype={name!r} is unknown, expected auto, float32, bfloat16 or float16.")
+
+
+def _check_present(kind: str, name: str) -> None:
+    """Of a path that cannot be a Hub id, the Hub's rules for ids would be said otherwise."""
+    path = Path(name)
+    if (path.is_absolute() or path.parts[:1] in ((".",), ("..",)) or len(path.parts) > 2) and not path.is_dir():
+        raise LayerRopeError(f"cannot load {kind} {name!r}: there is no such folder.")
+
+
 @contextmanager
-def _model_errors(name_or_path: str) -> Iterator[None]:
+def model_errors(name_or_path: str) -> Iterator[None]:
+    """Turns what loading a model, its config or its tokenizer raises into a LayerRopeError of one line."""
+    _check_present("model", name_or_path)
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise LayerRopeError(f"cannot load model {name_or_path!r}: {one_line(error)}") from error
 
 
@@ -131,6 +156,7 @@ _PEFT_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, Run
 @contextmanager
 def _adapter_errors(adapter: str) -> Iterator[PeftType]:
     """Yields the adapter's kind, from a look at its `adapter_config.json` before PEFT reads it whatever it is."""
+    _check_present("adapter", adapter)
     if Path(adapter).is_dir() and not (Path(adapter) / CONFIG_NAME).is_file():
         raise LayerRopeError(f"{adapter!r} is not an adapter folder: it has no {CONFIG_NAME}.")
     try:

@@ -7,18 +7,24 @@ where they are, so LoRA's targets and keys do not change.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .adapter_choice import NO_CHOICE, chosen
+from .errors import LayerRopeError
 from .tables import BANK_BYTES, LayerScaling, TableBank, TablesOnDemand, family_table, stacked_tables
 
 LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
 """transformers' types whose forward decorator rewrites `inv_freq` by length."""
+
+_refreshing = threading.Lock()  # one for all modules: a lock of their own could be neither copied nor pickled
 
 
 def inv_freq_names(rotary: nn.Module) -> list[str]:
@@ -38,6 +44,11 @@ def is_length_dependent(rotary: nn.Module) -> bool:
     rope_type = getattr(rotary, "rope_type", "default")
     rope_types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
     return any(name in LENGTH_DEPENDENT_ROPE_TYPES for name in rope_types)
+
+
+def _one_at_a_time(rotary: nn.Module) -> AbstractContextManager[Any]:
+    """Held while `rotary` rewrites its frequencies by length and answers with them: else another thread's come in."""
+    return nullcontext() if torch.compiler.is_compiling() or not is_length_dependent(rotary) else _refreshing
 
 
 class _RotaryShell(nn.Module):
@@ -91,11 +102,16 @@ class _RotaryShell(nn.Module):
         """
         rotary = self._original()
         length_dependent = is_length_dependent(rotary)
+        current = {}
         if length_dependent:
-            rotary(x, position_ids, *args, **kwargs)  # transformers refreshes the frequencies in here
+            with _one_at_a_time(rotary):
+                rotary(x, position_ids, *args, **kwargs)  # transformers refreshes the frequencies in here
+                # Copied: tables made later must not see what another request's length makes of them.
+                current = {name: getattr(rotary, name).clone() for name in inv_freq_names(rotary)}
         cacheable = scaling.is_constant and not length_dependent
 
         def rows(name: str, inv_freq: torch.Tensor) -> torch.Tensor:
+            inv_freq = current.get(name, inv_freq)
             if cacheable and not torch.compiler.is_compiling():  # asked here: a layer may be compiled on its own
                 return self._cached_rows(scaling, name, inv_freq, x.device)
             return scaling.scale(inv_freq.to(x.device), position_ids)
@@ -174,18 +190,34 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
 
     def _update_record(self) -> None:
         if self.is_recording and self.record is not None:
-            self.record(self.active_scaling())
+            self.record(self._switched_scaling())
+
+    def _switched_scaling(self) -> LayerScaling | None:
+        """The scaling that `set_adapter` and `disable_adapter` have left in force."""
+        active = self.active_adapters  # read once: another thread may be switching
+        return None if self.disable_adapters or not active else self.scalings[active[0]]
 
     def active_scaling(self) -> LayerScaling | None:
-        """Returns the scaling in force, or None while disabled or without an active adapter."""
-        if self.disable_adapters or not self.active_adapters:
+        """Returns the scaling in force for the caller, or None while disabled or without an active adapter.
+
+        Raises:
+            LayerRopeError: the adapter that the caller has chosen by `use_adapter` was deleted.
+        """
+        name = chosen(self)
+        if name is NO_CHOICE:
+            return self._switched_scaling()
+        if name is None:
             return None
-        return self.scalings[self.active_adapters[0]]
+        scaling = self.scalings.get(name)
+        if scaling is None:
+            raise LayerRopeError(f"use_adapter: adapter {name!r} was deleted while in use.")
+        return scaling
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         scaling = self.active_scaling()
         if scaling is None:
-            return self.base_layer(x, position_ids, *args, **kwargs)
+            with _one_at_a_time(self.base_layer):
+                return self.base_layer(x, position_ids, *args, **kwargs)
         return self.scaled_output(scaling, x, position_ids, *args, **kwargs)
 
     # PEFT's layer interface, for an adapter that has no weights.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -14,6 +18,7 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from .. import __version__
+from ..atomic import WriteError
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
 from ..hub_errors import InvalidRepoIdError, PullTargetError
 
@@ -28,13 +33,13 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+USAGE_ERROR, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
 _USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError, InvalidRepoIdError, PullTargetError)
 
 
 @contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """One line per error: exit status 2 for settings that cannot work, 1 for a failure."""
+    """One line per error: exit status 2 for settings that cannot work, 1 for a failure, 130 for Ctrl-C."""
     try:
         yield
     except LayerRopeError as error:
@@ -42,6 +47,30 @@ def plain_errors(debug: bool) -> Iterator[None]:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE_ERROR if isinstance(error, _USAGE_ERRORS) else FAILURE) from error
+    except KeyboardInterrupt:
+        err.print("interrupted.")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def resumable(how: str) -> Iterator[None]:
+    """Says how to go on after an interruption, and after a write that failed.
+
+    Args:
+        how: what to do, such as "the same command and --resume".
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"interrupted; nothing is lost. Go on with {how}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except WriteError as error:
+        raise WriteError(f"{error} Nothing that was measured is lost: make room, then go on with {how}") from error
+
+
+def shell_word(path: Path) -> str:
+    """The path as it may be typed in a shell."""
+    return shlex.quote(str(path))
 
 
 def _version(value: bool) -> None:
@@ -64,9 +93,20 @@ def main(
 
 
 def run() -> None:
-    """Entry point of the `layerrope` script."""
+    """Entry point of the `layerrope` script. SIGTERM is taken as Ctrl-C is, but with exit status 143."""
+    terminated = False
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         app()
     except KeyboardInterrupt:
-        err.print("interrupted; nothing was written.")
-        sys.exit(INTERRUPTED)
+        sys.exit(TERMINATED if terminated else INTERRUPTED)
+    except SystemExit as done:
+        if terminated and done.code == INTERRUPTED:
+            sys.exit(TERMINATED)
+        raise

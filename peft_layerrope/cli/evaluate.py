@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import __version__
-from ..atomic import write_atomically
+from ..atomic import write_atomically, writing
 from ..comparison import Comparison, compare
 from ..comparison_report import (
     by_position_tables,
@@ -28,7 +28,8 @@ from ..evaluation import DEFAULT_BATCH_TOKENS
 from ..losses import DEFAULT_BUCKETS
 from ..public_names import public_name
 from ..report import position_table
-from .app import INTERRUPTED, app, err, out, plain_errors
+from ..run_lock import locked
+from .app import app, err, out, plain_errors, resumable
 from .options import (
     BatchTokensOption,
     ChatTemplateOption,
@@ -55,9 +56,10 @@ from .options import (
     tokenizer_of,
     window_of,
 )
-from .output import check_file, check_output
+from .output import check_file, check_output, check_plot
 
 _COMPARED, _RUN = "Compared", "Running"
+_JSON_NAME, _MARKDOWN_NAME, _LOCK_NAME = "evaluation.json", "evaluation.md", "evaluation.lock"
 
 
 @app.command(name="evaluate")
@@ -161,8 +163,8 @@ def evaluate_command(
         )
         contenders = _contenders(adapter or [], baseline or [])
         _check_options(output, resume, overwrite, generate, max_new_tokens)
-        for file, option in ((json_output, "--json"), (plot, "--plot")):
-            check_file(file, option)
+        check_file(json_output, "--json")
+        check_plot(plot)
         tokenizer = tokenizer_of(model)
         specification = resolve_task(specification, window_of(model), is_demo=model is None)
         built = build_task(specification, tokenizer)
@@ -170,9 +172,12 @@ def evaluate_command(
         if buckets is not None and examples.measure != "loss":
             raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
         loaded = load(model, device, dtype)
-        if output is not None and overwrite:
-            (output / SCORES_NAME).unlink(missing_ok=True)
-        try:
+        with ExitStack() as stack:
+            if output is not None:
+                stack.enter_context(resumable("the same command and --resume."))
+                stack.enter_context(locked(output, _LOCK_NAME))
+                if overwrite:
+                    _clear(output)
             with _progress() as progress:
                 comparison = compare(
                     loaded,
@@ -189,24 +194,35 @@ def evaluate_command(
                     resume=resume and (output / SCORES_NAME).exists(),
                     progress=progress,
                 )
-        except KeyboardInterrupt:
-            if output is None:
-                raise
-            err.print("interrupted; nothing is lost. Go on with the same command and --resume.")
-            raise typer.Exit(INTERRUPTED) from None
-        name = display_name(model)
-        _print(comparison, name)
-        content = {"model": public_name(loaded.config._name_or_path), "version": __version__, **comparison.to_dict()}
-        report = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        if json_output is not None:
-            json_output.write_text(report)
-        if plot is not None:
-            plot_comparison(comparison, plot)
-        if output is not None:
-            write_atomically(output / "evaluation.json", report)
-            write_atomically(output / "evaluation.md", f"# {content['model']}\n\n{comparison_markdown(comparison)}")
-            plot_comparison(comparison, output / f"{comparison.measure}_by_position.png")
-            out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
+            _print(comparison, display_name(model))
+            name = public_name(loaded.config._name_or_path)
+            content = {"model": name, "version": __version__, **comparison.to_dict()}
+            report = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            if json_output is not None:
+                with writing(json_output):
+                    json_output.write_text(report, encoding="utf-8")
+            if plot is not None:
+                with writing(plot):
+                    plot_comparison(comparison, plot)
+            if output is not None:
+                _save(comparison, name, report, output)
+
+
+def _clear(output: Path) -> None:
+    """Removes an earlier comparison, which nobody is to take for the new one."""
+    with writing(output):
+        for name in (_JSON_NAME, _MARKDOWN_NAME, SCORES_NAME):
+            (output / name).unlink(missing_ok=True)
+
+
+def _save(comparison: Comparison, name: str, report: str, output: Path) -> None:
+    """Writes the report last in JSON, so that where it is everything is."""
+    image = output / f"{comparison.measure}_by_position.png"
+    with writing(image):
+        plot_comparison(comparison, image)
+    write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
+    write_atomically(output / _JSON_NAME, report)
+    out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
 
 
 def _contenders(adapters: list[str], baselines: list[str]) -> list[Contender]:

@@ -14,6 +14,7 @@ from .. import families, report
 from ..errors import LayerRopeError, SearchError
 from .app import app, err, out, plain_errors
 from .options import DebugOption, JsonOption
+from .output import check_file
 
 
 @app.command(name="families")
@@ -37,6 +38,7 @@ def families_command(
         unknown = [name for name in model_types or [] if name not in kinds]
         if unknown:
             raise SearchError(f"{', '.join(unknown)}: not a decoder family of the installed transformers.")
+        check_file(json_output, "--json")
         names = model_types or list(kinds)
         trials = [families.try_family(n) for n in track(names, "trying", console=err, transient=True)]
         if json_output is not None:

@@ -11,8 +11,8 @@ import typer
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..demo import demo_model_path
-from ..errors import LayerRopeError, TaskError
-from ..loading import load_model, load_tokenizer
+from ..errors import TaskError
+from ..loading import load_model, load_tokenizer, model_errors
 from ..tasks import SPLIT_NAMES, Task
 from ..tasks.specification import DEFAULT_TASK, TASK_NAMES, KeyStyle, TaskSpecification, make_task
 from .app import err
@@ -92,7 +92,7 @@ RopeTypeOption = Annotated[
 ]
 FactorOption = Annotated[float, typer.Option(help="Global factor of linear and dynamic.", rich_help_panel="Scaling")]
 BatchTokensOption = Annotated[
-    int, typer.Option(help="Tokens per forward pass; halved when memory runs out.", rich_help_panel="Model")
+    int, typer.Option(help="Tokens per forward pass; halved when memory runs out.", rich_help_panel="Model", min=1)
 ]
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.", rich_help_panel="Model")
@@ -181,10 +181,8 @@ def window_of(model: str | None) -> int | None:
         LayerRopeError: the config cannot be loaded.
     """
     source = model or demo_model_path()
-    try:
+    with model_errors(source):
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise LayerRopeError(f"cannot load model {source!r}: {str(error).strip().splitlines()[0]}") from error
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 

@@ -7,11 +7,15 @@ from pathlib import Path
 
 from ..errors import TaskError
 
+_PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+
 
 def check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """Raises TaskError if a folder cannot be used for results."""
     if resume and overwrite:
         raise TaskError("--resume keeps what is there and --overwrite replaces it: pass one of them.")
+    if resume and not output.exists():
+        raise TaskError(f"nothing to resume: --output {output} does not exist.")
     if output.exists() and not output.is_dir():
         raise TaskError(f"--output {output} exists and is not a folder.")
     if output.is_dir() and any(output.iterdir()) and not (overwrite or resume):
@@ -19,8 +23,15 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"--output {output} is not empty; pass --resume to go on with what is in it, --overwrite to replace it."
         )
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise TaskError(f"--output {output} is not writable.")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises TaskError if a plot, where one is wanted, could not be written."""
+    check_file(path, "--plot")
+    if path is not None and path.suffix.lower() not in _PLOTS:
+        raise TaskError(f"--plot {path} must end in one of {', '.join(_PLOTS)}.")
 
 
 def check_file(path: Path | None, option: str) -> None:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .. import report
+from ..atomic import writing
+from ..card import ACCURACY_PLOT, FACTORS_PLOT
 from ..demo import demo_model_path
-from ..errors import SearchError
+from ..errors import LayerRopeError, SearchError
 from ..evaluation import DEFAULT_BATCH_TOKENS
+from ..run_lock import FolderInUseError, locked
 from ..scores import DEFAULT_WEIGHTS
 from ..searcher import Guards, SearchResult, SearchSettings, plan_search
 from ..searcher import search as run_search
+from ..searcher.result import REPORT_NAME, TIMING_NAME
 from ..searcher.sensitivity import parse_layers
 from ..searcher.specification import SearchSpecification, merge, read_specification
-from ..searcher.state import STATE_NAME
-from .app import INTERRUPTED, app, err, out, plain_errors
+from ..searcher.state import LOCK_NAME, LOG_NAME, STATE_NAME
+from .app import app, err, out, plain_errors, resumable, shell_word
 from .options import (
     BatchTokensOption,
     ChatTemplateOption,
@@ -50,6 +56,8 @@ from .options import (
 from .output import check_output
 
 SPECIFICATION_NAME, RUN_FOLDER = "search.yaml", "run"
+_COMMAND_LOCK = "search.lock"  # of the state, the specification and the result; `LOCK_NAME` is of the state alone
+_RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT)
 
 
 class ObjectiveName(StrEnum):
@@ -269,10 +277,12 @@ def search(
         if dry_run:
             out.print(report.plan_table(plan_search(loaded, built, specification.search)))
             return
-        _prepare_output(output, resume)
-        specification.save(output / SPECIFICATION_NAME)
         folder = output / RUN_FOLDER
-        try:
+        how_to_go_on = f"layerrope search --output {shell_word(output)} --resume"
+        with _forgotten_if_refused(output, resume), resumable(how_to_go_on), locked(folder, _COMMAND_LOCK):
+            if not resume:
+                _clear(output)
+            specification.save(output / SPECIFICATION_NAME)
             with pool as distribute:
                 result = run_search(
                     loaded,
@@ -283,11 +293,26 @@ def search(
                     on_plan=lambda plan: err.print(report.plan_line(plan), highlight=False),
                     distribute=distribute,
                 )
-        except KeyboardInterrupt:
-            err.print(f"interrupted; nothing is lost. Go on with: layerrope search --output {output} --resume")
-            raise typer.Exit(INTERRUPTED) from None
-        result.save(output)
+            result.save(output)
         _print_result(result, output)
+
+
+@contextmanager
+def _forgotten_if_refused(output: Path, resume: bool) -> Iterator[None]:
+    """Takes back what was written for a search that was refused before its first evaluation."""
+    try:
+        yield
+    except FolderInUseError:  # what is there is somebody else's
+        raise
+    except LayerRopeError:
+        run = output / RUN_FOLDER
+        if not resume and not (run / STATE_NAME).exists():
+            (output / SPECIFICATION_NAME).unlink(missing_ok=True)
+            (run / LOG_NAME).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: there was something before
+                run.rmdir()
+                output.rmdir()
+        raise
 
 
 def _specification(
@@ -325,13 +350,17 @@ def _workers(count: int, address: str | None, specification: SearchSpecification
     )
 
 
-def _prepare_output(output: Path, resume: bool) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SearchError(f"--output {output} cannot be created: {error.strerror}.") from error
-    if not resume and (output / RUN_FOLDER).exists():
-        shutil.rmtree(output / RUN_FOLDER)
+def _clear(output: Path) -> None:
+    """Removes an earlier search with its result, which nobody is to take for the new one's. The card stays: its owner
+    may have written in it.
+    """
+    folder = output / RUN_FOLDER
+    with locked(folder, LOCK_NAME), writing(output):
+        for name in _RESULTS:
+            (output / name).unlink(missing_ok=True)
+        for path in folder.iterdir():
+            if path.name not in (LOCK_NAME, _COMMAND_LOCK):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _print_result(result: SearchResult, output: Path) -> None:

@@ -41,6 +41,7 @@ from .options import (
     tokenizer_of,
     window_of,
 )
+from .output import check_file, check_plot
 
 
 @app.command(name="sensitivity")
@@ -87,6 +88,8 @@ def sensitivity_command(
     """
     with plain_errors(debug):
         wanted = parse_layers(layers) if layers is not None else None
+        check_file(json_output, "--json")
+        check_plot(plot)
         specification = task_of(
             task,
             data=data,

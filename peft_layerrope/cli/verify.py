@@ -12,6 +12,7 @@ from ..loading import load_adapter, load_adapter_config
 from ..verification import verify
 from .app import app, out, plain_errors
 from .options import DebugOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, display_name, load
+from .output import check_file
 
 
 @app.command(name="verify")
@@ -37,6 +38,7 @@ def verify_command(
     Example: `layerrope verify meta-llama/Llama-3.1-8B-Instruct --adapter my-adapter`
     """
     with plain_errors(debug):
+        check_file(json_output, "--json")
         loaded = load(model, device, dtype)
         subject = load_adapter(loaded, adapter) if adapter is not None else loaded
         result = verify(subject, load_adapter_config(adapter) if adapter is not None else None)

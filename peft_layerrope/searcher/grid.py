@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..config import FACTOR_RANGE
 from ..errors import SearchError
 
 Factors = tuple[float, ...]
@@ -31,6 +32,11 @@ class FactorGrid:
     def __post_init__(self) -> None:
         if not all(math.isfinite(v) and v > 0 for v in (self.low, self.high, self.step)):
             raise SearchError(f"factor grid {self.low}..{self.high} step {self.step}: all three must be positive.")
+        if self.low < FACTOR_RANGE[0] or self.high > FACTOR_RANGE[1]:
+            raise SearchError(
+                f"min_factor={self.low} and max_factor={self.high} must be from {FACTOR_RANGE[0]:g} to "
+                f"{FACTOR_RANGE[1]:g}."
+            )
         if self.high <= self.low:
             raise SearchError(f"max_factor={self.high} must be greater than min_factor={self.low}.")
         if (self.high - self.low) / self.step > _MAX_VALUES:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -152,7 +155,8 @@ class RayWorkers:
             wanted = int(-(-self._num_workers * cpus_per_worker // 1))
             options |= {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
         try:
-            ray.init(**options)
+            with _keeping_sigterm():  # Ray would end this process with status 15 and without a word
+                ray.init(**options)
         except (OSError, RuntimeError, ValueError) as error:
             raise SearchError(f"Ray at {address!r} cannot be used: {first_line(error)}") from error
         self._started_ray = True
@@ -183,6 +187,17 @@ class RayWorkers:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Puts what happens at SIGTERM back afterwards."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _import_ray() -> ModuleType:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peft.utils import CONFIG_NAME
 
 from .. import plots, report
 from ..artifacts import save_adapter
+from ..atomic import replacing_files
 from ..card import ACCURACY_PLOT, FACTORS_PLOT, HeldOut, model_card
-from ..card_merge import save_card
+from ..card_merge import CardError, save_card
 from ..config import LayerRopeConfig
 from ..public_names import public_name
 from ..scores import PositionScores
@@ -46,6 +48,8 @@ LABELS = {
     REFINED: "per layer: refined",
 }
 
+
+REPORT_NAME, TIMING_NAME = "search.json", "timing.json"
 
 _NO_TAIL_GUARD = {"tail_accuracy": None, "max_tail_drop": None}
 
@@ -213,23 +217,30 @@ class SearchResult:
 
         Raises:
             CardError: the model card that is there cannot be read; everything else is written by then.
+            WriteError: a file cannot be written; the folder is as it was, or has no `adapter_config.json`.
         """
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         config = copy(self.config)
         config.base_model_name_or_path = base_model = public_name(self.model_name)
-        save_adapter(config, folder)
-        (folder / "search.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
-        (folder / "timing.json").write_text(json.dumps(self.timing, indent=2) + "\n")
-        plots.plot_by_position(self.curves_to_plot(), folder / ACCURACY_PLOT, self.subtitle())
-        plots.plot_factors_by_depth(
-            self.table[self.chosen].factors,
-            folder / FACTORS_PLOT,
-            control_points=self.control_points,
-            scaled_layers=self.config.scaled_layers,
-        )
-        files = {path.name for path in folder.iterdir()}
-        save_card(model_card(base_model, self.config, self._held_out(), files=files), folder)
+        unreadable = None
+        with replacing_files(folder, last=CONFIG_NAME) as staging:
+            save_adapter(config, staging)
+            (staging / REPORT_NAME).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+            (staging / TIMING_NAME).write_text(json.dumps(self.timing, indent=2) + "\n")
+            plots.plot_by_position(self.curves_to_plot(), staging / ACCURACY_PLOT, self.subtitle())
+            plots.plot_factors_by_depth(
+                self.table[self.chosen].factors,
+                staging / FACTORS_PLOT,
+                control_points=self.control_points,
+                scaled_layers=self.config.scaled_layers,
+            )
+            files = {path.name for place in (folder, staging) for path in place.iterdir()}
+            try:
+                save_card(model_card(base_model, self.config, self._held_out(), files=files), folder, staging)
+            except CardError as error:
+                unreadable = error
+        if unreadable is not None:
+            raise unreadable
 
     def _held_out(self) -> HeldOut:
         """What the model card says of the search."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME, demo_model_path
 from ..errors import NotEnoughMemoryError, SearchError
 from ..fingerprint import library_versions, model_fingerprint
+from ..run_lock import locked
 from ..scores import PositionScores
 from ..sites import embedding_table, find_stack, trained_window
 from ..tasks import Task
@@ -51,7 +52,7 @@ from .result import (
 from .search_data import SearchData, make_data
 from .settings import SearchSettings
 from .space import FactorSpace
-from .state import RunState
+from .state import LOCK_NAME, RunState
 from .strategies import run_strategy
 
 Distribute = Callable[[ModelEvaluator], Evaluator]
@@ -95,6 +96,8 @@ def search(
         SearchError: the settings do not work for this model, or the state is not this search's.
         TaskError: the splits cannot be made, overlap, or do not fit the model.
         UnsupportedModelError: the model's rotation cannot be scaled per layer.
+        FolderInUseError: another search is at work in `folder`.
+        WriteError: the state cannot be written, as on a full disk; make room and resume.
 
     Example:
     ```py
@@ -151,8 +154,12 @@ def _prepared(
         "threads": torch.get_num_threads(),
         "device": embedding_table(model).device.type,
     }
-    with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
-        state = RunState(Path(folder) if folder is not None else None, identity, resume)
+    kept = Path(folder) if folder is not None else None
+    with (
+        adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model,
+        locked(kept, LOCK_NAME) if kept is not None else nullcontext(),
+    ):
+        state = RunState(kept, identity, resume)
         with audience_of(progress) as audience:
             yield _Run(peft_model, settings, space, data, state, audience)
 
@@ -164,6 +171,11 @@ def model_name(model: nn.Module) -> str:
     if path.is_dir():
         return DEMO_NAME if path.resolve() == Path(demo_model_path()).resolve() else path.resolve().name
     return name
+
+
+def _since(started: float) -> float:
+    """Seconds since then, which no step of the clock makes negative."""
+    return max(0.0, time.perf_counter() - started)
 
 
 class _Run:
@@ -230,7 +242,7 @@ class _Run:
         self.audience.stage(name, total)
         self.state.log("stage", name=name, at_most=total)
         yield
-        self.seconds[name] = time.perf_counter() - started
+        self.seconds[name] = _since(started)
 
     def _rng(self, name: str) -> random.Random:
         """A generator per searcher, so that leaving one out does not change another."""
@@ -251,7 +263,7 @@ class _Run:
             for heat in range(len(self.heats)):
                 self.local.measure([self._unscaled()], heat)
                 self.audience.advance()
-            seconds = time.perf_counter() - started
+            seconds = _since(started)
             self.local.forget()
         held_out = sum(self.local.num_tokens(number) for number in self._split_numbers.values())
         self.plan = Plan(

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..adapted import adapted
 from ..batching import check_vocabulary
-from ..config import MAX_LAYERS
+from ..config import MAX_LAYERS, LayerRopeConfig
 from ..errors import SearchError
 from ..evaluation import DEFAULT_BATCH_TOKENS
 from ..scores import DEFAULT_WEIGHTS
@@ -374,6 +374,7 @@ def _checked_factors(factors: Sequence[float]) -> tuple[float, ...]:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value) or value <= 0:
             raise SearchError(f"factors={_shown(values)}: {value!r} must be a positive finite number.")
+        LayerRopeConfig(layer_factors=[float(value)])  # its range
     if 1 in values:
         raise SearchError(
             f"factors={_shown(values)}: 1 is the unscaled model, to which all are compared; leave it out."

@@ -8,6 +8,7 @@ and the random state of each generation are kept as well, and compared on the wa
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import write_atomically
+from ..atomic import write_atomically, writing
 from ..errors import SearchError
 from ..fingerprint import first_difference
 from ..scores import PositionScores
 from .grid import Factors
 from .measurement import HeatScores, Measurement
 
-STATE_NAME, LOG_NAME = "state.json", "log.jsonl"
+STATE_NAME, LOG_NAME, LOCK_NAME = "state.json", "log.jsonl", "state.lock"
 _FORMAT = 1
 
 
@@ -37,6 +38,7 @@ class RunState:
     Raises:
         SearchError: there is a state but `resume` was not asked for, none although it was, one that cannot be read,
             or one of another search; the message names the difference.
+        WriteError: it cannot be written, here or later; what was there before is.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], resume: bool = False) -> None:
@@ -58,7 +60,8 @@ class RunState:
             self._load(path)
         elif path.exists():
             raise SearchError(f"{folder} holds an unfinished or finished search: resume it, or use another folder.")
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._save()
 
     @property
@@ -111,7 +114,8 @@ class RunState:
         """Appends a line to `log.jsonl`, for people and tools that follow the run."""
         if self._folder is not None:
             line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, ensure_ascii=False)
-            with open(self._folder / LOG_NAME, "a", encoding="utf-8") as file:
+            path = self._folder / LOG_NAME
+            with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
     def _save(self) -> None:
@@ -159,8 +163,8 @@ class RunState:
             raise SearchError(f"{path} is damaged: {error!r}. Start again with --overwrite.") from error
         log = self._folder / LOG_NAME
         if log.exists():  # a line that was being written at the kill is dropped
-            lines = log.read_bytes()
-            log.write_bytes(lines[: lines.rfind(b"\n") + 1])
+            with writing(log):
+                os.truncate(log, log.read_bytes().rfind(b"\n") + 1)  # which needs no room
         self.log("resumed", measurements=len(self.measurements))
 
 

@@ -140,6 +140,12 @@ def check_request(name: str, num_groups: int) -> None:
         raise TaskError(f"num_groups={num_groups} must be at least 1.")
 
 
+def check_seed(seed: int) -> None:
+    """Raises TaskError unless a generator can begin with `seed`."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise TaskError(f"seed={seed!r} must be an integer of at least 0.")
+
+
 def split_stream(seed: int, name: SplitName) -> np.random.Generator:
     """Returns the random stream of a split: independent of the others', told apart by the split's number."""
     return np.random.default_rng(np.random.SeedSequence([seed, SPLIT_NAMES.index(name)]))

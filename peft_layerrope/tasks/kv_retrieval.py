@@ -108,6 +108,8 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
             raise TaskError("pass either num_positions or positions, got both.")
         if num_keys is not None and num_keys < 2:
             raise TaskError(f"num_keys={num_keys} must be at least 2.")
+        if num_keys is not None and length is not None and num_keys > length:
+            raise TaskError(f"num_keys={num_keys} pairs cannot fit into length={length} tokens.")
         self.data = Path(data) if data is not None else None
         self.keys = keys or "uuid"
         splits = None

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError
-from .base import Example, Split, SplitName, check_request, split_stream, spread_positions
+from .base import Example, Split, SplitName, check_request, check_seed, split_stream, spread_positions
 from .prompts import Prompt, check_positions
 from .words import NUM_KEYS, NUM_VALUES, key_words, value_words
 
@@ -52,6 +52,7 @@ class KeyValueWords:
         num_pairs: int | None = None,
     ) -> None:
         self.length = length
+        check_seed(seed)
         self.seed = seed
         self.tokenizer = tokenizer
         self._num_positions = num_positions

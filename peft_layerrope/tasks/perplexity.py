@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError
-from .base import SPLIT_NAMES, Example, Split, SplitName, check_request
+from .base import SPLIT_NAMES, Example, Split, SplitName, check_request, check_seed
 from .records import FRACTIONS
 from .text_stream import DATASETS_PREFIX, read_source, token_ids, tokenised
 
@@ -64,6 +64,7 @@ class Perplexity:
             raise TaskError(f"length={length} must be at least 2: a token is predicted from those before it.")
         if stride is not None and not 1 <= stride < length:
             raise TaskError(f"stride={stride} must be at least 1 and below length={length}.")
+        check_seed(seed)
         self.length = length
         self.stride = stride
         self.seed = seed

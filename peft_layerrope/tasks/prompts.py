@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError
-from .base import Example, Split, SplitName, check_request, spread_positions
+from .base import Example, Split, SplitName, check_request, check_seed, spread_positions
 from .encoding import PromptEncoder
 
 _SHORTENED_GROUPS = 8  # contexts by which it is found how many items fit
@@ -78,6 +78,7 @@ class PromptTask(ABC, Generic[Source]):
         chat_template: bool,
         splits: Mapping[SplitName, Sequence[Source]] | None = None,
     ) -> None:
+        check_seed(seed)
         self._splits = splits
         self.tokenizer = tokenizer
         self.num_items = num_items

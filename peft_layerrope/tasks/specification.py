@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError
-from .base import Task
+from .base import Task, check_seed
 from .kv_retrieval import KeyValueRetrieval
 from .kv_words import KeyValueWords
 from .multi_doc_qa import MultiDocumentQA
@@ -63,8 +63,11 @@ class TaskSpecification:
     chat_template: bool = False
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.name is None:
             return
+        if self.name not in TASK_NAMES:
+            raise TaskError(f"task {self.name!r} is unknown, expected one of {', '.join(TASK_NAMES)}.")
         known = ("name", "length", "seed", *_SETTINGS[self.name])
         for field in fields(self):
             value = getattr(self, field.name)

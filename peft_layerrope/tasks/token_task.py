@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TaskError
-from .base import SPLIT_NAMES, Example, Split, SplitName
+from .base import SPLIT_NAMES, Example, Split, SplitName, check_seed
 
 
 class TokenTask:
@@ -48,8 +48,9 @@ class TokenTask:
     ) -> None:
         if not examples:
             raise TaskError("a TokenTask needs examples, got none.")
-        if len(fractions) != 3 or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
+        if len(fractions) != 3 or not all(f > 0 for f in fractions) or sum(fractions) > 1 + 1e-9:
             raise TaskError(f"fractions={fractions} must be three positive shares that sum to at most 1.")
+        check_seed(seed)
         self.name = name
         self.seed = seed
         self.positions = tuple(positions) if positions is not None else _position_indices(examples)

@@ -1,0 +1,400 @@
+"""What a fault leaves behind while a search or a comparison runs: a usable state, and a word on how to go on."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import rich.console
+import torch
+from conftest import build_model
+from test_cli import TINY_SEARCH
+from test_cli import run as run_command
+
+sys.path.append(str(Path(__file__).parent / "searcher"))
+from fakes import token_task
+
+from peft_layerrope import LayerRopeConfig, SearchResult, plots, search
+from peft_layerrope.atomic import WriteError, write_atomically
+from peft_layerrope.cli import search as search_command
+from peft_layerrope.searcher import FactorGrid
+from peft_layerrope.searcher.evaluator import ModelEvaluator
+from peft_layerrope.searcher.progress import SilentProgress
+from peft_layerrope.searcher.state import LOG_NAME, STATE_NAME
+
+SMALL = {
+    "population": 4,
+    "generations": 1,
+    "gradient_steps": 1,
+    "refine_evaluations": 3,
+    "search_groups": 4,
+    "validation_groups": 2,
+    "test_groups": 3,
+    "controls": False,
+    "grid": FactorGrid(1.0, 2.0, 0.25),
+    "share_mib": 8,
+    "batch_tokens": 400,
+}
+QUICK_SEARCH = [*TINY_SEARCH, "--no-controls"]
+RESULTS = ("adapter_config.json", "adapter_model.safetensors", "search.json", "README.md")
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Audience(SilentProgress):
+    """Does `then` at the step number `at` that it is told of."""
+
+    def __init__(self, at: int | None = None, then: Callable[[], None] = lambda: None) -> None:
+        self.steps, self.at, self.then = 0, at, then
+
+    def advance(self) -> None:
+        self.steps += 1
+        if self.steps == self.at:
+            self.then()
+
+
+def run(folder: Path | None, progress: object = None, resume: bool = False, **fields: object) -> SearchResult:
+    model, task = build_model("llama", num_hidden_layers=3), token_task(groups=20)
+    progress = Audience() if progress is None else progress
+    return search(model, task, **{**SMALL, **fields}, folder=folder, resume=resume, progress=progress)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The undisturbed search: result, state, steps."""
+    folder, audience = tmp_path_factory.mktemp("whole"), Audience()
+    result = run(folder, audience)
+    return result, json.loads((folder / STATE_NAME).read_text()), audience.steps
+
+
+def assert_resumes(folder: Path, whole: tuple) -> None:
+    """What is in `folder` can be read, and leads to the undisturbed search's result."""
+    result, state, _ = whole
+    json.loads((folder / STATE_NAME).read_text())
+    assert run(folder, resume=True).to_dict() == result.to_dict()
+    assert json.loads((folder / STATE_NAME).read_text()) == state
+    assert all("event" in json.loads(line) for line in (folder / LOG_NAME).read_text().splitlines())
+    assert sorted(path.name for path in folder.iterdir()) == sorted([STATE_NAME, LOG_NAME])
+
+
+# --- killed between the files of the result
+
+
+@pytest.fixture
+def plain_plots(monkeypatch):
+    for name in ("plot_by_position", "plot_factors_by_depth"):
+        monkeypatch.setattr(plots, name, lambda what, path, *args, **more: Path(path).write_bytes(b"plot"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def killed_at(step: int, save: Callable[[], None]) -> bool:
+    """Has another process `save`, and kills it with SIGKILL at the file operation number `step`; False if there are
+    fewer of them.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            operations = itertools.count(1)
+
+            def deadly(real: Callable) -> Callable:
+                def operation(*args: object, **more: object) -> object:
+                    if next(operations) == step:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*args, **more)
+
+                return operation
+
+            for name in ("fsync", "replace", "unlink"):
+                setattr(os, name, deadly(getattr(os, name)))
+            save()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
+    return status != 0
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_result_that_is_saved_by_half_is_never_taken_for_one(whole, plain_plots, tmp_path, earlier):
+    result, other = whole[0], run(None, seed=5)
+    result.save(tmp_path / "expected")
+    expected = files(tmp_path / "expected")
+    before = {}
+    if earlier:
+        other.save(tmp_path / "before")
+        before = files(tmp_path / "before")
+        assert before["search.json"] != expected["search.json"]
+    for step in itertools.count(1):
+        folder = tmp_path / f"step-{step}"
+        if earlier:
+            shutil.copytree(tmp_path / "before", folder)
+        if not killed_at(step, lambda folder=folder: result.save(folder)):
+            break
+        if "adapter_config.json" in files(folder):  # then it is one result or the other, never something of both
+            assert files(folder) in (before, expected)
+        result.save(folder)
+        assert files(folder) == expected
+        assert not any(path.is_dir() for path in folder.iterdir())
+    assert step > 14
+
+
+# --- Ctrl-C and SIGTERM
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "it"
+    assert run_command("search", "--output", str(folder), *QUICK_SEARCH).exit_code == 0
+    return {name: (folder / name).read_bytes() for name in RESULTS}
+
+
+def assert_command_resumes(folder: Path, undisturbed: dict[str, bytes]) -> None:
+    done = run_command("search", "--output", str(folder), "--resume")
+    assert done.exit_code == 0
+    assert {name: (folder / name).read_bytes() for name in RESULTS} == undisturbed
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_search_with_a_word_on_how_to_go_on(undisturbed, tmp_path, number, status):
+    folder = tmp_path / "my adapter"  # whose name a shell has to be told of in quotes
+    code = "from peft_layerrope.cli import run; run()"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "COLUMNS": "60"}
+    command = [sys.executable, "-c", code, "search", "--output", str(folder), *QUICK_SEARCH]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            lines = list(itertools.takewhile(lambda line: "at most" not in line, process.stderr))
+            process.send_signal(number)
+            rest = process.stderr.read()
+            assert process.wait(60) == status, "".join(lines) + rest
+        finally:
+            process.kill()
+    assert f"interrupted; nothing is lost. Go on with layerrope search --output '{folder}' --resume\n" in rest
+    assert "Traceback" not in rest
+    assert not (folder / "adapter_config.json").exists()
+    assert_command_resumes(folder, undisturbed)
+
+
+def interrupted(*args: object, **more: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_interrupted_while_the_result_is_saved(undisturbed, tmp_path, monkeypatch):
+    folder = tmp_path / "it"
+    with monkeypatch.context() as patched:
+        patched.setattr(plots, "plot_factors_by_depth", interrupted)
+        done = run_command("search", "--output", str(folder), *QUICK_SEARCH)
+    assert done.exit_code == 130
+    assert "nothing is lost. Go on with layerrope search" in done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["run", "search.yaml"]
+    assert_command_resumes(folder, undisturbed)
+
+
+def test_interrupted_before_there_is_anything_to_lose(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_command, "load", interrupted)
+    done = run_command("search", "--output", str(tmp_path / "it"), *QUICK_SEARCH)
+    assert done.exit_code == 130
+    assert done.stderr.strip() == "interrupted."
+    assert not (tmp_path / "it").exists()
+
+
+def test_a_search_that_replaces_another_is_not_taken_for_it_when_it_is_interrupted(tmp_path, monkeypatch):
+    for name in RESULTS:
+        (tmp_path / name).write_text("of the earlier search")
+    monkeypatch.setattr(search_command, "run_search", interrupted)
+    done = run_command("search", "--output", str(tmp_path), *QUICK_SEARCH, "--overwrite")
+    assert done.exit_code == 130
+    assert [name for name in RESULTS if (tmp_path / name).exists()] == ["README.md"]
+
+
+def test_ray_does_not_take_the_signal_away(monkeypatch):
+    pytest.importorskip("ray")
+    from peft_layerrope.searcher.ray_workers import RayWorkers
+
+    class Greedy:
+        @staticmethod
+        def is_initialized() -> bool:
+            return False
+
+        @staticmethod
+        def init(**options: object) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    workers, before = RayWorkers(1), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(workers, "_ray", Greedy)
+    workers._start_ray(1)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --- a full disk
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace"])
+@pytest.mark.parametrize("at", [2, 9])
+def test_a_state_that_cannot_be_written_leaves_the_one_before(whole, tmp_path, monkeypatch, operation, at):
+    real, calls, before = getattr(os, operation), itertools.count(1), []
+
+    def full(*args: object) -> object:
+        if next(calls) >= at:
+            before.append((tmp_path / STATE_NAME).read_text())
+            raise FULL
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, operation, full)
+        with pytest.raises(WriteError, match=rf"{STATE_NAME} cannot be written: No space left on device\.$"):
+            run(tmp_path)
+    assert (tmp_path / STATE_NAME).read_text() == before[-1]
+    assert_resumes(tmp_path, whole)
+
+
+def test_a_failed_write_leaves_the_file_and_nothing_in_the_way(tmp_path, monkeypatch):
+    path = tmp_path / "file.txt"
+    write_atomically(path, "old")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(FULL))
+        with pytest.raises(WriteError, match=r"file\.txt cannot be written"):
+            write_atomically(path, "new")
+    assert files(tmp_path) == {"file.txt": b"old"}
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 512 KiB; skips where this process may not mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or not sys.platform.startswith("linux"):
+        pytest.skip("no tmpfs here")
+    done = subprocess.run([mount, "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, leave: int = 0) -> None:
+    """Leaves so many bytes."""
+    with open(disk / "ballast", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            file.truncate(file.tell() // 4096 * 4096 - leave)
+
+
+@pytest.mark.parametrize(("share", "leave"), [(0.0, 0), (0.5, 0), (0.7, 8192), (1.0, 0)])
+def test_a_disk_that_fills_up_during_the_search(whole, small_disk, share, leave):
+    run_folder = small_disk / "run"
+    audience = Audience(max(1, round(share * (whole[2] - 1))), lambda: fill(small_disk, leave))
+    with pytest.raises(WriteError, match=r"(state\.json|log\.jsonl) cannot be written: No space left on device\.$"):
+        run(run_folder, audience)
+    with pytest.raises(WriteError, match="No space left on device"):
+        run(run_folder, resume=True)
+    (small_disk / "ballast").unlink()
+    assert_resumes(run_folder, whole)
+
+
+@pytest.mark.parametrize("leave", [0, 4096, 8192, 16384])
+def test_a_disk_that_is_full_when_the_result_is_saved(whole, small_disk, leave):
+    result, folder = whole[0], small_disk / "adapter"
+    folder.mkdir()
+    (folder / "README.md").write_text("# Mine\n")
+    fill(small_disk, leave)
+    with pytest.raises(WriteError, match=f"{folder}.* cannot be written: .*No space left on device") as caught:
+        result.save(folder)
+    assert "\n" not in str(caught.value)
+    assert files(folder) == {"README.md": b"# Mine\n"}
+    (small_disk / "ballast").unlink()
+    result.save(folder)
+    assert LayerRopeConfig.from_pretrained(folder).layer_factors == result.config.layer_factors
+    assert (folder / "README.md").read_text().startswith("---")
+
+
+@pytest.mark.parametrize("command", ["search", "evaluate"])
+def test_a_full_disk_ends_a_command_in_one_line(small_disk, command):
+    fill(small_disk)
+    done = run_command(command, "--length", "128", "--positions", "3", "--output", str(small_disk / "it"))
+    assert done.exit_code == 1
+    assert done.stderr.count("error:") == 1
+    assert "No space left on device" in done.stderr
+    assert "Nothing that was measured is lost: make room, then go on with" in done.stderr
+    assert "--resume" in done.stderr
+
+
+def test_a_comparison_on_a_full_disk_goes_on_afterwards(tmp_path, monkeypatch):
+    arguments = ("evaluate", "--length", "128", "--positions", "3", "--groups", "3", "--baseline", "none")
+    arguments += ("--baseline", "uniform:1.5", "--output")
+    assert run_command(*arguments, str(tmp_path / "whole")).exit_code == 0
+    real, calls = os.fsync, itertools.count(1)
+
+    def full(descriptor: int) -> None:
+        if next(calls) == 4:
+            raise FULL
+        real(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        done = run_command(*arguments, str(tmp_path / "it"))
+    assert done.exit_code == 1
+    assert "scores.json cannot be written: No space left on device. Nothing that was measured is lost" in done.stderr
+    assert not (tmp_path / "it" / "evaluation.json").exists()
+    assert run_command(*arguments, str(tmp_path / "it"), "--resume").exit_code == 0
+    for name in ("evaluation.json", "evaluation.md", "scores.json"):
+        assert (tmp_path / "it" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# --- memory and clocks
+
+
+@pytest.mark.parametrize("at", [1, 6, 12])
+def test_memory_that_runs_out_once_does_not_change_what_is_found(whole, monkeypatch, at):
+    """Smaller batches may round differently, and that is all."""
+    real, calls, sizes = ModelEvaluator._score, itertools.count(1), set()
+
+    def scarce(self, vectors, heat):
+        sizes.add(self.batch_tokens)
+        if next(calls) == at:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(self, vectors, heat)
+
+    monkeypatch.setattr(ModelEvaluator, "_score", scarce)
+    found, expected = run(None).to_dict(), whole[0].to_dict()
+    assert sizes == {400, 200}
+    assert found["layer_factors"] == expected["layer_factors"]
+    assert found["evaluations"] == expected["evaluations"]
+    for row, other in zip(found["table"], expected["table"], strict=True):
+        assert row["layer_factors"] == other["layer_factors"]
+        assert row["search_fitness"] == pytest.approx(other["search_fitness"], abs=1e-5)
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(whole, monkeypatch, tmp_path):
+    ticks = itertools.count()
+
+    def backwards() -> float:
+        return 1e6 - 60.0 * next(ticks)
+
+    with monkeypatch.context() as patched:
+        for name in ("time", "perf_counter"):
+            patched.setattr(time, name, backwards)
+        patched.setattr(rich.console, "monotonic", backwards)
+        plans = []
+        model, task = build_model("llama", num_hidden_layers=3), token_task(groups=20)
+        result = search(model, task, **SMALL, folder=tmp_path, progress=True, on_plan=plans.append)
+    assert result.to_dict() == whole[0].to_dict()
+    assert min(result.timing["seconds"].values()) >= 0
+    assert plans[0].seconds >= 0
+    assert next(ticks) > 50  # it was asked
+    assert_resumes(tmp_path, whole)
