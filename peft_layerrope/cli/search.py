@@ -282,7 +282,8 @@ def search(
         with _forgotten_if_refused(output, resume), resumable(how_to_go_on), locked(folder, _COMMAND_LOCK):
             if not resume:
                 _clear(output)
-            specification.save(output / SPECIFICATION_NAME)
+            if not (resume and (output / SPECIFICATION_NAME).exists()):  # other settings are refused, and not noted
+                specification.save(output / SPECIFICATION_NAME)
             with pool as distribute:
                 result = run_search(
                     loaded,
