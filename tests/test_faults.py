@@ -167,13 +167,21 @@ def assert_command_resumes(folder: Path, undisturbed: dict[str, bytes]) -> None:
     assert {name: (folder / name).read_bytes() for name in RESULTS} == undisturbed
 
 
+def _heed_signals() -> None:
+    """A shell's background job, as these tests may be, ignores Ctrl-C, and so would its children."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_the_search_with_a_word_on_how_to_go_on(undisturbed, tmp_path, number, status):
     folder = tmp_path / "my adapter"  # whose name a shell has to be told of in quotes
     code = "from peft_layerrope.cli import run; run()"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "COLUMNS": "60"}
     command = [sys.executable, "-c", code, "search", "--output", str(folder), *QUICK_SEARCH]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=_heed_signals
+    ) as process:
         try:
             lines = list(itertools.takewhile(lambda line: "at most" not in line, process.stderr))
             process.send_signal(number)

@@ -121,7 +121,11 @@ def evaluate_command(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with what is in --output, also after a kill.", rich_help_panel=_RUN),
+        typer.Option(
+            "--resume",
+            help="Go on with what is in --output, also after a kill; begin, if nothing is.",
+            rich_help_panel=_RUN,
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what is in --output.", rich_help_panel=_RUN)

@@ -14,8 +14,6 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """Raises TaskError if a folder cannot be used for results."""
     if resume and overwrite:
         raise TaskError("--resume keeps what is there and --overwrite replaces it: pass one of them.")
-    if resume and not output.exists():
-        raise TaskError(f"nothing to resume: --output {output} does not exist.")
     if output.exists() and not output.is_dir():
         raise TaskError(f"--output {output} exists and is not a folder.")
     if output.is_dir() and any(output.iterdir()) and not (overwrite or resume):

@@ -229,7 +229,11 @@ def search(
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the search in --output, also after a kill.", rich_help_panel=_RUN),
+        typer.Option(
+            "--resume",
+            help="Go on with the search in --output, also after a kill; begin, if there is none.",
+            rich_help_panel=_RUN,
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the files of an earlier search.", rich_help_panel=_RUN)
