@@ -138,7 +138,8 @@ def probe(model: PeftModel, window: int) -> dict[str | None, torch.Tensor]:
 def read(model: PeftModel, calls: int, same_logits: bool) -> Reading:
     """Counts what is alive now."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    # exact types: what torch.compile has left in the process are tensors without numbers
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     layers = [module for module in model.modules() if isinstance(module, LayerRopeLayer)]
     entries = sum(len(layer._scaled) + sum(len(s._on_device) for s in layer.scalings.values()) for layer in layers)
     return Reading(
