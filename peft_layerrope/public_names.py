@@ -15,6 +15,8 @@ def is_local_path(name: str) -> bool:
 
     `owner/name` could be either; it counts as a path where it holds a model, as it does for transformers.
     """
+    if name == DEMO_NAME:  # in this project's own folder it would look like a path
+        return False
     return is_machine_path(name) or name.count("/") > 1 or "\\" in name or (Path(name) / "config.json").is_file()
 
 

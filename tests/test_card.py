@@ -402,3 +402,12 @@ def test_a_template_that_somebody_filled_in_is_kept(tmp_path):
     save_card(card(), tmp_path)
     text = path.read_text()
     assert text.index("Written by me.") < text.index(BEGIN)
+
+
+def test_the_demo_models_name_is_no_path_even_where_a_folder_is_called_so(tmp_path, monkeypatch):
+    """In a clone of this project, with the package installed elsewhere."""
+    folder = tmp_path / "peft_layerrope" / "demo"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert public_name("peft_layerrope/demo") == public_name(demo_model_path()) == "peft_layerrope/demo"
