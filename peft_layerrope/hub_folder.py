@@ -18,6 +18,7 @@ from .config import LayerRopeConfig
 from .demo import DEMO_NAME
 from .errors import AdapterMismatchError, LayerRopeError
 from .loading import load_adapter_config
+from .plain_yaml import parse_yaml
 from .public_names import is_local_path, is_machine_path, last_component, public_name
 
 REPORT_NAME, SPECIFICATION_NAME = "search.json", "search.yaml"
@@ -136,11 +137,10 @@ def _clean_specification(path: Path, base_model: str | None) -> None:
     if not path.is_file():
         return
     text = path.read_text(encoding="utf-8")
-    values = _parsed(path, yaml.safe_load, text)
-    if base_model and values.get("model") is not None:
-        values["model"] = base_model
-    clean = _without_paths(values)
-    if clean != _parsed(path, yaml.safe_load, text):
+    values = _parsed(path, parse_yaml, text)
+    named = base_model and values.get("model") is not None
+    clean = _without_paths({**values, "model": base_model} if named else values)
+    if clean != values:
         head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
         path.write_text(head + yaml.safe_dump(clean, sort_keys=False, allow_unicode=True), encoding="utf-8")
 

@@ -16,9 +16,10 @@ from torch import nn
 from .._version import __version__
 from ..adapted import adapted
 from ..config import LayerRopeConfig
-from ..demo import DEMO_NAME, demo_model_path
+from ..demo import DEMO_NAME
 from ..errors import NotEnoughMemoryError, SearchError
 from ..fingerprint import library_versions, model_fingerprint
+from ..public_names import public_name
 from ..run_lock import locked
 from ..scores import PositionScores
 from ..sites import embedding_table, find_stack, trained_window
@@ -166,11 +167,7 @@ def _prepared(
 
 def model_name(model: nn.Module) -> str:
     """Returns the model's Hub id, or a name without the path for one loaded from a folder."""
-    name = model.config._name_or_path or type(model).__name__
-    path = Path(name)
-    if path.is_dir():
-        return DEMO_NAME if path.resolve() == Path(demo_model_path()).resolve() else path.resolve().name
-    return name
+    return public_name(model.config._name_or_path or type(model).__name__)
 
 
 def _since(started: float) -> float:
