@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["COLUMNS"] = "300"  # rich asks once, at import: the width of whatever terminal the tests run in
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core, and more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
