@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .contenders import Contender, parse_baseline
     from .evaluation import evaluate
     from .hub import pull, push_to_hub
+    from .loading import load_adapter
     from .scores import PositionScores
     from .searcher import Guards, SearchResult, SearchSettings, plan_search, search
     from .searcher.ray_workers import RayWorkers
@@ -66,6 +67,7 @@ _LAZY = {
     "best_subspan_em": ".tasks",
     "compare": ".comparison",
     "evaluate": ".evaluation",
+    "load_adapter": ".loading",
     "parse_baseline": ".contenders",
     "plan_search": ".searcher",
     "pull": ".hub",
@@ -105,6 +107,7 @@ __all__ = [
     "compare",
     "demo_model_path",
     "evaluate",
+    "load_adapter",
     "parse_baseline",
     "plan_search",
     "pull",

@@ -1,10 +1,11 @@
-"""Loads models, tokenizers and adapters for the command line, with errors a person can act on."""
+"""Loads models, tokenizers and adapters, with errors a person can act on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
@@ -103,18 +104,36 @@ def model_errors(name_or_path: str) -> Iterator[None]:
         raise LayerRopeError(f"cannot load model {name_or_path!r}: {one_line(error)}") from error
 
 
-def load_adapter(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """Loads a LAYER_ROPE adapter (or any PEFT adapter) from the Hub or a folder onto `model`.
+def load_adapter(
+    model: PreTrainedModel, adapter: str | Path, adapter_name: str = "default", **kwargs: Any
+) -> PeftModel:
+    """Loads an adapter that may come from anybody: `PeftModel.from_pretrained`, which it calls, but it looks first.
 
-    Reads safetensors only.
+    Before PEFT reads anything, the size and the form of `adapter_config.json` are checked, and that the weights are
+    safetensors, so a file that is no adapter gives the same clear error as one with a wrong value. For any PEFT
+    method; what is checked of a LAYER_ROPE adapter's values is the same as with `PeftModel.from_pretrained`.
+
+    Args:
+        model: as for `PeftModel.from_pretrained`.
+        adapter: Hub id or folder.
+        adapter_name: what it is called in the model.
+        **kwargs: further arguments of `PeftModel.from_pretrained`, such as `revision`, `subfolder` or `token`; not
+            `config`, which would be from elsewhere.
+
+    Returns:
+        The model with the adapter; in `eval()` mode unless `is_trainable`.
 
     Raises:
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
     """
-    with _adapter_errors(adapter) as kind:
+    if kwargs.get("config") is not None:
+        raise InvalidConfigError("config= is not taken here: the adapter's own is read and checked.")
+    download, _, _ = PeftConfig._split_kwargs(kwargs)
+    files = AdapterFiles(str(adapter), download.pop("subfolder", None), download)
+    with _adapter_errors(files) as kind:
         if kind is not LAYER_ROPE:
-            adapter_weights(adapter)  # PEFT would fall back to a pickle
-        return PeftModel.from_pretrained(model, adapter).eval()
+            _find_weights(files, kind)  # PEFT would fall back to a pickle
+        return PeftModel.from_pretrained(model, adapter, adapter_name, **kwargs)
 
 
 def load_peft_config(adapter: str) -> PeftConfig:
@@ -123,7 +142,7 @@ def load_peft_config(adapter: str) -> PeftConfig:
     Raises:
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
     """
-    with _adapter_errors(adapter) as kind:
+    with _adapter_errors(AdapterFiles(adapter)) as kind:
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(adapter)
 
 
@@ -133,8 +152,9 @@ def adapter_weights(adapter: str) -> Path:
     Raises:
         LayerRopeError: there is none.
     """
-    with _adapter_errors(adapter) as kind:
-        return AdapterFiles(adapter).find(SAFETENSORS_WEIGHTS_NAME, MAX_BYTES if kind is LAYER_ROPE else None)
+    files = AdapterFiles(adapter)
+    with _adapter_errors(files) as kind:
+        return _find_weights(files, kind)
 
 
 def load_adapter_config(adapter: str) -> LayerRopeConfig:
@@ -153,14 +173,19 @@ def load_adapter_config(adapter: str) -> LayerRopeConfig:
 _PEFT_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
 
 
+def _find_weights(files: AdapterFiles, kind: PeftType) -> Path:
+    return files.find(SAFETENSORS_WEIGHTS_NAME, MAX_BYTES if kind is LAYER_ROPE else None)
+
+
 @contextmanager
-def _adapter_errors(adapter: str) -> Iterator[PeftType]:
+def _adapter_errors(files: AdapterFiles) -> Iterator[PeftType]:
     """Yields the adapter's kind, from a look at its `adapter_config.json` before PEFT reads it whatever it is."""
+    adapter = files.location
     _check_present("adapter", adapter)
-    if Path(adapter).is_dir() and not (Path(adapter) / CONFIG_NAME).is_file():
-        raise LayerRopeError(f"{adapter!r} is not an adapter folder: it has no {CONFIG_NAME}.")
+    if files.folder.is_dir() and not (files.folder / CONFIG_NAME).is_file():
+        raise LayerRopeError(f"{str(files.folder)!r} is not an adapter folder: it has no {CONFIG_NAME}.")
     try:
-        yield _peft_type(AdapterFiles(adapter).find(CONFIG_NAME))
+        yield _peft_type(files.find(CONFIG_NAME))
     except LayerRopeError:
         raise
     except UntrustedFileError as error:
