@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .adapter_choice import choice
+from .checks import named
 from .errors import LayerRopeError
 from .rotary import LayerRopeLayer
 
@@ -43,6 +44,8 @@ def use_adapter(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
     ...     answer = model.generate(**request)
     ```
     """
+    if not isinstance(model, nn.Module):
+        raise LayerRopeError(f"use_adapter: model={named(model)} must be a model with a LAYER_ROPE adapter.")
     layers = [module for module in model.modules() if isinstance(module, LayerRopeLayer)]
     if not layers:
         raise LayerRopeError("use_adapter: this model has no LAYER_ROPE adapter, or it was merged or unloaded.")

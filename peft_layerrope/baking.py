@@ -9,7 +9,7 @@ from .errors import LayerRopeError
 from .injection import prove_sites, register_hooks, scaling_for
 from .proof import tables_can_be_stacked
 from .rotary import BakedLayerRope
-from .sites import DecoderStack, find_stack
+from .sites import DecoderStack, find_stack, text_config
 from .tables import LayerScaling
 
 
@@ -42,7 +42,9 @@ def restore_baked(model: nn.Module) -> nn.Module:
 
     Raises:
         LayerRopeError: the config holds no baked factors, or they are applied already.
+        UnsupportedModelError: not a transformers model.
     """
+    text_config(model)  # a model without any is told so
     config = baked_config(model)
     stack = find_stack(model)
     if stack.is_baked or stack.wrappers():

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .errors import TaskError
+from .errors import TaskError, UnsupportedModelError
 from .rotary import BakedLayerRope, LayerRopeLayer, inv_freq_names, is_length_dependent
-from .sites import embedding_table
+from .sites import embedding_table, model_type
 from .tasks import Example, Split
 
 _PACKABLE_ATTENTION = ("eager", "sdpa")  # implementations that take a dense 4-D mask
@@ -75,7 +75,14 @@ def make_batches(model: nn.Module, split: Split, batch_tokens: int, packed: bool
 
 
 def check_vocabulary(model: nn.Module, split: Split) -> None:
-    """Raises TaskError if a token id of `split` is outside the model's vocabulary."""
+    """Checks that a model can be given a split.
+
+    Raises:
+        TaskError: a token id is outside the model's vocabulary.
+        UnsupportedModelError: not a transformers model.
+    """
+    if not hasattr(model, "get_input_embeddings"):
+        raise UnsupportedModelError(f"{model_type(model)}: not a transformers model.")
     ids = [f(e.context_ids + e.query_ids + e.answer_ids) for e in split.examples for f in (min, max)]
     vocabulary = embedding_table(model).shape[0]
     for token in (min(ids), max(ids)):

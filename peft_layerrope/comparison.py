@@ -15,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from .batching import check_vocabulary
-from .comparison_state import ComparisonState
+from .checks import check_callable, named, whole_number
+from .comparison_state import comparing_in
+from .config import LayerRopeConfig
 from .contenders import Contender, contending
 from .errors import TaskError
 from .evaluation import DEFAULT_BATCH_TOKENS, score
@@ -26,6 +28,7 @@ from .scores import PositionScores
 from .sites import embedding_table, find_stack
 from .statistics import Interval
 from .tasks import Split
+from .tasks.base import MAX_LENGTH
 
 MAX_PARTS = 10
 """A split is scored in so many parts of whole groups, each kept as soon as it is there."""
@@ -125,8 +128,13 @@ def compare(
 
     Raises:
         TaskError: contenders of one label, settings that cannot work, or a folder that does not fit.
+        FolderInUseError: another comparison is at work in `folder`.
+        WriteError: the scores cannot be written, as on a full disk; make room and resume.
         LayerRopeError: an adapter that cannot be loaded or does not fit, before anything is scored.
     """
+    _check_types(split, contenders)
+    check_callable("progress", progress)
+    whole_number("batch_tokens", batch_tokens, 1)
     judged = _how(split, generate, tokenizer, metric, max_new_tokens, num_buckets)
     check_vocabulary(model, split)
     described = _described(model, contenders)
@@ -140,7 +148,6 @@ def compare(
         "contenders": {contender.label: contender.identity() for contender in contenders},
         "versions": library_versions(),
     }
-    state = ComparisonState(Path(folder) if folder is not None else None, identity, resume)
 
     def score_part(subject: nn.Module, part: Split) -> PositionScores:
         if split.measure == "loss":
@@ -152,19 +159,35 @@ def compare(
 
     parts = _parts(aligned_windows(split) if split.measure == "loss" else split)
     total = len(parts) * len(contenders)
-    for index, contender in enumerate(contenders):
-        done = len(state.parts(contender.label))
-        if done == len(parts):
-            continue
-        with contending(model, contender) as subject:
-            for number in range(done, len(parts)):
-                if progress is not None:
-                    progress(contender.label, index * len(parts) + number, total)
-                state.add(contender.label, score_part(subject, parts[number]))
+    with comparing_in(Path(folder) if folder is not None else None, identity, resume) as state:
+        for index, contender in enumerate(contenders):
+            done = len(state.parts(contender.label))
+            if done == len(parts):
+                continue
+            with contending(model, contender) as subject:
+                for number in range(done, len(parts)):
+                    if progress is not None:
+                        progress(contender.label, index * len(parts) + number, total)
+                    state.add(contender.label, score_part(subject, parts[number]))
     if progress is not None:
         progress(contenders[-1].label, total, total)
     scores = {contender.label: _joined(state.parts(contender.label)) for contender in contenders}
     return Comparison(scores, described, dict(task_description or {}), split.describe(), judged)
+
+
+def _check_types(split: Split, contenders: Sequence[Contender]) -> None:
+    if not isinstance(split, Split):
+        raise TaskError(f"split={named(split)} must be examples such as task.split('test', 100).")
+    if isinstance(contenders, str) or not isinstance(contenders, Sequence):
+        raise TaskError(f"contenders={named(contenders)} must be a list, such as [parse_baseline('none')].")
+    for contender in contenders:
+        if not isinstance(contender, Contender):
+            raise TaskError(
+                f"contenders: {named(contender)} must be a Contender, such as parse_baseline('none') or "
+                "Contender.of_adapter('my-adapter')."
+            )
+        if contender.kind == "config" and not isinstance(contender.config, LayerRopeConfig):
+            raise TaskError(f"contender {contender.label!r}: {named(contender.config)} must be a LayerRopeConfig.")
 
 
 def _how(
@@ -178,8 +201,8 @@ def _how(
     """How the split is judged, after checking that it can be."""
     if generate:
         check_metric(split, tokenizer, metric)
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise TaskError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+        if max_new_tokens is not None:
+            whole_number("max_new_tokens", max_new_tokens, 1, MAX_LENGTH)
         return {"by": "generate()", "metric": metric, "max_new_tokens": max_new_tokens or longest_answer(split)}
     if metric is not None or max_new_tokens is not None:
         raise TaskError("metric and max_new_tokens judge what generate() writes: pass generate=True.")

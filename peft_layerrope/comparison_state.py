@@ -1,19 +1,58 @@
-"""The scores of a comparison on disk, part by part, so that an interrupted one goes on where it stopped."""
+"""The scores of a comparison on disk, part by part, so that an interrupted one goes on where it stopped; one comparison
+at a time in a folder.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .atomic import write_atomically, writing
 from .errors import TaskError
 from .fingerprint import first_difference
+from .run_lock import locked
 from .scores import PositionScores
 
 SCORES_NAME = "scores.json"
+LOCK_NAME = "scores.lock"
 _FORMAT = 1
+
+
+@contextmanager
+def comparing_in(folder: Path | None, identity: Mapping[str, Any], resume: bool = False) -> Iterator[ComparisonState]:
+    """Yields the state of a comparison, and keeps others out of its folder meanwhile.
+
+    Args:
+        folder: see [`ComparisonState`].
+        identity: see [`ComparisonState`].
+        resume: see [`ComparisonState`].
+
+    Raises:
+        FolderInUseError: another comparison is at work in `folder`.
+        TaskError: see [`ComparisonState`].
+        WriteError: see [`ComparisonState`].
+    """
+    if folder is None:
+        yield ComparisonState(None, identity, resume)
+        return
+    with locked(folder, LOCK_NAME):
+        yield ComparisonState(folder, identity, resume)
+
+
+def discard_comparison(folder: Path) -> None:
+    """Removes the state of an earlier comparison, if there is one.
+
+    Raises:
+        FolderInUseError: a comparison is at work in `folder`.
+        WriteError: it cannot be removed.
+    """
+    path = folder / SCORES_NAME
+    if path.exists():
+        with locked(folder, LOCK_NAME), writing(path):
+            path.unlink()
 
 
 class ComparisonState:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -16,6 +17,7 @@ from torch import nn
 from .adapted import adapted
 from .artifacts import check_weights_file
 from .as_found import as_found
+from .checks import named
 from .config import LayerRopeConfig
 from .errors import InvalidConfigError, LayerRopeError, TaskError
 from .loading import adapter_weights, load_adapter, load_peft_config
@@ -57,8 +59,10 @@ class Contender:
     config: LayerRopeConfig | None = field(default=None, hash=False)
 
     @classmethod
-    def of_adapter(cls, adapter: str, label: str | None = None) -> Contender:
+    def of_adapter(cls, adapter: str | Path, label: str | None = None) -> Contender:
         """An adapter of any PEFT method; its default label is the last part of its folder's or repository's name."""
+        if not isinstance(adapter, (str, Path)):
+            raise TaskError(f"adapter={named(adapter)} must be a folder or a Hub id.")
         adapter = str(adapter)
         return cls(label or last_component(adapter), "adapter", adapter=adapter)
 

@@ -16,9 +16,12 @@ import torch
 from torch import nn
 
 from .batching import Batch, make_batches
-from .errors import NotEnoughMemoryError, TaskError
+from .checks import check_callable, whole_number
+from .device_memory import free_cached_memory, is_out_of_memory
+from .errors import NotEnoughMemoryError
 from .scores import PositionScores
 from .tasks import Split, SplitName, Task
+from .tasks.base import check_task
 
 DEFAULT_BATCH_TOKENS = 8192
 """Tokens per forward pass unless told otherwise."""
@@ -54,8 +57,10 @@ def evaluate(
         The scores.
 
     Raises:
-        TaskError: the split cannot be made, or a token id is outside the model's vocabulary.
+        TaskError: no task, the split cannot be made, or a token id is outside the model's vocabulary.
     """
+    check_task(task)
+    check_callable("progress", progress)
     return score(model, task.split(split, num_groups), batch_tokens=batch_tokens, progress=progress)
 
 
@@ -169,16 +174,15 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
         The result and the number of tokens that worked.
 
     Raises:
-        TaskError: `batch_tokens` is below 1.
+        TaskError: `batch_tokens` is no whole number of at least 1.
         NotEnoughMemoryError: memory does not suffice for a single row.
     """
-    if batch_tokens < 1:
-        raise TaskError(f"batch_tokens={batch_tokens} must be at least 1.")
+    whole_number("batch_tokens", batch_tokens, 1)
     while True:
         try:
             return attempt(batch_tokens), batch_tokens
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
             if batch_tokens <= MIN_BATCH_TOKENS:
                 raise NotEnoughMemoryError(
@@ -186,10 +190,4 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
                     "or a larger device."
                 ) from error
         batch_tokens = max(batch_tokens // 2, MIN_BATCH_TOKENS)  # outside `except`: its traceback holds the tensors
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    # the CPU allocator has no exception type of its own
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+        free_cached_memory()

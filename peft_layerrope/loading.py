@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
 from .adapter_files import AdapterFiles
 from .baked_record import BAKED_CONFIG_KEY
 from .baking import restore_baked
+from .checks import named
 from .config import LayerRopeConfig
 from .errors import InvalidConfigError, LayerRopeError
 from .registration import LAYER_ROPE
@@ -126,6 +128,10 @@ def load_adapter(
     Raises:
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
     """
+    if not isinstance(adapter, (str, Path)):
+        raise InvalidConfigError(f"adapter={named(adapter)} must be a folder or a Hub id.")
+    if not isinstance(model, nn.Module):
+        raise InvalidConfigError(f"model={named(model)} must be a model to load the adapter onto.")
     if kwargs.get("config") is not None:
         raise InvalidConfigError("config= is not taken here: the adapter's own is read and checked.")
     download, _, _ = PeftConfig._split_kwargs(kwargs)

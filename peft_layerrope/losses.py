@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .batching import Batch, make_batches
+from .checks import whole_number
 from .errors import TaskError
 from .evaluation import DEFAULT_BATCH_TOKENS, answer_logits, judge_tokens, with_halving
 from .scores import PositionScores
@@ -83,7 +84,7 @@ def _scored_from(start: int, example: Example) -> Example:
 def check_buckets(split: Split, num_buckets: int) -> None:
     """Raises TaskError if aligned windows score fewer tokens than there are buckets."""
     scored = len(split.examples[0].answer_ids)
-    if not 1 <= num_buckets <= scored:
+    if not 1 <= whole_number("num_buckets", num_buckets) <= scored:
         raise TaskError(f"num_buckets={num_buckets} must be from 1 to the {scored} scored tokens of a window.")
 
 

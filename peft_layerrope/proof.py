@@ -31,8 +31,11 @@ def prove_rotary_scales(rotary: nn.Module, kind: str) -> None:
         UnsupportedModelError: the family recomputes its frequencies, so scaling would silently do nothing.
     """
     x = torch.zeros(1, 8, 1)
-    positions = torch.arange(8)[None]
     for arguments in _layer_types(rotary):
+        positions = torch.arange(8)[None]
+        mrope = positions.expand(3, -1, -1)  # where transformers is older, mrope takes no other
+        if _takes(rotary, x, mrope, arguments) and not _takes(rotary, x, positions, arguments):
+            positions = mrope
         try:
             reference = _table(rotary, 1, x, positions, arguments)
             halved = _table(rotary, 2, x, positions * 2, arguments)
@@ -60,13 +63,10 @@ def tables_can_be_stacked(rotary: nn.Module) -> bool:
     divisors = torch.tensor([1.0, 2.0])
     for arguments in _layer_types(rotary):
         for positions in (two_rows, two_rows[:1], two_rows.expand(3, -1, -1)):
+            if not _takes(rotary, x, positions, arguments):
+                continue
             try:
                 single = [_table(rotary, d, x, positions, arguments) for d in divisors]
-            except _CALL_ERRORS:
-                if positions.ndim == 3:
-                    continue  # no mrope: position_ids have no third axis
-                return False
-            try:
                 table = stacked_tables(
                     rotary, lambda _, v: _frequencies(v) / divisors[:, None], 2, x, positions, *arguments
                 )
@@ -78,6 +78,15 @@ def tables_can_be_stacked(rotary: nn.Module) -> bool:
             for one, parts in zip(split, single, strict=True):
                 if not all(torch.equal(a, b) for a, b in zip(_parts(one), parts, strict=True)):
                     return False
+    return True
+
+
+def _takes(rotary: nn.Module, x: torch.Tensor, positions: torch.Tensor, arguments: tuple) -> bool:
+    """Whether the module can be called with such positions; those of mrope have a third axis."""
+    try:
+        _table(rotary, 1, x, positions, arguments)
+    except _CALL_ERRORS:
+        return False
     return True
 
 

@@ -30,7 +30,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     Where there are no such locks (Windows, a few network file systems) it lets everybody in.
 
     Args:
-        folder: created if missing.
+        folder: created if missing; taken away again if nothing was put into it.
         name: of the lock file, which is there while the lock is held; one that a killed process left does no harm.
 
     Raises:
@@ -41,6 +41,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         yield
         return
     path = folder / name
+    is_new = not folder.exists()
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path)
@@ -49,7 +50,21 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     finally:
         with suppress(OSError):
             path.unlink(missing_ok=True)  # while it is still locked: whoever waits for it looks again
+            if is_new:
+                folder.rmdir()  # unless there is something in it
         os.close(descriptor)
+
+
+def check_free(folder: Path, name: str) -> None:
+    """Looks whether [`locked`] would let us in, where nothing is to be written yet.
+
+    Raises:
+        FolderInUseError: somebody else is in.
+        WriteError: the lock file that is there cannot be opened.
+    """
+    if (folder / name).exists():
+        with locked(folder, name):  # one that a killed process left goes away
+            pass
 
 
 def _acquire(path: Path) -> int:

@@ -18,8 +18,9 @@ import torch
 from torch import nn
 
 from .baked_record import BAKED_CONFIG_KEY, baked_config
+from .checks import named
 from .config import LayerRopeConfig
-from .errors import LayerRopeError
+from .errors import InvalidConfigError, LayerRopeError
 from .model import LayerRopeModel
 from .rotary import BakedLayerRope, LayerRopeLayer
 from .sites import DecoderStack, find_stack, model_type, text_config
@@ -104,9 +105,11 @@ def verify(
         attention) has nothing to scale: its status is "no rotation", which is not a mismatch.
 
     Raises:
-        LayerRopeError: there is no adapter and no `config`.
+        LayerRopeError: there is no adapter and no `config`, or it is something else.
         UnsupportedModelError: the model has no rotary embedding to measure.
     """
+    if config is not None and not isinstance(config, LayerRopeConfig):
+        raise InvalidConfigError(f"config={named(config)} must be a LayerRopeConfig.")
     stack = find_stack(model)
     expected = config if config is not None else expected_config(model)
     factors = expected.resolved_layer_factors(len(stack.layers))

@@ -26,6 +26,7 @@ from fakes import token_task
 
 from peft_layerrope import LayerRopeConfig, SearchResult, plots, search
 from peft_layerrope.atomic import WriteError, write_atomically
+from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher.evaluator import ModelEvaluator
@@ -362,6 +363,97 @@ def test_a_comparison_on_a_full_disk_goes_on_afterwards(tmp_path, monkeypatch):
     assert run_command(*arguments, str(tmp_path / "it"), "--resume").exit_code == 0
     for name in ("evaluation.json", "evaluation.md", "scores.json"):
         assert (tmp_path / "it" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# --- a stdout or a file that cannot be written
+
+
+def command(*arguments: str, stdout: int) -> subprocess.CompletedProcess:
+    code = "from peft_layerrope.cli import run; run()"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "COLUMNS": "200", "TERM": "dumb"}
+    arguments = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(arguments, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture
+def closed_pipe() -> Iterator[int]:
+    """The end of a pipe that is written into, when nobody reads from the other end any more."""
+    read, write = os.pipe()
+    os.close(read)
+    yield write
+    os.close(write)
+
+
+EVALUATE = ("evaluate", "--length", "128", "--positions", "3", "--groups", "1", "--output")
+
+
+@pytest.mark.parametrize("arguments", [("prompts", "--limit", "400"), EVALUATE], ids=lambda arguments: arguments[0])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments, closed_pipe, tmp_path):
+    if arguments is EVALUATE:
+        arguments = (*EVALUATE, str(tmp_path / "it"))
+    done = command(*arguments, stdout=closed_pipe)
+    assert done.returncode == 1  # as that of other commands written in Python
+    assert done.stderr.strip() == ""
+    if "evaluate" in arguments:  # what was measured is there nevertheless
+        written = {path.name for path in (tmp_path / "it").iterdir()}
+        assert {"evaluation.json", "evaluation.md", "scores.json"} <= written
+        assert not any(name.endswith(".lock") for name in written)
+
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
+
+
+@needs_dev_full
+def test_a_stdout_on_a_full_disk_is_told_in_one_line():
+    with open("/dev/full", "w") as full:
+        done = command("prompts", "--limit", "400", stdout=full.fileno())
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: the output cannot be written: No space left on device."
+
+
+@needs_dev_full
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("families", "llama"),
+        ("verify", "--adapter", str(Path(__file__).parents[1] / "hub_configs" / "demo-plain")),
+        EVALUATE[:-1],
+        ("sensitivity", "--length", "128", "--positions", "3", "--groups", "2", "--layers", "3", "--try", "1.5"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_json_file_that_cannot_be_written_is_told_in_one_line(arguments):
+    done = run_command(*arguments, "--json", "/dev/full")
+    assert done.exit_code == 1
+    assert done.stderr.strip().splitlines()[-1] == "error: /dev/full cannot be written: No space left on device."
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [("families", "llama"), ("verify",), EVALUATE[:-1], ("sensitivity",)],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_folder_that_is_read_only_is_noticed_before_any_work(arguments, exists, tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    if exists:
+        path.write_text("{}")
+    real, refused = os.access, path if exists else tmp_path
+    monkeypatch.setattr(os, "access", lambda at, mode: not (at == refused and mode == os.W_OK) and real(at, mode))
+    done = run_command(*arguments, "--json", str(path))
+    assert done.exit_code == 2
+    assert f"--json {path} cannot be written: no permission, or a read-only file system." in done.stderr
+
+
+def test_a_report_on_a_full_disk_ends_in_one_line(small_disk, monkeypatch):
+    monkeypatch.setattr(report_command, "load", lambda *_: build_model("llama", num_hidden_layers=6))
+    adapter = Path(__file__).parents[1] / "hub_configs" / "demo-plain"
+    fill(small_disk)
+    done = run_command("report", str(adapter), "--length", "192", "--output", str(small_disk / "it.html"))
+    assert done.exit_code == 1
+    assert done.stderr.count("error:") == 1
+    assert "No space left on device" in done.stderr
+    assert "make room, then go on with the same command and --resume." in done.stderr
 
 
 # --- memory and clocks

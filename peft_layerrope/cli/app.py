@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -19,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from .. import __version__
 from ..atomic import WriteError
+from ..device_memory import is_out_of_memory
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
 from ..hub_errors import InvalidRepoIdError, PullTargetError
 
@@ -34,6 +36,7 @@ out = Console()
 err = Console(stderr=True)
 
 USAGE_ERROR, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
+_OUT_OF_MEMORY_ADVICE = "use a smaller model or --dtype, shorter prompts, or a larger device."
 _USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError, InvalidRepoIdError, PullTargetError)
 
 
@@ -47,6 +50,11 @@ def plain_errors(debug: bool) -> Iterator[None]:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE_ERROR if isinstance(error, _USAGE_ERRORS) else FAILURE) from error
+    except (RuntimeError, MemoryError) as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        err.print(f"[bold red]error:[/] out of memory: {_OUT_OF_MEMORY_ADVICE}", highlight=False, soft_wrap=True)
+        raise typer.Exit(FAILURE) from error
     except KeyboardInterrupt:
         err.print("interrupted.")
         raise typer.Exit(INTERRUPTED) from None
@@ -93,7 +101,11 @@ def main(
 
 
 def run() -> None:
-    """Entry point of the `layerrope` script. SIGTERM is taken as Ctrl-C is, but with exit status 143."""
+    """Entry point of the `layerrope` script.
+
+    SIGTERM is taken as Ctrl-C is, but with exit status 143. A stdout that cannot be written, on a full disk, is told in
+    one line; one that nobody reads any more (`| head`) ends the command without a word, with exit status 1.
+    """
     terminated = False
 
     def terminate(number: int, frame: FrameType | None) -> None:
@@ -106,6 +118,12 @@ def run() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(TERMINATED if terminated else INTERRUPTED)
+    except OSError as error:
+        if error.filename is not None:  # not stdout
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at the end
+        err.print(f"[bold red]error:[/] the output cannot be written: {error.strerror}.", highlight=False)
+        sys.exit(FAILURE)
     except SystemExit as done:
         if terminated and done.code == INTERRUPTED:
             sys.exit(TERMINATED)

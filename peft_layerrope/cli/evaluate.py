@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,14 +21,14 @@ from ..comparison_report import (
     plot_comparison,
     summary_table,
 )
-from ..comparison_state import SCORES_NAME
+from ..comparison_state import SCORES_NAME, discard_comparison
 from ..contenders import BASELINES, Contender, parse_baseline
 from ..errors import TaskError
 from ..evaluation import DEFAULT_BATCH_TOKENS
 from ..losses import DEFAULT_BUCKETS
 from ..public_names import public_name
 from ..report import position_table
-from ..run_lock import locked
+from ..run_lock import check_free, locked
 from .app import app, err, out, plain_errors, resumable
 from .options import (
     BatchTokensOption,
@@ -56,7 +56,7 @@ from .options import (
     tokenizer_of,
     window_of,
 )
-from .output import check_file, check_output, check_plot
+from .output import check_file, check_output, check_plot, write_json
 
 _COMPARED, _RUN = "Compared", "Running"
 _JSON_NAME, _MARKDOWN_NAME, _LOCK_NAME = "evaluation.json", "evaluation.md", "evaluation.lock"
@@ -198,34 +198,35 @@ def evaluate_command(
                     resume=resume and (output / SCORES_NAME).exists(),
                     progress=progress,
                 )
-            _print(comparison, display_name(model))
-            name = public_name(loaded.config._name_or_path)
-            content = {"model": name, "version": __version__, **comparison.to_dict()}
-            report = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            if json_output is not None:
-                with writing(json_output):
-                    json_output.write_text(report, encoding="utf-8")
-            if plot is not None:
-                with writing(plot):
-                    plot_comparison(comparison, plot)
-            if output is not None:
-                _save(comparison, name, report, output)
+            try:
+                _print(comparison, display_name(model))
+            finally:  # also where nobody reads what is printed
+                name = public_name(loaded.config._name_or_path)
+                content = {"model": name, "version": __version__, **comparison.to_dict()}
+                if json_output is not None:
+                    write_json(json_output, content)
+                if plot is not None:
+                    with writing(plot):
+                        plot_comparison(comparison, plot)
+                if output is not None:
+                    _save(comparison, name, content, output)
 
 
 def _clear(output: Path) -> None:
     """Removes an earlier comparison, which nobody is to take for the new one."""
+    discard_comparison(output)
     with writing(output):
-        for name in (_JSON_NAME, _MARKDOWN_NAME, SCORES_NAME):
+        for name in (_JSON_NAME, _MARKDOWN_NAME):
             (output / name).unlink(missing_ok=True)
 
 
-def _save(comparison: Comparison, name: str, report: str, output: Path) -> None:
+def _save(comparison: Comparison, name: str, content: dict[str, Any], output: Path) -> None:
     """Writes the report last in JSON, so that where it is everything is."""
     image = output / f"{comparison.measure}_by_position.png"
     with writing(image):
         plot_comparison(comparison, image)
     write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
-    write_atomically(output / _JSON_NAME, report)
+    write_atomically(output / _JSON_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
 
 
@@ -256,6 +257,7 @@ def _check_options(
     if max_new_tokens is not None and not generate:
         raise TaskError(f"--max-new-tokens {max_new_tokens} needs --generate.")
     if output is not None:
+        check_free(output, _LOCK_NAME)
         check_output(output, resume, overwrite)
     elif resume or overwrite:
         raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")

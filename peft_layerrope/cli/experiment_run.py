@@ -18,8 +18,9 @@ from ..experiments.commands import command_line
 from ..experiments.measuring import Measuring
 from ..experiments.rendering import to_rich
 from ..experiments.section import Section
-from ..experiments.storage import digest_of, find_section, save_section
+from ..experiments.storage import kept_section, lock_name
 from ..fingerprint import model_fingerprint
+from ..run_lock import check_free
 from ..searcher.progress import RichProgress
 from ..sites import trained_window
 from ..tasks import Task
@@ -124,22 +125,24 @@ class Run:
         Args:
             experiment: measures; not called where a resumed run was finished.
         """
-        asked = {"command": self.command, "model": model_fingerprint(self.model), "dtype": self.dtype}
-        section = find_section(self.output, self.name, asked) if self.resume else None
-        if section is None:
-            work = None if self.output is None else self.output / "run" / f"{self.name}-{digest_of(asked)}"
-            try:
-                with RichProgress(err) as audience:
-                    section = experiment(Measuring(self.batch_tokens, work, self.resume, audience))
-            except KeyboardInterrupt:
-                kept = "" if self.output is None else "; go on with the same command and --resume"
-                err.print(f"interrupted{kept}.")
-                raise typer.Exit(INTERRUPTED) from None
-            section = replace(section, command=self.command)
+        try:
+            section = self._made(experiment) if self.output is None else self._kept(self.output, experiment)
+        except KeyboardInterrupt:
+            kept = "" if self.output is None else "; go on with the same command and --resume"
+            err.print(f"interrupted{kept}.")
+            raise typer.Exit(INTERRUPTED) from None
         out.print(to_rich(section))
         if self.output is not None:
-            path = save_section(section, self.output, asked)
-            err.print(f"written: {path.with_suffix('')}.json, .md and plots", highlight=False, soft_wrap=True)
+            err.print(f"written: {self.output / self.name}.json, .md and plots", highlight=False, soft_wrap=True)
+
+    def _kept(self, folder: Path, experiment: Callable[[Measuring], Section]) -> Section:
+        asked = {"command": self.command, "model": model_fingerprint(self.model), "dtype": self.dtype}
+        return kept_section(folder, self.name, asked, self.resume, lambda work: self._made(experiment, work))
+
+    def _made(self, experiment: Callable[[Measuring], Section], work: Path | None = None) -> Section:
+        with RichProgress(err) as audience:
+            section = experiment(Measuring(self.batch_tokens, work, self.resume, audience))
+        return replace(section, command=self.command)
 
     def check_output(self) -> None:
         """Refuses an output that cannot be used, before any work.
@@ -147,11 +150,13 @@ class Run:
         Raises:
             SearchError: options that exclude each other.
             TaskError: an output that is no folder, cannot be written, or holds a result already.
+            FolderInUseError: another run of this experiment is at work there.
         """
         if self.output is None:
             if self.resume or self.overwrite:
                 raise SearchError("--resume and --overwrite need an --output.")
             return
+        check_free(self.output, lock_name(self.name))
         check_output(self.output, resume=False, overwrite=True)  # other experiments' results stay
         if self.resume and self.overwrite:
             raise SearchError("--resume keeps an earlier result and --overwrite replaces it: pass one of them.")

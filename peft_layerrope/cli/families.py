@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from .. import families, report
 from ..errors import LayerRopeError, SearchError
 from .app import app, err, out, plain_errors
 from .options import DebugOption, JsonOption
-from .output import check_file
+from .output import check_file, write_json
 
 
 @app.command(name="families")
@@ -42,7 +41,7 @@ def families_command(
         names = model_types or list(kinds)
         trials = [families.try_family(n) for n in track(names, "trying", console=err, transient=True)]
         if json_output is not None:
-            json_output.write_text(json.dumps([asdict(trial) for trial in trials], indent=2) + "\n")
+            write_json(json_output, [asdict(trial) for trial in trials])
         out.print(report.families_table(trials, kinds, f"Families of transformers {transformers.__version__}"))
         out.print(report.count_families(trials), highlight=False)
         wrong = [trial.model_type for trial in trials if trial.status == families.WRONG]

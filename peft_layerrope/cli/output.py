@@ -1,10 +1,13 @@
-"""Files that a command is to write: refused before any work where they could not be."""
+"""Files that a command is to write: refused before any work where they could not be, in one line where they fail."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
+from ..atomic import writing
 from ..errors import TaskError
 
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
@@ -38,3 +41,15 @@ def check_file(path: Path | None, option: str) -> None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise TaskError(f"{option} {path} cannot be written: " + ("a folder." if path.is_dir() else "no such folder."))
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise TaskError(f"{option} {path} cannot be written: no permission, or a read-only file system.")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a result for `--json`.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with writing(path):
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

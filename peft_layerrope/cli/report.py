@@ -20,11 +20,12 @@ from ..experiments.report_plan import ReportRequest, run_steps
 from ..experiments.search_record import SearchRecord, read_record
 from ..loading import load_adapter_config
 from ..public_names import last_component
+from ..run_lock import check_free, locked
 from ..searcher.progress import RichProgress
 from ..searcher.specification import SearchSpecification, read_specification
 from ..sites import trained_window
 from ..tasks.specification import TASK_NAMES, TaskSpecification
-from .app import INTERRUPTED, app, err, out, plain_errors
+from .app import app, err, out, plain_errors, resumable
 from .options import (
     BatchTokensOption,
     DataOption,
@@ -40,7 +41,7 @@ from .options import (
 )
 from .output import check_output
 
-_SPECIFICATION_NAME = "search.yaml"
+_SPECIFICATION_NAME, _LOCK_NAME = "search.yaml", "report.lock"
 _LONGEST = 64  # times the trained window: more is a damaged or hostile file
 
 
@@ -85,7 +86,9 @@ def report_command(
         output = output or folder / f"report.{kind.value}"
         record, config = read_record(folder), load_adapter_config(str(folder))
         _check(record, config, folder, output)
-        check_output(output.with_suffix(""), resume, overwrite)
+        sections = output.with_suffix("")
+        check_free(sections, _LOCK_NAME)
+        check_output(sections, resume, overwrite)
         source = model or (None if record.model == DEMO_NAME else record.model)
         specification = _specification(folder, record)
         changes = {"name": task.value if task is not None else None, "data": data, "length": length}
@@ -112,19 +115,14 @@ def report_command(
             quick=quick,
         )
         request.task()  # a task that cannot be made stops here
-        try:
-            with RichProgress(err) as audience:
-                ran = run_steps(
-                    request, output.with_suffix(""), batch_tokens=batch_tokens, resume=resume, audience=audience
-                )
-        except KeyboardInterrupt:
-            err.print("interrupted; nothing is lost. Go on with the same command and --resume.")
-            raise typer.Exit(INTERRUPTED) from None
         options = [("--model", model), ("--also", list(also or [])), ("--groups", groups), ("--quick", quick)]
         options += [("--task", task), ("--data", data), ("--length", length)]
         command = command_line(["report", str(folder)], options)
-        name = last_component(str(folder))
-        write_report(output, record, config, name, ran, command, markdown=kind is Format.md)
+        with resumable("the same command and --resume."), locked(sections, _LOCK_NAME):
+            with RichProgress(err) as audience:
+                ran = run_steps(request, sections, batch_tokens=batch_tokens, resume=resume, audience=audience)
+            name = last_component(str(folder))
+            write_report(output, record, config, name, ran, command, markdown=kind is Format.md)
         for section_name, reason in ran.skipped:
             err.print(f"not run: {section_name}: {reason}", highlight=False, markup=False)
         out.print(f"report: {output}", highlight=False, markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from ..card import ACCURACY_PLOT, FACTORS_PLOT
 from ..demo import demo_model_path
 from ..errors import LayerRopeError, SearchError
 from ..evaluation import DEFAULT_BATCH_TOKENS
-from ..run_lock import FolderInUseError, locked
+from ..run_lock import FolderInUseError, check_free, locked
 from ..scores import DEFAULT_WEIGHTS
 from ..searcher import Guards, SearchResult, SearchSettings, plan_search
 from ..searcher import search as run_search
@@ -270,6 +270,8 @@ def search(
     """
     with plain_errors(debug):
         specification = _specification(context, output, config, resume, guards)
+        if not dry_run:
+            check_free(output / RUN_FOLDER, _COMMAND_LOCK)
         check_output(output, resume, overwrite)
         pool = _workers(workers, ray_address, specification)
         tokenizer = tokenizer_of(specification.model)
@@ -314,9 +316,9 @@ def _forgotten_if_refused(output: Path, resume: bool) -> Iterator[None]:
         if not resume and not (run / STATE_NAME).exists():
             (output / SPECIFICATION_NAME).unlink(missing_ok=True)
             (run / LOG_NAME).unlink(missing_ok=True)
-            with suppress(OSError):  # not empty: there was something before
-                run.rmdir()
-                output.rmdir()
+            for folder in (run, output):
+                with suppress(OSError):  # not empty: there was something before; or gone already
+                    folder.rmdir()
         raise
 
 

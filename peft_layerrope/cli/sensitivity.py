@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..atomic import writing
 from ..evaluation import DEFAULT_BATCH_TOKENS
 from ..searcher import SearchSettings
 from ..searcher.sensitivity import DEFAULT_FACTORS, parse_layers, sensitivity
@@ -41,7 +41,7 @@ from .options import (
     tokenizer_of,
     window_of,
 )
-from .output import check_file, check_plot
+from .output import check_file, check_plot, write_json
 
 
 @app.command(name="sensitivity")
@@ -117,10 +117,13 @@ def sensitivity_command(
             batch_tokens=batch_tokens,
             share_mib=share_mib,
         )
-        out.print(sensitivity_table(result, f"{display_name(model)}: {result.subtitle()}"))
-        for line in result.advice():
-            out.print(line, highlight=False)
-        if plot is not None:
-            plot_sensitivity(result, plot, result.subtitle())
-        if json_output is not None:
-            json_output.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        try:
+            out.print(sensitivity_table(result, f"{display_name(model)}: {result.subtitle()}"))
+            for line in result.advice():
+                out.print(line, highlight=False)
+        finally:  # also where nobody reads what is printed
+            if plot is not None:
+                with writing(plot):
+                    plot_sensitivity(result, plot, result.subtitle())
+            if json_output is not None:
+                write_json(json_output, result.to_dict())

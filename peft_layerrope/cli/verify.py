@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from ..loading import load_adapter, load_adapter_config
 from ..verification import verify
 from .app import app, out, plain_errors
 from .options import DebugOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, display_name, load
-from .output import check_file
+from .output import check_file, write_json
 
 
 @app.command(name="verify")
@@ -43,7 +42,7 @@ def verify_command(
         subject = load_adapter(loaded, adapter) if adapter is not None else loaded
         result = verify(subject, load_adapter_config(adapter) if adapter is not None else None)
         if json_output is not None:
-            json_output.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+            write_json(json_output, result.to_dict())
         name = display_name(model)
         out.print(report.verification_table(result, f"{name} + {adapter}" if adapter else name))
         result.raise_for_mismatch()

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from ..comparison import compare
-from ..comparison_state import SCORES_NAME
+from ..comparison_state import SCORES_NAME, discard_comparison
 from ..config import LayerRopeConfig
 from ..contenders import Contender
 from ..errors import AdapterMismatchError, TaskError
@@ -69,13 +69,13 @@ def measure(
 
     Raises:
         TaskError: see `compare`.
+        FolderInUseError: another run is at work in the same folder.
         LayerRopeError: a contender that cannot be put onto the model, before anything is scored.
     """
     folder = measuring.folder
-    state = folder / SCORES_NAME if folder is not None else None
-    resume = measuring.resume and state is not None and state.exists()
-    if state is not None and not resume:
-        state.unlink(missing_ok=True)
+    resume = measuring.resume and folder is not None and (folder / SCORES_NAME).exists()
+    if folder is not None and not resume:
+        discard_comparison(folder)
     found = compare(
         model,
         split,

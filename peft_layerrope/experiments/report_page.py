@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .._version import __version__
-from ..atomic import write_atomically
+from ..atomic import write_atomically, writing
 from ..config import LayerRopeConfig
 from .rendering import escape_markdown, to_html, to_markdown
 from .report_head import factors_section, facts, held_out_section
@@ -34,16 +34,20 @@ def write_report(
         ran: the experiments.
         command: the command line that repeats the report.
         markdown: Markdown instead of HTML.
+
+    Raises:
+        WriteError: a file cannot be written.
     """
     head = [held_out_section(record), factors_section(config)]
     title = f"Report on {name}: per-layer RoPE scaling for {record.model}"
     known = [*facts(record, config), ("this report", command)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if markdown:
-        text = _markdown(path.with_suffix(""), title, known, [*head, *ran.sections], ran.skipped)
-    else:
-        text = to_html(title, known, head, ran.sections, ran.skipped, _FOOTER)
-    write_atomically(path, text)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if markdown:
+            text = _markdown(path.with_suffix(""), title, known, [*head, *ran.sections], ran.skipped)
+        else:
+            text = to_html(title, known, head, ran.sections, ran.skipped, _FOOTER)
+        write_atomically(path, text)
 
 
 def _markdown(

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from ..atomic import WriteError
 from ..config import LayerRopeConfig
 from ..contenders import Contender
 from ..errors import LayerRopeError
 from ..fingerprint import model_fingerprint
+from ..run_lock import FolderInUseError
 from ..searcher.grid import FactorGrid
 from ..sites import trained_window
 from ..tasks import Task
@@ -22,7 +24,7 @@ from .commands import command_line
 from .lengths import MakeTask, default_lengths, window_and_task
 from .measuring import Measuring
 from .section import Section
-from .storage import digest_of, find_section, save_section
+from .storage import kept_section
 
 QUICK_GROUPS = 12
 _QUICK_SWEEP = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
@@ -180,22 +182,26 @@ def run_steps(
         batch_tokens: tokens per forward pass.
         resume: keep sections and parts in `folder` that answer the same request.
         audience: whom to tell how far it is.
+
+    Raises:
+        FolderInUseError: another run is at work in `folder`.
+        WriteError: a file cannot be written.
     """
     steps, skipped = report_steps(request)
     sections = []
     for step in steps:
-        asked = _asked(request, step)
-        section = find_section(folder, step.name, asked) if resume else None
-        if section is None:
-            work = folder / "run" / f"{step.name}-{digest_of(asked)}"
-            try:
-                section = step.run(Measuring(batch_tokens, work, resume, audience))
-            except LayerRopeError as error:
-                skipped.append((step.name, str(error)))
-                continue
-            section = replace(section, command=_command(request, step))
-            save_section(section, folder, asked)
-        sections.append(section)
+
+        def make(work: Path, step: Step = step) -> Section:
+            section = step.run(Measuring(batch_tokens, work, resume, audience))
+            return replace(section, command=_command(request, step))
+
+        asked = _asked(request, step)  # an adapter that cannot be read concerns all of them
+        try:
+            sections.append(kept_section(folder, step.name, asked, resume, make))
+        except (FolderInUseError, WriteError):  # of no single step
+            raise
+        except LayerRopeError as error:
+            skipped.append((step.name, str(error)))
     return Ran(tuple(sections), tuple(skipped))
 
 

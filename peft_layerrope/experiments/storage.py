@@ -4,17 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_atomically
+from ..atomic import write_atomically, writing
 from ..errors import SearchError
+from ..run_lock import locked
 from ..untrusted import UntrustedFileError, read_bytes, read_json_object
 from .rendering import to_markdown
 from .section import Section
 
 _MAX_JSON, _MAX_PNG = 64 * 2**20, 16 * 2**20
+
+
+def lock_name(section_name: str) -> str:
+    """Returns the name of the lock of whoever makes a section; other sections may be made beside it."""
+    return f"{section_name}.lock"
+
+
+def kept_section(
+    folder: Path, name: str, asked: Mapping[str, Any], resume: bool, make: Callable[[Path], Section]
+) -> Section:
+    """Makes a section and saves it; keeps others from making it in the same folder meanwhile.
+
+    Args:
+        folder: for the section's files, and for the parts of an unfinished one; made if it is missing.
+        name: of the section.
+        asked: what it depends on.
+        resume: return the section that is there, if it answers what is asked now.
+        make: makes it, given a folder for its parts.
+
+    Raises:
+        FolderInUseError: another run is making this section in `folder`.
+        WriteError: a file cannot be written.
+    """
+    with locked(folder, lock_name(name)):
+        section = find_section(folder, name, asked) if resume else None
+        if section is None:
+            section = make(folder / "run" / f"{name}-{digest_of(asked)}")
+            save_section(section, folder, asked)
+        return section
 
 
 def digest_of(asked: Mapping[str, Any]) -> str:
@@ -34,10 +64,10 @@ def save_section(section: Section, folder: Path, asked: Mapping[str, Any] | None
         The path of the JSON file.
 
     Raises:
-        SearchError: a file cannot be written.
+        WriteError: a file cannot be written.
     """
     path = folder / f"{section.name}.json"
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         for figure in section.figures:
@@ -45,8 +75,6 @@ def save_section(section: Section, folder: Path, asked: Mapping[str, Any] | None
         write_atomically(folder / f"{section.name}.md", to_markdown(section))
         content = {"asked": digest_of(asked or {}), **section.to_dict()}
         write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise SearchError(f"{folder} cannot be written: {error.strerror}.") from error
     return path
 
 

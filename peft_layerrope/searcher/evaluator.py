@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..batching import Batch, make_batches
+from ..device_memory import is_out_of_memory
 from ..evaluation import ScoreSheet, answer_logits, with_halving
 from ..scores import Objective, PositionScores
 from ..sites import find_stack
@@ -183,9 +184,9 @@ class ModelEvaluator:
                 trial.run("trial", vector, lambda: logits(vector), only=depth)
                 logits(other)
                 again = trial.run("trial", vector, lambda: logits(vector))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # whatever a family's code raises whose layers hand more to each other than their output
+            except Exception as error:  # whatever a family raises whose layers hand on more than their output
+                if is_out_of_memory(error):
+                    raise
                 shared = False
             else:
                 shared = trial.layers_run < trial.layers_asked and torch.equal(alone, again)

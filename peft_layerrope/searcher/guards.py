@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from deap import tools
 
+from ..checks import is_number, named
 from ..errors import SearchError
 from .individual import Individual
 from .measurement import Heats, Measurement
@@ -30,8 +31,10 @@ class Guards:
     def __post_init__(self) -> None:
         for name in ("max_tail_drop", "max_short_rise"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise SearchError(f"{name}={value!r} must be a number of at least 0, or none to switch the guard off.")
+            if value is not None and not (is_number(value) and 0 <= value < float("inf")):
+                raise SearchError(
+                    f"{name}={named(value)} must be a number of at least 0, or none to switch the guard off."
+                )
 
     def violation(self, measured: Measurement, unscaled: Measurement, plan: Heats) -> float:
         """Returns by how much the limits are exceeded, summed; 0 if they are kept.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checks import is_number, named
 from ..errors import SearchError
 from ..sites import embedding_table
 from .evaluator import ModelEvaluator
@@ -84,13 +85,14 @@ class RayWorkers:
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise SearchError(f"{name}={value!r} must be an integer of at least {minimum}.")
         for name, value, allowed in (
-            ("cpus_per_worker", cpus_per_worker, cpus_per_worker is None or cpus_per_worker >= 0),
-            ("gpus_per_worker", gpus_per_worker, gpus_per_worker is None or gpus_per_worker >= 0),
-            ("start_timeout", start_timeout, start_timeout > 0),
-            ("chunk_timeout", chunk_timeout, chunk_timeout > 0),
+            ("cpus_per_worker", cpus_per_worker, cpus_per_worker is None or _at_least_zero(cpus_per_worker)),
+            ("gpus_per_worker", gpus_per_worker, gpus_per_worker is None or _at_least_zero(gpus_per_worker)),
+            ("start_timeout", start_timeout, _at_least_zero(start_timeout) and start_timeout > 0),
+            ("chunk_timeout", chunk_timeout, _at_least_zero(chunk_timeout) and chunk_timeout > 0),
         ):
             if not allowed:
-                raise SearchError(f"{name}={value!r} is out of range.")
+                least = "at least 0" if name.endswith("worker") else "more than 0"
+                raise SearchError(f"{name}={named(value)} must be a number of {least}.")
         self._ray = _import_ray()
         self._num_workers = num_workers
         self._address = address
@@ -198,6 +200,10 @@ def _keeping_sigterm() -> Iterator[None]:
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
+
+
+def _at_least_zero(value: Any) -> bool:
+    return is_number(value) and value >= 0
 
 
 def _import_ray() -> ModuleType:

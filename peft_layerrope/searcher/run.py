@@ -15,6 +15,7 @@ from torch import nn
 
 from .._version import __version__
 from ..adapted import adapted
+from ..checks import named
 from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME
 from ..errors import NotEnoughMemoryError, SearchError
@@ -24,6 +25,7 @@ from ..run_lock import locked
 from ..scores import PositionScores
 from ..sites import embedding_table, find_stack, trained_window
 from ..tasks import Task
+from ..tasks.base import check_task
 from . import controls
 from .bootstrap import bootstrap_choice
 from .controls import Candidate, best_of
@@ -131,7 +133,14 @@ def plan_search(model: nn.Module, task: Task, settings: SearchSettings | None = 
 def _settings(settings: SearchSettings | None, overrides: dict[str, Any]) -> SearchSettings:
     if settings is not None and overrides:
         raise SearchError(f"pass either settings or fields of it, got both: {', '.join(overrides)}.")
-    return settings if settings is not None else SearchSettings(**overrides)
+    if settings is None:
+        return SearchSettings(**overrides)
+    if not isinstance(settings, SearchSettings):
+        raise SearchError(
+            f"settings={named(settings)} must be a SearchSettings; or pass its fields by name, as in "
+            "search(model, task, population=16)."
+        )
+    return settings
 
 
 @contextmanager
@@ -144,6 +153,9 @@ def _prepared(
     resume: bool,
 ) -> Iterator[_Run]:
     """Checks everything, injects the adapter, and takes it out again afterwards."""
+    check_task(task)
+    if not isinstance(progress, bool) and not hasattr(progress, "stage"):
+        raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
     space = settings.space(tuple(find_stack(model).key_sources))
     data = make_data(model, task, settings)
     identity = {

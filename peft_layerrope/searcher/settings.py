@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from ..checks import is_number, named
 from ..config import LayerRopeConfig
 from ..errors import SearchError
 from ..evaluation import DEFAULT_BATCH_TOKENS
@@ -84,6 +85,7 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         self.adapter_config()  # rope_type, factor and window, by the adapter's own rules
+        self._check_types()
         check_weights(self.weights)
         choices = {"objective": OBJECTIVES, "algorithm": ALGORITHMS, "curve": (*CURVES, None)}
         for name, allowed in choices.items():
@@ -110,6 +112,21 @@ class SearchSettings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise SearchError(f"{name}={value!r} must be an integer of at least {minimum}.")
+
+    def _check_types(self) -> None:
+        """What is not checked where it is used, or only after the model has run."""
+        if not isinstance(self.guards, Guards):
+            raise SearchError(f"guards={named(self.guards)} must be Guards(...); Guards(None, None) has no limits.")
+        if not isinstance(self.grid, FactorGrid):
+            raise SearchError(f"grid={named(self.grid)} must be a FactorGrid, such as FactorGrid(1.0, 2.0, 0.1).")
+        if not isinstance(self.weights, (tuple, list)) or not all(map(is_number, self.weights)):
+            raise SearchError(f"weights={named(self.weights)} must be three positive numbers (first, middle, last).")
+        layers = self.scaled_layers
+        if layers is not None and not (isinstance(layers, (tuple, list, range)) and all(map(_is_index, layers))):
+            raise SearchError(f"scaled_layers={named(layers)} must be layer indices, such as (0, 1, 2), or None.")
+        for name in ("refine", "race", "controls"):
+            if not isinstance(getattr(self, name), bool):
+                raise SearchError(f"{name}={named(getattr(self, name))} must be True or False.")
 
     @property
     def genome(self) -> Curve:
@@ -167,3 +184,7 @@ class SearchSettings:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for a JSON report."""
         return asdict(self)
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
+from ..checks import named, whole_number
 from ..errors import TaskError
 
 Measure = Literal["accuracy", "loss"]
@@ -17,6 +18,11 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 SplitName = Literal["search", "validation", "test"]
 SPLIT_NAMES: tuple[SplitName, ...] = get_args(SplitName)
+
+MAX_LENGTH = 2**22
+"""Tokens of a prompt: four million, more than any model takes. What is longer is a typing error, and would be built."""
+MAX_GROUPS = 2**20
+"""Contexts of a split, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,15 @@ class Split:
     def __post_init__(self) -> None:
         if not self.examples:
             raise TaskError(f"split {self.name!r} has no examples.")
+        check_examples(self.examples)
         wanted = list(range(len(self.positions)))
         by_group: dict[int, list[int]] = {}
         for example in self.examples:
+            for name in ("context_ids", "query_ids", "answer_ids"):
+                if not isinstance(getattr(example, name), tuple):
+                    raise TaskError(
+                        f"split {self.name!r}: {name}={named(getattr(example, name))} must be a tuple of token ids."
+                    )
             if not (example.query_ids and example.answer_ids):
                 raise TaskError(
                     f"split {self.name!r}: an example of group {example.group} has an empty query or answer."
@@ -136,8 +148,34 @@ def check_request(name: str, num_groups: int) -> None:
     """Raises TaskError unless `name` is a split and `num_groups` at least 1."""
     if name not in SPLIT_NAMES:
         raise TaskError(f"split {name!r} is unknown, expected one of {', '.join(SPLIT_NAMES)}.")
-    if num_groups < 1:
-        raise TaskError(f"num_groups={num_groups} must be at least 1.")
+    whole_number("num_groups", num_groups, 1, MAX_GROUPS)
+
+
+def check_length(length: int, least: int = 1) -> int:
+    """Returns the most tokens that a prompt may have.
+
+    Raises:
+        TaskError: it is no whole number from `least` to `MAX_LENGTH`.
+    """
+    return whole_number("length", length, least, MAX_LENGTH)
+
+
+def check_examples(examples: Sequence[Example]) -> None:
+    """Raises TaskError unless `examples` is a sequence of them."""
+    if isinstance(examples, (str, bytes)) or not isinstance(examples, Sequence):
+        raise TaskError(f"examples={named(examples)} must be a list of Example.")
+    for example in examples:
+        if not isinstance(example, Example):
+            raise TaskError(f"examples must be a list of Example, got {named(example)} among them.")
+
+
+def check_task(task: Task) -> None:
+    """Raises TaskError unless `task` is a task, and not a split of one or its class."""
+    if isinstance(task, type) or not isinstance(task, Task):
+        raise TaskError(
+            f"task={named(task)} must be a task such as KeyValueRetrieval(tokenizer, length=4096): it needs name, "
+            "positions, split() and describe()."
+        )
 
 
 def check_seed(seed: int) -> None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from ..checks import named
 from ..errors import TaskError
 
 
@@ -26,10 +27,11 @@ class PromptEncoder:
             tokenizer adds its special tokens; an end token is left out, since the answer goes on from there.
 
     Raises:
-        TaskError: a chat template was asked for and the tokenizer has none.
+        TaskError: no tokenizer, or a chat template was asked for and it has none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: bool = False) -> None:
+        check_tokenizer(tokenizer)
         if chat_template and not getattr(tokenizer, "chat_template", None):
             raise TaskError("chat_template=True, but the tokenizer has no chat template: leave it off for this model.")
         self._tokenizer = tokenizer
@@ -83,6 +85,13 @@ class PromptEncoder:
             return self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template is a program of the tokenizer's author and raises what it likes
             raise TaskError(f"the tokenizer's chat template fails: {error}") from error
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises TaskError unless `tokenizer` is one; a processor only has one."""
+    if not (callable(getattr(tokenizer, "encode", None)) and hasattr(tokenizer, "bos_token_id")):
+        hint = ": pass its .tokenizer" if hasattr(tokenizer, "tokenizer") else ""
+        raise TaskError(f"tokenizer={named(tokenizer)} must be a transformers tokenizer{hint}.")
 
 
 def _tokens_of(encoded: BatchEncoding, start: int, stop: int) -> tuple[int, int] | None:

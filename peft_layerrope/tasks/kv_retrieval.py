@@ -12,11 +12,12 @@ from uuid import UUID
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import whole_number
 from ..errors import TaskError
-from .base import SPLIT_NAMES, SplitName, split_stream
+from .base import MAX_LENGTH, SPLIT_NAMES, SplitName, check_length, check_seed, split_stream
 from .encoding import PromptEncoder
 from .prompts import PromptTask
-from .records import cut_into_splits, read_records
+from .records import cut_into_splits, data_path, read_records
 from .words import MAX_KEYS, NUM_KEYS, NUM_VALUES, key_words, value_words
 
 DEFAULT_NUM_POSITIONS = 5
@@ -106,11 +107,14 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
             raise TaskError(f"keys={keys!r}, expected {expected}.")
         if positions is not None and num_positions is not None:
             raise TaskError("pass either num_positions or positions, got both.")
-        if num_keys is not None and num_keys < 2:
-            raise TaskError(f"num_keys={num_keys} must be at least 2.")
+        check_seed(seed)
+        if length is not None:
+            check_length(length)
+        if num_keys is not None:
+            whole_number("num_keys", num_keys, 2, MAX_LENGTH)
         if num_keys is not None and length is not None and num_keys > length:
             raise TaskError(f"num_keys={num_keys} pairs cannot fit into length={length} tokens.")
-        self.data = Path(data) if data is not None else None
+        self.data = data_path(data) if data is not None else None
         self.keys = keys or "uuid"
         splits = None
         if self.data is not None:

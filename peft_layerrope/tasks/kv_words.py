@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import whole_number
 from ..errors import TaskError
-from .base import Example, Split, SplitName, check_request, check_seed, split_stream, spread_positions
+from .base import Example, Split, SplitName, check_length, check_request, check_seed, split_stream, spread_positions
+from .encoding import check_tokenizer
 from .prompts import Prompt, check_positions
 from .words import NUM_KEYS, NUM_VALUES, key_words, value_words
 
@@ -51,8 +53,12 @@ class KeyValueWords:
         seed: int = 0,
         num_pairs: int | None = None,
     ) -> None:
-        self.length = length
+        self.length = length = check_length(length)
+        whole_number("num_positions", num_positions)
+        if num_pairs is not None:
+            whole_number("num_pairs", num_pairs, 1)
         check_seed(seed)
+        check_tokenizer(tokenizer)
         self.seed = seed
         self.tokenizer = tokenizer
         self._num_positions = num_positions

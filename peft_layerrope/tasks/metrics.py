@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 
 import regex  # its word boundary, unlike re's, does not tear a combining accent off its letter
 
+from ..checks import named
+from ..errors import TaskError
+
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = regex.compile(r"\b(a|an|the)\b")
 
@@ -27,7 +30,11 @@ def best_subspan_em(prediction: str, answers: Sequence[str]) -> bool:
     Args:
         prediction: what the model wrote.
         answers: the accepted answers.
+
+    Raises:
+        TaskError: one of them is no text.
     """
+    _check_texts(prediction, answers)
     written = normalised(prediction.split("\n", 1)[0])
     return any(answer in written for answer in map(normalised, answers) if answer)
 
@@ -38,9 +45,21 @@ def contains_value(prediction: str, answers: Sequence[str]) -> bool:
     Args:
         prediction: what the model wrote.
         answers: the accepted values.
+
+    Raises:
+        TaskError: one of them is no text.
     """
+    _check_texts(prediction, answers)
     written = prediction.lower()
     return any(answer.lower() in written for answer in answers if answer)
+
+
+def _check_texts(prediction: str, answers: Sequence[str]) -> None:
+    if not isinstance(prediction, str):
+        raise TaskError(f"prediction={named(prediction)} must be the text that was written.")
+    # of a single text, each letter would be an answer
+    if isinstance(answers, str) or not isinstance(answers, Sequence) or not all(isinstance(a, str) for a in answers):
+        raise TaskError(f"answers={named(answers)} must be a list of texts.")
 
 
 METRICS: dict[str, Metric] = {"best_subspan_em": best_subspan_em, "contains_value": contains_value}

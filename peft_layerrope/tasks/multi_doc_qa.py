@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import whole_number
 from ..errors import TaskError
-from .base import SPLIT_NAMES, SplitName
+from .base import SPLIT_NAMES, SplitName, check_seed
 from .metrics import normalised
 from .prompts import PromptTask
-from .records import cut_into_splits, read_records
+from .records import cut_into_splits, data_path, read_records
 
 PUBLISHED_NUM_POSITIONS = {10: 3, 20: 5, 30: 7}
 """By number of documents; spread evenly they are 0, 4, 9 of 10, and so on."""
@@ -100,13 +101,13 @@ class MultiDocumentQA(PromptTask[Question]):
     ) -> None:
         if positions is not None and num_positions is not None:
             raise TaskError("pass either num_positions or positions, got both.")
-        self.data = Path(data)
+        check_seed(seed)
+        self.data = data_path(data)
         questions = read_questions(self.data)
         in_file = 1 + len(questions[0].others)
         if num_documents is None:
             num_documents = in_file if in_file > 1 else DEFAULT_NUM_DOCUMENTS
-        if num_documents < 1:
-            raise TaskError(f"num_documents={num_documents} must be at least 1.")
+        whole_number("num_documents", num_documents, 1)
         if 1 < in_file < num_documents:
             raise TaskError(f"num_documents={num_documents}, but the records of {self.data} have {in_file} documents.")
         if positions is None and num_positions is None:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import named, whole_number
 from ..errors import TaskError
-from .base import SPLIT_NAMES, Example, Split, SplitName, check_request, check_seed
+from .base import SPLIT_NAMES, Example, Split, SplitName, check_length, check_request, check_seed
+from .encoding import check_tokenizer
 from .records import FRACTIONS
 from .text_stream import DATASETS_PREFIX, read_source, token_ids, tokenised
 
@@ -60,9 +62,8 @@ class Perplexity:
         seed: int = 0,
         source: str = "text",
     ) -> None:
-        if length < 2:
-            raise TaskError(f"length={length} must be at least 2: a token is predicted from those before it.")
-        if stride is not None and not 1 <= stride < length:
+        length = check_length(length, 2)  # a token is predicted from those before it
+        if stride is not None and whole_number("stride", stride, 1) >= length:
             raise TaskError(f"stride={stride} must be at least 1 and below length={length}.")
         check_seed(seed)
         self.length = length
@@ -70,7 +71,11 @@ class Perplexity:
         self.seed = seed
         self.source = source
         self.tokenizer = tokenizer
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
         texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (Sequence, np.ndarray)) and not hasattr(texts, "__array__"):
+            raise TaskError(f"text={named(text)} must be text, several texts, or token ids.")
         if len(texts) and isinstance(texts[0], str):
             if tokenizer is None:
                 raise TaskError("text needs a tokenizer; without one pass token ids.")

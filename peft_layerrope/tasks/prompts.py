@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import whole_number, whole_numbers
 from ..errors import TaskError
-from .base import Example, Split, SplitName, check_request, check_seed, spread_positions
+from .base import Example, Split, SplitName, check_length, check_request, check_seed, spread_positions
 from .encoding import PromptEncoder
 
 _SHORTENED_GROUPS = 8  # contexts by which it is found how many items fit
@@ -79,6 +80,7 @@ class PromptTask(ABC, Generic[Source]):
         splits: Mapping[SplitName, Sequence[Source]] | None = None,
     ) -> None:
         check_seed(seed)
+        length = check_length(length) if length is not None else None
         self._splits = splits
         self.tokenizer = tokenizer
         self.num_items = num_items
@@ -87,8 +89,8 @@ class PromptTask(ABC, Generic[Source]):
         self.chat_template = chat_template
         self._encoder = PromptEncoder(tokenizer, chat_template)
         if positions is None:
-            positions = spread_positions(num_items, num_positions)
-        self.positions = tuple(positions)
+            positions = spread_positions(num_items, whole_number("num_positions", num_positions))
+        self.positions = whole_numbers("positions", positions)
         check_positions(self.positions, num_items, self.item)
         if not self.positions or list(self.positions) != sorted(set(self.positions)):
             raise TaskError(f"positions={self.positions} must be distinct, at least one, and ascending.")

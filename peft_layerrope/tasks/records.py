@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
@@ -11,12 +12,24 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import named
 from ..errors import TaskError
 from .base import SPLIT_NAMES, SplitName
 
 _GZIP = b"\x1f\x8b"
 FRACTIONS = (0.4, 0.2, 0.4)
 """Shares of the records for search, validation and test."""
+
+
+def data_path(data: str | Path) -> Path:
+    """Returns the path of a data file.
+
+    Raises:
+        TaskError: it is no path.
+    """
+    if not isinstance(data, (str, os.PathLike)):
+        raise TaskError(f"data={named(data)} must be the path of a file.")
+    return Path(data)
 
 
 def read_records(path: str | Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:

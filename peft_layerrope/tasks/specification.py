@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError
-from .base import Task, check_seed
+from .base import Task, check_length, check_seed
 from .kv_retrieval import KeyValueRetrieval
 from .kv_words import KeyValueWords
 from .multi_doc_qa import MultiDocumentQA
@@ -48,7 +48,7 @@ class TaskSpecification:
         chat_template: whether prompts are put into the tokenizer's chat template.
 
     Raises:
-        TaskError: a setting that the named task does not have.
+        TaskError: a setting that the named task does not have, or a length that no task can have.
     """
 
     name: TaskName | None = None
@@ -64,6 +64,8 @@ class TaskSpecification:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.length is not None:
+            check_length(self.length)
         if self.name is None:
             return
         if self.name not in TASK_NAMES:

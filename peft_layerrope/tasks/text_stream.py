@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..checks import named
 from ..errors import TaskError
 from .records import read_records
 
@@ -75,6 +76,9 @@ def tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, source: 
     Raises:
         TaskError: there is no text in them.
     """
+    wrong = [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise TaskError(f"{source} must hold texts alone or token ids alone, got {named(wrong[0])} among texts.")
     joined = _SEAM.join(texts)
     if not joined.strip():
         raise TaskError(f"{source} holds no text.")

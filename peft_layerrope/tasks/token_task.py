@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import is_number, named, whole_number, whole_numbers
 from ..errors import TaskError
-from .base import SPLIT_NAMES, Example, Split, SplitName, check_seed
+from .base import SPLIT_NAMES, Example, Split, SplitName, check_examples, check_seed
 
 
 class TokenTask:
@@ -46,14 +47,15 @@ class TokenTask:
         fractions: tuple[float, float, float] = (0.4, 0.2, 0.4),
         name: str = "token_task",
     ) -> None:
-        if not examples:
+        if examples is None or (isinstance(examples, Sequence) and not examples):
             raise TaskError("a TokenTask needs examples, got none.")
-        if len(fractions) != 3 or not all(f > 0 for f in fractions) or sum(fractions) > 1 + 1e-9:
-            raise TaskError(f"fractions={fractions} must be three positive shares that sum to at most 1.")
+        check_examples(examples)
+        if not _are_shares(fractions):
+            raise TaskError(f"fractions={named(fractions)} must be three positive shares that sum to at most 1.")
         check_seed(seed)
         self.name = name
         self.seed = seed
-        self.positions = tuple(positions) if positions is not None else _position_indices(examples)
+        self.positions = whole_numbers("positions", positions) if positions is not None else _position_indices(examples)
         groups: dict[int, list[Example]] = {}
         for example in examples:
             groups.setdefault(example.group, []).append(example)
@@ -74,10 +76,11 @@ class TokenTask:
         Raises:
             TaskError: the split is unknown or has fewer groups.
         """
-        if name not in self._groups:
+        if name not in SPLIT_NAMES:
             raise TaskError(f"split {name!r} is unknown, expected one of {', '.join(SPLIT_NAMES)}.")
         members = self._groups[name]
-        if not 1 <= num_groups <= len(members):
+        whole_number("num_groups", num_groups, 1)
+        if num_groups > len(members):
             raise TaskError(f"split {name!r} has {len(members)} groups, {num_groups} were asked for.")
         examples = [example for group in members[:num_groups] for example in group]
         return Split(name, self.seed, self.positions, tuple(examples))
@@ -86,6 +89,12 @@ class TokenTask:
         """Returns the task's settings, for a report."""
         sizes = {name: len(groups) for name, groups in self._groups.items()}
         return {"name": self.name, "seed": self.seed, "positions": list(self.positions), "groups": sizes}
+
+
+def _are_shares(fractions: Sequence[float]) -> bool:
+    if not isinstance(fractions, (tuple, list)) or len(fractions) != len(SPLIT_NAMES):
+        return False
+    return all(is_number(share) and share > 0 for share in fractions) and sum(fractions) <= 1 + 1e-9
 
 
 def _position_indices(examples: Sequence[Example]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,22 @@ from fakes import token_task
 from test_cli import run as run_command
 from test_resume import SMALL, small_model
 
-from peft_layerrope import run_lock, search
+from peft_layerrope import Comparison, TaskError, compare, parse_baseline, run_lock, search
 from peft_layerrope.atomic import WriteError
+from peft_layerrope.cli import evaluate as evaluate_command
+from peft_layerrope.cli import experiment_run
+from peft_layerrope.cli import report as report_command
+from peft_layerrope.cli import search as search_command
+from peft_layerrope.experiments import report_plan
+from peft_layerrope.experiments.measuring import Measuring, measure
+from peft_layerrope.experiments.report_plan import Step
+from peft_layerrope.experiments.section import Section
+from peft_layerrope.experiments.storage import kept_section
 from peft_layerrope.run_lock import FolderInUseError, locked
 from peft_layerrope.searcher import plan_search
 from peft_layerrope.searcher.state import LOCK_NAME
+
+SEARCHED = Path(__file__).parents[2] / "hub_configs" / "demo-plain"
 
 pytestmark = pytest.mark.skipif(run_lock.fcntl is None, reason="no such locks on this system")
 
@@ -104,21 +116,153 @@ def test_a_second_search_is_kept_out_before_it_writes(tmp_path, resume):
         assert plan_search(small_model(), token_task(groups=40), **SMALL).seconds > 0
 
 
+def comparison(folder: Path, **settings: object) -> Comparison:
+    contenders = [parse_baseline("none"), parse_baseline("uniform:1.5")]
+    return compare(small_model(), token_task().split("test", 4), contenders, folder=folder, **settings)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_comparison_is_kept_out_before_it_writes(tmp_path, resume):
+    comparison(tmp_path / "compared")
+    before = files(tmp_path / "compared")
+    assert list(before) == ["scores.json"]
+    with held_by_another_process(tmp_path / "compared", "scores.lock") as pid:
+        with pytest.raises(FolderInUseError, match=f"process {pid}"):
+            comparison(tmp_path / "compared", resume=resume)
+        assert files(tmp_path / "compared") == before | {"scores.lock": str(pid).encode()}
+        comparison(tmp_path / "another")
+
+
+def test_a_comparison_that_another_call_wants_to_join_ends_as_it_would_have_alone(tmp_path):
+    """With the same folder, with and without going on; and an experiment that would begin it anew."""
+    refused = []
+
+    def join(label: str, done: int, total: int) -> None:
+        if done == 3:
+            for resume in (False, True):
+                with pytest.raises(FolderInUseError, match=str(os.getpid())):
+                    comparison(tmp_path / "joined", resume=resume)
+            split = token_task().split("test", 4)
+            with pytest.raises(FolderInUseError):
+                measure(small_model(), split, [parse_baseline("none")], "x", Measuring(folder=tmp_path / "joined"))
+            refused.append(label)
+
+    found, alone = comparison(tmp_path / "joined", progress=join), comparison(tmp_path / "alone")
+    assert refused
+    assert found.to_dict() == alone.to_dict()
+    assert files(tmp_path / "joined") == files(tmp_path / "alone")
+
+
+def test_a_comparison_that_is_refused_leaves_nothing(tmp_path):
+    with pytest.raises(TaskError, match="nothing to resume"):
+        comparison(tmp_path / "nowhere", resume=True)
+    assert not any(tmp_path.iterdir())
+
+
+def section() -> Section:
+    return Section("halves", "A title", "A question?", "a task", ("A finding.",))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_of_an_experiment_is_kept_out_of_its_folder(tmp_path, resume):
+    asked = {"groups": 3}
+
+    def joined(work: Path) -> Section:
+        with pytest.raises(FolderInUseError, match=str(os.getpid())):
+            kept_section(tmp_path, "halves", asked, resume, lambda work: pytest.fail("it was let in"))
+        beside = replace(section(), name="sweep")
+        assert kept_section(tmp_path, "sweep", asked, resume, lambda work: beside) == beside
+        return section()
+
+    assert kept_section(tmp_path, "halves", asked, resume, joined) == section()
+    assert sorted(files(tmp_path)) == ["halves.json", "halves.md", "sweep.json", "sweep.md"]
+    again = kept_section(tmp_path, "halves", asked, True, lambda work: pytest.fail("made again"))
+    assert again == section()
+
+
+def test_a_section_that_cannot_be_made_leaves_nothing(tmp_path):
+    def fail(work: Path) -> Section:
+        raise TaskError("no room")
+
+    with pytest.raises(TaskError, match="no room"):
+        kept_section(tmp_path / "new", "halves", {}, False, fail)
+    assert not any(tmp_path.iterdir())
+
+
+EVALUATE = "evaluate --length 128 --positions 3 --groups 2 --output {folder}"
+SEARCH = "search --length 128 --positions 3 --output {folder}"
+SWEEP = "experiment sweep --try 1.5 --length 128 --positions 3 --groups 2 --output {folder}"
+REPORT = "report {adapter} --output {folder}.html"
+
+
+@pytest.mark.parametrize("how", ["", "--resume", "--overwrite"])
 @pytest.mark.parametrize(
     ("command", "folder", "lock"),
-    [("search", "run", "search.lock"), ("search", "run", "state.lock"), ("evaluate", ".", "evaluation.lock")],
+    [
+        (SEARCH, "run", "search.lock"),
+        (EVALUATE, ".", "evaluation.lock"),
+        (SWEEP, ".", "sweep.lock"),
+        (REPORT, ".", "report.lock"),
+    ],
 )
-def test_overwriting_what_another_process_writes_is_refused(tmp_path, command, folder, lock):
+def test_what_another_process_writes_is_left_alone(tmp_path, monkeypatch, command, folder, lock, how):
+    for module in (search_command, evaluate_command, experiment_run, report_command):
+        monkeypatch.setattr(module, "load", lambda *_: small_model())  # so that it is no matter how late it is noticed
+    where = tmp_path / "it"
+    (where / folder).mkdir(parents=True, exist_ok=True)
+    for name in ("scores.json", "state.json", "adapter_config.json", "sweep.json"):
+        (where / folder / name).write_text("{}")
+    before = files(where)
+    with held_by_another_process(where / folder, lock) as pid:
+        done = run_command(*f"{command} {how}".format(folder=where, adapter=SEARCHED).split())
+        assert f"is in use by process {pid}" in done.stderr
+        assert done.exit_code == 1
+        assert done.stderr.count("error:") == 1
+        lock_file = str((where / folder / lock).relative_to(where))
+        assert files(where) == before | {lock_file: str(pid).encode()}
+
+
+@pytest.mark.parametrize(("command", "folder", "lock"), [(SEARCH, "run", "state.lock"), (EVALUATE, ".", "scores.lock")])
+def test_overwriting_what_a_call_from_python_writes_is_refused(tmp_path, command, folder, lock):
     precious = [tmp_path / folder / "scores.json", tmp_path / "adapter_config.json"]
     (tmp_path / folder).mkdir(exist_ok=True)
     for path in precious:
         path.write_text("{}")
     with held_by_another_process(tmp_path / folder, lock) as pid:
-        done = run_command(command, "--length", "128", "--positions", "3", "--output", str(tmp_path), "--overwrite")
+        done = run_command(*command.format(folder=tmp_path).split(), "--overwrite")
     assert done.exit_code == 1
     assert done.stderr.count("error:") == 1
     assert f"is in use by process {pid}" in done.stderr
     assert all(path.read_text() == "{}" for path in precious)
+
+
+@pytest.mark.parametrize("command", [EVALUATE, SWEEP])
+def test_no_lock_is_left_behind(tmp_path, command):
+    done = run_command(*command.format(folder=tmp_path / "it").split())
+    assert done.exit_code == 0
+    assert any(name.endswith(".json") for name in files(tmp_path))
+    assert not any(name.endswith(".lock") for name in files(tmp_path))
+
+
+def test_a_lock_that_a_killed_process_left_is_in_nobodys_way(tmp_path):
+    (tmp_path / "sweep.lock").write_text("99999999")
+    assert run_command(*SWEEP.format(folder=tmp_path).split()).exit_code == 0
+    assert not (tmp_path / "sweep.lock").exists()
+
+
+@pytest.mark.parametrize("error", [FolderInUseError, WriteError])
+def test_a_report_skips_no_experiment_because_its_output_fails(tmp_path, monkeypatch, error):
+    def fail(measuring: Measuring) -> Section:
+        raise error("somebody else's")
+
+    monkeypatch.setattr(report_plan, "report_steps", lambda request: ([Step("halves", fail, 2)], []))
+    monkeypatch.setattr(report_plan, "_asked", lambda request, step: {})
+    with pytest.raises(error, match="somebody else's"):
+        report_plan.run_steps(None, tmp_path, batch_tokens=1, resume=False, audience=None)
 
 
 def test_a_dry_run_needs_no_lock(tmp_path):

@@ -158,7 +158,9 @@ def test_without_ray_the_error_names_the_extra(monkeypatch):
         {"max_deaths": -1},
         {"threads_per_worker": 0},
         {"cpus_per_worker": -1},
+        {"cpus_per_worker": "2"},
         {"start_timeout": 0},
+        {"chunk_timeout": None},
     ],
 )
 def test_numbers_out_of_range_are_named(wrong):

@@ -278,6 +278,14 @@ def test_the_datasets_package_is_asked_for_the_column_text(source, asked, monkey
     assert calls == [asked]
 
 
+def test_the_real_datasets_package_reads_a_folder(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "test.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert read_source(f"datasets:{tmp_path / 'texts'}") == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
