@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,117 +25,68 @@ from ..comparison_report import (
 from ..comparison_state import SCORES_NAME, discard_comparison
 from ..contenders import BASELINES, Contender, parse_baseline
 from ..errors import TaskError
-from ..evaluation import DEFAULT_BATCH_TOKENS
 from ..losses import DEFAULT_BUCKETS
 from ..public_names import public_name
 from ..report import position_table
 from ..run_lock import check_free, locked
 from .app import app, err, out, plain_errors, resumable
-from .options import (
-    BatchTokensOption,
-    ChatTemplateOption,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    KeysOption,
-    LengthOption,
-    ModelArgument,
-    NumDocumentsOption,
-    NumKeysOption,
-    PositionsOption,
-    SplitChoice,
-    StrideOption,
-    TaskOption,
-    TaskSeedOption,
-    build_task,
-    display_name,
-    load,
-    resolve_task,
-    task_of,
-    tokenizer_of,
-    window_of,
-)
+from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of
+from .option_groups import grouped
+from .options import ComputeOptions, DebugOption, JsonOption, ModelArgument, SplitChoice, TaskOptions, task_option
 from .output import check_file, check_output, check_plot, write_json
 
-_COMPARED, _RUN = "Compared", "Running"
+_compared_option = partial(typer.Option, rich_help_panel="Compared")
+_run_option = partial(typer.Option, rich_help_panel="Running")
 _JSON_NAME, _MARKDOWN_NAME, _LOCK_NAME = "evaluation.json", "evaluation.md", "evaluation.lock"
 
 
 @app.command(name="evaluate")
+@grouped
 def evaluate_command(
+    *,
     model: ModelArgument = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Hub id or folder of an adapter, LAYER_ROPE or any other of PEFT's; may be given again.",
-            rich_help_panel=_COMPARED,
-        ),
+        _compared_option(help="Hub id or folder of an adapter, LAYER_ROPE or any other of PEFT's; may be given again."),
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(
+        _compared_option(
             help=f"{', '.join(BASELINES.values())}; may be given again. The first is what the others are compared "
-            "with. Default: none.",
-            rich_help_panel=_COMPARED,
+            "with. Default: none."
         ),
     ] = None,
-    task: TaskOption = None,
-    data: DataOption = None,
-    length: LengthOption = None,
-    positions: PositionsOption = None,
-    task_seed: TaskSeedOption = 0,
-    num_keys: NumKeysOption = None,
-    keys: KeysOption = None,
-    num_documents: NumDocumentsOption = None,
-    stride: StrideOption = None,
-    chat_template: ChatTemplateOption = False,
-    split: Annotated[
-        SplitChoice, typer.Option(help="Which split; quote figures from test only.", rich_help_panel="Task")
-    ] = SplitChoice.test,
-    groups: Annotated[
-        int, typer.Option(help="Contexts, each asked at every position; or windows of text.", rich_help_panel="Task")
-    ] = 100,
+    asked: TaskOptions,
+    split: Annotated[SplitChoice, task_option(help="Which split; quote figures from test only.")] = SplitChoice.test,
+    groups: Annotated[int, task_option(help="Contexts, each asked at every position; or windows of text.")] = 100,
     buckets: Annotated[
         int | None,
-        typer.Option(
-            help=f"Parts of a perplexity window by token position. Default: {DEFAULT_BUCKETS}.", rich_help_panel="Task"
-        ),
+        task_option(help=f"Parts of a perplexity window by token position. Default: {DEFAULT_BUCKETS}."),
     ] = None,
     generate: Annotated[
         bool,
-        typer.Option(
+        task_option(
             "--generate",
             help="Have answers written by greedy generate(), and judge them by the task's metric. Default: exact match "
             "in one teacher-forced pass.",
-            rich_help_panel="Task",
         ),
     ] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help="With --generate. Default: tokens of the longest answer.", rich_help_panel="Task"),
+        task_option(help="With --generate. Default: tokens of the longest answer."),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for evaluation.json and .md, the plot, and the scores.", rich_help_panel=_RUN),
+        _run_option(help="Folder for evaluation.json and .md, the plot, and the scores."),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume",
-            help="Go on with what is in --output, also after a kill; begin, if nothing is.",
-            rich_help_panel=_RUN,
-        ),
+        _run_option("--resume", help="Go on with what is in --output, also after a kill; begin, if nothing is."),
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is in --output.", rich_help_panel=_RUN)
-    ] = False,
+    overwrite: Annotated[bool, _run_option("--overwrite", help="Replace what is in --output.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
     json_output: JsonOption = None,
-    batch_tokens: BatchTokensOption = DEFAULT_BATCH_TOKENS,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
+    compute: ComputeOptions,
     debug: DebugOption = False,
 ) -> None:
     """Print accuracy at each gold position and context utilisation U; or compare adapters and baselines side by side.
@@ -153,18 +105,7 @@ def evaluate_command(
     `--resume` goes on with them.
     """
     with plain_errors(debug):
-        specification = task_of(
-            task,
-            data=data,
-            length=length,
-            positions=positions,
-            task_seed=task_seed,
-            num_keys=num_keys,
-            keys=keys,
-            num_documents=num_documents,
-            stride=stride,
-            chat_template=chat_template,
-        )
+        specification = asked.specification()
         contenders = _contenders(adapter or [], baseline or [])
         _check_options(output, resume, overwrite, generate, max_new_tokens)
         check_file(json_output, "--json")
@@ -175,7 +116,7 @@ def evaluate_command(
         examples = built.split(split.value, groups)
         if buckets is not None and examples.measure != "loss":
             raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
-        loaded = load(model, device, dtype)
+        loaded = load(model, compute.device, compute.dtype)
         with ExitStack() as stack:
             if output is not None:
                 stack.enter_context(resumable("the same command and --resume."))
@@ -193,7 +134,7 @@ def evaluate_command(
                     metric=getattr(built, "metric", None) if generate else None,
                     max_new_tokens=max_new_tokens,
                     num_buckets=buckets if buckets is not None else DEFAULT_BUCKETS,
-                    batch_tokens=batch_tokens,
+                    batch_tokens=compute.batch_tokens,
                     folder=output,
                     resume=resume and (output / SCORES_NAME).exists(),
                     progress=progress,

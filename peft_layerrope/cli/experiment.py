@@ -21,7 +21,7 @@ from ..tasks import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
 from .app import app, err
 from .experiment_run import AdapterOption, AdaptersOption, GroupsOption, Run, experiment, experiment_app
-from .options import FactorOption, RopeType, RopeTypeOption
+from .options import RopeOptions
 
 app.add_typer(experiment_app)
 
@@ -41,11 +41,11 @@ def u_shape_command(run: Run, groups: GroupsOption = u_shape.DEFAULT_GROUPS) -> 
 @experiment(sweep.NAME)
 def sweep_command(
     run: Run,
+    *,
     factors: Annotated[
         list[float] | None, typer.Option("--try", help="A factor; may be repeated. Default: 1, 1.1 ... 2.")
     ] = None,
-    rope_type: RopeTypeOption = RopeType.default,
-    factor: FactorOption = 1.0,
+    rope: RopeOptions,
     groups: GroupsOption = sweep.DEFAULT_GROUPS,
 ) -> None:
     """Scale all layers by one factor at a time: what is won in the middle, and what is lost in the tail?
@@ -54,7 +54,7 @@ def sweep_command(
 
     Example: `layerrope experiment sweep --try 1.25 --try 1.5 --try 3`
     """
-    config = LayerRopeConfig(rope_type=rope_type.value, factor=factor)
+    config = LayerRopeConfig(rope_type=rope.rope_type.value, factor=rope.factor)
     tried = tuple(factors or sweep.DEFAULT_FACTORS)
     run.finish(
         lambda measuring: sweep.run_sweep(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import SearchError
-from ..evaluation import DEFAULT_BATCH_TOKENS
 from ..experiments.commands import command_line
 from ..experiments.measuring import Measuring
 from ..experiments.rendering import to_rich
@@ -26,28 +24,9 @@ from ..sites import trained_window
 from ..tasks import Task
 from ..tasks.specification import TaskSpecification
 from .app import INTERRUPTED, err, out, plain_errors
-from .options import (
-    BatchTokensOption,
-    ChatTemplateOption,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    DtypeOption,
-    KeysOption,
-    LengthOption,
-    ModelArgument,
-    NumDocumentsOption,
-    NumKeysOption,
-    PositionsOption,
-    StrideOption,
-    TaskOption,
-    TaskSeedOption,
-    build_task,
-    load,
-    resolve_task,
-    task_of,
-    tokenizer_of,
-)
+from .inputs import build_task, load, resolve_task, tokenizer_of
+from .option_groups import parameters_of, with_parameters
+from .options import ComputeOptions, DebugOption, ModelArgument, TaskOptions, task_option
 from .output import check_output
 
 experiment_app = typer.Typer(
@@ -56,23 +35,48 @@ experiment_app = typer.Typer(
     no_args_is_help=True,
 )
 
-OutputOption = Annotated[
-    Path | None, typer.Option(help="Folder for NAME.json, NAME.md and the plots.", rich_help_panel="Output")
-]
-ResumeOption = Annotated[
-    bool,
-    typer.Option("--resume", help="Go on with an interrupted run in --output.", rich_help_panel="Output"),
-]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result in --output.", rich_help_panel="Output")
-]
+_output_option = partial(typer.Option, rich_help_panel="Output")
+
 AdapterOption = Annotated[str, typer.Option(help="Hub id or folder of an adapter.")]
 AdaptersOption = Annotated[
     list[str], typer.Option("--adapter", help="Hub id or folder of an adapter; may be repeated.")
 ]
-GroupsOption = Annotated[
-    int, typer.Option(help="Held-out contexts; each is asked at every position.", rich_help_panel="Task")
-]
+GroupsOption = Annotated[int, task_option(help="Held-out contexts; each is asked at every position.")]
+_NOT_PART_OF_THE_RESULT = ("output", "resume", "overwrite", "debug", "batch_tokens", "device")
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where a result is kept."""
+
+    output: Annotated[Path | None, _output_option(help="Folder for NAME.json, NAME.md and the plots.")] = None
+    resume: Annotated[bool, _output_option("--resume", help="Go on with an interrupted run in --output.")] = False
+    overwrite: Annotated[bool, _output_option("--overwrite", help="Replace an earlier result in --output.")] = False
+
+    def check(self, name: str) -> None:
+        """Refuses an output that cannot be used, before any work.
+
+        Args:
+            name: the experiment's.
+
+        Raises:
+            SearchError: options that exclude each other.
+            TaskError: an output that is no folder, cannot be written, or holds a result already.
+            FolderInUseError: another run of this experiment is at work there.
+        """
+        if self.output is None:
+            if self.resume or self.overwrite:
+                raise SearchError("--resume and --overwrite need an --output.")
+            return
+        check_free(self.output, lock_name(name))
+        check_output(self.output, resume=False, overwrite=True)  # other experiments' results stay
+        if self.resume and self.overwrite:
+            raise SearchError("--resume keeps an earlier result and --overwrite replaces it: pass one of them.")
+        if not self.resume and not self.overwrite and any(self.output.glob(f"**/{name}*")):
+            raise SearchError(
+                f"--output {self.output} holds a result of {name}; pass --resume to go on with it, --overwrite to "
+                "replace it."
+            )
 
 
 @dataclass
@@ -81,19 +85,15 @@ class Run:
 
     name: str
     model_option: str | None
-    asked_task: TaskSpecification
-    batch_tokens: int
-    device: str | None
-    dtype: str
-    output: Path | None
-    resume: bool
-    overwrite: bool
+    asked: TaskSpecification
+    kept: OutputOptions
+    compute: ComputeOptions
     command: str
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model, without an adapter."""
-        return load(self.model_option, self.device, self.dtype)
+        return load(self.model_option, self.compute.device, self.compute.dtype)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -108,7 +108,7 @@ class Run:
     @cached_property
     def specification(self) -> TaskSpecification:
         """The task that was asked for, nothing left open."""
-        return resolve_task(self.asked_task, self.window, is_demo=self.model_option is None)
+        return resolve_task(self.asked, self.window, is_demo=self.model_option is None)
 
     @cached_property
     def task(self) -> Task:
@@ -126,147 +126,62 @@ class Run:
             experiment: measures; not called where a resumed run was finished.
         """
         try:
-            section = self._made(experiment) if self.output is None else self._kept(self.output, experiment)
+            section = self._made(experiment) if self.kept.output is None else self._kept(self.kept.output, experiment)
         except KeyboardInterrupt:
-            kept = "" if self.output is None else "; go on with the same command and --resume"
+            kept = "" if self.kept.output is None else "; go on with the same command and --resume"
             err.print(f"interrupted{kept}.")
             raise typer.Exit(INTERRUPTED) from None
         out.print(to_rich(section))
-        if self.output is not None:
-            err.print(f"written: {self.output / self.name}.json, .md and plots", highlight=False, soft_wrap=True)
+        if self.kept.output is not None:
+            err.print(f"written: {self.kept.output / self.name}.json, .md and plots", highlight=False, soft_wrap=True)
 
     def _kept(self, folder: Path, experiment: Callable[[Measuring], Section]) -> Section:
-        asked = {"command": self.command, "model": model_fingerprint(self.model), "dtype": self.dtype}
-        return kept_section(folder, self.name, asked, self.resume, lambda work: self._made(experiment, work))
+        asked = {"command": self.command, "model": model_fingerprint(self.model), "dtype": self.compute.dtype}
+        return kept_section(folder, self.name, asked, self.kept.resume, lambda work: self._made(experiment, work))
 
     def _made(self, experiment: Callable[[Measuring], Section], work: Path | None = None) -> Section:
         with RichProgress(err) as audience:
-            section = experiment(Measuring(self.batch_tokens, work, self.resume, audience))
+            section = experiment(Measuring(self.compute.batch_tokens, work, self.kept.resume, audience))
         return replace(section, command=self.command)
-
-    def check_output(self) -> None:
-        """Refuses an output that cannot be used, before any work.
-
-        Raises:
-            SearchError: options that exclude each other.
-            TaskError: an output that is no folder, cannot be written, or holds a result already.
-            FolderInUseError: another run of this experiment is at work there.
-        """
-        if self.output is None:
-            if self.resume or self.overwrite:
-                raise SearchError("--resume and --overwrite need an --output.")
-            return
-        check_free(self.output, lock_name(self.name))
-        check_output(self.output, resume=False, overwrite=True)  # other experiments' results stay
-        if self.resume and self.overwrite:
-            raise SearchError("--resume keeps an earlier result and --overwrite replaces it: pass one of them.")
-        if not self.resume and not self.overwrite and any(self.output.glob(f"**/{self.name}*")):
-            raise SearchError(
-                f"--output {self.output} holds a result of {self.name}; pass --resume to go on with it, --overwrite to "
-                "replace it."
-            )
-
-
-def _shared(
-    model: ModelArgument = None,
-    task: TaskOption = None,
-    data: DataOption = None,
-    length: LengthOption = None,
-    positions: PositionsOption = None,
-    task_seed: TaskSeedOption = 0,
-    num_keys: NumKeysOption = None,
-    keys: KeysOption = None,
-    num_documents: NumDocumentsOption = None,
-    stride: StrideOption = None,
-    chat_template: ChatTemplateOption = False,
-    output: OutputOption = None,
-    resume: ResumeOption = False,
-    overwrite: OverwriteOption = False,
-    batch_tokens: BatchTokensOption = DEFAULT_BATCH_TOKENS,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    debug: DebugOption = False,
-) -> None:
-    """The options that every experiment has; only its signature is used."""
-
-
-_TASK = (
-    "task",
-    "data",
-    "length",
-    "positions",
-    "task_seed",
-    "num_keys",
-    "keys",
-    "num_documents",
-    "stride",
-    "chat_template",
-)
-_NOT_PART_OF_THE_RESULT = ("output", "resume", "overwrite", "debug", "batch_tokens", "device")
 
 
 def experiment(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a command `layerrope experiment NAME` of a function whose first parameter is a [`Run`].
+    """Makes a command `layerrope experiment NAME` of a function whose parameter `run` is a [`Run`].
 
-    The command has the function's other parameters and the shared options.
+    The command has the function's other parameters and the options of all experiments.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        shared = _parameters(_shared)
-        own = {key: value for key, value in list(_parameters(function).items())[1:]}
-        first = {"model": shared.pop("model")}
-        parameters = first | own | shared
+        def command(
+            *,
+            context: typer.Context,
+            model: ModelArgument = None,
+            asked: TaskOptions,
+            kept: OutputOptions,
+            compute: ComputeOptions,
+            debug: DebugOption = False,
+            **own: Any,
+        ) -> None:
+            with plain_errors(debug):
+                run = Run(name, model, asked.specification(), kept, compute, _repeated(name, context))
+                kept.check(name)
+                function(run=run, **own)
 
-        def command(**values: Any) -> None:
-            with plain_errors(values["debug"]):
-                run = Run(
-                    name=name,
-                    model_option=values["model"],
-                    asked_task=task_of(**{key: values[key] for key in _TASK}),
-                    batch_tokens=values["batch_tokens"],
-                    device=values["device"],
-                    dtype=values["dtype"],
-                    output=values["output"],
-                    resume=values["resume"],
-                    overwrite=values["overwrite"],
-                    command=_repeated(name, parameters, values),
-                )
-                run.check_output()
-                function(run, **{key: values[key] for key in own})
-
+        own = parameters_of(function)
+        del own["run"]
         command.__name__, command.__doc__ = function.__name__, function.__doc__
-        # typer reads a command's options from its signature
-        command.__signature__ = inspect.Signature(list(parameters.values()))
-        command.__annotations__ = {key: parameter.annotation for key, parameter in parameters.items()}
-        experiment_app.command(name=name)(command)
+        experiment_app.command(name=name)(with_parameters(command, own | parameters_of(command)))
         return function
 
     return register
 
 
-def _parameters(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
-    """A function's parameters, by keyword, with their annotations resolved."""
-    hints = get_type_hints(function, include_extras=True)
-    return {
-        key: parameter.replace(annotation=hints[key], kind=inspect.Parameter.KEYWORD_ONLY)
-        for key, parameter in inspect.signature(function).parameters.items()
-    }
-
-
-def _repeated(name: str, parameters: Mapping[str, inspect.Parameter], values: Mapping[str, Any]) -> str:
+def _repeated(name: str, context: typer.Context) -> str:
     """The command line that repeats this call: what differs from the defaults."""
-    options = []
-    for key, parameter in parameters.items():
-        if key == "model" or key in _NOT_PART_OF_THE_RESULT or values[key] in (parameter.default, None, []):
-            continue
-        options.append((_option_name(key, parameter), values[key]))
-    return command_line(["experiment", name, *([values["model"]] if values["model"] else [])], options)
-
-
-def _option_name(key: str, parameter: inspect.Parameter) -> str:
-    declared = [
-        text
-        for part in getattr(parameter.annotation, "__metadata__", ())
-        for text in ([part.default] if isinstance(part.default, str) else []) + list(part.param_decls or ())
+    model = context.params["model"]
+    options = [
+        (option.opts[0], context.params[option.name])
+        for option in context.command.params
+        if option.name not in ("model", *_NOT_PART_OF_THE_RESULT) and context.params[option.name] != option.default
     ]
-    return next((text for text in declared if text.startswith("--")), f"--{key.replace('_', '-')}")
+    return command_line(["experiment", name, *([model] if model else [])], options)

@@ -12,7 +12,6 @@ import typer
 from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME
 from ..errors import SearchError
-from ..evaluation import DEFAULT_BATCH_TOKENS
 from ..experiments.commands import command_line
 from ..experiments.measuring import factor_vector
 from ..experiments.report_page import write_report
@@ -26,19 +25,9 @@ from ..searcher.specification import SearchSpecification, read_specification
 from ..sites import trained_window
 from ..tasks.specification import TASK_NAMES, TaskSpecification
 from .app import app, err, out, plain_errors, resumable
-from .options import (
-    BatchTokensOption,
-    DataOption,
-    DebugOption,
-    DeviceOption,
-    DtypeOption,
-    LengthOption,
-    TaskOption,
-    build_task,
-    load,
-    resolve_task,
-    tokenizer_of,
-)
+from .inputs import build_task, load, resolve_task, tokenizer_of
+from .option_groups import grouped
+from .options import ComputeOptions, DebugOption, TaskChoice
 from .output import check_output
 
 _SPECIFICATION_NAME, _LOCK_NAME = "search.yaml", "report.lock"
@@ -53,7 +42,9 @@ class Format(StrEnum):
 
 
 @app.command(name="report")
+@grouped
 def report_command(
+    *,
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter that was searched.")],
     model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: as in search.json.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write. Default: FOLDER/report.html.")] = None,
@@ -65,12 +56,8 @@ def report_command(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer contexts and factors.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier call has finished.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure all of it anew.")] = False,
-    task: TaskOption = None,
-    data: DataOption = None,
-    length: LengthOption = None,
-    batch_tokens: BatchTokensOption = DEFAULT_BATCH_TOKENS,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
+    asked: TaskChoice,
+    compute: ComputeOptions,
     debug: DebugOption = False,
 ) -> None:
     """Run every experiment that applies to a searched adapter, and write one report.
@@ -91,9 +78,9 @@ def report_command(
         check_output(sections, resume, overwrite)
         source = model or (None if record.model == DEMO_NAME else record.model)
         specification = _specification(folder, record)
-        changes = {"name": task.value if task is not None else None, "data": data, "length": length}
+        changes = {"name": asked.task and asked.task.value, "data": asked.data, "length": asked.length}
         specification = _changed(specification, {k: v for k, v in changes.items() if v is not None})
-        tokenizer, loaded = tokenizer_of(source), load(source, device, dtype)
+        tokenizer, loaded = tokenizer_of(source), load(source, compute.device, compute.dtype)
         factor_vector(loaded, config)
         window = trained_window(loaded)
         specification = resolve_task(specification, window, is_demo=source is None)
@@ -116,11 +103,11 @@ def report_command(
         )
         request.task()  # a task that cannot be made stops here
         options = [("--model", model), ("--also", list(also or [])), ("--groups", groups), ("--quick", quick)]
-        options += [("--task", task), ("--data", data), ("--length", length)]
+        options += [("--task", asked.task), ("--data", asked.data), ("--length", asked.length)]
         command = command_line(["report", str(folder)], options)
         with resumable("the same command and --resume."), locked(sections, _LOCK_NAME):
             with RichProgress(err) as audience:
-                ran = run_steps(request, sections, batch_tokens=batch_tokens, resume=resume, audience=audience)
+                ran = run_steps(request, sections, batch_tokens=compute.batch_tokens, resume=resume, audience=audience)
             name = last_component(str(folder))
             write_report(output, record, config, name, ran, command, markdown=kind is Format.md)
         for section_name, reason in ran.skipped:

@@ -8,73 +8,44 @@ from typing import Annotated
 import typer
 
 from ..atomic import writing
-from ..evaluation import DEFAULT_BATCH_TOKENS
 from ..searcher import SearchSettings
 from ..searcher.sensitivity import DEFAULT_FACTORS, parse_layers, sensitivity
 from ..sensitivity_report import plot_sensitivity, sensitivity_table
 from .app import app, out, plain_errors
+from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of
+from .option_groups import grouped
 from .options import (
-    BatchTokensOption,
-    ChatTemplateOption,
-    DataOption,
+    ComputeOptions,
     DebugOption,
-    DeviceOption,
-    DtypeOption,
-    FactorOption,
     JsonOption,
-    KeysOption,
-    LengthOption,
     ModelArgument,
-    NumDocumentsOption,
-    NumKeysOption,
-    PositionsOption,
-    RopeType,
-    RopeTypeOption,
-    StrideOption,
-    TaskOption,
-    TaskSeedOption,
-    build_task,
-    display_name,
-    load,
-    resolve_task,
-    task_of,
-    tokenizer_of,
-    window_of,
+    RopeOptions,
+    TaskOptions,
+    model_option,
+    task_option,
 )
 from .output import check_file, check_plot, write_json
 
 
 @app.command(name="sensitivity")
+@grouped
 def sensitivity_command(
+    *,
     model: ModelArgument = None,
     factors: Annotated[
         list[float] | None,
         typer.Option("--try", help="A factor to try on each layer; may be given again. Default: 1.3, 1.6, 2."),
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to try, such as 0-3,7. Default: all.")] = None,
-    rope_type: RopeTypeOption = RopeType.default,
-    factor: FactorOption = 1.0,
-    task: TaskOption = None,
-    data: DataOption = None,
-    length: LengthOption = None,
-    positions: PositionsOption = None,
-    task_seed: TaskSeedOption = 0,
-    num_keys: NumKeysOption = None,
-    keys: KeysOption = None,
-    num_documents: NumDocumentsOption = None,
-    stride: StrideOption = None,
-    chat_template: ChatTemplateOption = False,
-    groups: Annotated[
-        int, typer.Option(help="Contexts of the search split.", rich_help_panel="Task")
-    ] = SearchSettings.search_groups,
+    rope: RopeOptions,
+    asked: TaskOptions,
+    groups: Annotated[int, task_option(help="Contexts of the search split.")] = SearchSettings.search_groups,
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
     json_output: JsonOption = None,
     share_mib: Annotated[
-        int, typer.Option(help="Memory for layers that the tries have in common, in MiB.", rich_help_panel="Model")
+        int, model_option(help="Memory for layers that the tries have in common, in MiB.")
     ] = SearchSettings.share_mib,
-    batch_tokens: BatchTokensOption = DEFAULT_BATCH_TOKENS,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
+    compute: ComputeOptions,
     debug: DebugOption = False,
 ) -> None:
     """Scale one layer at a time: which layers are worth searching, and is a range beyond 2 worth it?
@@ -90,31 +61,20 @@ def sensitivity_command(
         wanted = parse_layers(layers) if layers is not None else None
         check_file(json_output, "--json")
         check_plot(plot)
-        specification = task_of(
-            task,
-            data=data,
-            length=length,
-            positions=positions,
-            task_seed=task_seed,
-            num_keys=num_keys,
-            keys=keys,
-            num_documents=num_documents,
-            stride=stride,
-            chat_template=chat_template,
-        )
+        specification = asked.specification()
         tokenizer = tokenizer_of(model)
         specification = resolve_task(specification, window_of(model), is_demo=model is None)
         built = build_task(specification, tokenizer)
-        loaded = load(model, device, dtype)
+        loaded = load(model, compute.device, compute.dtype)
         result = sensitivity(
             loaded,
             built,
             factors=tuple(factors or DEFAULT_FACTORS),
             layers=wanted,
-            rope_type=rope_type.value,
-            factor=factor,
+            rope_type=rope.rope_type.value,
+            factor=rope.factor,
             num_groups=groups,
-            batch_tokens=batch_tokens,
+            batch_tokens=compute.batch_tokens,
             share_mib=share_mib,
         )
         try:

@@ -10,7 +10,8 @@ from .. import report
 from ..loading import load_adapter, load_adapter_config
 from ..verification import verify
 from .app import app, out, plain_errors
-from .options import DebugOption, DeviceOption, DtypeOption, JsonOption, ModelArgument, display_name, load
+from .inputs import display_name, load
+from .options import DebugOption, DeviceOption, DtypeOption, JsonOption, ModelArgument
 from .output import check_file, write_json
 
 

@@ -1,0 +1,73 @@
+"""What a command works on: a model, or the demo model, with its tokenizer and its task."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..demo import demo_model_path
+from ..errors import TaskError
+from ..loading import load_model, load_tokenizer, model_errors
+from ..tasks import Task
+from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task
+from .app import err
+
+DEMO_LENGTH_FACTOR = 2  # the demo is searched beyond its window, which is what it repairs
+
+
+def display_name(model: str | None) -> str:
+    """What tables call a model."""
+    return "demo model" if model is None else model
+
+
+def load(model: str | None, device: str | None, dtype: str) -> PreTrainedModel:
+    """Loads a model, or the demo model."""
+    return load_model(model or demo_model_path(), device=device, dtype=dtype)
+
+
+def tokenizer_of(model: str | None) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer, or the demo model's."""
+    return load_tokenizer(model or demo_model_path())
+
+
+def resolve_task(task: TaskSpecification, window: int | None, is_demo: bool) -> TaskSpecification:
+    """Returns the specification with the task and its length filled in; says so if that is beyond the window.
+
+    Args:
+        task: what was asked for.
+        window: the model's trained window; None if its config does not say.
+        is_demo: whether the model is the demo model.
+
+    Raises:
+        TaskError: neither length nor window is known, or a setting that the resolved task does not have.
+    """
+    task = with_defaults(task, window, is_demo)
+    if window is not None and task.length > window:
+        err.print(f"prompts of {task.length} tokens are {task.length / window:g}× the model's window of {window}.")
+    return task
+
+
+def with_defaults(task: TaskSpecification, window: int | None, is_demo: bool) -> TaskSpecification:
+    """Does [`resolve_task`]'s work without a word."""
+    if window is None and task.length is None:
+        raise TaskError("the model's config names no trained window (max_position_embeddings): pass --length.")
+    length = task.length if task.length is not None else window * (DEMO_LENGTH_FACTOR if is_demo else 1)
+    return replace(task, name=task.name or ("kv_words" if is_demo else DEFAULT_TASK), length=length)
+
+
+def window_of(model: str | None) -> int | None:
+    """Returns a model's trained window from its config alone; None if that does not say.
+
+    Raises:
+        LayerRopeError: the config cannot be loaded.
+    """
+    source = model or demo_model_path()
+    with model_errors(source):
+        config = AutoConfig.from_pretrained(source)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def build_task(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Makes the task; its name and length must be resolved."""
+    return make_task(task, tokenizer, task.length)
