@@ -102,7 +102,7 @@ def model_errors(name_or_path: str) -> Iterator[None]:
     _check_present("model", name_or_path)
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: a tokenizer wants a package
         raise LayerRopeError(f"cannot load model {name_or_path!r}: {one_line(error)}") from error
 
 

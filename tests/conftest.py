@@ -11,6 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core, and more threads wou
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -18,6 +20,9 @@ import peft_layerrope
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+
+IS_OLDER = Version(transformers.__version__) < Version("5.23")
+"""Whether transformers is one of those that `.ci/lowest` tests with, in which a few things fail or are not there."""
 
 NUM_LAYERS = 4
 VOCAB = 99

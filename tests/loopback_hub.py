@@ -229,7 +229,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 return self._add_commit(repo_id, repo, revision, content, is_pull)
             raise _RefusedError(404, "EntryNotFound", "Not found")
 
-        def _create_repo(self, asked: Mapping[str, str | None]) -> object:
+        def _create_repo(self, asked: Mapping[str, str | bool | None]) -> object:
             user = self._user()
             if user is None:
                 raise _RefusedError(401, message="Invalid username or password.")
@@ -242,7 +242,8 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 body = json.dumps({"error": "You already created this model repo", "url": f"{hub.endpoint}/{repo_id}"})
                 self._send(body.encode(), {"Content-Type": "application/json"}, 409)
                 return None
-            hub.create(repo_id, private=asked.get("visibility") == "private")
+            # older clients say `private`, newer ones `visibility`
+            hub.create(repo_id, private=asked.get("private") is True or asked.get("visibility") == "private")
             return {"url": f"{hub.endpoint}/{repo_id}"}
 
         @staticmethod

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import IS_OLDER
 from peft import get_peft_model
 from torch import nn
 
@@ -26,6 +27,9 @@ from peft_layerrope.tables import LayerScaling, LayerTableHook
 KNOWN_SUPPORTED = (Path(__file__).parent / "supported_families.txt").read_text().split()
 """What `layerrope families` found with transformers 5.23. A family leaves this list only for a stated reason."""
 
+NOT_BUILT_BY_OLDER = {"phi4_multimodal", "qwen2_5_omni", "qwen3_omni_moe", "zamba2"} if IS_OLDER else set()
+"""Families whose configurations, as transformers 5.0 has them, make no tiny model; it lacks others altogether."""
+
 NO_ROTARY = "no rotary embedding with an `inv_freq` was found, so there is no rotation to scale."
 
 
@@ -33,10 +37,15 @@ NO_ROTARY = "no rotary embedding with an `inv_freq` was found, so there is no ro
 def test_every_family(model_type):
     trial = try_family(model_type)
     assert trial.status != WRONG, trial.reason
-    if model_type in KNOWN_SUPPORTED:
+    if model_type in KNOWN_SUPPORTED and model_type not in NOT_BUILT_BY_OLDER:
         assert trial.status == SUPPORTED, trial.reason
     else:
         assert trial.reason or trial.status == SUPPORTED
+
+
+def skip_newer(model_type: str) -> None:
+    if IS_OLDER and model_type not in model_types():
+        pytest.skip(f"this version of transformers has no {model_type}")
 
 
 def test_the_goal_of_120_families_is_met_by_those_known():
@@ -57,6 +66,7 @@ def test_the_goal_of_120_families_is_met_by_those_known():
     ],
 )
 def test_layers_without_a_rotation_are_named(model_type, layers):
+    skip_newer(model_type)
     assert try_family(model_type).unrotated_layers == layers
 
 
@@ -83,6 +93,7 @@ def test_layers_without_a_rotation_are_named(model_type, layers):
     ],
 )
 def test_reasons(model_type, status, reason):
+    skip_newer(model_type)
     trial = try_family(model_type)
     assert (trial.status, trial.reason) == (status, reason)
 
@@ -98,6 +109,7 @@ def test_reasons(model_type, status, reason):
     ],
 )
 def test_the_right_rotary_embeddings_are_found(model_type, rotaries):
+    skip_newer(model_type)
     assert [site.name for site in find_stack(build_tiny(model_type)).sites] == rotaries
 
 
@@ -121,6 +133,7 @@ def test_another_layers_table_is_found_out(monkeypatch):
     assert trial.reason == "c: the factor of layer 1 changes the logits but not the layer's output"
 
 
+@pytest.mark.skipif(IS_OLDER, reason="transformers 5.0 shares keys through a cache only, and the trial has none")
 def test_queries_and_keys_at_odds_are_found_out(monkeypatch):
     monkeypatch.setattr(sites, "_key_sources", lambda config, num_layers: tuple(range(num_layers)))
     trial = try_family("gemma3n_text")

@@ -18,6 +18,7 @@ import yaml
 from conftest import build_model, logits
 from huggingface_hub import ModelCard, constants
 from loopback_hub import LoopbackHub, files_of, loopback_hub
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference import hand_patched
 from safetensors.torch import save_file
@@ -73,7 +74,9 @@ def hub(tmp_path, monkeypatch) -> Iterator[LoopbackHub]:
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # it remembers its first endpoint
+        # These remember their first endpoint; older versions of transformers use the client's, newer ones their own.
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.endpoint)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
@@ -509,9 +512,12 @@ def test_a_revision_that_is_not_there(published, tmp_path):
 
 
 def test_a_broken_connection_is_resumed(published, tmp_path, monkeypatch):
-    """By the client, where the connection comes back: from the byte where it broke."""
+    """From the byte where it broke: by the client, or with an older client by the next pull."""
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 16)
     published.cut("adapter_model.safetensors")
+    if Version(huggingface_hub.__version__) < Version("1.20"):
+        with pytest.raises(HubUnreachableError, match="without sending complete message body"):
+            pull("alice/adapter", tmp_path / "new")
     assert factors_in(pull("alice/adapter", tmp_path / "new")) == FACTORS
     ranges = [r for _, path, r in published.requests if path.endswith("adapter_model.safetensors") and r is not None]
     assert len(ranges) == 1

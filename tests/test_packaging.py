@@ -63,6 +63,15 @@ def test_extras():
     assert set(named) == set(extras) - {"all", "test"}
 
 
+def test_every_dependency_has_a_lower_bound_that_can_be_installed_as_it_stands():
+    """In the one form that `.ci/lowest` turns into a version; it runs the tests with those of the core and `test`."""
+    extras = [needed for name, extra in PROJECT["optional-dependencies"].items() if name != "all" for needed in extra]
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    for requirement in [*build, *PROJECT["dependencies"], *extras]:
+        assert re.fullmatch(r"[\w-]+(\[[\w,-]+\])?>=\d+(\.\d+)*", requirement), requirement
+    assert re.fullmatch(r">=3\.\d+", PROJECT["requires-python"])
+
+
 def test_the_version_is_written_once():
     assert importlib.metadata.version("peft-layerrope") == peft_layerrope.__version__
     assert "version" not in PROJECT

@@ -11,7 +11,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from conftest import FAMILIES, NUM_LAYERS, VOCAB, build_model, logits
+from conftest import FAMILIES, IS_OLDER, NUM_LAYERS, VOCAB, build_model, logits
 from peft import LoraConfig, get_peft_model
 from reference import hand_patched
 from torch import nn
@@ -144,7 +144,9 @@ def autocast(model: nn.Module) -> tuple[torch.Tensor, ...]:
 
 
 def prompt_lookup(model: nn.Module) -> tuple[torch.Tensor, ...]:
-    return generation(model, {"input_ids": prompts(8)[0].repeat(3)[None]}, prompt_lookup_num_tokens=3)
+    # No token is -1. With None older versions of transformers fail.
+    batch = {"input_ids": prompts(8)[0].repeat(3)[None]}
+    return generation(model, batch, prompt_lookup_num_tokens=3, eos_token_id=-1)
 
 
 WAYS = [
@@ -180,6 +182,8 @@ def all_equal(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ..
 def test_equals_the_hand_patched_model(way, attention):
     if way is static_cache and attention == "flex_attention":
         pytest.skip("transformers' generate() itself fails: 'BlockMask' object has no attribute 'contiguous'")
+    if way is chunked_prefill and IS_OLDER:
+        pytest.skip("transformers 5.0's generate() itself fails: 'Cannot use prefill chunking without a cache'")
     expected = way(patched(llama(attention)))
     assert all_equal(way(adapted(llama(attention))), expected)
     assert all_equal(way(baked(llama(attention))), expected)
@@ -209,6 +213,7 @@ def test_packed_sequences_do_not_feel_each_other(attention):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(IS_OLDER, reason="transformers 5.0 itself fails, on the base model as well")
 def test_continuous_batching():
     """`generate_batch` packs running requests into one row, with a paged cache."""
     rows = prompts(20, 9, 14)
@@ -444,5 +449,5 @@ def test_both_kinds_of_tables(base, bank_bytes, kind, way, monkeypatch):
     wrapper = next(m for m in model.modules() if isinstance(m, peft_layerrope.rotary.LayerRopeLayer))
     wrapper.register_forward_hook(lambda module, args, tables: kinds.add(type(tables)))
     assert all_equal(way(model), expected)
-    assert kinds == {kind}
+    assert kinds == {kind} or (IS_OLDER and kinds == {TablesOnDemand})  # 5.0's rotaries take no stacked frequencies
     assert not all_equal(way(base()), expected)

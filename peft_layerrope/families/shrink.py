@@ -103,7 +103,7 @@ _WHEN_MISSING = {
 _EXCEPTIONS: dict[str, dict[str, Any]] = {
     # Attention, or its rotary embedding, exists in these only when asked for.
     "bamba": {"attn_layer_indices": [1, 3]},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "position_embedding_type": "rope"},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "position_embedding_type": "rope"},
     # Layers of two sorts, of which the defaults show only one or size only one.
     "diffusion_gemma_text": {"global_head_dim": 2 * _HEAD_DIM},
     "gemma4_text": {"global_head_dim": 2 * _HEAD_DIM},
@@ -265,8 +265,16 @@ def _matching_config(config: PreTrainedConfig, model_class: type[PreTrainedModel
     return parts[0] if parts else config
 
 
-def _shrink(config: PreTrainedConfig, side: bool = False) -> PreTrainedConfig:
+def _shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     """Returns a new config of the same class with every size replaced by a small one."""
+    return type(config)(**_small_fields(config))
+
+
+def _small_fields(config: PreTrainedConfig, side: bool = False) -> dict[str, Any]:
+    """Returns the arguments that make a small config of the same class.
+
+    Sub-configs are dicts of their own arguments, as in a `config.json`: not every class takes them as objects.
+    """
     tiny_depth = _SIDE_LAYERS if side else NUM_LAYERS
     depth = getattr(config, "num_hidden_layers", None)
     special = iter(range(_FIRST_SPECIAL_TOKEN, _VOCAB))
@@ -278,7 +286,9 @@ def _shrink(config: PreTrainedConfig, side: bool = False) -> PreTrainedConfig:
             continue
         new = value
         if isinstance(value, PreTrainedConfig):
-            new = _shrink(value, side or bool(_SIDE_CONFIG.search(name)))
+            new = _small_fields(value, side or bool(_SIDE_CONFIG.search(name)))
+            if value.model_type:
+                new["model_type"] = value.model_type
         elif isinstance(value, list | tuple):
             new = _shrink_list(name, value, depth, tiny_depth, special)
         elif isinstance(value, int) and not isinstance(value, bool):
@@ -297,8 +307,9 @@ def _shrink(config: PreTrainedConfig, side: bool = False) -> PreTrainedConfig:
             changed["head_dim"] = changed["qk_head_dim"]
     if isinstance(getattr(config, "rope_parameters", None), dict):
         changed["rope_parameters"] = _shrink_rope(config.rope_parameters, _uses_sections(config))
-    changed |= _EXCEPTIONS.get(config.model_type or type(config).__name__, {})
-    return type(config)(**changed)
+    if config.model_type and not hasattr(config, "pad_token_id"):
+        changed["pad_token_id"] = None  # transformers 5.0 has models that read it where their config may lack it
+    return changed | _EXCEPTIONS.get(config.model_type or type(config).__name__, {})
 
 
 def _shrink_number(name: str, value: int, side: bool, special: Iterator[int]) -> int:

@@ -161,13 +161,13 @@ class _Checks:
 @contextmanager
 def _halved(stack: DecoderStack) -> Iterator[None]:
     """The model's own frequencies, halved in place (exact in floating point)."""
-    buffers = [
-        buffer
+    buffers = {
+        id(buffer): buffer  # once each: in some families the original is the same tensor
         for wrapper in stack.wrappers()
         for name in inv_freq_names(wrapper.base_layer)
         for buffer in (getattr(wrapper.base_layer, name), getattr(wrapper.base_layer, f"original_{name}", None))
         if buffer is not None
-    ]
+    }.values()
     for buffer in buffers:
         buffer.mul_(0.5)
     try:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_LAYERS, build_model
+from conftest import IS_OLDER, NUM_LAYERS, build_model
 from fakes import token_task
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -72,7 +72,7 @@ def watched(runner: ModelEvaluator) -> ModelEvaluator:
         kept, before = None, len(outputs._outputs)
         kept = keep(*args)
         runner.dropped += before + kept - len(outputs._outputs)
-        held = [output for output, _ in outputs._outputs.values()]
+        held = [output[0] if isinstance(output, tuple) else output for output, _ in outputs._outputs.values()]
         assert outputs.num_bytes == sum(tensor.untyped_storage().nbytes() for tensor in held) <= outputs.max_bytes
         return kept
 
@@ -212,7 +212,7 @@ def test_a_family_with_a_shared_kv_cache_is_scored_without_sharing():
     vectors = [tuple(vector[source] for source in sources) for vector in random_vectors(5)]
     runner = evaluator(model, LARGE)
     assert_same(runner.score(vectors, 0), evaluator(model, 0).score(vectors, 0))
-    assert runner.sharing is False
+    assert runner.sharing is IS_OLDER  # transformers 5.0 shares keys through a cache only, and here is none
 
 
 class LimitedMemory:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_LAYERS, VOCAB, build_model, logits
+from conftest import IS_OLDER, NUM_LAYERS, VOCAB, build_model, logits
 from fakes import TaskWithShortPrompts, token_task
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
@@ -358,7 +358,7 @@ def test_a_model_with_a_shared_kv_cache_is_searched_with_tied_factors(task):
     for vector in [*found.measurements, *(row.factors for row in found.table)]:
         assert vector == tuple(vector[source] for source in sources)
     assert set(found.config.scaled_layers) <= set(sources)
-    assert found.timing["prefix_sharing"] is False
+    assert found.timing["prefix_sharing"] is IS_OLDER  # transformers 5.0 shares keys through a cache only
     split = task.split("test", SMALL["test_groups"])
     fresh = get_peft_model(build_tiny("gemma3n_text"), LayerRopeConfig(layer_factors=found.config.layer_factors))
     np.testing.assert_array_equal(score(fresh, split).log_prob, found.table[found.chosen].scores.log_prob)
