@@ -6,9 +6,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .adapter_context import use_adapter
-from .baking import restore_baked
-from .config import LayerRopeConfig
 from .demo import demo_model_path
 from .errors import (
     AdapterMismatchError,
@@ -18,16 +15,17 @@ from .errors import (
     TaskError,
     UnsupportedModelError,
 )
-from .model import LayerRopeModel
-from .registration import register
+from .tuner import LayerRopeConfig, LayerRopeModel
+from .tuner.adapter_context import use_adapter
+from .tuner.baking import restore_baked
 
 if TYPE_CHECKING:
-    from .comparison import Comparison, compare
-    from .contenders import Contender, parse_baseline
-    from .evaluation import evaluate
-    from .hub import pull, push_to_hub
+    from .comparison.compare import Comparison, compare
+    from .comparison.contenders import Contender, parse_baseline
+    from .evaluation.scores import PositionScores
+    from .evaluation.scoring import evaluate
+    from .hub.transfer import pull, push_to_hub
     from .loading import load_adapter
-    from .scores import PositionScores
     from .searcher import Guards, SearchResult, SearchSettings, plan_search, search
     from .searcher.ray_workers import RayWorkers
     from .tasks import (
@@ -43,12 +41,10 @@ if TYPE_CHECKING:
     )
     from .verification import LayerCheck, Verification, verify
 
-register(LayerRopeConfig, LayerRopeModel)
-
 # Loaded at first use, so that serving an adapter needs neither DEAP nor SciPy nor matplotlib.
 _LAZY = {
-    "Comparison": ".comparison",
-    "Contender": ".contenders",
+    "Comparison": ".comparison.compare",
+    "Contender": ".comparison.contenders",
     "Example": ".tasks",
     "Guards": ".searcher",
     "KeyValueRetrieval": ".tasks",
@@ -56,7 +52,7 @@ _LAZY = {
     "LayerCheck": ".verification",
     "MultiDocumentQA": ".tasks",
     "Perplexity": ".tasks",
-    "PositionScores": ".scores",
+    "PositionScores": ".evaluation.scores",
     "RayWorkers": ".searcher.ray_workers",
     "SearchResult": ".searcher",
     "SearchSettings": ".searcher",
@@ -65,13 +61,13 @@ _LAZY = {
     "TokenTask": ".tasks",
     "Verification": ".verification",
     "best_subspan_em": ".tasks",
-    "compare": ".comparison",
-    "evaluate": ".evaluation",
+    "compare": ".comparison.compare",
+    "evaluate": ".evaluation.scoring",
     "load_adapter": ".loading",
-    "parse_baseline": ".contenders",
+    "parse_baseline": ".comparison.contenders",
     "plan_search": ".searcher",
-    "pull": ".hub",
-    "push_to_hub": ".hub",
+    "pull": ".hub.transfer",
+    "push_to_hub": ".hub.transfer",
     "search": ".searcher",
     "verify": ".verification",
 }

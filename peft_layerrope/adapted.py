@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .config import LayerRopeConfig
+from .tuner.config import LayerRopeConfig
 
 
 @contextmanager

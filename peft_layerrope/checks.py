@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from .errors import LayerRopeError, TaskError
-from .untrusted import shown
+from .messages import named
 
 
 def whole_number(
@@ -59,10 +59,3 @@ def check_callable(name: str, value: Any) -> None:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, which a truth value is not."""
     return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def named(value: Any) -> str:
-    """Returns a short name of what was passed: plain values as they are written, of others the type."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes, list, tuple, dict, set)):
-        return shown(value)
-    return value.__name__ if isinstance(value, type) else f"<{type(value).__name__}>"

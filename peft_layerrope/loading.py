@@ -23,14 +23,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .adapter_files import AdapterFiles
-from .baked_record import BAKED_CONFIG_KEY
-from .baking import restore_baked
-from .checks import named
-from .config import LayerRopeConfig
 from .errors import InvalidConfigError, LayerRopeError
-from .registration import LAYER_ROPE
-from .untrusted import MAX_BYTES, UntrustedFileError, one_line, read_json_object, shown
+from .files.adapter_files import AdapterFiles
+from .files.untrusted import MAX_BYTES, UntrustedFileError, read_json_object
+from .messages import named, one_line, shown
+from .tuner.baked_record import BAKED_CONFIG_KEY
+from .tuner.baking import restore_baked
+from .tuner.config import LayerRopeConfig
+from .tuner.registration import LAYER_ROPE
 
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
 

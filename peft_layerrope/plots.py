@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .bezier import sample_curve
-from .scores import PositionScores
+from .evaluation.scores import PositionScores
 
 UNSCALED = "no scaling"
 """The label whose curve is grey."""

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from .baked_record import BAKED_CONFIG_KEY, baked_config
-from .checks import named
-from .config import LayerRopeConfig
 from .errors import InvalidConfigError, LayerRopeError
-from .model import LayerRopeModel
-from .rotary import BakedLayerRope, LayerRopeLayer
-from .sites import DecoderStack, find_stack, model_type, text_config
-from .tables import holds_tables
+from .messages import named
+from .tuner.baked_record import BAKED_CONFIG_KEY, baked_config
+from .tuner.config import LayerRopeConfig
+from .tuner.model import LayerRopeModel
+from .tuner.rotary import BakedLayerRope, LayerRopeLayer
+from .tuner.sites import DecoderStack, find_stack, model_type, text_config
+from .tuner.tables import holds_tables
 
 OK, MISMATCH, NO_ROTATION = "ok", "mismatch", "no rotation"
 

@@ -47,8 +47,8 @@ from peft_layerrope import (
     use_adapter,
     verify,
 )
-from peft_layerrope.artifacts import save_adapter
 from peft_layerrope.cli import app
+from peft_layerrope.tuner.artifacts import save_adapter
 
 USAGE, FAILED = 2, 1
 SEARCHED = Path(__file__).parents[1] / "hub_configs" / "demo-plain"

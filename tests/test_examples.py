@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_layerrope
 from peft_layerrope import KeyValueWords, LayerRopeConfig, evaluate, verify
-from peft_layerrope.artifacts import save_adapter
+from peft_layerrope.tuner.artifacts import save_adapter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

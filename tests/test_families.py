@@ -10,7 +10,7 @@ from conftest import IS_OLDER
 from peft import get_peft_model
 from torch import nn
 
-from peft_layerrope import AdapterMismatchError, LayerRopeConfig, UnsupportedModelError, sites
+from peft_layerrope import AdapterMismatchError, LayerRopeConfig, UnsupportedModelError
 from peft_layerrope.families import (
     NOT_BUILT,
     REFUSED,
@@ -21,8 +21,9 @@ from peft_layerrope.families import (
     tiny_inputs,
     try_family,
 )
-from peft_layerrope.sites import find_stack
-from peft_layerrope.tables import LayerScaling, LayerTableHook
+from peft_layerrope.tuner import sites
+from peft_layerrope.tuner.sites import find_stack
+from peft_layerrope.tuner.tables import LayerScaling, LayerTableHook
 
 KNOWN_SUPPORTED = (Path(__file__).parent / "supported_families.txt").read_text().split()
 """What `layerrope families` found with transformers 5.23. A family leaves this list only for a stated reason."""

@@ -18,16 +18,14 @@ import pytest
 import rich.console
 import torch
 from conftest import build_model
+from fakes import token_task
 from test_cli import TINY_SEARCH
 from test_cli import run as run_command
 
-sys.path.append(str(Path(__file__).parent / "searcher"))
-from fakes import token_task
-
 from peft_layerrope import LayerRopeConfig, SearchResult, plots, search
-from peft_layerrope.atomic import WriteError, write_atomically
 from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
+from peft_layerrope.files.atomic import WriteError, write_atomically
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.progress import SilentProgress

@@ -47,7 +47,7 @@ from peft_layerrope import LayerRopeError, SearchError, restore_baked, verify
 from peft_layerrope.cli import app
 from peft_layerrope.loading import load_adapter, load_adapter_config, load_model
 from peft_layerrope.searcher.specification import SearchSpecification, read_specification
-from peft_layerrope.tables import LayerScaling
+from peft_layerrope.tuner.tables import LayerScaling
 
 FEWEST_CASES = 5000
 EXAMPLES = {"one_field": 1200, "several_fields": 600, "plausible": 1200, "headers": 700, "baked": 300, "yaml": 400}

@@ -20,10 +20,10 @@ from peft_layerrope import KeyValueWords, verify
 from peft_layerrope.adapted import adapted
 from peft_layerrope.cli import app
 from peft_layerrope.demo import DEMO_NAME
-from peft_layerrope.evaluation import score
+from peft_layerrope.evaluation.scoring import score
 from peft_layerrope.searcher.search_data import make_data
-from peft_layerrope.sites import find_stack, trained_window
 from peft_layerrope.tasks.specification import make_task
+from peft_layerrope.tuner.sites import find_stack, trained_window
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,11 +12,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from peft_layerrope import LayerRopeConfig, LayerRopeError, demo_model_path, restore_baked, verify
-from peft_layerrope.artifacts import save_adapter
 from peft_layerrope.cli import app
 from peft_layerrope.families import build_tiny, tiny_inputs
-from peft_layerrope.sites import find_stack
-from peft_layerrope.tables import LayerScaling, LayerTableHook
+from peft_layerrope.tuner.artifacts import save_adapter
+from peft_layerrope.tuner.sites import find_stack
+from peft_layerrope.tuner.tables import LayerScaling, LayerTableHook
 
 FACTORS = [1.0, 1.4, 2.0, 1.2]
 CONFIGS = {

@@ -19,10 +19,10 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from .. import __version__
-from ..atomic import WriteError
-from ..device_memory import is_out_of_memory
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
-from ..hub_errors import InvalidRepoIdError, PullTargetError
+from ..evaluation.device_memory import is_out_of_memory
+from ..files.atomic import WriteError
+from ..hub.errors import InvalidRepoIdError, PullTargetError
 
 app = typer.Typer(
     name="layerrope",

@@ -13,22 +13,22 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import __version__
-from ..atomic import write_atomically, writing
-from ..comparison import Comparison, compare
-from ..comparison_report import (
+from ..comparison.compare import Comparison, compare
+from ..comparison.contenders import BASELINES, Contender, parse_baseline
+from ..comparison.report import (
     by_position_tables,
     comparison_markdown,
     describe_setting,
     plot_comparison,
     summary_table,
 )
-from ..comparison_state import SCORES_NAME, discard_comparison
-from ..contenders import BASELINES, Contender, parse_baseline
+from ..comparison.state import SCORES_NAME, discard_comparison
 from ..errors import TaskError
-from ..losses import DEFAULT_BUCKETS
+from ..evaluation.losses import DEFAULT_BUCKETS
+from ..files.atomic import write_atomically, writing
+from ..files.run_lock import check_free, locked
 from ..public_names import public_name
 from ..report import position_table
-from ..run_lock import check_free, locked
 from .app import app, err, out, plain_errors, resumable
 from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of
 from .option_groups import grouped

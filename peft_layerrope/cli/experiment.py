@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..config import LayerRopeConfig
-from ..contenders import Contender, parse_baseline
+from ..comparison.contenders import Contender, parse_baseline
 from ..errors import SearchError, TaskError
 from ..experiments import attention, control_points, extrapolation, halves, sweep, transfer, u_shape
 from ..experiments.lengths import default_lengths, task_of_length, window_and_task
@@ -19,6 +18,7 @@ from ..loading import load_adapter_config
 from ..searcher.grid import FactorGrid
 from ..tasks import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
+from ..tuner.config import LayerRopeConfig
 from .app import app, err
 from .experiment_run import AdapterOption, AdaptersOption, GroupsOption, Run, experiment, experiment_app
 from .options import RopeOptions

@@ -17,12 +17,12 @@ from ..experiments.measuring import Measuring
 from ..experiments.rendering import to_rich
 from ..experiments.section import Section
 from ..experiments.storage import kept_section, lock_name
+from ..files.run_lock import check_free
 from ..fingerprint import model_fingerprint
-from ..run_lock import check_free
 from ..searcher.progress import RichProgress
-from ..sites import trained_window
 from ..tasks import Task
 from ..tasks.specification import TaskSpecification
+from ..tuner.sites import trained_window
 from .app import INTERRUPTED, err, out, plain_errors
 from .inputs import build_task, load, resolve_task, tokenizer_of
 from .option_groups import parameters_of, with_parameters

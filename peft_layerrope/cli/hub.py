@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .. import hub
+from ..hub import transfer as hub
 from .app import app, out, plain_errors
 from .options import DebugOption
 

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..atomic import writing
 from ..errors import TaskError
+from ..files.atomic import writing
 
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME
 from ..errors import SearchError
 from ..experiments.commands import command_line
@@ -17,13 +16,14 @@ from ..experiments.measuring import factor_vector
 from ..experiments.report_page import write_report
 from ..experiments.report_plan import ReportRequest, run_steps
 from ..experiments.search_record import SearchRecord, read_record
+from ..files.run_lock import check_free, locked
 from ..loading import load_adapter_config
 from ..public_names import last_component
-from ..run_lock import check_free, locked
 from ..searcher.progress import RichProgress
 from ..searcher.specification import SearchSpecification, read_specification
-from ..sites import trained_window
 from ..tasks.specification import TASK_NAMES, TaskSpecification
+from ..tuner.config import LayerRopeConfig
+from ..tuner.sites import trained_window
 from .app import app, err, out, plain_errors, resumable
 from .inputs import build_task, load, resolve_task, tokenizer_of
 from .option_groups import grouped

@@ -14,11 +14,11 @@ import typer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .. import report
-from ..atomic import writing
-from ..card import ACCURACY_PLOT, FACTORS_PLOT
+from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT
 from ..demo import demo_model_path
 from ..errors import LayerRopeError, SearchError
-from ..run_lock import FolderInUseError, check_free, locked
+from ..files.atomic import writing
+from ..files.run_lock import FolderInUseError, check_free, locked
 from ..searcher import SearchResult, SearchSettings, plan_search
 from ..searcher import search as run_search
 from ..searcher.result import REPORT_NAME, TIMING_NAME

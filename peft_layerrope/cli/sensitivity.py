@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from ..atomic import writing
+from ..experiments.sensitivity_report import plot_sensitivity, sensitivity_table
+from ..files.atomic import writing
 from ..searcher import SearchSettings
 from ..searcher.sensitivity import DEFAULT_FACTORS, parse_layers, sensitivity
-from ..sensitivity_report import plot_sensitivity, sensitivity_table
 from .app import app, out, plain_errors
 from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of
 from .option_groups import grouped

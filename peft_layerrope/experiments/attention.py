@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..batching import check_vocabulary
-from ..config import LayerRopeConfig
-from ..contenders import NO_SCALING, Contender, contending
+from ..comparison.contenders import NO_SCALING, Contender, contending
 from ..errors import TaskError
+from ..evaluation.batching import check_vocabulary
+from ..evaluation.statistics import Interval, mean_interval
 from ..searcher.sensitivity import format_layers
-from ..statistics import Interval, mean_interval
 from ..tasks import Example, Split, Task
+from ..tuner.config import LayerRopeConfig
 from .attention_rows import AttentionReader, visible_tokens
 from .figures import COLOURS, GREY, draw_line, legend_below, new_figure, to_png
 from .measuring import Measuring, factor_vector, held_out, measured_on, need_positions

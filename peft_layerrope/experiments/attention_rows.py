@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..batching import rotation_depends_on_length
 from ..errors import UnsupportedModelError
-from ..sites import find_stack, model_type, text_config
+from ..evaluation.batching import rotation_depends_on_length
+from ..tuner.sites import find_stack, model_type, text_config
 
 EAGER = "eager"
 _TRIAL = (0, 1, 2, 3)  # ids that every vocabulary has

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..config import LayerRopeConfig
-from ..contenders import Contender
+from ..comparison.contenders import Contender
 from ..errors import SearchError
+from ..evaluation.statistics import Interval
 from ..searcher.genome import BezierGenome
 from ..searcher.grid import FactorGrid, Factors, default_scaled_layers
 from ..searcher.space import FactorSpace
-from ..sites import find_stack
-from ..statistics import Interval
 from ..tasks import Task
+from ..tuner.config import LayerRopeConfig
+from ..tuner.sites import find_stack
 from .figures import COLOURS, new_figure, to_png
 from .measuring import Measuring, factor_vector, held_out, in_force, measure, measured_on, with_factors
 from .section import Section, SectionFigure, SectionTable

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..contenders import NO_SCALING, Contender
+from ..comparison.contenders import NO_SCALING, Contender
 from ..errors import TaskError
-from ..scores import PositionScores
-from ..sites import trained_window
-from ..statistics import Interval
+from ..evaluation.scores import PositionScores
+from ..evaluation.statistics import Interval
 from ..tasks import Task
+from ..tuner.sites import trained_window
 from .figures import COLOURS, draw_line, legend_below, new_figure, percent_axis, to_png
 from .measuring import Measuring, held_out, measure, measured_on
 from .section import Section, SectionFigure, SectionTable

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..scores import PositionScores
-from ..statistics import Interval
+from ..evaluation.scores import PositionScores
+from ..evaluation.statistics import Interval
 from .units import Unit, unit_of
 
 GREY = "0.5"

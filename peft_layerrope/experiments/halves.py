@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..config import LayerRopeConfig
-from ..contenders import NO_SCALING, Contender
+from ..comparison.contenders import NO_SCALING, Contender
 from ..tasks import Task
+from ..tuner.config import LayerRopeConfig
 from .figures import draw_positions, legend_below, new_figure, to_png
 from .measuring import Measuring, factor_vector, held_out, in_force, measure, measured_on, with_factors
 from .section import Section, SectionFigure, SectionTable

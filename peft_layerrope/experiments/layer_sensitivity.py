@@ -6,13 +6,13 @@ import io
 
 from torch import nn
 
-from ..config import LayerRopeConfig
 from ..searcher.progress import SearchProgress, SilentProgress
 from ..searcher.sensitivity import LayerEffect, sensitivity
-from ..sensitivity_report import plot_sensitivity
 from ..tasks import Task
+from ..tuner.config import LayerRopeConfig
 from .measuring import Measuring, in_force
 from .section import Section, SectionFigure, SectionTable
+from .sensitivity_report import plot_sensitivity
 
 NAME = "sensitivity"
 DEFAULT_GROUPS = 16

@@ -8,16 +8,16 @@ from pathlib import Path
 
 from torch import nn
 
-from ..comparison import compare
-from ..comparison_state import SCORES_NAME, discard_comparison
-from ..config import LayerRopeConfig
-from ..contenders import Contender
+from ..comparison.compare import compare
+from ..comparison.contenders import Contender
+from ..comparison.state import SCORES_NAME, discard_comparison
 from ..errors import AdapterMismatchError, TaskError
-from ..evaluation import DEFAULT_BATCH_TOKENS
-from ..scores import PositionScores
+from ..evaluation.scores import PositionScores
+from ..evaluation.scoring import DEFAULT_BATCH_TOKENS
 from ..searcher.progress import SearchProgress, SilentProgress
-from ..sites import find_stack, trained_window
 from ..tasks import Split, Task
+from ..tuner.config import LayerRopeConfig
+from ..tuner.sites import find_stack, trained_window
 
 MIN_GROUPS = 2  # an interval over fewer is infinite
 

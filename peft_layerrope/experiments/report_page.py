@@ -7,8 +7,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .._version import __version__
-from ..atomic import write_atomically, writing
-from ..config import LayerRopeConfig
+from ..files.atomic import write_atomically, writing
+from ..tuner.config import LayerRopeConfig
 from .rendering import escape_markdown, to_html, to_markdown
 from .report_head import factors_section, facts, held_out_section
 from .report_plan import Ran

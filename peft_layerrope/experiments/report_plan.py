@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from ..atomic import WriteError
-from ..config import LayerRopeConfig
-from ..contenders import Contender
+from ..comparison.contenders import Contender
 from ..errors import LayerRopeError
+from ..files.atomic import WriteError
+from ..files.run_lock import FolderInUseError
 from ..fingerprint import model_fingerprint
-from ..run_lock import FolderInUseError
 from ..searcher.grid import FactorGrid
-from ..sites import trained_window
 from ..tasks import Task
 from ..tasks.specification import TaskSpecification
+from ..tuner.config import LayerRopeConfig
+from ..tuner.sites import trained_window
 from . import attention, control_points, extrapolation, halves, layer_sensitivity, sweep, transfer, u_shape
 from .commands import command_line
 from .lengths import MakeTask, default_lengths, window_and_task

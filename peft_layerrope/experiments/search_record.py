@@ -8,10 +8,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ..config import MAX_LAYERS
 from ..errors import LayerRopeError, SearchError
+from ..files.untrusted import UntrustedFileError, read_json_object
+from ..messages import shown
 from ..searcher.grid import FactorGrid
-from ..untrusted import UntrustedFileError, read_json_object, shown
+from ..tuner.config import MAX_LAYERS
 from .rendering import printable
 
 RECORD_NAME = "search.json"

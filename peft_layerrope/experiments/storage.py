@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_atomically, writing
 from ..errors import SearchError
-from ..run_lock import locked
-from ..untrusted import UntrustedFileError, read_bytes, read_json_object
+from ..files.atomic import write_atomically, writing
+from ..files.run_lock import locked
+from ..files.untrusted import UntrustedFileError, read_bytes, read_json_object
 from .rendering import to_markdown
 from .section import Section
 

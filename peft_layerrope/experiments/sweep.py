@@ -11,13 +11,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from torch import nn
 
-from ..config import LayerRopeConfig
-from ..contenders import Contender
+from ..comparison.contenders import Contender
 from ..errors import SearchError
-from ..scores import PositionScores
-from ..sites import find_stack
-from ..statistics import Interval, mean_interval
+from ..evaluation.scores import PositionScores
+from ..evaluation.statistics import Interval, mean_interval
 from ..tasks import Split, Task
+from ..tuner.config import LayerRopeConfig
+from ..tuner.sites import find_stack
 from .figures import COLOURS, draw_line, legend_below, new_figure, percent_axis, relative_positions, to_png
 from .measuring import Measuring, held_out, in_force, measure, measured_on, need_positions, with_factors
 from .section import Section, SectionFigure, SectionTable

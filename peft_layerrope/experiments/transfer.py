@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import nn
 
-from ..contenders import NO_SCALING, Contender
+from ..comparison.contenders import NO_SCALING, Contender
 from ..errors import TaskError
-from ..scores import PositionScores
-from ..sites import trained_window
-from ..statistics import Interval
+from ..evaluation.scores import PositionScores
+from ..evaluation.statistics import Interval
 from ..tasks import Split, Task
+from ..tuner.sites import trained_window
 from .figures import new_figure, plain, to_png
 from .measuring import Measuring, held_out, measure, times_window
 from .section import Section, SectionFigure, SectionTable

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..contenders import NO_SCALING, Contender
-from ..scores import PositionScores
-from ..sites import trained_window
-from ..statistics import Interval, mean_interval
+from ..comparison.contenders import NO_SCALING, Contender
+from ..evaluation.scores import PositionScores
+from ..evaluation.statistics import Interval, mean_interval
 from ..tasks import Task
+from ..tuner.sites import trained_window
 from .figures import draw_positions, legend_below, new_figure, to_png
 from .measuring import Measuring, held_out, measure, measured_on, need_positions, times_window
 from .section import Section, SectionFigure, SectionTable

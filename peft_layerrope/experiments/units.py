@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..scores import DEFAULT_WEIGHTS, PositionScores
-from ..statistics import Interval, mean_interval
+from ..evaluation.scores import DEFAULT_WEIGHTS, PositionScores
+from ..evaluation.statistics import Interval, mean_interval
 from ..tasks import Measure
 
 

@@ -22,10 +22,10 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from ..config import LayerRopeConfig
 from ..errors import LayerRopeError, UnsupportedModelError
-from ..rotary import inv_freq_names
-from ..sites import DecoderStack, find_stack
+from ..tuner.config import LayerRopeConfig
+from ..tuner.rotary import inv_freq_names
+from ..tuner.sites import DecoderStack, find_stack
 from .shrink import FamilyNotBuilt, build_tiny, tiny_inputs
 
 _SHIFT_TOLERANCE = 1e-3  # of the largest logit; rounding moves them by 1e-6, a wrong rotation by 0.1

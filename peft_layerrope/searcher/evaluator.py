@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..batching import Batch, make_batches
-from ..device_memory import is_out_of_memory
-from ..evaluation import ScoreSheet, answer_logits, with_halving
-from ..scores import Objective, PositionScores
-from ..sites import find_stack
+from ..evaluation.batching import Batch, make_batches
+from ..evaluation.device_memory import is_out_of_memory
+from ..evaluation.scores import Objective, PositionScores
+from ..evaluation.scoring import ScoreSheet, answer_logits, with_halving
 from ..tasks import Split
+from ..tuner.sites import find_stack
 from .grid import Factors
 from .measurement import HeatScores
 from .prefix import PrefixRunner

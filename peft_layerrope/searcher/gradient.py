@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batching import Batch, make_batches
-from ..evaluation import answer_logits, judge, with_halving
-from ..injection import scaling_for
-from ..rotary import LayerRopeLayer
-from ..scores import DEFAULT_WEIGHTS
-from ..sites import find_stack
-from ..tables import LayerScaling
+from ..evaluation.batching import Batch, make_batches
+from ..evaluation.scores import DEFAULT_WEIGHTS
+from ..evaluation.scoring import answer_logits, judge, with_halving
 from ..tasks import Split
+from ..tuner.injection import scaling_for
+from ..tuner.rotary import LayerRopeLayer
+from ..tuner.sites import find_stack
+from ..tuner.tables import LayerScaling
 from .grid import Factors
 from .space import FactorSpace
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import FACTOR_RANGE
 from ..errors import SearchError
+from ..tuner.config import FACTOR_RANGE
 
 Factors = tuple[float, ...]
 """One factor per layer, every one on the grid (or exactly 1.0 for a layer left alone)."""

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from deap import tools
 
-from ..checks import is_number, named
+from ..checks import is_number
 from ..errors import SearchError
+from ..messages import named
 from .individual import Individual
 from .measurement import Heats, Measurement
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import SearchError
-from ..sites import embedding_table
+from ..tuner.sites import embedding_table
 from .controls import first_and_rest_vectors, first_layers_alone_vectors, line_vectors
 from .gradient import STEP_COST
 from .settings import SearchSettings

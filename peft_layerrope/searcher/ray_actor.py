@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import nn
 
 from ..loading import load_model
-from ..sites import find_stack
+from ..tuner.sites import find_stack
 from .evaluator import ModelEvaluator
 from .grid import Factors
 from .measurement import HeatScores

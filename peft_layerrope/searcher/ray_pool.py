@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import LayerRopeError, SearchError
-from ..scores import PositionScores
+from ..evaluation.scores import PositionScores
+from ..messages import one_line
 from .chunks import cut_into_chunks
 from .evaluator import ModelEvaluator
 from .grid import Factors
@@ -296,7 +297,7 @@ def _failure(error: Any, worker: _Worker) -> Exception:
     if isinstance(cause, LayerRopeError):
         return type(cause)(str(cause))
     place = worker.place or "while starting"
-    return SearchError(f"Ray worker {worker.number} ({place}) failed: {type(cause).__name__}: {first_line(cause)}")
+    return SearchError(f"Ray worker {worker.number} ({place}) failed: {type(cause).__name__}: {one_line(cause)}")
 
 
 def _reason(error: Exception) -> str:
@@ -304,8 +305,3 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("class_name:", "actor_id:", "pid:", "namespace:", "ip:"))]
     return f"{type(error).__name__}: {' '.join(told[:2])}"[:400]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import is_number, named
+from ..checks import is_number
 from ..errors import SearchError
-from ..sites import embedding_table
+from ..messages import named, one_line
+from ..tuner.sites import embedding_table
 from .evaluator import ModelEvaluator
 from .ray_actor import unscaled
-from .ray_pool import Limits, WorkerPool, first_line
+from .ray_pool import Limits, WorkerPool
 
 
 class RayWorkers:
@@ -160,7 +161,7 @@ class RayWorkers:
             with _keeping_sigterm():  # Ray would end this process with status 15 and without a word
                 ray.init(**options)
         except (OSError, RuntimeError, ValueError) as error:
-            raise SearchError(f"Ray at {address!r} cannot be used: {first_line(error)}") from error
+            raise SearchError(f"Ray at {address!r} cannot be used: {one_line(error)}") from error
         self._started_ray = True
 
     def _packed(self, model: nn.Module) -> bytes:
@@ -170,7 +171,7 @@ class RayWorkers:
             torch.save(model, buffer, pickle_module=self._ray.cloudpickle)
         except Exception as error:  # whatever the model's own classes raise
             raise SearchError(
-                f"the model cannot be sent to Ray workers ({first_line(error)}): pass model_source=, a name or a "
+                f"the model cannot be sent to Ray workers ({one_line(error)}): pass model_source=, a name or a "
                 "function from which they load it."
             ) from error
         return buffer.getvalue()

@@ -13,15 +13,15 @@ import numpy as np
 from peft.utils import CONFIG_NAME
 
 from .. import plots, report
-from ..artifacts import save_adapter
-from ..atomic import replacing_files
-from ..card import ACCURACY_PLOT, FACTORS_PLOT, HeldOut, model_card
-from ..card_merge import CardError, save_card
-from ..config import LayerRopeConfig
+from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT, HeldOut, model_card
+from ..cards.merge import CardError, save_card
+from ..evaluation.scores import PositionScores
+from ..evaluation.statistics import Interval
+from ..files.atomic import replacing_files
 from ..public_names import public_name
-from ..scores import PositionScores
-from ..statistics import Interval
 from ..tasks import Measure
+from ..tuner.artifacts import save_adapter
+from ..tuner.config import LayerRopeConfig
 from .controls import Candidate
 from .gradient import STEP_COST
 from .grid import Factors

@@ -15,17 +15,17 @@ from torch import nn
 
 from .._version import __version__
 from ..adapted import adapted
-from ..checks import named
-from ..config import LayerRopeConfig
 from ..demo import DEMO_NAME
 from ..errors import NotEnoughMemoryError, SearchError
+from ..evaluation.scores import PositionScores
+from ..files.run_lock import locked
 from ..fingerprint import library_versions, model_fingerprint
+from ..messages import named
 from ..public_names import public_name
-from ..run_lock import locked
-from ..scores import PositionScores
-from ..sites import embedding_table, find_stack, trained_window
 from ..tasks import Task
 from ..tasks.base import check_task
+from ..tuner.config import LayerRopeConfig
+from ..tuner.sites import embedding_table, find_stack, trained_window
 from . import controls
 from .bootstrap import bootstrap_choice
 from .controls import Candidate, best_of

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..batching import check_vocabulary
 from ..errors import SearchError, TaskError
-from ..sites import trained_window
+from ..evaluation.batching import check_vocabulary
 from ..tasks import Split, Task, check_disjoint
+from ..tuner.sites import trained_window
 from .plan import check_length
 from .settings import SearchSettings
 

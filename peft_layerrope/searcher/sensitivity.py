@@ -13,14 +13,14 @@ import numpy as np
 from torch import nn
 
 from ..adapted import adapted
-from ..batching import check_vocabulary
-from ..config import MAX_LAYERS, LayerRopeConfig
 from ..errors import SearchError
-from ..evaluation import DEFAULT_BATCH_TOKENS
-from ..scores import DEFAULT_WEIGHTS
-from ..sites import find_stack, trained_window
-from ..statistics import Interval, mean_interval
+from ..evaluation.batching import check_vocabulary
+from ..evaluation.scores import DEFAULT_WEIGHTS
+from ..evaluation.scoring import DEFAULT_BATCH_TOKENS
+from ..evaluation.statistics import Interval, mean_interval
 from ..tasks import SPLIT_NAMES, Split, SplitName, Task
+from ..tuner.config import MAX_LAYERS, LayerRopeConfig
+from ..tuner.sites import find_stack, trained_window
 from .evaluator import ModelEvaluator
 from .grid import Factors
 from .progress import SearchProgress, audience_of

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from ..checks import is_number, named
-from ..config import LayerRopeConfig
+from ..checks import is_number
 from ..errors import SearchError
-from ..evaluation import DEFAULT_BATCH_TOKENS
-from ..scores import DEFAULT_WEIGHTS, OBJECTIVES, Objective, check_weights
+from ..evaluation.scores import DEFAULT_WEIGHTS, OBJECTIVES, Objective, check_weights
+from ..evaluation.scoring import DEFAULT_BATCH_TOKENS
+from ..messages import named
+from ..tuner.config import LayerRopeConfig
 from .genetic import ELITES
 from .genome import CURVES, Curve
 from .grid import FactorGrid, default_scaled_layers

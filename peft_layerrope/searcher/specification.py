@@ -12,11 +12,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .._version import __version__
-from ..atomic import write_atomically
 from ..errors import LayerRopeError, SearchError
-from ..plain_yaml import parse_yaml
+from ..files.atomic import write_atomically
+from ..files.plain_yaml import parse_yaml
+from ..messages import one_line, shown, shown_names
 from ..tasks.specification import TaskSpecification
-from ..untrusted import one_line, shown, shown_names
 from .settings import SearchSettings
 
 _MAX_BYTES = 1_000_000

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import write_atomically, writing
 from ..errors import SearchError
+from ..evaluation.scores import PositionScores
+from ..files.atomic import write_atomically, writing
 from ..fingerprint import first_difference
-from ..scores import PositionScores
 from .grid import Factors
 from .measurement import HeatScores, Measurement
 

@@ -9,8 +9,9 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
-from ..checks import named, whole_number
+from ..checks import whole_number
 from ..errors import TaskError
+from ..messages import named
 
 Measure = Literal["accuracy", "loss"]
 """What a task's scores are: right or wrong answers, or the loss on running text."""

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from ..checks import named
 from ..errors import TaskError
+from ..messages import named
 
 
 class EncodedPrompt(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import regex  # its word boundary, unlike re's, does not tear a combining accent off its letter
 
-from ..checks import named
 from ..errors import TaskError
+from ..messages import named
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = regex.compile(r"\b(a|an|the)\b")

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import named, whole_number
+from ..checks import whole_number
 from ..errors import TaskError
+from ..messages import named
 from .base import SPLIT_NAMES, Example, Split, SplitName, check_length, check_request, check_seed
 from .encoding import check_tokenizer
 from .records import FRACTIONS

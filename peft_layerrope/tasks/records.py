@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import named
 from ..errors import TaskError
+from ..messages import named
 from .base import SPLIT_NAMES, SplitName
 
 _GZIP = b"\x1f\x8b"

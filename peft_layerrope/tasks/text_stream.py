@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import named
 from ..errors import TaskError
+from ..messages import named
 from .records import read_records
 
 DATASETS_PREFIX = "datasets:"

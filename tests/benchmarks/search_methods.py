@@ -41,8 +41,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, SearchSettings, Split, demo_model_path, search
-from peft_layerrope.atomic import write_atomically
-from peft_layerrope.evaluation import score
+from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.evaluation.statistics import Interval, mean_interval
+from peft_layerrope.files.atomic import write_atomically
 from peft_layerrope.searcher import Factors
 from peft_layerrope.searcher.controls import best_of, uniform_vectors
 from peft_layerrope.searcher.evaluator import ModelEvaluator
@@ -51,9 +52,8 @@ from peft_layerrope.searcher.measurement import Measurement, plan_heats
 from peft_layerrope.searcher.memo import BudgetView, Memo
 from peft_layerrope.searcher.result import CURVE, LABELS, UNIFORM
 from peft_layerrope.searcher.strategies import run_strategy
-from peft_layerrope.sites import find_stack
-from peft_layerrope.statistics import Interval, mean_interval
 from peft_layerrope.tasks import check_disjoint
+from peft_layerrope.tuner.sites import find_stack
 
 LENGTH, TEST_SEED = 512, 1000
 MAX_BUDGETS = 4  # a population method may draw so many times its budget, to find that many distinct vectors

@@ -32,7 +32,7 @@ from peft_layerrope.searcher.controls import random_vectors
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.genome import make_genome
 from peft_layerrope.searcher.space import FactorSpace
-from peft_layerrope.sites import find_stack
+from peft_layerrope.tuner.sites import find_stack
 
 SHARE_BYTES = 2**30
 Scores = dict[Factors, PositionScores]

@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from peft_layerrope import LayerRopeConfig, demo_model_path, use_adapter
-from peft_layerrope.rotary import LayerRopeLayer
-from peft_layerrope.sites import trained_window
+from peft_layerrope.tuner.rotary import LayerRopeLayer
+from peft_layerrope.tuner.sites import trained_window
 
 FIELDS = {
     "default": {},

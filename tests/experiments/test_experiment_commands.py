@@ -13,10 +13,10 @@ from test_search_record import record_values
 from typer.testing import CliRunner
 
 from peft_layerrope import LayerRopeConfig
-from peft_layerrope.artifacts import save_adapter
 from peft_layerrope.cli import app
 from peft_layerrope.experiments import report_plan, sweep
 from peft_layerrope.experiments.storage import load_section
+from peft_layerrope.tuner.artifacts import save_adapter
 
 EXPERIMENTS = ("u-shape", "sweep", "halves", "control-points", "attention", "extrapolation", "transfer")
 POINTS = [[0.0, 1.5], [0.5, 2.0], [0.1, 1.9], [1.0, 1.4]]

@@ -7,15 +7,15 @@ import pytest
 from experiment_helpers import FACTORS, GROUPS, by_hand, short_task
 
 from peft_layerrope import LayerRopeConfig
-from peft_layerrope.artifacts import save_adapter
-from peft_layerrope.contenders import NO_SCALING, Contender
+from peft_layerrope.comparison.contenders import NO_SCALING, Contender
 from peft_layerrope.errors import TaskError
+from peft_layerrope.evaluation.losses import bucket_losses
 from peft_layerrope.experiments import Line, matched_baselines, run_extrapolation, run_transfer
 from peft_layerrope.experiments.extrapolation import NTK, PI
 from peft_layerrope.experiments.lengths import default_lengths, task_of_length, window_and_task
-from peft_layerrope.losses import bucket_losses
 from peft_layerrope.tasks import Perplexity
 from peft_layerrope.tasks.specification import TaskSpecification, make_task
+from peft_layerrope.tuner.artifacts import save_adapter
 
 
 @pytest.fixture

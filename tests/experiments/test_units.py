@@ -7,6 +7,7 @@ import pytest
 from experiment_helpers import scores_of
 
 from peft_layerrope import PositionScores
+from peft_layerrope.evaluation.statistics import Interval
 from peft_layerrope.experiments.units import (
     ACCURACY,
     LOSS,
@@ -17,7 +18,6 @@ from peft_layerrope.experiments.units import (
     utilisation_difference,
     verdict,
 )
-from peft_layerrope.statistics import Interval
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, Split, TaskError
-from peft_layerrope.evaluation import score
+from peft_layerrope.evaluation.scoring import score
 from peft_layerrope.families import build_tiny
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.grid import Factors
-from peft_layerrope.sites import find_stack
+from peft_layerrope.tuner.sites import find_stack
 
 LARGE = 2**26
 WEIGHTS = (1.0, 2.0, 3.0)

@@ -14,8 +14,7 @@ from fakes import token_task
 from test_cli import run as run_command
 from test_resume import SMALL, small_model
 
-from peft_layerrope import Comparison, TaskError, compare, parse_baseline, run_lock, search
-from peft_layerrope.atomic import WriteError
+from peft_layerrope import Comparison, TaskError, compare, parse_baseline, search
 from peft_layerrope.cli import evaluate as evaluate_command
 from peft_layerrope.cli import experiment_run
 from peft_layerrope.cli import report as report_command
@@ -25,7 +24,9 @@ from peft_layerrope.experiments.measuring import Measuring, measure
 from peft_layerrope.experiments.report_plan import Step
 from peft_layerrope.experiments.section import Section
 from peft_layerrope.experiments.storage import kept_section
-from peft_layerrope.run_lock import FolderInUseError, locked
+from peft_layerrope.files import run_lock
+from peft_layerrope.files.atomic import WriteError
+from peft_layerrope.files.run_lock import FolderInUseError, locked
 from peft_layerrope.searcher import plan_search
 from peft_layerrope.searcher.state import LOCK_NAME
 

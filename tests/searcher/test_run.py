@@ -28,13 +28,13 @@ from peft_layerrope import (
     search,
 )
 from peft_layerrope.errors import NotEnoughMemoryError
-from peft_layerrope.evaluation import score
+from peft_layerrope.evaluation.scoring import score
 from peft_layerrope.families import build_tiny
 from peft_layerrope.searcher import FactorGrid, Guards
 from peft_layerrope.searcher.gradient import GradientSteps
 from peft_layerrope.searcher.progress import SilentProgress
 from peft_layerrope.searcher.run import _Run
-from peft_layerrope.sites import find_stack
+from peft_layerrope.tuner.sites import find_stack
 
 SMALL = {
     "population": 6,

@@ -13,7 +13,7 @@ import torch
 from conftest import build_model
 
 from peft_layerrope import PositionScores, SearchError
-from peft_layerrope.atomic import write_atomically
+from peft_layerrope.files.atomic import write_atomically
 from peft_layerrope.fingerprint import model_fingerprint
 from peft_layerrope.searcher.measurement import HeatScores, Measurement
 from peft_layerrope.searcher.state import LOG_NAME, STATE_NAME, RunState

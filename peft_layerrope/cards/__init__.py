@@ -1,0 +1,1 @@
+"""Model cards: what they say, and how ours meets what people wrote."""

@@ -1,0 +1,349 @@
+"""The model card of an adapter, by `huggingface_hub`: the part that is generated."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..demo import DEMO_NAME
+from ..evaluation.scores import PositionScores
+from ..evaluation.statistics import Interval
+from ..public_names import public_name
+from ..report import format_factors
+from ..tuner.config import LayerRopeConfig
+
+TAGS = ["layer-rope", "long-context", "rope-scaling", "peft", "transformers"]
+BEGIN, END = "<!-- layerrope:begin -->", "<!-- layerrope:end -->"
+"""What stands between them is written anew at each save; all the rest of a card is its owner's."""
+
+ADAPTER_PLACEHOLDER = "path/or/hub-id/of/this/adapter"
+MODEL_NAME_PREFIX = "per-layer RoPE scaling for "
+ACCURACY_METRIC = "exact match, mean over gold positions"
+UTILISATION_METRIC = "context utilisation U of exact match"
+LOSS_METRIC = "loss in nats per token"
+PERPLEXITY_METRIC = "perplexity"
+OWN_METRICS = (ACCURACY_METRIC, UTILISATION_METRIC, LOSS_METRIC, PERPLEXITY_METRIC)
+DEMO_LICENSE = "apache-2.0"
+"""Of adapters of the shipped demo model, as the package's own. What others search is theirs to license."""
+
+ACCURACY_PLOT, FACTORS_PLOT = "accuracy_by_position.png", "factors_by_depth.png"
+_PAPERS = ("2503.04355", "2606.27705")
+_ADAPTER_LINE = re.compile(r'^adapter = ".*"$', re.MULTILINE)
+_BASE_LINE = re.compile(r"^base = .*$", re.MULTILINE)
+_BASE_ROW = re.compile(r"^\| base model \| `.*` \|$", re.MULTILINE)
+_TITLE = re.compile(r"^# Per-layer RoPE scaling for .*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a search found on its test split.
+
+    Attributes:
+        scores: of the adapter.
+        task: the task's description.
+        measured: what was measured, in a line.
+        table: the comparison with simpler choices, in Markdown.
+        remarks: sentences that belong to it: cost, guards, edges of the range.
+        differences: the adapter's average minus that of others, by their label.
+    """
+
+    scores: PositionScores
+    task: Mapping[str, Any]
+    measured: str
+    table: str
+    remarks: Sequence[str] = ()
+    differences: Mapping[str, Interval] = field(default_factory=dict)
+
+
+def model_card(
+    base_model: str,
+    config: LayerRopeConfig,
+    held_out: HeldOut | None = None,
+    *,
+    files: Collection[str] = (),
+) -> ModelCard:
+    """Returns the card of an adapter.
+
+    Args:
+        base_model: Hub id of the base model; of a path only the last component is written.
+        config: the adapter, with its factors.
+        held_out: what its search found; None for an adapter of unknown origin.
+        files: names in the adapter's folder: plots among them are shown, `search.json` and `search.yaml` explained.
+    """
+    base_model = public_name(base_model)
+    sections = [
+        _head(base_model, config),
+        _use(base_model),
+        *([_results(held_out, files)] if held_out is not None else []),
+        _plots(held_out, files),
+        _limits(config, held_out),
+        _reproduce(files),
+        _citation(),
+    ]
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="peft",
+        license=DEMO_LICENSE if base_model == DEMO_NAME else None,
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        model_name=MODEL_NAME_PREFIX + base_model if held_out is not None else None,
+        eval_results=_eval_results(held_out) if held_out is not None else None,
+        base_model_relation="adapter",
+    )
+    body = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{BEGIN}\n\n{body}\n\n{END}\n")
+
+
+def with_adapter_id(text: str, adapter: str) -> str:
+    """Returns a card's text with `adapter`, an id of the Hub, in its generated snippets."""
+    return generated_part().sub(lambda part: _ADAPTER_LINE.sub(f'adapter = "{adapter}"', part[0]), text)
+
+
+def with_base_model(text: str, base_model: str) -> str:
+    """Returns a card's text with another name of the base model in its generated part."""
+    lines = {
+        _TITLE: _title(base_model),
+        _BASE_ROW: _base_row(base_model),
+        _BASE_LINE: f"base = {_base_expression(base_model)}",
+    }
+
+    def renamed(part: re.Match[str]) -> str:
+        text = part[0]
+        for pattern, line in lines.items():
+            text = pattern.sub(lambda _, line=line: line, text)
+        return text
+
+    return generated_part().sub(renamed, text)
+
+
+def generated_part() -> re.Pattern[str]:
+    """Returns a pattern that finds the generated part of a card; of a stray marker, the innermost pair."""
+    begin, end = re.escape(BEGIN), re.escape(END)
+    return re.compile(rf"{begin}(?:(?!{begin}).)*?{end}", re.DOTALL)
+
+
+def _eval_results(held_out: HeldOut) -> list[EvalResult]:
+    """The scores as entries of the model-index."""
+    scores, name = held_out.scores, held_out.task["name"]
+    if scores.measure == "loss":
+        loss = -scores.average().value
+        values = [("loss", LOSS_METRIC, loss), ("perplexity", PERPLEXITY_METRIC, math.exp(loss))]
+    else:
+        values = [("accuracy", ACCURACY_METRIC, scores.average().value)]
+        values.append(("context_utilisation", UTILISATION_METRIC, scores.utilisation()))
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=held_out.measured,
+            dataset_split="test",
+            metric_type=kind,
+            metric_name=metric,
+            metric_value=round(value, 4),
+        )
+        for kind, metric, value in values
+    ]
+
+
+def _head(base_model: str, config: LayerRopeConfig) -> str:
+    factors = config.layer_factors or []
+    rows = {
+        "`rope_type`": f"`{config.rope_type}`: {_ROPE_TYPES[config.rope_type]}",
+        "`factor`": f"{config.factor:g}" if config.rope_type != "default" else "",
+        "`layer_factors`": format_factors(factors) + (" for every layer" if len(set(factors)) == 1 else ""),
+        "trained window": _tokens(config.original_max_position_embeddings),
+        "`target_length`": _tokens(config.target_length),
+    }
+    table = "\n".join([_base_row(base_model), *(f"| {name} | {value} |" for name, value in rows.items() if value)])
+    return f"""{_title(base_model)}
+
+A [PEFT](https://huggingface.co/docs/peft) adapter for long prompts. It divides the rotary positions that decoder layer
+*l* sees by a factor *s_l* of that layer. It holds {len(factors)} numbers and no trained weights, so it can be put on,
+switched and taken off at any time, also beside a LoRA.
+
+| | |
+| --- | --- |
+{table}"""
+
+
+_ROPE_TYPES = {
+    "default": "on top of the model's own rotary embedding",
+    "linear": "Position Interpolation",
+    "dynamic": "Dynamic-NTK",
+}
+
+
+def _title(base_model: str) -> str:
+    return f"# Per-layer RoPE scaling for {base_model}"
+
+
+def _base_row(base_model: str) -> str:
+    return f"| base model | `{base_model}` |"
+
+
+def _base_expression(base_model: str) -> str:
+    return "peft_layerrope.demo_model_path()" if base_model == DEMO_NAME else f'"{base_model}"'
+
+
+def _tokens(number: int | None) -> str:
+    return "" if number is None else f"{number:,} tokens"
+
+
+def _use(base_model: str) -> str:
+    base = _base_expression(base_model)
+    return f"""## Use
+
+It needs the package `peft-layerrope`. `import peft_layerrope`, once per process, tells PEFT about this adapter type.
+
+```py
+import peft_layerrope
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = {base}
+adapter = "{ADAPTER_PLACEHOLDER}"
+model = AutoModelForCausalLM.from_pretrained(base)
+model = PeftModel.from_pretrained(model, adapter)
+```
+
+In a pipeline:
+
+```py
+import peft_layerrope
+from transformers import pipeline
+
+base = {base}
+adapter = "{ADAPTER_PLACEHOLDER}"
+pipe = pipeline("text-generation", model=base)
+pipe.model.load_adapter(adapter)
+```
+
+With a trained LoRA, each switched on its own: first the LoRA, then this adapter.
+
+```py
+import peft_layerrope
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = {base}
+adapter = "{ADAPTER_PLACEHOLDER}"
+lora = "path/or/hub-id/of/a/lora"
+model = AutoModelForCausalLM.from_pretrained(base)
+model = PeftModel.from_pretrained(model, lora)
+model = PeftModel.from_pretrained(model, adapter)
+```
+
+To train a LoRA on the scaled model, bake the factors in first:
+
+```py
+import peft_layerrope
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+base = {base}
+adapter = "{ADAPTER_PLACEHOLDER}"
+model = AutoModelForCausalLM.from_pretrained(base)
+model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+```"""
+
+
+def _results(held_out: HeldOut, files: Collection[str]) -> str:
+    scores = held_out.scores
+    average = scores.average()
+    if scores.measure == "loss":
+        sentence = (
+            f"**Loss {-average.value:.4f} nats per token** (95 % interval {-average.high:.4f} to {-average.low:.4f}), "
+            f"perplexity {math.exp(-average.value):.3f}."
+        )
+        differences = [
+            f"{_signed(gap.value, 4)} nats saved against {label} ({_signed(gap.low, 4)} to {_signed(gap.high, 4)})"
+            for label, gap in held_out.differences.items()
+        ]
+    else:
+        sentence = (
+            f"**Accuracy {100 * average.value:.1f} %** (95 % interval {100 * average.low:.1f} to "
+            f"{100 * average.high:.1f}), context utilisation U {100 * scores.utilisation():.1f} %."
+        )
+        differences = [
+            f"{_signed(100 * gap.value)} points against {label} ({_signed(100 * gap.low)} to {_signed(100 * gap.high)})"
+            for label, gap in held_out.differences.items()
+        ]
+    paired = f" Paired differences with 95 % intervals: {'; '.join(differences)}." if differences else ""
+    remarks = "\n".join(f"- {remark}" for remark in held_out.remarks)
+    cost = f"\n\n### Cost and guards of the search\n\n{remarks}" if remarks else ""
+    return f"""## Held-out results
+
+Task: {held_out.measured}. Every method chose its factors on a search split; these are the scores on a disjoint test
+split.
+
+{sentence}{paired}
+
+{held_out.table}{cost}"""
+
+
+def _signed(value: float, digits: int = 1) -> str:
+    return f"{round(value, digits) + 0.0:+.{digits}f}"  # never -0.0
+
+
+def _plots(held_out: HeldOut | None, files: Collection[str]) -> str:
+    what = "loss" if held_out is not None and held_out.scores.measure == "loss" else "accuracy"
+    plots = {ACCURACY_PLOT: f"{what} by position", FACTORS_PLOT: "factor by depth"}
+    return "\n\n".join(f"![{caption}]({name})" for name, caption in plots.items() if name in files)
+
+
+def _limits(config: LayerRopeConfig, held_out: HeldOut | None) -> str:
+    lines = []
+    if held_out is None:
+        lines.append("No held-out results are recorded here: measure it on your own task with `layerrope evaluate`.")
+    else:
+        lines.append(
+            "Chosen for one task and one length, those above; what it does to others was not measured, apart from "
+            "the guards. `layerrope evaluate` measures it on yours."
+        )
+    lines.append(
+        "For the base model named above; another model needs factors of its own. `layerrope verify` proves for each "
+        "layer that its rotation is scaled as this adapter says."
+    )
+    if config.rope_type == "dynamic" and config.target_length is None:
+        lines.append(
+            "Dynamic-NTK frequencies follow the current length, while a KV cache keeps keys that were rotated at an "
+            "earlier one, as in transformers itself; `target_length` in `adapter_config.json` fixes the length."
+        )
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _reproduce(files: Collection[str]) -> str:
+    if "search.json" not in files:
+        return ""
+    record = "`search.json` holds splits, seeds, settings, every method's factors and the scores by position."
+    if "search.yaml" not in files:
+        return f"## Reproduce\n\n{record}"
+    return f"""## Reproduce
+
+```bash
+layerrope search --config search.yaml --output my-adapter
+```
+
+repeats the search with the `search.yaml` of this repository. {record}"""
+
+
+def _citation() -> str:
+    papers = " and ".join(f"arXiv [{number}](https://arxiv.org/abs/{number})" for number in _PAPERS)
+    entries = "\n\n".join(
+        f"@misc{{arxiv:{number},\n  eprint = {{{number}}},\n  archivePrefix = {{arXiv}},\n"
+        f"  url = {{https://arxiv.org/abs/{number}}}\n}}"
+        for number in _PAPERS
+    )
+    return f"""## Citation
+
+The method, one RoPE scaling factor per layer found by a genetic search over Bézier curves, is from {papers}.
+
+```bibtex
+{entries}
+```"""

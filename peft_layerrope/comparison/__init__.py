@@ -1,0 +1,1 @@
+"""Contenders on the same examples: baselines, adapters, and what is written of them."""

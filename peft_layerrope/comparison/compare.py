@@ -1,0 +1,249 @@
+"""Several contenders on one model and the same examples, with paired differences; interrupted and resumed at will."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..checks import check_callable, whole_number
+from ..errors import TaskError
+from ..evaluation.batching import check_vocabulary
+from ..evaluation.generation import check_metric, generated_scores, longest_answer
+from ..evaluation.losses import DEFAULT_BUCKETS, aligned_windows, bucket_losses, check_buckets
+from ..evaluation.scores import PositionScores
+from ..evaluation.scoring import DEFAULT_BATCH_TOKENS, score
+from ..evaluation.statistics import Interval
+from ..fingerprint import library_versions, model_fingerprint
+from ..messages import named
+from ..tasks import Split
+from ..tasks.base import MAX_LENGTH
+from ..tuner.config import LayerRopeConfig
+from ..tuner.sites import embedding_table, find_stack
+from .contenders import Contender, contending
+from .state import comparing_in
+
+MAX_PARTS = 10
+"""A split is scored in so many parts of whole groups, each kept as soon as it is there."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with the label at work, parts done and parts in all, before each part and once at the end."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What [`compare`] found.
+
+    Attributes:
+        scores: by label, in the order of the contenders.
+        contenders: by label, what each is: its identity, and the factor of every layer where it has some.
+        task: the task's description.
+        split: the split's description.
+        judged: how: `by`, and with `generate()` the `metric` and the `max_new_tokens`.
+    """
+
+    scores: Mapping[str, PositionScores]
+    contenders: Mapping[str, Mapping[str, Any]]
+    task: Mapping[str, Any]
+    split: Mapping[str, Any]
+    judged: Mapping[str, Any]
+
+    @property
+    def baseline(self) -> str:
+        """The label that the others are compared with: the first."""
+        return next(iter(self.scores))
+
+    @property
+    def measure(self) -> str:
+        """`"accuracy"`, or `"loss"` for running text."""
+        return self.scores[self.baseline].measure
+
+    def difference(self, label: str, other: str) -> Interval:
+        """Average accuracy (or minus the loss) of `label` minus that of `other`, paired, so that more is better.
+
+        Raises:
+            KeyError: no such label.
+        """
+        for name in (label, other):
+            if name not in self.scores:
+                raise KeyError(f"no contender {name!r}; there are {', '.join(self.scores)}.")
+        return self.scores[label].paired_difference(self.scores[other])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values for a JSON report."""
+        return {
+            "task": dict(self.task),
+            "split": dict(self.split),
+            "judged": dict(self.judged),
+            "baseline": self.baseline,
+            "contenders": {label: dict(what) for label, what in self.contenders.items()},
+            "scores": {label: scores.to_dict() for label, scores in self.scores.items()},
+            "difference_of": "minus the loss, in nats" if self.measure == "loss" else "average accuracy",
+            "differences": {
+                label: {other: _plain(self.difference(label, other)) for other in self.scores if other != label}
+                for label in self.scores
+            },
+        }
+
+
+def compare(
+    model: nn.Module,
+    split: Split,
+    contenders: Sequence[Contender],
+    *,
+    task_description: Mapping[str, Any] | None = None,
+    generate: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    metric: str | None = None,
+    max_new_tokens: int | None = None,
+    num_buckets: int = DEFAULT_BUCKETS,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Scores every contender on the same examples. The model is as it was found afterwards.
+
+    Args:
+        model: a transformers model without an adapter.
+        split: the examples; of windows of text (measure `"loss"`) the loss by bucket is measured.
+        contenders: what is put onto the model in turn; the first is what the others are compared with.
+        task_description: the task's `describe()`, for the report.
+        generate: judge what `generate()` writes, instead of a teacher-forced pass.
+        tokenizer: needed for `metric`.
+        metric: with `generate`, see `generated_scores`.
+        max_new_tokens: with `generate`; default: tokens of the longest answer.
+        num_buckets: for windows of text.
+        batch_tokens: tokens per forward pass; halved when memory runs out.
+        folder: keeps `scores.json`, from which an interrupted comparison goes on; None keeps nothing.
+        resume: go on with what is in `folder`; the result is the same as of one uninterrupted run.
+        progress: see `Progress`.
+
+    Raises:
+        TaskError: contenders of one label, settings that cannot work, or a folder that does not fit.
+        FolderInUseError: another comparison is at work in `folder`.
+        WriteError: the scores cannot be written, as on a full disk; make room and resume.
+        LayerRopeError: an adapter that cannot be loaded or does not fit, before anything is scored.
+    """
+    _check_types(split, contenders)
+    check_callable("progress", progress)
+    whole_number("batch_tokens", batch_tokens, 1)
+    judged = _how(split, generate, tokenizer, metric, max_new_tokens, num_buckets)
+    check_vocabulary(model, split)
+    described = _described(model, contenders)
+    identity = {
+        "dtype": str(embedding_table(model).dtype),
+        "device": embedding_table(model).device.type,
+        "model": model_fingerprint(model),
+        "split": split.describe(),
+        "answers": hashlib.sha256(repr([e.answers for e in split.examples]).encode()).hexdigest()[:16],
+        "judged": judged,
+        "contenders": {contender.label: contender.identity() for contender in contenders},
+        "versions": library_versions(),
+    }
+
+    def score_part(subject: nn.Module, part: Split) -> PositionScores:
+        if split.measure == "loss":
+            return bucket_losses(subject, part, num_buckets, batch_tokens=batch_tokens)
+        if not generate:
+            return score(subject, part, batch_tokens=batch_tokens)
+        new_tokens = judged["max_new_tokens"]
+        return generated_scores(subject, part, tokenizer, metric, max_new_tokens=new_tokens, batch_tokens=batch_tokens)
+
+    parts = _parts(aligned_windows(split) if split.measure == "loss" else split)
+    total = len(parts) * len(contenders)
+    with comparing_in(Path(folder) if folder is not None else None, identity, resume) as state:
+        for index, contender in enumerate(contenders):
+            done = len(state.parts(contender.label))
+            if done == len(parts):
+                continue
+            with contending(model, contender) as subject:
+                for number in range(done, len(parts)):
+                    if progress is not None:
+                        progress(contender.label, index * len(parts) + number, total)
+                    state.add(contender.label, score_part(subject, parts[number]))
+    if progress is not None:
+        progress(contenders[-1].label, total, total)
+    scores = {contender.label: _joined(state.parts(contender.label)) for contender in contenders}
+    return Comparison(scores, described, dict(task_description or {}), split.describe(), judged)
+
+
+def _check_types(split: Split, contenders: Sequence[Contender]) -> None:
+    if not isinstance(split, Split):
+        raise TaskError(f"split={named(split)} must be examples such as task.split('test', 100).")
+    if isinstance(contenders, str) or not isinstance(contenders, Sequence):
+        raise TaskError(f"contenders={named(contenders)} must be a list, such as [parse_baseline('none')].")
+    for contender in contenders:
+        if not isinstance(contender, Contender):
+            raise TaskError(
+                f"contenders: {named(contender)} must be a Contender, such as parse_baseline('none') or "
+                "Contender.of_adapter('my-adapter')."
+            )
+        if contender.kind == "config" and not isinstance(contender.config, LayerRopeConfig):
+            raise TaskError(f"contender {contender.label!r}: {named(contender.config)} must be a LayerRopeConfig.")
+
+
+def _how(
+    split: Split,
+    generate: bool,
+    tokenizer: PreTrainedTokenizerBase | None,
+    metric: str | None,
+    max_new_tokens: int | None,
+    num_buckets: int,
+) -> dict[str, Any]:
+    """How the split is judged, after checking that it can be."""
+    if generate:
+        check_metric(split, tokenizer, metric)
+        if max_new_tokens is not None:
+            whole_number("max_new_tokens", max_new_tokens, 1, MAX_LENGTH)
+        return {"by": "generate()", "metric": metric, "max_new_tokens": max_new_tokens or longest_answer(split)}
+    if metric is not None or max_new_tokens is not None:
+        raise TaskError("metric and max_new_tokens judge what generate() writes: pass generate=True.")
+    if split.measure == "loss":
+        check_buckets(aligned_windows(split), num_buckets)
+        return {"by": "loss", "buckets": num_buckets}
+    return {"by": "teacher-forced"}
+
+
+def _described(model: nn.Module, contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
+    """What each contender is, after putting every one onto the model once: a wrong one must not cost hours."""
+    if not contenders:
+        raise TaskError("there is nothing to compare: pass at least one contender.")
+    labels = [contender.label for contender in contenders]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise TaskError(f"two contenders are called {twice!r}: give each a label of its own.")
+    described = {}
+    for contender in contenders:
+        with contending(model, contender):
+            described[contender.label] = contender.identity()
+        if contender.kind not in ("none", "yarn"):
+            config = contender.layer_rope(len(find_stack(model).layers))
+            if config is not None:
+                described[contender.label]["layer_factors"] = config.layer_factors
+    return described
+
+
+def _parts(split: Split) -> list[Split]:
+    count = min(MAX_PARTS, split.num_groups)
+    bounds = [part * split.num_groups // count for part in range(count + 1)]
+    return [split.part(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _joined(parts: Sequence[PositionScores]) -> PositionScores:
+    correct, log_prob = (np.concatenate([getattr(part, name) for part in parts]) for name in ("correct", "log_prob"))
+    return PositionScores(parts[0].positions, correct, log_prob, parts[0].measure)
+
+
+def _plain(interval: Interval) -> dict[str, float | None]:
+    """JSON knows no infinity, which is how wide the interval of a single group is."""
+    values = {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}

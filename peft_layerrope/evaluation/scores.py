@@ -1,0 +1,188 @@
+"""What an evaluation found: scores by position, context utilisation, and paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from ..errors import TaskError
+from ..tasks import MEASURES, Measure
+from .statistics import Interval, mean_interval, wilson_interval
+
+DEFAULT_WEIGHTS = (0.8, 1.0, 1.2)
+"""λ_first, λ_middle, λ_last of context utilisation. The paper's values are not public; these are ours: in the
+paper's order, and close enough to each other that no single position decides."""
+
+Objective = Literal["log_prob", "accuracy"]
+"""What context utilisation is taken of."""
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+
+
+def utilisation(by_position: Sequence[float], weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
+    """Returns context utilisation U (arXiv 2503.04355): a weighted mean over first, middle and last position.
+
+    Args:
+        by_position: one score per gold position, first to last; at least three. All inner ones are averaged
+            into "middle".
+        weights: `(λ_first, λ_middle, λ_last)`, all positive.
+
+    Returns:
+        `(λ_first·first + λ_middle·mean(middle) + λ_last·last) / (λ_first + λ_middle + λ_last)`, in the
+        scores' unit.
+
+    Raises:
+        TaskError: fewer than three positions, or weights that are not three positive numbers.
+    """
+    check_weights(weights)
+    scores = np.asarray(by_position, dtype=np.float64)
+    if scores.size < 3:
+        raise TaskError(f"utilisation needs at least 3 positions (first, middle, last), got {scores.size}.")
+    parts = (scores[0], scores[1:-1].mean(), scores[-1])
+    return float(np.dot(weights, parts) / np.sum(weights))
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raises TaskError unless `weights` are three positive finite numbers."""
+    if len(weights) != 3 or not all(np.isfinite(w) and w > 0 for w in weights):
+        raise TaskError(f"weights={tuple(weights)} must be three positive numbers (first, middle, last).")
+
+
+@dataclass(frozen=True)
+class PositionScores:
+    """Scores of one model on one split.
+
+    Attributes:
+        positions: the split's gold positions, P of them.
+        correct: bool array of shape `(groups, P)`: would greedy decoding begin with the answer?
+        log_prob: float64 array of shape `(groups, P)`: mean log-probability of the answer's tokens, in nats. A
+            token counts no worse than chance (minus the log of the vocabulary size), or a few hopeless tokens
+            would outweigh everything else that a search could improve. Where `measure` is `"loss"`, as it is.
+        measure: what counts: `"accuracy"`, or `"loss"` for perplexity, where nothing is right or wrong.
+    """
+
+    positions: tuple[int, ...]
+    correct: np.ndarray
+    log_prob: np.ndarray
+    measure: Measure = "accuracy"
+
+    @property
+    def values(self) -> np.ndarray:
+        """Shape `(groups, P)`, float64, higher is better: 1 for a right answer and 0 for a wrong one, or minus the
+        loss in nats.
+        """
+        return self.log_prob if self.measure == "loss" else self.correct.astype(np.float64)
+
+    @property
+    def value_by_position(self) -> np.ndarray:
+        """Shape `(P,)`: the mean over groups of [`values`]."""
+        return self.values.mean(axis=0)
+
+    @property
+    def accuracy_by_position(self) -> np.ndarray:
+        """Shape `(P,)`, from 0 to 1."""
+        return self.correct.mean(axis=0)
+
+    @property
+    def log_prob_by_position(self) -> np.ndarray:
+        """Shape `(P,)`, in nats."""
+        return self.log_prob.mean(axis=0)
+
+    @property
+    def average_by_group(self) -> np.ndarray:
+        """[`values`] averaged over positions, per group: shape `(groups,)`. The unit of paired comparisons."""
+        return self.values.mean(axis=1)
+
+    def average(self) -> Interval:
+        """Accuracy (or minus the loss) averaged over all positions, with a 95 % interval over groups."""
+        return mean_interval(self.average_by_group)
+
+    def intervals(self) -> list[Interval]:
+        """At each position, accuracy with its 95 % Wilson interval, or minus the loss with a t-interval."""
+        if self.measure == "loss":
+            return [mean_interval(column) for column in self.log_prob.T]
+        groups = self.correct.shape[0]
+        return [wilson_interval(int(hits), groups) for hits in self.correct.sum(axis=0)]
+
+    def utilisation(self, weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
+        """Context utilisation of the accuracies, from 0 to 1. Minus the mean loss where that is measured; the plain
+        mean where there are fewer than three positions.
+        """
+        return float(self.utilisation_by_group("accuracy", weights).mean())
+
+    def log_prob_utilisation(self, weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
+        """Context utilisation of the gold log-probabilities, in nats."""
+        return float(self.utilisation_by_group("log_prob", weights).mean())
+
+    def utilisation_by_group(
+        self, objective: Objective = "accuracy", weights: Sequence[float] = DEFAULT_WEIGHTS
+    ) -> np.ndarray:
+        """Shape `(groups,)`: each group's share in the utilisation, whose mean over groups is [`utilisation`].
+
+        A split with fewer than three positions has no first, middle and last, and a loss has no gold position: there
+        it is the plain mean.
+        """
+        values = self.log_prob if objective == "log_prob" else self.values
+        if len(self.positions) < 3 or self.measure == "loss":
+            return values.mean(axis=1)
+        return np.array([utilisation(row, weights) for row in values])
+
+    def paired_difference(self, other: PositionScores) -> Interval:
+        """This average minus `other`'s on the same examples, with a paired 95 % interval over groups.
+
+        Raises:
+            TaskError: the two were not scored on splits of one shape, or measure different things.
+        """
+        if self.correct.shape != other.correct.shape or self.measure != other.measure:
+            raise TaskError(
+                f"cannot pair {self.measure} of shape {self.correct.shape} with {other.measure} of shape "
+                f"{other.correct.shape}."
+            )
+        return mean_interval(self.average_by_group - other.average_by_group)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain numbers for a JSON report."""
+        average = self.average()
+        if self.measure == "loss":
+            return {
+                "positions": list(self.positions),
+                "loss_by_position": [-_short(v) for v in self.value_by_position],
+                "loss_intervals": [[-_short(i.high), -_short(i.low)] for i in self.intervals()],
+                "average_loss": -_short(average.value),
+                "average_loss_interval": [-_short(average.high), -_short(average.low)],
+                "perplexity": _short(math.exp(-average.value)),
+            }
+        return {
+            "positions": list(self.positions),
+            "accuracy_by_position": [_short(v) for v in self.accuracy_by_position],
+            "accuracy_intervals": [[_short(i.low), _short(i.high)] for i in self.intervals()],
+            "average_accuracy": _short(average.value),
+            "average_accuracy_interval": [_short(average.low), _short(average.high)],
+            "utilisation": _short(self.utilisation()),
+            "log_prob_by_position": [_short(v) for v in self.log_prob_by_position],
+        }
+
+    def to_plain(self) -> list[Any]:
+        """Returns everything as JSON values, without loss; see [`from_plain`]."""
+        return [list(self.positions), self.correct.astype(int).tolist(), self.log_prob.tolist(), self.measure]
+
+    @classmethod
+    def from_plain(cls, plain: Sequence[Any]) -> PositionScores:
+        """The inverse of [`to_plain`].
+
+        Raises:
+            ValueError: they are not such values.
+        """
+        positions, correct, log_prob, measure = plain
+        scores = cls(tuple(positions), np.array(correct, dtype=bool), np.array(log_prob, dtype=np.float64), measure)
+        shape = (len(correct), len(positions))
+        if measure not in MEASURES or scores.correct.shape != shape or scores.log_prob.shape != shape:
+            raise ValueError(f"not the scores of {shape[0]} groups at {shape[1]} positions.")
+        return scores
+
+
+def _short(value: float) -> float:
+    return round(float(value), 6)

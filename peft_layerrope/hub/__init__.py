@@ -1,0 +1,1 @@
+"""Adapters to the Hub and back."""

@@ -1,0 +1,44 @@
+"""Values, and other libraries' messages, as they stand in ours: on one line, short, printable, at a bounded cost."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+_LONGEST = 200  # characters of a value, or of another library's message, in one of ours
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxdict, _repr.maxlist, _repr.maxtuple, _repr.maxset = 3, 4, 6, 6, 6
+_repr.maxstring = _repr.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """Returns a value for a message: its `repr`, cut short, without control characters, at a cost that is bounded."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print very long ones
+        return f"an integer of {value.bit_length()} bits"
+    return _cut(_repr.repr(value))
+
+
+def shown_names(names: Sequence[Any], limit: int = 5) -> str:
+    """Returns the first of several names, for a message; "nothing" for none."""
+    listed = ", ".join(shown(name).strip("'\"") if isinstance(name, str) else shown(name) for name in names[:limit])
+    return (listed + (", ..." if len(names) > limit else "")) or "nothing"
+
+
+def one_line(error: Exception | str) -> str:
+    """Returns the first line of another library's message, cut short; the error's kind if it has none."""
+    text = str(error).strip()[: 10 * _LONGEST]
+    line = (text.splitlines() or [type(error).__name__])[0]
+    return _cut("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line))
+
+
+def named(value: Any) -> str:
+    """Returns a short name of what was passed: plain values as they are written, of others the type."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes, list, tuple, dict, set)):
+        return shown(value)
+    return value.__name__ if isinstance(value, type) else f"<{type(value).__name__}>"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

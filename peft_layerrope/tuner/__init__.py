@@ -1,0 +1,11 @@
+"""The adapter itself, as PEFT's tuners are laid out: config, model, layers. Importing it registers `LAYER_ROPE`."""
+
+from __future__ import annotations
+
+from .config import LayerRopeConfig
+from .model import LayerRopeModel
+from .registration import register
+
+register(LayerRopeConfig, LayerRopeModel)
+
+__all__ = ["LayerRopeConfig", "LayerRopeModel"]

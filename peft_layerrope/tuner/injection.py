@@ -1,0 +1,86 @@
+"""What injection puts into a model: the scaling for its layers, the wrappers, the hooks. No PEFT bookkeeping."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..errors import AdapterMismatchError
+from .baked_record import record_baked
+from .config import LayerRopeConfig
+from .proof import prove_rotary_scales, tables_can_be_stacked
+from .rotary import LayerRopeLayer, is_length_dependent
+from .sites import DecoderStack, model_type, trained_window
+from .tables import LayerScaling, LayerTableHook
+
+
+def scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack) -> LayerScaling:
+    """Returns what `config` asks of the model's layers, after checking that they can bear it.
+
+    Raises:
+        AdapterMismatchError: wrong number of factors; different ones for layers that share keys; `dynamic` where the
+            model's own rope depends on the length or names no trained window.
+    """
+    num_layers = len(stack.layers)
+    factors = config.resolved_layer_factors(num_layers)
+    if len(factors) != num_layers:
+        raise AdapterMismatchError(
+            f"layer_factors has {len(factors)} entries, but {model_type(model)} has {num_layers} decoder layers."
+        )
+    for layer, source in enumerate(stack.key_sources):
+        if factors[layer] != factors[source]:
+            raise AdapterMismatchError(
+                f"layer {layer} of {model_type(model)} attends to keys that layer {source} has rotated (a shared KV "
+                f"cache), so both need the same factor: got {factors[layer]} and {factors[source]}."
+            )
+    if config.rope_type == "dynamic" and any(is_length_dependent(site.rotary) for site in stack.sites):
+        raise AdapterMismatchError(
+            "rope_type='dynamic' on a model whose own rope_type is 'dynamic' or 'longrope': both depend on the length. "
+            "Use rope_type='default', or set the model's own rope_parameters to 'default'."
+        )
+    window = config.original_max_position_embeddings or trained_window(model)
+    if window is None and config.rope_type == "dynamic":
+        raise AdapterMismatchError(
+            f"rope_type='dynamic' needs the trained window, and {model_type(model)}'s config has no "
+            "max_position_embeddings: set original_max_position_embeddings."
+        )
+    return LayerScaling(config.rope_type, config.factor, tuple(factors), window, config.target_length)
+
+
+def wrap(stack: DecoderStack, model: nn.Module) -> None:
+    """Proves that every rotary can be scaled, then puts the wrappers and the layers' hooks in place."""
+    prove_sites(stack, model)
+    other_tuner = has_other_tuner_layers(model)
+    for site in stack.sites:
+        site.replace(LayerRopeLayer(site.rotary, site.layer_idx, tables_can_be_stacked(site.rotary)))
+    keeper = stack.wrappers()[0]
+    keeper.hook_handles = register_hooks(stack)
+    keeper.record = partial(record_baked, model.config)
+    # As every PEFT tuner, freeze the base model; but not the weights of a LoRA that is already there.
+    keeper.frozen_by_injection = [] if other_tuner else [p for p in model.parameters() if p.requires_grad]
+    for parameter in keeper.frozen_by_injection:
+        parameter.requires_grad_(False)
+
+
+def prove_sites(stack: DecoderStack, model: nn.Module) -> None:
+    """Raises UnsupportedModelError unless scaling takes effect on each rotary of the live module."""
+    for site in stack.sites:
+        prove_rotary_scales(site.rotary, model_type(model))
+
+
+def register_hooks(stack: DecoderStack) -> list[Any]:
+    """Hooks the decoder layers where they share a rotary; returns the handles."""
+    if not stack.has_shared:
+        return []
+    return [
+        layer.register_forward_pre_hook(LayerTableHook(index), with_kwargs=True)
+        for index, layer in enumerate(stack.layers)
+    ]
+
+
+def has_other_tuner_layers(model: nn.Module) -> bool:
+    """Whether another method, such as LoRA, has layers in the model."""
+    return any(isinstance(m, BaseTunerLayer) and not isinstance(m, LayerRopeLayer) for m in model.modules())

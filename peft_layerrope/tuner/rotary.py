@@ -1,0 +1,315 @@
+"""The modules that stand in a rotary embedding's place: PEFT's tuner layer, and the baked one.
+
+A rotary embedding shared by the decoder layers answers with opaque `LayerTables` (see `tables`); one that sits
+inside a decoder layer (moshi, recurrent_gemma) answers with that layer's table itself. Attention modules stay
+where they are, so LoRA's targets and keys do not change.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..errors import LayerRopeError
+from .adapter_choice import NO_CHOICE, chosen
+from .tables import BANK_BYTES, LayerScaling, TableBank, TablesOnDemand, family_table, stacked_tables
+
+LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
+"""transformers' types whose forward decorator rewrites `inv_freq` by length."""
+
+_refreshing = threading.Lock()  # one for all modules: a lock of their own could be neither copied nor pickled
+
+
+def inv_freq_names(rotary: nn.Module) -> list[str]:
+    """Returns the names of a module's frequency vectors: `inv_freq`, or one per layer type; none if it has none."""
+    return [
+        name
+        for name, buffer in rotary.named_buffers(recurse=False)
+        if name.endswith("inv_freq")
+        and not name.endswith("original_inv_freq")
+        and buffer.ndim == 1
+        and buffer.is_floating_point()
+    ]
+
+
+def is_length_dependent(rotary: nn.Module) -> bool:
+    """Whether transformers rewrites the module's frequencies by length, for any of its layer types."""
+    rope_type = getattr(rotary, "rope_type", "default")
+    rope_types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    return any(name in LENGTH_DEPENDENT_ROPE_TYPES for name in rope_types)
+
+
+def _one_at_a_time(rotary: nn.Module) -> AbstractContextManager[Any]:
+    """Held while `rotary` rewrites its frequencies by length and answers with them: else another thread's come in."""
+    return nullcontext() if torch.compiler.is_compiling() or not is_length_dependent(rotary) else _refreshing
+
+
+class _RotaryShell(nn.Module):
+    """What the tuner layer and the baked module share: a rotary module kept in float32, and its tables.
+
+    Args:
+        layer_idx: the decoder layer that the rotary sits in; None when the decoder layers share it.
+        stackable: whether [`stacked_tables`] was proven to give the family's own tables.
+    """
+
+    def __init__(self, layer_idx: int | None, stackable: bool) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.stackable = stackable
+        self._pairs: int | None = None  # of the widest frequency vector, looked up once and not at every token
+        self._scaled: dict[Any, tuple[torch.Tensor, int, torch.Tensor]] = {}
+
+    def _original(self) -> nn.Module:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """Moves like any module, but keeps the frequencies' dtype: `.to(torch.bfloat16)` would round them."""
+        rotary = self._original()
+        before = {name: buffer for name, buffer in rotary.named_buffers(recurse=False) if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = getattr(rotary, name)
+            if after.dtype != buffer.dtype:
+                rotary._buffers[name] = buffer.to(after.device)
+        self._scaled.clear()
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            if name in ("base_layer", "rotary") or not modules:
+                raise
+            return getattr(self._original(), name)  # some models read attributes of their `rotary_emb`
+
+    def forget_scalings(self) -> None:
+        """Drops the cached frequencies of scalings no longer in use."""
+        self._scaled.clear()
+
+    def scaled_output(
+        self, scaling: LayerScaling, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Returns what the rotary's forward answers under `scaling`: every layer's tables, unopened, or for a rotary
+        inside a decoder layer that layer's table. See [`family_table`] for the arguments.
+        """
+        rotary = self._original()
+        length_dependent = is_length_dependent(rotary)
+        current = {}
+        if length_dependent:
+            with _one_at_a_time(rotary):
+                rotary(x, position_ids, *args, **kwargs)  # transformers refreshes the frequencies in here
+                # Copied: tables made later must not see what another request's length makes of them.
+                current = {name: getattr(rotary, name).clone() for name in inv_freq_names(rotary)}
+        cacheable = scaling.is_constant and not length_dependent
+
+        def rows(name: str, inv_freq: torch.Tensor) -> torch.Tensor:
+            inv_freq = current.get(name, inv_freq)
+            if cacheable and not torch.compiler.is_compiling():  # asked here: a layer may be compiled on its own
+                return self._cached_rows(scaling, name, inv_freq, x.device)
+            return scaling.scale(inv_freq.to(x.device), position_ids)
+
+        def make(pick: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+            return family_table(rotary, lambda name, v: pick(rows(name, v)), x, position_ids, *args, **kwargs)
+
+        if self.layer_idx is not None:
+            number = scaling.index[self.layer_idx]
+            return make(lambda rows: rows[number])
+        if not self.stackable or self._bank_bytes(scaling, x, position_ids) > BANK_BYTES:
+            # Not the tensor itself: it is the first layer's input, and where layers are compiled one by one, that
+            # sameness would have the hook compiled again for the others.
+            x = x.detach()
+            return TablesOnDemand(scaling, make, x.device)
+        stacked = stacked_tables(rotary, rows, len(scaling.distinct), x, position_ids, *args, **kwargs)
+        return TableBank(scaling, stacked, position_ids.shape[-2], x.device)
+
+    def _bank_bytes(self, scaling: LayerScaling, x: torch.Tensor, position_ids: torch.Tensor) -> int:
+        """Upper bound of the size of all tables: cos and sin for each frequency, twice."""
+        if torch.compiler.is_compiling():
+            return 0  # a size read inside a graph would fix it; and compiled code need not keep what it can fuse
+        rotary = self._original()
+        if self._pairs is None:
+            self._pairs = max(getattr(rotary, name).shape[0] for name in inv_freq_names(rotary))
+        tokens = position_ids.shape[-1] * position_ids.shape[-2]
+        return len(scaling.distinct) * tokens * 4 * self._pairs * x.element_size()
+
+    def _cached_rows(
+        self, scaling: LayerScaling, name: str, inv_freq: torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
+        """The scaled frequencies `(U, r / 2)` on `device`, made once for each scaling and state of the frequencies."""
+        version = 0 if inv_freq.is_inference() else inv_freq._version
+        cached = self._scaled.get((scaling, name, device))
+        if cached is None or cached[0] is not inv_freq or cached[1] != version:
+            cached = (inv_freq, version, scaling.scale(inv_freq.to(device), None))
+            self._scaled[scaling, name, device] = cached
+        return cached[2]
+
+
+class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
+    """PEFT tuner layer around a rotary embedding of the model (kept as `base_layer`).
+
+    Holds no parameter and no buffer of its own: factors are Python floats, so neither the base model's state
+    dict nor a LoRA's file sees them. At most one LAYER_ROPE adapter is active at a time.
+    """
+
+    def __init__(self, base_layer: nn.Module, layer_idx: int | None, stackable: bool) -> None:
+        super().__init__(layer_idx, stackable)
+        self.base_layer = base_layer
+        self.scalings: dict[str, LayerScaling] = {}
+        self.hook_handles: list[Any] = []  # of the decoder layers' hooks; the first wrapper of a model keeps them
+        self.frozen_by_injection: list[nn.Parameter] = []  # likewise; given back at unload
+        self.record: Callable[[LayerScaling | None], None] | None = None  # likewise; writes to the model's config
+        self.is_recording = False  # whether the model's config has to say which scaling is in force
+        self.has_peft_model = False  # a LAYER_ROPE PeftModel switches us; else whoever walks over the tuner layers
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def _original(self) -> nn.Module:
+        return self.base_layer
+
+    def set_scaling(self, adapter_name: str, scaling: LayerScaling) -> None:
+        """Sets what adapter `adapter_name` does; adding it does not activate it."""
+        self.scalings[adapter_name] = scaling
+        self.forget_scalings()
+        self._update_record()
+
+    def start_recording(self) -> None:
+        """From now on keeps the scaling in force in the model's config, as for a baked model: nothing else remembers
+        it when the model is saved with `save_pretrained`.
+        """
+        self.is_recording = True
+        self._update_record()
+
+    def _update_record(self) -> None:
+        if self.is_recording and self.record is not None:
+            self.record(self._switched_scaling())
+
+    def _switched_scaling(self) -> LayerScaling | None:
+        """The scaling that `set_adapter` and `disable_adapter` have left in force."""
+        active = self.active_adapters  # read once: another thread may be switching
+        return None if self.disable_adapters or not active else self.scalings[active[0]]
+
+    def active_scaling(self) -> LayerScaling | None:
+        """Returns the scaling in force for the caller, or None while disabled or without an active adapter.
+
+        Raises:
+            LayerRopeError: the adapter that the caller has chosen by `use_adapter` was deleted.
+        """
+        name = chosen(self)
+        if name is NO_CHOICE:
+            return self._switched_scaling()
+        if name is None:
+            return None
+        scaling = self.scalings.get(name)
+        if scaling is None:
+            raise LayerRopeError(f"use_adapter: adapter {name!r} was deleted while in use.")
+        return scaling
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        scaling = self.active_scaling()
+        if scaling is None:
+            with _one_at_a_time(self.base_layer):
+                return self.base_layer(x, position_ids, *args, **kwargs)
+        return self.scaled_output(scaling, x, position_ids, *args, **kwargs)
+
+    # PEFT's layer interface, for an adapter that has no weights.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        own = [name for name in names if name in self.scalings]
+        if len(own) > 1:
+            raise ValueError(f"adapters {own} cannot be active together: a layer has one rotation. Activate one.")
+        if own or not names:
+            self._active_adapter = own  # names of other methods' adapters (a LoRA's) leave ours as it is
+            self._update_record()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Called for every tuner layer, by a LoRA's `disable_adapter()` as well. That is about the LoRA, so it has no
+        effect where a PeftModel of our own has a `disable_adapter()`; adapters injected without one have only this.
+        """
+        if not self.has_peft_model:
+            self.switch(enabled)
+
+    def switch(self, enabled: bool) -> None:
+        """Turns the scaling on or off."""
+        self._disable_adapters = not enabled
+        self._update_record()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if self.scalings.pop(adapter_name, None) is None:
+            return
+        self.forget_scalings()
+        if adapter_name in self._active_adapter:
+            self._active_adapter = sorted(self.scalings)[:1]
+            self._update_record()
+            if self._active_adapter:
+                warnings.warn(
+                    f"the active adapter {adapter_name!r} was deleted; {self._active_adapter[0]!r} is active now.",
+                    stacklevel=2,
+                )
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.scalings)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.scalings)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Nothing to do: there are no weights."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Keeps the output as it is, which is all that an in-place merge promises; there are no weights."""
+
+    def unmerge(self) -> None:
+        """Counterpart of [`merge`]."""
+
+    def unload_and_optionally_merge_module(self, **kwargs: Any) -> nn.Module:
+        """Called when another tuner (a LoRA) unloads the model around us: the rotary scaling stays."""
+        self.start_recording()  # what is left looks like a plain model, and may be saved as one
+        return self
+
+    def release(self) -> nn.Module:
+        """Undoes what injection did beside replacing the rotary, and returns the model's own rotary."""
+        for handle in self.hook_handles:
+            handle.remove()
+        self.hook_handles.clear()
+        if self.is_recording and self.record is not None:
+            self.record(None)
+        self.thaw()
+        return self.base_layer
+
+    def thaw(self) -> None:
+        """Lets the parameters that injection froze be trained again."""
+        for parameter in self.frozen_by_injection:
+            parameter.requires_grad_(True)
+        self.frozen_by_injection.clear()
+
+
+class BakedLayerRope(_RotaryShell):
+    """What stands in the rotary's place after `merge_and_unload()`: one scaling, no PEFT interface.
+
+    Has no attribute called `base_layer`, by which PEFT would take it for a tuner layer and unwrap it.
+    """
+
+    def __init__(self, rotary: nn.Module, layer_idx: int | None, stackable: bool, scaling: LayerScaling) -> None:
+        super().__init__(layer_idx, stackable)
+        self.rotary = rotary
+        self.scaling = scaling
+
+    def _original(self) -> nn.Module:
+        return self.rotary
+
+    def active_scaling(self) -> LayerScaling:
+        """Returns the scaling in force: always the baked one."""
+        return self.scaling
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.scaled_output(self.scaling, x, position_ids, *args, **kwargs)

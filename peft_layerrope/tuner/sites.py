@@ -1,0 +1,204 @@
+"""Finds the decoder layers of a model and the rotary embeddings that feed them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from ..errors import UnsupportedModelError
+from .rotary import BakedLayerRope, LayerRopeLayer, inv_freq_names
+
+_UNSCALABLE = {
+    "diffusion_gemma": "its decoder attends to keys that an encoder with a rotary embedding of its own has rotated, so "
+    "scaling the decoder alone would set queries and keys at odds.",
+}
+"""Families where every layer's own rotation can be scaled and the result would still be wrong."""
+
+
+@dataclass(frozen=True)
+class RotarySite:
+    """Where one rotary embedding sits."""
+
+    owner: nn.Module
+    attribute: str
+    name: str  # dotted name of the rotary in the model, e.g. "model.rotary_emb"
+    layer_idx: int | None  # the decoder layer it sits in; None when the layers share it
+
+    @property
+    def rotary(self) -> nn.Module:
+        """The module that sits there now: the family's own, or our wrapper."""
+        return getattr(self.owner, self.attribute)
+
+    def replace(self, module: nn.Module) -> None:
+        """Puts `module` in the rotary's place."""
+        setattr(self.owner, self.attribute, module)
+
+
+@dataclass(frozen=True)
+class DecoderStack:
+    """The text decoder's layers, first to last, and every rotary embedding that serves them (at least one)."""
+
+    layers: nn.ModuleList
+    sites: tuple[RotarySite, ...]
+    key_sources: tuple[int, ...]  # the layer whose keys each one attends to: itself, but for a shared KV cache
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether some rotary embedding is shared by the layers, so that their hooks are needed."""
+        return any(site.layer_idx is None for site in self.sites)
+
+    def wrappers(self) -> list[LayerRopeLayer]:
+        """The tuner layers at the sites; empty when no adapter is injected."""
+        return [site.rotary for site in self.sites if isinstance(site.rotary, LayerRopeLayer)]
+
+    @property
+    def is_baked(self) -> bool:
+        """Whether factors are baked in."""
+        return any(isinstance(site.rotary, BakedLayerRope) for site in self.sites)
+
+
+def model_type(model: nn.Module) -> str:
+    """Returns transformers' `model_type`, or the class name of a model without one."""
+    return getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__
+
+
+def text_config(model: nn.Module) -> PretrainedConfig:
+    """Returns the configuration of the model's text decoder.
+
+    Raises:
+        UnsupportedModelError: not a transformers model.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise UnsupportedModelError(f"{model_type(model)}: not a transformers model (it has no `config`).")
+    return config.get_text_config(decoder=True)
+
+
+def trained_window(model: nn.Module) -> int | None:
+    """Returns how many tokens the model was trained on, as its config says; None if it does not."""
+    return getattr(text_config(model), "max_position_embeddings", None)
+
+
+def embedding_table(model: nn.Module) -> torch.Tensor:
+    """Returns the table of the model's input embeddings, whose first dimension is the vocabulary.
+
+    Raises:
+        UnsupportedModelError: its inputs are not token ids.
+    """
+    module = model.get_input_embeddings()
+    tables = [parameter for parameter in module.parameters() if parameter.ndim == 2] if module is not None else []
+    if not tables:
+        raise UnsupportedModelError(f"{model_type(model)} has no table of token embeddings, so it takes no token ids.")
+    return tables[0]
+
+
+def find_stack(model: nn.Module) -> DecoderStack:
+    """Returns the decoder layers and their rotary embeddings: modules with `inv_freq` vectors, or our wrappers.
+
+    A rotary serves the layers if the module that holds the list of `num_hidden_layers` layers holds it too,
+    beside them or inside one of them. In a vision-language model only the language model is looked at.
+
+    Raises:
+        UnsupportedModelError: there is none, or it is not clear which; the message names the model type and why.
+    """
+    kind, config = model_type(model), text_config(model)
+    if kind in _UNSCALABLE:
+        raise UnsupportedModelError(f"{kind}: {_UNSCALABLE[kind]}")
+    depths = {getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")} - {None}
+    found: list[tuple[str, nn.Module, str, nn.ModuleList]] = []
+    stacks: list[DecoderStack] = []
+    for root, prefix in _roots(model):
+        found = [
+            (f"{prefix}{name}".strip("."), owner, list_name, layers)
+            for name, owner in root.named_modules()
+            for list_name, layers in owner.named_children()
+            if isinstance(layers, nn.ModuleList) and len(layers) in depths
+        ]
+        stacks = [
+            DecoderStack(layers, sites, _key_sources(config, len(layers)))
+            for name, owner, list_name, layers in found
+            if (sites := tuple(_rotary_sites(name, owner, list_name)))
+        ]
+        if found:
+            break  # its layers are the decoder's, with a rotary or without; those of an encoder must not stand in
+    if not stacks:
+        raise UnsupportedModelError(f"{kind}: {_why_not_found(model, bool(found))}")
+    if len(stacks) > 1:
+        names = ", ".join(site.name for stack in stacks for site in stack.sites[:1])
+        raise UnsupportedModelError(f"{kind}: has several stacks of decoder layers with a rotary ({names}).")
+    _check_layers_take_tables(stacks[0], kind)
+    return stacks[0]
+
+
+def _roots(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where to look, with its dotted prefix: what transformers takes for the decoder, then the whole model.
+
+    The second is for models whose `get_decoder()` answers with something else (modernbert-decoder: the LM head).
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    for name, module in model.named_modules():
+        if module is decoder and module is not model:
+            yield module, f"{name}."
+    yield model, ""
+
+
+def _rotary_sites(prefix: str, owner: nn.Module, list_name: str) -> Iterator[RotarySite]:
+    inside = set()  # what our wrappers hold is not a site of its own
+    for name, module in owner.named_modules():
+        if isinstance(module, (LayerRopeLayer, BakedLayerRope)):
+            inside.update(f"{name}.{child}" for child, _ in module.named_modules() if child)
+        elif not inv_freq_names(module):
+            continue
+        if name in inside or not name:
+            continue
+        path = name.split(".")
+        layer_idx = int(path[1]) if path[0] == list_name else None
+        if (
+            layer_idx is None
+            and len(path) > 1
+            and not (len(path) == 2 and isinstance(owner.get_submodule(path[0]), nn.ModuleList))
+        ):
+            continue  # in another part of the model (an image encoder), which has a rotary of its own
+        parent = owner.get_submodule(".".join(path[:-1]))
+        yield RotarySite(parent, path[-1], f"{prefix}.{name}".strip("."), layer_idx)
+
+
+def _key_sources(config: PretrainedConfig, num_layers: int) -> tuple[int, ...]:
+    """Who computes the keys that each layer attends to, from the two ways in which families configure sharing.
+
+    `kv_source_layers` (mistral_large4) says it; with `num_kv_shared_layers` (gemma3n, gemma4) the last layers reuse
+    the keys of the last layer before them that has their layer type.
+    """
+    if getattr(config, "kv_source_layers", None):
+        return tuple(config.kv_source_layers)
+    first_shared = num_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    layer_types = getattr(config, "layer_types", None) or [None] * num_layers
+    latest = {layer_types[layer]: layer for layer in range(first_shared)}
+    return tuple(layer if layer < first_shared else latest[layer_types[layer]] for layer in range(num_layers))
+
+
+def _why_not_found(model: nn.Module, has_layers: bool) -> str:
+    rotaries = [name for name, module in model.named_modules() if inv_freq_names(module)]
+    if not rotaries:
+        return "no rotary embedding with an `inv_freq` was found, so there is no rotation to scale."
+    if not has_layers:
+        return "no list of `num_hidden_layers` decoder layers was found."
+    return f"its rotary embedding ({', '.join(rotaries[:3])}) does not serve the list of decoder layers."
+
+
+def _check_layers_take_tables(stack: DecoderStack, kind: str) -> None:
+    if not stack.has_shared:
+        return
+    for index, layer in enumerate(stack.layers):
+        parameters = inspect.signature(layer.forward).parameters
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        if "position_embeddings" not in parameters and not takes_any:
+            raise UnsupportedModelError(
+                f"{kind}: decoder layer {index} ({type(layer).__name__}) takes no `position_embeddings`, so the shared "
+                "rotary embedding cannot be scaled per layer."
+            )

@@ -1,0 +1,212 @@
+"""The command line: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import build_model
+from typer.testing import CliRunner
+
+import peft_layerrope
+from peft_layerrope import LayerRopeConfig
+from peft_layerrope.cli import app
+from peft_layerrope.tuner.artifacts import save_adapter
+
+TINY_SEARCH = [
+    *("--length", "128", "--positions", "3", "--population", "4", "--generations", "1", "--refine-evaluations", "4"),
+    *("--search-groups", "2", "--validation-groups", "2", "--test-groups", "3", "--gradient-steps", "1"),
+]
+
+
+def run(*arguments: str):
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200", "TERM": "dumb"})
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_version():
+    assert run("--version").stdout.strip() == peft_layerrope.__version__
+
+
+@pytest.mark.parametrize("command", ["search", "evaluate"])
+def test_help_teaches_with_an_example(command):
+    text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").stdout)
+    assert f"layerrope {command}" in text
+    assert "Example" in text
+    assert "--length" in text
+
+
+def test_search_then_evaluate(tmp_path, demo_model):
+    folder = tmp_path / "adapter"
+    done = run("search", "--output", str(folder), *TINY_SEARCH)
+    assert done.exit_code == 0
+    for text in ("Held out", "no scaling", "best uniform factor", "per layer: refined", str(folder)):
+        assert text in done.stdout
+    report = json.loads((folder / "search.json").read_text())
+    assert report["model"] == "peft_layerrope/demo"
+    assert len(report["layer_factors"]) == demo_model.config.num_hidden_layers
+    scores = tmp_path / "scores.json"
+    arguments = ("--length", "128", "--positions", "3", "--groups", "3")
+    shown = run("evaluate", "--adapter", str(folder), *arguments, "--json", str(scores))
+    assert shown.exit_code == 0
+    assert "context utilisation" in shown.stdout
+    refined = next(row for row in report["table"] if row["name"] == report["chosen"])
+    found = json.loads(scores.read_text())["scores"]
+    for label, row in (("adapter", refined), ("no scaling", report["table"][0])):
+        assert found[label].keys() == row["test"].keys()
+        for name, value in row["test"].items():
+            np.testing.assert_allclose(found[label][name], value, atol=1e-5)  # batches differ, and so does rounding
+
+
+def test_search_refuses_a_folder_in_use_before_any_work(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run("search", "--output", str(tmp_path))
+    assert done.exit_code == 2
+    assert f"--output {tmp_path} is not empty; pass --resume to go on" in done.stderr
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def contents(folder, *names):
+    return [(folder / name).read_bytes() for name in names]
+
+
+RESULTS = ("adapter_config.json", "adapter_model.safetensors", "search.json", "search.yaml", "README.md")
+
+
+def test_a_search_is_repeated_by_its_file_and_resumed_by_its_folder(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run("search", "--output", str(first), *TINY_SEARCH, "--bootstrap", "20", "--seed", "4").exit_code == 0
+    assert run("search", "--output", str(second), "--config", str(first / "search.yaml")).exit_code == 0
+    assert contents(first, *RESULTS) == contents(second, *RESULTS)
+    measured = json.loads((first / "run" / "state.json").read_text())["measurements"]
+    (first / "search.json").unlink()
+    resumed = run("search", "--output", str(first), "--resume")
+    assert resumed.exit_code == 0
+    assert "20 times" in " ".join(resumed.stdout.split())
+    assert contents(first, *RESULTS) == contents(second, *RESULTS)
+    state = json.loads((first / "run" / "state.json").read_text())
+    assert state["measurements"] == measured
+    events = [json.loads(line) for line in (first / "run" / "log.jsonl").read_text().splitlines()]
+    after = [event["event"] for event in events][[event["event"] for event in events].index("resumed") :]
+    assert "measured" not in after  # nothing was evaluated again
+    other = run("search", "--output", str(first), "--resume", "--seed", "5")
+    assert other.exit_code == 2
+    assert "is from another search: settings.seed was 4 there and is 5 now." in other.stderr
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    done = run("search", "--output", str(tmp_path / "out"), *TINY_SEARCH, "--dry-run")
+    assert done.exit_code == 0
+    for text in ("control: first a, rest b", "coordinate steps", "evaluations of", "GiB"):
+        assert text in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_option_beside_the_file_goes_first(tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text("task: {length: 128, positions: 3}\nsearch: {population: 4, generations: 1, test_groups: 3}\n")
+    done = run("search", "--output", str(tmp_path / "out"), "--config", str(file), "--population", "2")
+    assert (done.exit_code, done.stderr) == (2, "error: population=2 must be an integer of at least 4.\n")
+    file.write_text("task: {lenght: 128}\n")
+    done = run("search", "--output", str(tmp_path / "out"), "--config", str(file))
+    assert (done.exit_code, done.stderr) == (
+        2,
+        f"error: {file}: task.lenght is unknown; did you mean task.length?\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--population", "1"], 2, "population=1 must be an integer of at least 4."),
+        (["--factor", "2"], 2, "factor=2.0 has no effect with rope_type='default'"),
+        (["--max-factor", "0.5"], 2, "max_factor=0.5 must be greater than min_factor=1.0"),
+        (["--length", "16"], 2, "length=16 tokens holds 2 pairs, fewer than 11 gold positions."),
+        (["--resume", "--overwrite"], 2, "--resume keeps what is there and --overwrite replaces it"),
+        (["--layers", "0-9"], 2, "must be distinct layer indices from 0 to 5."),
+        (["--length", "1024"], 2, "the largest scaling reaches 512 tokens."),
+        (["--max-tail-drop", "-1"], 2, "max_tail_drop=-1.0 must be a number of at least 0"),
+        (["--algorithm", "greedy", "--curve", "linear"], 2, "algorithm='greedy' moves single layers"),
+        (["--rope-type", "yarn"], 2, "'yarn' is not one of"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(arguments, status, message, tmp_path):
+    done = run("search", "--output", str(tmp_path / "out"), *arguments)
+    assert done.exit_code == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_rotary_fails_with_its_name(tmp_path, demo_tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt2", n_layer=2, n_embd=32, n_head=2, vocab_size=len(demo_tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    demo_tokenizer.save_pretrained(tmp_path / "gpt2")
+    done = run("search", str(tmp_path / "gpt2"), "--task", "kv_words", "--output", str(tmp_path / "out"), *TINY_SEARCH)
+    assert done.exit_code == 1
+    assert "gpt2: no rotary embedding" in done.stderr
+
+
+def test_a_missing_model_is_one_line(tmp_path):
+    done = run("evaluate", str(tmp_path / "nowhere"))
+    assert done.exit_code == 1
+    assert "cannot load model" in done.stderr
+
+
+def test_a_folder_that_is_no_adapter(tmp_path):
+    done = run("evaluate", "--adapter", str(tmp_path))
+    assert done.exit_code == 1
+    assert "is not an adapter folder: it has no adapter_config.json." in done.stderr
+
+
+def test_an_adapter_for_another_model_names_both_depths(tmp_path, demo_model):
+    layers = demo_model.config.num_hidden_layers
+    save_adapter(LayerRopeConfig(layer_factors=[1.5] * (layers + 1)), tmp_path)
+    done = run("evaluate", "--adapter", str(tmp_path), "--length", "128")
+    assert done.exit_code == 1 or done.exit_code == 2
+    assert f"layer_factors has {layers + 1} entries, but llama has {layers} decoder layers." in done.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(peft_layerrope.LayerRopeError):
+        run("evaluate", "--adapter", str(tmp_path), "--debug")
+
+
+def test_another_model_is_searched_inside_its_window_by_default(tmp_path, demo_tokenizer):
+    build_model("llama", vocab_size=len(demo_tokenizer), max_position_embeddings=128).save_pretrained(tmp_path / "m")
+    demo_tokenizer.save_pretrained(tmp_path / "m")
+    arguments = ("--task", "kv_words", "--groups", "2", "--json", str(tmp_path / "s.json"))
+    done = run("evaluate", str(tmp_path / "m"), *arguments)
+    assert done.exit_code == 0
+    assert json.loads((tmp_path / "s.json").read_text())["task"]["length"] == 128
+
+
+def test_families_of_a_few(tmp_path):
+    written = tmp_path / "families.json"
+    done = run("families", "llama", "gpt2", "smollm3", "--json", str(written))
+    assert done.exit_code == 0
+    assert "2 supported, 1 refused, 0 not built, 0 wrong" in done.stdout
+    trials = {trial["model_type"]: trial for trial in json.loads(written.read_text())}
+    assert trials["llama"] == {"model_type": "llama", "status": "supported", "reason": "", "unrotated_layers": []}
+    assert trials["smollm3"]["unrotated_layers"] == [1, 3]
+    assert "no rotary embedding" in trials["gpt2"]["reason"]
+
+
+def test_an_unknown_family_is_named_before_any_work():
+    done = run("families", "llama", "nonesuch")
+    assert done.exit_code == 2
+    assert done.stderr == "error: nonesuch: not a decoder family of the installed transformers.\n"
+
+
+def test_sensitivity_says_what_to_search(tmp_path):
+    arguments = ("--length", "512", "--groups", "4", "--try", "1.5", "--layers", "0,1,5", "--plot")
+    done = run("sensitivity", *arguments, str(tmp_path / "s.png"), "--json", str(tmp_path / "s.json"))
+    assert done.exit_code == 0
+    assert "--layers 0-1" in done.stdout
+    assert (tmp_path / "s.png").stat().st_size > 5000
+    assert json.loads((tmp_path / "s.json").read_text())["layers"] == [0, 1, 5]

@@ -1,0 +1,219 @@
+"""`layerrope evaluate`: side by side, interrupted and resumed, refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from test_cli import run
+from test_contenders import trained_lora
+
+from peft_layerrope import KeyValueWords, LayerRopeConfig
+from peft_layerrope.cli import evaluate as command
+from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.tuner.artifacts import save_adapter
+
+TINY = ("--length", "300", "--positions", "3", "--groups", "3")
+FACTORS = [1.0, 1.5, 1.5, 1.2, 2.0, 1.0]
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    save_adapter(LayerRopeConfig(layer_factors=FACTORS), folder)
+    return folder
+
+
+@pytest.fixture
+def lora(tmp_path, demo_model):
+    trained_lora(tmp_path / "lora", demo_model)
+    return tmp_path / "lora"
+
+
+@pytest.fixture
+def text(tmp_path):
+    """Running text in the demo model's words."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "book.txt").write_text(" ".join(rng.choice(["baba", "dab", "fob", ",", "?"], 2000)))
+    return tmp_path / "book.txt"
+
+
+def loaded(path):
+    return json.loads(path.read_text())
+
+
+def test_a_model_alone_has_its_position_table(demo_model, demo_tokenizer, tmp_path):
+    done = run("evaluate", *TINY, "--json", str(tmp_path / "e.json"), "--plot", str(tmp_path / "e.png"))
+    assert done.exit_code == 0
+    task = KeyValueWords(demo_tokenizer, 300, num_positions=3)
+    expected = score(demo_model, task.split("test", 3))
+    report = loaded(tmp_path / "e.json")
+    assert report["model"] == "peft_layerrope/demo"
+    assert report["task"] == task.describe()
+    assert report["scores"]["no scaling"]["accuracy_by_position"] == pytest.approx(
+        expected.accuracy_by_position, abs=1e-6
+    )
+    assert "gold log-prob" in done.stdout
+    assert "kv_words (length: 300;" in done.stdout
+    assert "test split, 3 contexts" in done.stdout
+    assert "teacher-forced exact match" in done.stdout
+    assert "vs first" not in done.stdout
+    assert (tmp_path / "e.png").stat().st_size > 5000
+
+
+def test_adapters_and_baselines_side_by_side(adapter, lora, tmp_path):
+    output = tmp_path / "out"
+    done = run("evaluate", *TINY, "--adapter", str(adapter), "--adapter", str(lora), "--output", str(output))
+    assert done.exit_code == 0
+    report = loaded(output / "evaluation.json")
+    assert list(report["scores"]) == ["no scaling", "mine", "lora"]
+    assert report["contenders"]["mine"]["layer_factors"] == FACTORS
+    assert report["contenders"]["lora"]["kind"] == "LORA"
+    assert set(report["differences"]) == {"no scaling", "mine", "lora"}
+    assert {file.name for file in output.iterdir()} == {
+        "accuracy_by_position.png",
+        "evaluation.json",
+        "evaluation.md",
+        "scores.json",
+    }
+    for words in ("vs first", "no scaling", "mine", "lora", "By position", "kv_words (length: 300;", str(output)):
+        assert words in done.stdout
+    assert str(tmp_path) not in (output / "evaluation.json").read_text() + (output / "evaluation.md").read_text()
+
+
+def test_baselines_choose_the_first(adapter, tmp_path):
+    arguments = ("--baseline", "uniform:1.5", "--baseline", "yarn:2", "--adapter", str(adapter))
+    assert run("evaluate", *TINY, *arguments, "--json", str(tmp_path / "e.json")).exit_code == 0
+    report = loaded(tmp_path / "e.json")
+    assert list(report["scores"]) == ["uniform:1.5", "yarn:2", "mine"]
+    assert report["baseline"] == "uniform:1.5"
+
+
+def test_adapters_of_one_name_have_that_of_their_folder_too(adapter, tmp_path):
+    other = tmp_path / "other" / "mine"
+    other.mkdir(parents=True)
+    save_adapter(LayerRopeConfig(layer_factors=[1.2] * 6), other)
+    arguments = ("--adapter", str(adapter), "--adapter", str(other))
+    assert run("evaluate", *TINY, *arguments, "--json", str(tmp_path / "e.json")).exit_code == 0
+    assert list(loaded(tmp_path / "e.json")["scores"]) == ["no scaling", f"{tmp_path.name}/mine", "other/mine"]
+
+
+def test_generated_answers_are_as_right_as_teacher_forced_ones(tmp_path):
+    shown = []
+    for name, options in (("forced", ()), ("written", ("--generate",))):
+        done = run("evaluate", *TINY, *options, "--json", str(tmp_path / name))
+        assert done.exit_code == 0
+        shown.append(done.stdout)
+    forced, written = loaded(tmp_path / "forced"), loaded(tmp_path / "written")
+    assert written["judged"] == {"by": "generate()", "metric": "contains_value", "max_new_tokens": 2}
+    assert written["scores"] == forced["scores"]
+    assert "generate(), judged by contains_value, up to 2 new tokens" in shown[1]
+
+
+def test_perplexity_by_bucket(adapter, text, tmp_path):
+    arguments = ("--task", "perplexity", "--data", str(text), "--length", "100", "--groups", "4", "--buckets", "3")
+    alone = run("evaluate", *arguments)
+    assert alone.exit_code == 0
+    for words in ("perplexity (data: book.txt;", "4 windows", "loss in nats", "perplexity", "all"):
+        assert words in alone.stdout
+    done = run("evaluate", *arguments, "--adapter", str(adapter), "--output", str(tmp_path / "out"))
+    assert done.exit_code == 0
+    report = loaded(tmp_path / "out" / "evaluation.json")
+    assert len(report["scores"]["mine"]["loss_by_position"]) == 3
+    assert (tmp_path / "out" / "loss_by_position.png").exists()
+    assert "nats of loss saved" in " ".join(done.stdout.split())
+
+
+def interrupted_at(step: int, monkeypatch) -> None:
+    """Ctrl-C before a part."""
+    compare = command.compare
+
+    def interrupted(*arguments: object, progress: object, **settings: object) -> object:
+        def stop(label: str, done: int, total: int) -> None:
+            progress(label, done, total)
+            if done == step:
+                raise KeyboardInterrupt
+
+        return compare(*arguments, progress=stop, **settings)
+
+    monkeypatch.setattr(command, "compare", interrupted)
+
+
+def test_interrupted_and_resumed_it_writes_the_same(adapter, tmp_path, monkeypatch):
+    arguments = ("evaluate", *TINY, "--adapter", str(adapter), "--output")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*arguments, str(whole)).exit_code == 0
+    with monkeypatch.context() as patched:
+        interrupted_at(4, patched)
+        done = run(*arguments, str(killed))
+    assert done.exit_code == 130
+    assert "Go on with the same command and --resume." in done.stderr
+    assert not (killed / "evaluation.json").exists()
+    assert run(*arguments, str(killed)).exit_code == 2
+    assert run(*arguments, str(killed), "--resume").exit_code == 0
+    for name in ("evaluation.json", "evaluation.md", "scores.json"):
+        assert (killed / name).read_text() == (whole / name).read_text()
+    other = run(*arguments, str(killed), "--resume", "--task-seed", "1")
+    assert other.exit_code == 2
+    assert "is from another comparison: split." in other.stderr
+    again = run(*arguments, str(killed), "--overwrite", "--task-seed", "1")
+    assert again.exit_code == 0
+    assert loaded(killed / "evaluation.json")["task"]["seed"] == 1
+
+
+def test_resume_begins_where_there_is_nothing_yet(tmp_path):
+    assert run("evaluate", *TINY, "--output", str(tmp_path / "out"), "--resume").exit_code == 0
+    assert (tmp_path / "out" / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--baseline", "ntk:2"], "baseline 'ntk:2' is unknown, expected one like none, uniform:1.5"),
+        (["--baseline", "none", "--baseline", "none"], "no scaling is given twice."),
+        (["--max-new-tokens", "5"], "--max-new-tokens 5 needs --generate."),
+        (["--resume"], "--resume needs --output."),
+        (["--overwrite"], "--overwrite needs --output."),
+        (["--output", "{full}"], "is not empty; pass --resume to go on"),
+        (["--output", "{full}/notes.txt"], "exists and is not a folder."),
+        (["--output", "{full}/new", "--resume", "--overwrite"], "pass one of them"),
+        (["--json", "{full}/nowhere/e.json"], "--json {full}/nowhere/e.json cannot be written: no such folder."),
+        (["--plot", "{full}"], "--plot {full} cannot be written: a folder."),
+        (["--buckets", "4"], "--buckets 4 is for perplexity; kv_words has gold positions."),
+        (["--length", "16"], "fewer than 3 gold positions"),
+        (["--task", "kv_words", "--stride", "3"], "stride=3 is no setting of kv_words"),
+    ],
+)
+def test_bad_input_is_one_line_before_the_model_is_loaded(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "notes.txt").write_text("mine")
+    arguments = [argument.format(full=tmp_path) for argument in arguments]
+    done = run("evaluate", *TINY, *arguments)
+    assert done.exit_code == 2
+    assert message.format(full=tmp_path) in done.stderr
+    assert done.stderr.count("\n") <= 2  # with the line about prompts beyond the window
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_adapters_are_looked_at_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the model was loaded"))
+    done = run("evaluate", *TINY, "--adapter", str(tmp_path))
+    assert done.exit_code == 1
+    assert "is not an adapter folder: it has no adapter_config.json." in done.stderr
+
+
+def test_a_yarn_that_cannot_be_is_refused_before_anything_is_scored(tmp_path, demo_model, demo_tokenizer):
+    demo_model.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    demo_model.save_pretrained(tmp_path / "m")
+    demo_tokenizer.save_pretrained(tmp_path / "m")
+    done = run("evaluate", str(tmp_path / "m"), "--task", "kv_words", *TINY, "--baseline", "yarn:2")
+    assert done.exit_code == 2
+    assert "needs a model with plain RoPE" in done.stderr
+
+
+def test_help_shows_every_use():
+    text = " ".join(run("evaluate", "--help").stdout.split())
+    for words in ("--baseline yarn:2", "--generate", "--task perplexity", "--resume", "paired by context"):
+        assert words in text

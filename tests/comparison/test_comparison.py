@@ -1,0 +1,245 @@
+"""A comparison against contenders scored alone; interrupted anywhere it ends with the same result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model
+from peft import get_peft_model
+from scipy import stats
+from test_contenders import state_of, trained_lora
+from test_evaluation import random_split, with_greedy_answers
+from test_losses import windows
+
+from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError, PositionScores, TaskError
+from peft_layerrope.comparison.compare import MAX_PARTS, Comparison, compare
+from peft_layerrope.comparison.contenders import Contender, parse_baseline
+from peft_layerrope.evaluation.generation import generated_scores
+from peft_layerrope.evaluation.losses import bucket_losses
+from peft_layerrope.evaluation.scoring import score
+
+FACTORS = [1.0, 1.5, 2.0, 1.2]
+GROUPS = 23  # no multiple of the number of parts
+
+
+@pytest.fixture
+def model():
+    return build_model("llama")
+
+
+@pytest.fixture
+def split(model):
+    return with_greedy_answers(model, random_split(GROUPS))
+
+
+@pytest.fixture
+def contenders():
+    return [
+        parse_baseline("none"),
+        Contender.of_config("per layer", LayerRopeConfig(layer_factors=FACTORS)),
+        parse_baseline("yarn:2"),
+    ]
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_at(step: int):
+    """A progress that stops everything before a part."""
+
+    def progress(label: str, done: int, total: int) -> None:
+        if done == step:
+            raise KilledError
+
+    return progress
+
+
+def as_json(comparison: Comparison) -> str:
+    plain = {label: scores.to_plain() for label, scores in comparison.scores.items()}
+    return json.dumps([comparison.to_dict(), plain])
+
+
+def test_every_contender_is_scored_on_the_same_examples(model, split, contenders):
+    before = state_of(model)
+    found = compare(model, split, contenders, task_description={"name": "random"})
+    assert state_of(model) == before
+    assert list(found.scores) == ["no scaling", "per layer", "yarn:2"]
+    adapted = get_peft_model(build_model("llama"), LayerRopeConfig(layer_factors=FACTORS))
+    for label, alone in (("no scaling", model), ("per layer", adapted)):
+        expected = score(alone, split)
+        np.testing.assert_array_equal(found.scores[label].correct, expected.correct)
+        np.testing.assert_allclose(found.scores[label].log_prob, expected.log_prob, atol=2e-5)
+    assert found.scores["no scaling"].correct.mean() > found.scores["per layer"].correct.mean()
+    assert (found.baseline, found.measure) == ("no scaling", "accuracy")
+
+
+def test_differences_are_paired_by_context(model, split, contenders):
+    found = compare(model, split, contenders)
+    rows = {label: scores.correct.mean(axis=1) for label, scores in found.scores.items()}
+    reference = stats.ttest_rel(rows["per layer"], rows["no scaling"]).confidence_interval(0.95)
+    gap = found.difference("per layer", "no scaling")
+    assert (gap.low, gap.high) == pytest.approx((reference.low, reference.high))
+    assert gap.value == pytest.approx(rows["per layer"].mean() - rows["no scaling"].mean())
+    with pytest.raises(KeyError, match="no contender 'best'; there are no scaling, per layer, yarn:2"):
+        found.difference("best", "no scaling")
+
+
+def test_the_report_says_all_of_it(model, split, contenders):
+    found = compare(model, split, contenders, task_description={"name": "random", "seed": 0})
+    report = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert report["task"] == {"name": "random", "seed": 0}
+    assert report["split"] == split.describe()
+    assert report["judged"] == {"by": "teacher-forced"}
+    assert report["contenders"]["per layer"]["layer_factors"] == FACTORS
+    assert report["contenders"]["yarn:2"] == {"kind": "yarn", "numbers": [2.0]}
+    assert report["scores"]["per layer"] == found.scores["per layer"].to_dict()
+    gap = report["differences"]["per layer"]["no scaling"]
+    assert report["differences"]["no scaling"]["per layer"] == pytest.approx(
+        {"value": -gap["value"], "low": -gap["high"], "high": -gap["low"]}
+    )
+    assert sum(map(len, report["differences"].values())) == 6
+
+
+def test_a_single_context_has_no_interval(model, split, contenders):
+    gap = compare(model, split.part(0, 1), contenders).to_dict()["differences"]["per layer"]["no scaling"]
+    assert (gap["low"], gap["high"]) == (None, None)
+
+
+@pytest.mark.parametrize("step", [0, 1, 9, 10, 17, 29])
+def test_killed_anywhere_and_resumed_it_is_the_same(model, split, contenders, tmp_path, step):
+    whole = compare(model, split, contenders, folder=tmp_path / "whole")
+    with pytest.raises(KilledError):
+        compare(model, split, contenders, folder=tmp_path / "killed", progress=killed_at(step))
+    seen = []
+    resumed = compare(
+        model, split, contenders, folder=tmp_path / "killed", resume=True, progress=lambda *args: seen.append(args)
+    )
+    assert as_json(resumed) == as_json(whole) == as_json(compare(model, split, contenders))
+    texts = [(tmp_path / name / "scores.json").read_text() for name in ("whole", "killed")]
+    assert texts[0] == texts[1]
+    total = MAX_PARTS * len(contenders)
+    assert [done for _, done, _ in seen] == list(range(step, total + 1))
+    assert {number for _, _, number in seen} == {total}
+    assert seen[0][0] == contenders[step // MAX_PARTS].label
+
+
+def test_resuming_a_finished_comparison_runs_nothing(model, split, contenders, tmp_path):
+    whole = compare(model, split, contenders, folder=tmp_path)
+    model.forward = None
+    assert as_json(compare(model, split, contenders, folder=tmp_path, resume=True)) == as_json(whole)
+
+
+def test_another_comparison_is_not_resumed(model, split, contenders, tmp_path):
+    compare(model, split, contenders, folder=tmp_path)
+    other = build_model("llama")
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight[0, 0] += 1
+    changed = Contender.of_config("per layer", LayerRopeConfig(layer_factors=[1.0, 1.5, 2.0, 1.3]))
+    answered = tuple(replace(example, answers=("x",)) for example in split.examples)
+    rest = contenders[:1], contenders[2:]
+    for message, attempt in (
+        ("model was", (other, split, contenders)),
+        ("dtype was", (build_model("llama").to(torch.bfloat16), split, contenders)),
+        ("split.groups was 23 there and is 22 now", (model, split.part(0, 22), contenders)),
+        (r"contenders.per layer.layer_factors was \[1.0,", (model, split, [*rest[0], changed, *rest[1]])),
+        ("answers was", (model, replace(split, examples=answered), contenders)),
+        ("contenders.yarn:2 was", (model, split, contenders[:2])),
+    ):
+        with pytest.raises(TaskError, match=message):
+            compare(*attempt, folder=tmp_path, resume=True)
+    with pytest.raises(TaskError, match=r"judged\.by was"):
+        compare(model, split, contenders, folder=tmp_path, resume=True, generate=True)
+
+
+def test_folders_that_do_not_fit_are_refused(model, split, contenders, tmp_path):
+    with pytest.raises(TaskError, match=r"nothing to resume: .*scores.json does not exist"):
+        compare(model, split, contenders, folder=tmp_path, resume=True)
+    with pytest.raises(TaskError, match="needs the folder"):
+        compare(model, split, contenders, resume=True)
+    with pytest.raises(KilledError):
+        compare(model, split, contenders, folder=tmp_path, progress=killed_at(3))
+    with pytest.raises(TaskError, match="holds an unfinished or finished comparison"):
+        compare(model, split, contenders, folder=tmp_path)
+    file = tmp_path / "scores.json"
+    text = file.read_text()
+    for damaged, message in (
+        (text[:-40], "cannot be read"),
+        ("[]", "is damaged"),
+        (text.replace('"format": 1', '"format": 9'), "has format 9, expected 1"),
+        (text.replace('"accuracy"]', '"beauty"]'), "is damaged"),
+    ):
+        file.write_text(damaged)
+        with pytest.raises(TaskError, match=message):
+            compare(model, split, contenders, folder=tmp_path, resume=True)
+
+
+def test_everything_is_checked_before_anything_is_scored(model, split, contenders, tmp_path):
+    trained_lora(tmp_path / "wide", build_model("llama", hidden_size=128))
+    model.forward = None
+    wrong = Contender.of_config("wrong", LayerRopeConfig(layer_factors=[1.0] * 5))
+    for added, error, message in (
+        (wrong, AdapterMismatchError, "layer_factors has 5 entries, but llama has 4"),
+        (Contender.of_adapter(tmp_path / "wide"), LayerRopeError, "cannot load adapter"),
+        (Contender.of_adapter(tmp_path), LayerRopeError, "has no adapter_config.json"),
+        (replace(contenders[1], label="yarn:2"), TaskError, "two contenders are called 'yarn:2'"),
+    ):
+        with pytest.raises(error, match=message):
+            compare(model, split, [*contenders, added], folder=tmp_path / "out")
+    with pytest.raises(TaskError, match="nothing to compare"):
+        compare(model, split, [])
+    with pytest.raises(TaskError, match="pass generate=True"):
+        compare(model, split, contenders, metric="contains_value")
+    with pytest.raises(TaskError, match="max_new_tokens=0 must be at least 1"):
+        compare(model, split, contenders, generate=True, max_new_tokens=0)
+    foreign = replace(split.examples[0], answer_ids=(1000,))
+    with pytest.raises(TaskError, match="token id 1000 is outside"):
+        compare(model, replace(split, examples=(foreign, *split.examples[1:])), contenders)
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_is_the_generated_scores(model, split, contenders):
+    found = compare(model, split, contenders[:2], generate=True)
+    assert found.to_dict()["judged"] == {"by": "generate()", "metric": None, "max_new_tokens": 2}
+    np.testing.assert_array_equal(found.scores["no scaling"].correct, generated_scores(model, split).correct)
+    judged = replace(split, examples=tuple(replace(e, answers=("x",)) for e in split.examples))
+
+    class Letters:
+        eos_token_id = None
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "x" if len(ids) == 3 else ""
+
+    settings = {"generate": True, "tokenizer": Letters(), "metric": "contains_value", "max_new_tokens": 3}
+    found = compare(model, judged, contenders[:1], **settings)
+    assert found.scores["no scaling"].correct.all()
+
+
+def test_windows_of_text_are_compared_by_their_loss(model, contenders):
+    split = windows(12)
+    found = compare(model, split, contenders, num_buckets=4)
+    assert found.measure == "loss"
+    adapted = get_peft_model(build_model("llama"), LayerRopeConfig(layer_factors=FACTORS))
+    expected: PositionScores = bucket_losses(adapted, split, 4)
+    assert found.scores["per layer"].positions == expected.positions
+    np.testing.assert_allclose(found.scores["per layer"].log_prob, expected.log_prob, atol=2e-5)
+    gap = found.difference("per layer", "no scaling").value
+    losses = {label: report["average_loss"] for label, report in found.to_dict()["scores"].items()}
+    assert gap == pytest.approx(losses["no scaling"] - losses["per layer"], abs=2e-6)
+    assert found.to_dict()["difference_of"] == "minus the loss, in nats"
+    with pytest.raises(TaskError, match="num_buckets=99 must be"):
+        compare(model, split, contenders, num_buckets=99)
+    with pytest.raises(TaskError, match="running text has no answers"):
+        compare(model, split, contenders, generate=True)
+
+
+def test_overlapping_windows_have_the_same_buckets_in_every_part(model, contenders):
+    late = windows(12, read=21)
+    mixed = replace(late, examples=windows(1).examples + late.examples[1:])
+    found, expected = (compare(model, split, contenders, num_buckets=2).scores["per layer"] for split in (mixed, late))
+    assert found.positions == expected.positions == (21, 31)
+    np.testing.assert_array_equal(found.log_prob, expected.log_prob)
