@@ -6,14 +6,11 @@ import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from inspect import signature
 from types import MappingProxyType
 
 import torch
 
 _REASON = "a context variable cannot be read in a graph: with fullgraph=True, use set_adapter, not use_adapter"
-# older versions of torch give no reason
-_SAYING_WHY = {"reason": _REASON} if "reason" in signature(torch.compiler.disable).parameters else {}
 
 NO_CHOICE = object()
 """Answer of [`chosen`] where the model's own switch decides."""
@@ -44,7 +41,7 @@ def chosen(owner: Hashable) -> str | object | None:
     return _look_up(owner) if _any_in_force else NO_CHOICE
 
 
-@torch.compiler.disable(**_SAYING_WHY)
+@torch.compiler.disable(reason=_REASON)
 def _look_up(owner: Hashable) -> str | object | None:
     return _choices.get().get(owner, NO_CHOICE)
 

@@ -369,7 +369,9 @@ def test_a_worker_that_hangs_is_replaced(cluster, second_node, alone, monkeypatc
     assert stopping.done
     assert pools[0].deaths == 1
     assert found.to_dict() == alone.to_dict()
-    assert not [number for number in hung if Path(f"/proc/{number}").exists()]  # nor does it keep its memory
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{number}").exists() for number in hung):  # Ray ends it, and frees its memory
+        assert time.monotonic() < deadline
 
 
 @pytest.mark.slow
