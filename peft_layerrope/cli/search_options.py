@@ -83,7 +83,9 @@ class SearcherOptions:
     refine_evaluations: Annotated[int, _search_option(help="Vectors that the coordinate steps may evaluate.")] = (
         SearchSettings.refine_evaluations
     )
-    race: Annotated[bool, typer.Option(help="Give up on vectors that clearly lose, on a part of the examples.")] = True
+    race: Annotated[bool, _search_option(help="Give up on vectors that clearly lose, on a part of the examples.")] = (
+        True
+    )
     controls: Annotated[bool, _search_option(help="Search the controls too, at the same budget.")] = True
     seed: Annotated[int, _search_option(help="Seed of the searchers.")] = 0
 
