@@ -59,3 +59,8 @@ def check_callable(name: str, value: Any) -> None:
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, which a truth value is not."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is a Python `int`, as JSON has them, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)

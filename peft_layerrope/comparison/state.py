@@ -13,8 +13,8 @@ from typing import Any
 from ..errors import TaskError
 from ..evaluation.scores import PositionScores
 from ..files.atomic import write_atomically, writing
+from ..files.kept_state import kept_state
 from ..files.run_lock import locked
-from ..fingerprint import first_difference
 
 SCORES_NAME = "scores.json"
 LOCK_NAME = "scores.lock"
@@ -109,23 +109,7 @@ class ComparisonState:
         write_atomically(self._path, f'{{{head},\n"scores": {{{",".join(lines)}}}}}\n')
 
     def _load(self, path: Path) -> None:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise TaskError(f"nothing to resume: {path} does not exist.") from error
-        except (OSError, ValueError) as error:
-            raise TaskError(f"{path} cannot be read: {error}.") from error
-        try:
-            found, scores = content["identity"], content["scores"]
-            if content["format"] != _FORMAT:
-                raise TaskError(f"{path} has format {content['format']!r}, expected {_FORMAT}.")
-            difference = first_difference(found, self._identity)
-            if difference is not None:
-                raise TaskError(f"{path} is from another comparison: {difference}.")
-            for label, parts in scores.items():
+        with kept_state(path, _FORMAT, self._identity, "comparison", TaskError) as content:
+            for label, parts in content["scores"].items():
                 for plain in parts:
                     self._keep(label, PositionScores.from_plain(plain))
-        except TaskError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise TaskError(f"{path} is damaged: {error!r}. Start again with --overwrite.") from error

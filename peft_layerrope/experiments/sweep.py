@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from numbers import Real
 
 import numpy as np
 from matplotlib import colormaps
@@ -11,6 +10,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from torch import nn
 
+from ..checks import is_number
 from ..comparison.contenders import Contender
 from ..errors import SearchError
 from ..evaluation.scores import PositionScores
@@ -143,7 +143,7 @@ def _checked(factors: Iterable[float]) -> list[float]:
     """Returns the factors with 1, ascending, each once."""
     values = list(factors)
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value) or value <= 0:
+        if not is_number(value) or not np.isfinite(value) or value <= 0:
             raise SearchError(f"factor {value!r} must be a positive finite number.")
     found = sorted({1.0, *map(float, values)})
     if len(found) < 2:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checks import is_number
+from ..checks import is_integer, is_number
 from ..errors import SearchError
 from ..messages import named, one_line
 from ..tuner.sites import embedding_table
@@ -83,7 +83,7 @@ class RayWorkers:
         if threads_per_worker is not None:
             counts["threads_per_worker"] = threads_per_worker, 1
         for name, (value, minimum) in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            if not is_integer(value) or value < minimum:
                 raise SearchError(f"{name}={value!r} must be an integer of at least {minimum}.")
         for name, value, allowed in (
             ("cpus_per_worker", cpus_per_worker, cpus_per_worker is None or _at_least_zero(cpus_per_worker)),

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from ..adapted import adapted
+from ..checks import is_number
 from ..errors import SearchError
 from ..evaluation.batching import check_vocabulary
 from ..evaluation.scores import DEFAULT_WEIGHTS
@@ -372,7 +372,7 @@ def _checked_factors(factors: Sequence[float]) -> tuple[float, ...]:
     if not values:
         raise SearchError("factors=() must hold at least one factor.")
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value) or value <= 0:
+        if not is_number(value) or not np.isfinite(value) or value <= 0:
             raise SearchError(f"factors={_shown(values)}: {value!r} must be a positive finite number.")
         LayerRopeConfig(layer_factors=[float(value)])  # its range
     if 1 in values:

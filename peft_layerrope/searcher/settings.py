@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from ..checks import is_number
+from ..checks import is_integer, is_number
 from ..errors import SearchError
 from ..evaluation.scores import DEFAULT_WEIGHTS, OBJECTIVES, Objective, check_weights
 from ..evaluation.scoring import DEFAULT_BATCH_TOKENS
@@ -111,7 +111,7 @@ class SearchSettings:
         }
         for name, minimum in minimums.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            if not is_integer(value) or value < minimum:
                 raise SearchError(f"{name}={value!r} must be an integer of at least {minimum}.")
 
     def _check_types(self) -> None:
@@ -123,7 +123,7 @@ class SearchSettings:
         if not isinstance(self.weights, (tuple, list)) or not all(map(is_number, self.weights)):
             raise SearchError(f"weights={named(self.weights)} must be three positive numbers (first, middle, last).")
         layers = self.scaled_layers
-        if layers is not None and not (isinstance(layers, (tuple, list, range)) and all(map(_is_index, layers))):
+        if layers is not None and not (isinstance(layers, (tuple, list, range)) and all(map(is_integer, layers))):
             raise SearchError(f"scaled_layers={named(layers)} must be layer indices, such as (0, 1, 2), or None.")
         for name in ("refine", "race", "controls"):
             if not isinstance(getattr(self, name), bool):
@@ -185,7 +185,3 @@ class SearchSettings:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for a JSON report."""
         return asdict(self)
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

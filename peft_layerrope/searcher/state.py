@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import SearchError
 from ..evaluation.scores import PositionScores
 from ..files.atomic import write_atomically, writing
-from ..fingerprint import first_difference
+from ..files.kept_state import kept_state
 from .grid import Factors
 from .measurement import HeatScores, Measurement
 
@@ -132,18 +132,7 @@ class RunState:
         write_atomically(self._folder / STATE_NAME, f"{{{head},\n{body}}}\n")
 
     def _load(self, path: Path) -> None:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise SearchError(f"nothing to resume: {path} does not exist.") from error
-        except (OSError, ValueError) as error:
-            raise SearchError(f"{path} cannot be read: {error}.") from error
-        try:
-            if content["format"] != _FORMAT:
-                raise SearchError(f"{path} has format {content['format']!r}, expected {_FORMAT}.")
-            difference = first_difference(content["identity"], self._identity)
-            if difference is not None:
-                raise SearchError(f"{path} is from another search: {difference}.")
+        with kept_state(path, _FORMAT, self._identity, "search", SearchError) as content:
             for factors, heats in content["measurements"]:
                 vector = tuple(map(float, factors))
                 parts = tuple(HeatScores(tuple(values), tuple(tail)) for values, tail in heats)
@@ -157,10 +146,6 @@ class RunState:
             if path_taken is not None:
                 self.gradient_path = [tuple(map(float, vector)) for vector in path_taken]
             self._generations = [json.dumps(generation) for generation in content["generations"]]
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, SearchError):
-                raise
-            raise SearchError(f"{path} is damaged: {error!r}. Start again with --overwrite.") from error
         log = self._folder / LOG_NAME
         if log.exists():  # a line that was being written at the kill is dropped
             with writing(log):

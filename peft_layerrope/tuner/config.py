@@ -6,12 +6,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Real
 from typing import Any, Optional
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, TaskType
 
+from ..checks import is_integer, is_number
 from ..errors import InvalidConfigError
 from ..files.adapter_files import AdapterFiles
 from ..files.untrusted import UntrustedFileError, read_json_object
@@ -212,7 +212,7 @@ class LayerRopeConfig(PeftConfig):
 
 
 def _finite_float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise InvalidConfigError(f"{name}={shown(value)} must be a number.")
     try:
         number = float(value)
@@ -238,7 +238,7 @@ def _check_range(name: str, number: float) -> None:
 
 
 def _checked_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_integer(value):
         raise InvalidConfigError(f"{name}={shown(value)} must be an integer.")
     return value
 
