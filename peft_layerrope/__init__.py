@@ -22,10 +22,10 @@ from .tuner.baking import restore_baked
 if TYPE_CHECKING:
     from .comparison.compare import Comparison, compare
     from .comparison.contenders import Contender, parse_baseline
-    from .evaluation.scores import PositionScores
-    from .evaluation.scoring import evaluate
     from .hub.transfer import pull, push_to_hub
     from .loading import load_adapter
+    from .scoring.scorer import evaluate
+    from .scoring.scores import PositionScores
     from .searcher import Guards, SearchResult, SearchSettings, plan_search, search
     from .searcher.ray_workers import RayWorkers
     from .tasks import (
@@ -52,7 +52,7 @@ _LAZY = {
     "LayerCheck": ".verification",
     "MultiDocumentQA": ".tasks",
     "Perplexity": ".tasks",
-    "PositionScores": ".evaluation.scores",
+    "PositionScores": ".scoring.scores",
     "RayWorkers": ".searcher.ray_workers",
     "SearchResult": ".searcher",
     "SearchSettings": ".searcher",
@@ -62,7 +62,7 @@ _LAZY = {
     "Verification": ".verification",
     "best_subspan_em": ".tasks",
     "compare": ".comparison.compare",
-    "evaluate": ".evaluation.scoring",
+    "evaluate": ".scoring.scorer",
     "load_adapter": ".loading",
     "parse_baseline": ".comparison.contenders",
     "plan_search": ".searcher",

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .bezier import sample_curve
-from .evaluation.scores import PositionScores
+from .scoring.scores import PositionScores
 
 UNSCALED = "no scaling"
 """The label whose curve is grey."""

@@ -9,9 +9,9 @@ from typing import Protocol
 from rich import box
 from rich.table import Table
 
-from .evaluation.scores import PositionScores
-from .evaluation.statistics import Interval
 from .families import NOT_BUILT, REFUSED, SUPPORTED, WRONG, Trial
+from .scoring.scores import PositionScores
+from .scoring.statistics import Interval
 from .tasks import Measure
 from .verification import MISMATCH, OK, Verification
 

@@ -20,7 +20,7 @@ from peft_layerrope import KeyValueWords, verify
 from peft_layerrope.adapted import adapted
 from peft_layerrope.cli import app
 from peft_layerrope.demo import DEMO_NAME
-from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.scoring.scoring import score
 from peft_layerrope.searcher.search_data import make_data
 from peft_layerrope.tasks.specification import make_task
 from peft_layerrope.tuner.sites import find_stack, trained_window

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import peft_layerrope
 from peft_layerrope import KeyValueWords, Split, TaskError
 from peft_layerrope.cli import app
-from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.scoring.scoring import score
 from peft_layerrope.lm_eval_tasks import lm_eval_tasks_path
 
 command = importlib.import_module("peft_layerrope.cli.lm_eval")

@@ -11,10 +11,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..demo import DEMO_NAME
-from ..evaluation.scores import PositionScores
-from ..evaluation.statistics import Interval
 from ..public_names import public_name
 from ..report import format_factors
+from ..scoring.scores import PositionScores
+from ..scoring.statistics import Interval
 from ..tuner.config import LayerRopeConfig
 
 TAGS = ["layer-rope", "long-context", "rope-scaling", "peft", "transformers"]

@@ -20,9 +20,9 @@ from transformers.utils import logging as transformers_logging
 
 from .. import __version__
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
-from ..evaluation.device_memory import is_out_of_memory
 from ..files.atomic import WriteError
 from ..hub.errors import InvalidRepoIdError, PullTargetError
+from ..scoring.memory import is_out_of_memory
 
 app = typer.Typer(
     name="layerrope",

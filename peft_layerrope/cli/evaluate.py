@@ -24,11 +24,11 @@ from ..comparison.report import (
 )
 from ..comparison.state import SCORES_NAME, discard_comparison
 from ..errors import TaskError
-from ..evaluation.losses import DEFAULT_BUCKETS
 from ..files.atomic import write_atomically, writing
 from ..files.run_lock import check_free, locked
 from ..public_names import public_name
 from ..report import position_table
+from ..scoring.scorer import DEFAULT_BUCKETS
 from .app import app, err, out, plain_errors, resumable
 from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of
 from .option_groups import grouped

@@ -10,7 +10,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from ..evaluation.scoring import DEFAULT_BATCH_TOKENS
+from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..tasks import SPLIT_NAMES
 from ..tasks.specification import TASK_NAMES, KeyStyle, TaskSpecification
 

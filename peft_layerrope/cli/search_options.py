@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..evaluation.scores import DEFAULT_WEIGHTS
+from ..scoring.scores import DEFAULT_WEIGHTS
 from ..searcher import Guards, SearchSettings
 from .options import RopeOptions, TaskOptions, scaling_option
 

@@ -10,22 +10,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from ..checks import check_callable, whole_number
 from ..errors import TaskError
-from ..evaluation.batching import check_vocabulary
-from ..evaluation.generation import check_metric, generated_scores, longest_answer
-from ..evaluation.losses import DEFAULT_BUCKETS, aligned_windows, bucket_losses, check_buckets
-from ..evaluation.scores import PositionScores
-from ..evaluation.scoring import DEFAULT_BATCH_TOKENS, score
-from ..evaluation.statistics import Interval
 from ..fingerprint import library_versions, model_fingerprint
 from ..messages import named
+from ..scoring.batching import check_vocabulary
+from ..scoring.generation import check_judged
+from ..scoring.scorer import DEFAULT_BATCH_TOKENS, DEFAULT_BUCKETS, Scorer, aligned_windows, check_buckets
+from ..scoring.scores import PositionScores
+from ..scoring.statistics import Interval
 from ..tasks import Split
-from ..tasks.base import MAX_LENGTH
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table, find_stack
 from .contenders import Contender, contending
@@ -47,7 +43,7 @@ class Comparison:
         contenders: by label, what each is: its identity, and the factor of every layer where it has some.
         task: the task's description.
         split: the split's description.
-        judged: how: `by`, and with `generate()` the `metric` and the `max_new_tokens`.
+        judged: how: `by`, and where answers are written the `metric` and the `max_new_tokens`.
     """
 
     scores: Mapping[str, PositionScores]
@@ -100,10 +96,6 @@ def compare(
     contenders: Sequence[Contender],
     *,
     task_description: Mapping[str, Any] | None = None,
-    generate: bool = False,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    metric: str | None = None,
-    max_new_tokens: int | None = None,
     num_buckets: int = DEFAULT_BUCKETS,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     folder: str | Path | None = None,
@@ -114,13 +106,11 @@ def compare(
 
     Args:
         model: a transformers model without an adapter.
-        split: the examples; of windows of text (measure `"loss"`) the loss by bucket is measured.
+        split: the examples. Where it has a judge the models write their answers, which it judges; of windows of text
+            (measure `"loss"`) the loss by bucket is measured; else an answer is right where every token of it is the
+            most probable one.
         contenders: what is put onto the model in turn; the first is what the others are compared with.
         task_description: the task's `describe()`, for the report.
-        generate: judge what `generate()` writes, instead of a teacher-forced pass.
-        tokenizer: needed for `metric`.
-        metric: with `generate`, see `generated_scores`.
-        max_new_tokens: with `generate`; default: tokens of the longest answer.
         num_buckets: for windows of text.
         batch_tokens: tokens per forward pass; halved when memory runs out.
         folder: keeps `scores.json`, from which an interrupted comparison goes on; None keeps nothing.
@@ -136,7 +126,7 @@ def compare(
     _check_types(split, contenders)
     check_callable("progress", progress)
     whole_number("batch_tokens", batch_tokens, 1)
-    judged = _how(split, generate, tokenizer, metric, max_new_tokens, num_buckets)
+    judged = _how(split, num_buckets)
     check_vocabulary(model, split)
     described = _described(model, contenders)
     identity = {
@@ -150,14 +140,7 @@ def compare(
         "versions": library_versions(),
     }
 
-    def score_part(subject: nn.Module, part: Split) -> PositionScores:
-        if split.measure == "loss":
-            return bucket_losses(subject, part, num_buckets, batch_tokens=batch_tokens)
-        if not generate:
-            return score(subject, part, batch_tokens=batch_tokens)
-        new_tokens = judged["max_new_tokens"]
-        return generated_scores(subject, part, tokenizer, metric, max_new_tokens=new_tokens, batch_tokens=batch_tokens)
-
+    scorer = Scorer(model, batch_tokens=batch_tokens)
     parts = _parts(aligned_windows(split) if split.measure == "loss" else split)
     total = len(parts) * len(contenders)
     with comparing_in(Path(folder) if folder is not None else None, identity, resume) as state:
@@ -165,14 +148,14 @@ def compare(
             done = len(state.parts(contender.label))
             if done == len(parts):
                 continue
-            with contending(model, contender) as subject:
+            with contending(model, contender) as scorer.model:
                 for number in range(done, len(parts)):
                     if progress is not None:
                         progress(contender.label, index * len(parts) + number, total)
-                    state.add(contender.label, score_part(subject, parts[number]))
+                    state.add(contender.label, scorer.measure(parts[number], num_buckets=num_buckets))
     if progress is not None:
         progress(contenders[-1].label, total, total)
-    scores = {contender.label: _joined(state.parts(contender.label)) for contender in contenders}
+    scores = {contender.label: PositionScores.joined(state.parts(contender.label)) for contender in contenders}
     return Comparison(scores, described, dict(task_description or {}), split.describe(), judged)
 
 
@@ -191,26 +174,13 @@ def _check_types(split: Split, contenders: Sequence[Contender]) -> None:
             raise TaskError(f"contender {contender.label!r}: {named(contender.config)} must be a LayerRopeConfig.")
 
 
-def _how(
-    split: Split,
-    generate: bool,
-    tokenizer: PreTrainedTokenizerBase | None,
-    metric: str | None,
-    max_new_tokens: int | None,
-    num_buckets: int,
-) -> dict[str, Any]:
+def _how(split: Split, num_buckets: int) -> dict[str, Any]:
     """How the split is judged, after checking that it can be."""
-    if generate:
-        check_metric(split, tokenizer, metric)
-        if max_new_tokens is not None:
-            whole_number("max_new_tokens", max_new_tokens, 1, MAX_LENGTH)
-        return {"by": "generate()", "metric": metric, "max_new_tokens": max_new_tokens or longest_answer(split)}
-    if metric is not None or max_new_tokens is not None:
-        raise TaskError("metric and max_new_tokens judge what generate() writes: pass generate=True.")
     if split.measure == "loss":
         check_buckets(aligned_windows(split), num_buckets)
-        return {"by": "loss", "buckets": num_buckets}
-    return {"by": "teacher-forced"}
+        return split.judged() | {"buckets": num_buckets}
+    check_judged(split)
+    return split.judged()
 
 
 def _described(model: nn.Module, contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
@@ -236,11 +206,6 @@ def _parts(split: Split) -> list[Split]:
     count = min(MAX_PARTS, split.num_groups)
     bounds = [part * split.num_groups // count for part in range(count + 1)]
     return [split.part(start, stop) for start, stop in pairwise(bounds)]
-
-
-def _joined(parts: Sequence[PositionScores]) -> PositionScores:
-    correct, log_prob = (np.concatenate([getattr(part, name) for part in parts]) for name in ("correct", "log_prob"))
-    return PositionScores(parts[0].positions, correct, log_prob, parts[0].measure)
 
 
 def _plain(interval: Interval) -> dict[str, float | None]:

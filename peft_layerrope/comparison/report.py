@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from ..evaluation.scores import PositionScores
 from ..plots import plot_by_position
 from ..report import difference, markdown, mean_with_error, percent, rich_table, value_with_interval
+from ..scoring.scores import PositionScores
 from .compare import Comparison
 
 _ROOM, _GAP = 70, 2  # of 80 columns beside the positions; between two columns

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TaskError
-from ..evaluation.scores import PositionScores
 from ..files.atomic import write_atomically, writing
 from ..files.kept_state import kept_state
 from ..files.run_lock import locked
+from ..scoring.scores import PositionScores
 
 SCORES_NAME = "scores.json"
 LOCK_NAME = "scores.lock"

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender, contending
 from ..errors import TaskError
-from ..evaluation.batching import check_vocabulary
-from ..evaluation.statistics import Interval, mean_interval
+from ..scoring.batching import check_vocabulary
+from ..scoring.statistics import Interval, mean_interval
 from ..searcher.sensitivity import format_layers
 from ..tasks import Example, Split, Task
 from ..tuner.config import LayerRopeConfig

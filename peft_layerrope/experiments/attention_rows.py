@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..evaluation.batching import rotation_depends_on_length
+from ..scoring.batching import rotation_depends_on_length
 from ..tuner.sites import find_stack, model_type, text_config
 
 EAGER = "eager"

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..comparison.contenders import Contender
 from ..errors import SearchError
-from ..evaluation.statistics import Interval
+from ..scoring.statistics import Interval
 from ..searcher.genome import BezierGenome
 from ..searcher.grid import FactorGrid, Factors, default_scaled_layers
 from ..searcher.space import FactorSpace

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
 from ..errors import TaskError
-from ..evaluation.scores import PositionScores
-from ..evaluation.statistics import Interval
+from ..scoring.scores import PositionScores
+from ..scoring.statistics import Interval
 from ..tasks import Task
 from ..tuner.sites import trained_window
 from .figures import COLOURS, draw_line, legend_below, new_figure, percent_axis, to_png

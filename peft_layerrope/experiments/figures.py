@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.scores import PositionScores
-from ..evaluation.statistics import Interval
+from ..scoring.scores import PositionScores
+from ..scoring.statistics import Interval
 from .units import Unit, unit_of
 
 GREY = "0.5"

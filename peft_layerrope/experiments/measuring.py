@@ -12,8 +12,8 @@ from ..comparison.compare import compare
 from ..comparison.contenders import Contender
 from ..comparison.state import SCORES_NAME, discard_comparison
 from ..errors import AdapterMismatchError, TaskError
-from ..evaluation.scores import PositionScores
-from ..evaluation.scoring import DEFAULT_BATCH_TOKENS
+from ..scoring.scorer import DEFAULT_BATCH_TOKENS
+from ..scoring.scores import PositionScores
 from ..searcher.progress import SearchProgress, SilentProgress
 from ..tasks import Split, Task
 from ..tuner.config import LayerRopeConfig

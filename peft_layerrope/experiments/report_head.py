@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 
 from ..errors import SearchError
-from ..evaluation.statistics import Interval
 from ..plots import plot_factors_by_depth
 from ..report import TABLE_LEGEND, format_factors
+from ..scoring.statistics import Interval
 from ..tuner.config import LayerRopeConfig
 from .control_points import genes_of
 from .figures import COLOURS, legend_below, new_figure, percent_axis, plain, relative_positions, to_png

@@ -13,8 +13,8 @@ from torch import nn
 from ..checks import is_number
 from ..comparison.contenders import Contender
 from ..errors import SearchError
-from ..evaluation.scores import PositionScores
-from ..evaluation.statistics import Interval, mean_interval
+from ..scoring.scores import PositionScores
+from ..scoring.statistics import Interval, mean_interval
 from ..tasks import Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
-from ..evaluation.scores import PositionScores
-from ..evaluation.statistics import Interval, mean_interval
+from ..scoring.scores import PositionScores
+from ..scoring.statistics import Interval, mean_interval
 from ..tasks import Task
 from ..tuner.sites import trained_window
 from .figures import draw_positions, legend_below, new_figure, to_png

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.scores import DEFAULT_WEIGHTS, PositionScores
-from ..evaluation.statistics import Interval, mean_interval
+from ..scoring.scores import DEFAULT_WEIGHTS, PositionScores
+from ..scoring.statistics import Interval, mean_interval
 from ..tasks import Measure
 
 

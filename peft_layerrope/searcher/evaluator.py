@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ..evaluation.batching import Batch, make_batches
-from ..evaluation.device_memory import is_out_of_memory
-from ..evaluation.scores import Objective, PositionScores
-from ..evaluation.scoring import ScoreSheet, answer_logits, with_halving
+from ..scoring.batching import Batch, make_batches
+from ..scoring.judging import ScoreSheet, answer_logits
+from ..scoring.memory import is_out_of_memory, with_halving
+from ..scoring.scores import Objective, PositionScores
 from ..tasks import Split
 from ..tuner.sites import find_stack
 from .grid import Factors
@@ -152,7 +152,8 @@ class ModelEvaluator:
         sheets = {vector: ScoreSheet(self._heats[heat]) for vector in order}
         for number, batch in enumerate(self._batches_of(heat)):
             for vector in order:
-                sheets[vector].add(batch, self._run(vector, batch, (heat, number)))
+                logits = self._run(vector, batch, (heat, number))
+                sheets[vector].add(batch.examples, logits, batch.gold, batch.owner)
         return {vector: sheet.scores() for vector, sheet in sheets.items()}
 
     def _run(self, vector: Factors, batch: Batch, name: tuple[int, int]) -> torch.Tensor:
@@ -196,9 +197,15 @@ class ModelEvaluator:
         return shared
 
 
-def _beginning(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _beginning(inputs: dict[str, Any]) -> dict[str, Any]:
     """The first tokens of a batch's first row."""
-    short = {name: tensor[:1, ..., :_TRIAL_TOKENS] for name, tensor in inputs.items()}
-    if short["attention_mask"].ndim == 4:  # (B, 1, S, S)
-        short["attention_mask"] = short["attention_mask"][:, :, :_TRIAL_TOKENS]
-    return short
+    short = {name: tensor[:1, :_TRIAL_TOKENS] for name, tensor in inputs.items() if name != "attention_mask"}
+    mask = inputs["attention_mask"]
+    if isinstance(mask, dict):
+        return {**short, "attention_mask": {name: _corner(tensor) for name, tensor in mask.items()}}
+    return {**short, "attention_mask": _corner(mask)}
+
+
+def _corner(mask: torch.Tensor) -> torch.Tensor:
+    """The part of a mask, `(B, S)` or `(B, 1, S, S)`, that is of the first tokens of the first row."""
+    return mask[:1, :_TRIAL_TOKENS] if mask.ndim == 2 else mask[:1, :, :_TRIAL_TOKENS, :_TRIAL_TOKENS]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..evaluation.batching import Batch, make_batches
-from ..evaluation.scores import DEFAULT_WEIGHTS
-from ..evaluation.scoring import answer_logits, judge, with_halving
+from ..scoring.batching import Batch, make_batches
+from ..scoring.judging import answer_logits, judge
+from ..scoring.memory import with_halving
+from ..scoring.scores import DEFAULT_WEIGHTS
 from ..tasks import Split
 from ..tuner.injection import scaling_for
 from ..tuner.rotary import LayerRopeLayer
@@ -113,11 +114,12 @@ class GradientSteps:
         def attempt(batch_tokens: int) -> torch.Tensor:
             if not self._batches or batch_tokens != self._batch_tokens:  # made once, and again when memory ran out
                 self._batches = make_batches(self._model, self._split, batch_tokens)
-            total, clamp = torch.zeros_like(values), self._split.measure == "accuracy"
+            total, mean = torch.zeros_like(values), self._split.measure == "loss"
             for batch in self._batches:
                 leaf = values.detach().clone().requires_grad_(True)
                 with self._scaled_by(leaf):
-                    _, log_probs = judge(answer_logits(self._model, batch), batch, clamp)
+                    logits = answer_logits(self._model, batch)
+                    _, log_probs = judge(logits, batch.gold, batch.owner, len(batch.examples), mean)
                 share = torch.tensor([self._share[i] for i in batch.examples], device=log_probs.device)
                 total += torch.autograd.grad((log_probs * share).sum(), leaf)[0]
             return total

@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import LayerRopeError, SearchError
-from ..evaluation.scores import PositionScores
 from ..messages import one_line
+from ..scoring.scores import PositionScores
 from .chunks import cut_into_chunks
 from .evaluator import ModelEvaluator
 from .grid import Factors

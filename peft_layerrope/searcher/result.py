@@ -15,10 +15,10 @@ from peft.utils import CONFIG_NAME
 from .. import plots, report
 from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT, HeldOut, model_card
 from ..cards.merge import CardError, save_card
-from ..evaluation.scores import PositionScores
-from ..evaluation.statistics import Interval
 from ..files.atomic import replacing_files
 from ..public_names import public_name
+from ..scoring.scores import PositionScores
+from ..scoring.statistics import Interval
 from ..tasks import Measure
 from ..tuner.artifacts import save_adapter
 from ..tuner.config import LayerRopeConfig

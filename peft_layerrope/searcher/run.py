@@ -17,11 +17,11 @@ from .._version import __version__
 from ..adapted import adapted
 from ..demo import DEMO_NAME
 from ..errors import NotEnoughMemoryError, SearchError
-from ..evaluation.scores import PositionScores
 from ..files.run_lock import locked
 from ..fingerprint import library_versions, model_fingerprint
 from ..messages import named
 from ..public_names import public_name
+from ..scoring.scores import PositionScores
 from ..tasks import Task
 from ..tasks.base import check_task
 from ..tuner.config import LayerRopeConfig

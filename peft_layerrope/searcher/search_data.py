@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import SearchError, TaskError
-from ..evaluation.batching import check_vocabulary
+from ..scoring.batching import check_vocabulary
 from ..tasks import Split, Task, check_disjoint
 from ..tuner.sites import trained_window
 from .plan import check_length

@@ -14,10 +14,10 @@ from torch import nn
 from ..adapted import adapted
 from ..checks import is_number
 from ..errors import SearchError
-from ..evaluation.batching import check_vocabulary
-from ..evaluation.scores import DEFAULT_WEIGHTS
-from ..evaluation.scoring import DEFAULT_BATCH_TOKENS
-from ..evaluation.statistics import Interval, mean_interval
+from ..scoring.batching import check_vocabulary
+from ..scoring.scorer import DEFAULT_BATCH_TOKENS
+from ..scoring.scores import DEFAULT_WEIGHTS
+from ..scoring.statistics import Interval, mean_interval
 from ..tasks import SPLIT_NAMES, Split, SplitName, Task
 from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 
 from ..checks import is_integer, is_number
 from ..errors import SearchError
-from ..evaluation.scores import DEFAULT_WEIGHTS, OBJECTIVES, Objective, check_weights
-from ..evaluation.scoring import DEFAULT_BATCH_TOKENS
 from ..messages import named
+from ..scoring.scorer import DEFAULT_BATCH_TOKENS
+from ..scoring.scores import DEFAULT_WEIGHTS, OBJECTIVES, Objective, check_weights
 from ..tuner.config import LayerRopeConfig
 from .genetic import ELITES
 from .genome import CURVES, Curve

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import SearchError
-from ..evaluation.scores import PositionScores
 from ..files.atomic import write_atomically, writing
 from ..files.kept_state import kept_state
+from ..scoring.scores import PositionScores
 from .grid import Factors
 from .measurement import HeatScores, Measurement
 

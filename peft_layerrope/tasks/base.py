@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -12,6 +12,7 @@ import numpy as np
 from ..checks import whole_number
 from ..errors import TaskError
 from ..messages import named
+from .metrics import Judge
 
 Measure = Literal["accuracy", "loss"]
 """What a task's scores are: right or wrong answers, or the loss on running text."""
@@ -44,6 +45,9 @@ class Example:
             answer's own tokens are right.
         gold_span: first token of `context_ids` that the answer can be read from, and the one after the last; None
             where the task does not know.
+        opening_ids: token ids that the model is known to write before the answer. Scoring gives them and does not
+            judge them; they are no part of the prompt.
+        question: what is asked, as text: a key, a question; empty where the task has no text.
     """
 
     context_ids: tuple[int, ...]
@@ -53,22 +57,48 @@ class Example:
     group: int
     answers: tuple[str, ...] = ()
     gold_span: tuple[int, int] | None = None
+    opening_ids: tuple[int, ...] = ()
+    question: str = ""
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """Token ids that the model is given."""
+        return self.context_ids + self.query_ids
+
+    @property
+    def asked_ids(self) -> tuple[int, ...]:
+        """Token ids after the context and before the answer: the question, and what opens the answer."""
+        return self.query_ids + self.opening_ids
 
     @property
     def num_tokens(self) -> int:
-        """Length of prompt and answer together, in tokens."""
-        return len(self.context_ids) + len(self.query_ids) + len(self.answer_ids)
+        """Length of the prompt with everything that is written after it, in tokens."""
+        return len(self.context_ids) + len(self.asked_ids) + len(self.answer_ids)
 
 
 @dataclass(frozen=True)
 class Split:
-    """The examples of one split, complete by group: every group has one example for every position."""
+    """The examples of one split, complete by group: every group has one example for every position.
+
+    Attributes:
+        name: `"search"`, `"validation"` or `"test"`.
+        seed: of the examples.
+        positions: the gold positions, in the task's unit.
+        examples: see [`Example`].
+        measure: what their scores are.
+        judge: how written answers are judged; None: only an example's own `answer_ids` are right.
+        protocol: how the contexts of a group come about, for reports; empty where there is nothing to say.
+        targets: what is known of the answers' `opening_ids`, for reports; None: nothing was learnt.
+    """
 
     name: str
     seed: int
     positions: tuple[int, ...]
     examples: tuple[Example, ...]
     measure: Measure = "accuracy"
+    judge: Judge | None = None
+    protocol: str = ""
+    targets: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -114,11 +144,12 @@ class Split:
         """Returns a hash of the examples' token ids, so that a report can name the data it stands on."""
         digest = hashlib.sha256()
         for example in self.examples:
-            digest.update(repr((example.context_ids, example.query_ids, example.answer_ids)).encode())
+            digest.update(repr((example.context_ids, example.asked_ids, example.answer_ids)).encode())
         return digest.hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         """Returns name, seed, sizes, what is measured and a fingerprint, for a report."""
+        more = {"protocol": self.protocol, "targets": self.targets and dict(self.targets)}
         return {
             "name": self.name,
             "seed": self.seed,
@@ -127,7 +158,14 @@ class Split:
             "max_tokens": self.max_tokens,
             "measure": self.measure,
             "fingerprint": self.fingerprint(),
+            **{name: value for name, value in more.items() if value},
         }
+
+    def judged(self) -> dict[str, Any]:
+        """Returns how right answers are told, for a report."""
+        if self.measure == "loss":
+            return {"by": "loss"}
+        return self.judge.describe() if self.judge is not None else {"by": "teacher-forced"}
 
 
 @runtime_checkable

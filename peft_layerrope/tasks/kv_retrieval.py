@@ -16,12 +16,12 @@ from ..checks import whole_number
 from ..errors import TaskError
 from .base import MAX_LENGTH, SPLIT_NAMES, SplitName, check_length, check_seed, split_stream
 from .encoding import PromptEncoder
-from .prompts import PromptTask
+from .prompts import ASKED_EVERYWHERE, GOLD_MOVES, Prompt, PromptTask
 from .records import cut_into_splits, data_path, read_records
-from .words import MAX_KEYS, NUM_KEYS, NUM_VALUES, key_words, value_words
+from .words import MAX_KEYS, NUM_KEYS, NUM_VALUES, all_syllables, key_words, value_words
 
 DEFAULT_NUM_POSITIONS = 5
-KEY_STYLES = ("uuid", "words")
+KEY_STYLES = ("uuid", "words", "syllables")
 
 _BEFORE = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
 _AFTER = '\n\nKey: "{key}"\nCorresponding value:'
@@ -42,23 +42,28 @@ class KeyValueRecord:
         others = [pair for i, pair in enumerate(self.pairs) if i != self.gold][: num_keys - 1]
         return KeyValueRecord((self.pairs[self.gold], *others), 0)
 
-    def prompt(self, position: int) -> tuple[str, tuple[int, int]]:
-        """Returns the prompt with the gold pair at `position`, and the characters of its value."""
+    def moved(self, position: int) -> KeyValueRecord:
+        """Returns the record with its gold pair at `position`, the others in their order."""
         pairs = list(self.pairs)
-        key, value = pairs.pop(self.gold)
-        pairs.insert(position, (key, value))
-        lines = [f'"{k}": "{v}"' for k, v in pairs]
-        before = _BEFORE + "{" + ",\n ".join([*lines[:position], f'"{key}": "'])
+        pairs.insert(position, pairs.pop(self.gold))
+        return KeyValueRecord(tuple(pairs), position)
+
+    def prompt(self, group: int = 0) -> Prompt:
+        """Returns the prompt that asks for the gold pair where it stands."""
+        key, value = self.pairs[self.gold]
+        lines = [f'"{k}": "{v}"' for k, v in self.pairs]
+        before = _BEFORE + "{" + ",\n ".join([*lines[: self.gold], f'"{key}": "'])
         text = _BEFORE + "{" + ",\n ".join(lines) + "}" + _AFTER.format(key=key)
-        return text, (len(before), len(before) + len(value))
+        return Prompt(text, (value,), self.gold, group, (len(before), len(before) + len(value)), key)
 
 
 class KeyValueRetrieval(PromptTask[KeyValueRecord]):
     """The key-value retrieval of "Lost in the Middle", from a public file or generated.
 
     A record of a file is `{"ordered_kv_records": [[k, v], ...], "key": ..., "value": ...}`. Its gold pair is taken out
-    and put in again at each gold position. A file's records are shuffled by the seed and cut 0.4/0.2/0.4 into
-    search, validation and test split; generated ones are drawn from an independent stream for each split.
+    and put in again at each gold position; a generated context stays as it is, and is asked for the pair that stands
+    there. A file's records are shuffled by the seed and cut 0.4/0.2/0.4 into search, validation and test split;
+    generated ones are drawn from an independent stream for each split.
 
     Args:
         tokenizer: any transformers tokenizer.
@@ -66,11 +71,13 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
         num_keys: pairs of a context. Default: as in the file (a smaller number keeps the gold pair and the first
             others); generated: as many as fit into `length`, measured with the tokenizer.
         length: the most tokens that a prompt with its answer may have; None: no limit.
-        keys: generated keys and values: `"uuid"` (the default) or `"words"`, short ones with values of two words.
+        keys: generated keys and values: `"uuid"` (the default); `"words"`, short ones with values of two words; or
+            `"syllables"`, both of two syllables, consonant, vowel, consonant each.
         num_positions: gold positions, spread evenly from the first pair to the last; default: 5.
         positions: the gold positions themselves, instead.
         seed: base seed.
         chat_template: put prompts into the tokenizer's chat template.
+        max_new_tokens: tokens that a written answer may have; default: 100.
 
     Raises:
         TaskError: the file holds something else, settings that exclude each other, or positions that a context does
@@ -96,15 +103,18 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
         data: str | Path | None = None,
         num_keys: int | None = None,
         length: int | None = None,
-        keys: Literal["uuid", "words"] | None = None,
+        keys: Literal["uuid", "words", "syllables"] | None = None,
         num_positions: int | None = None,
         positions: Sequence[int] | None = None,
         seed: int = 0,
         chat_template: bool = False,
+        max_new_tokens: int | None = None,
     ) -> None:
         if keys is not None and (data is not None or keys not in KEY_STYLES):
-            expected = "nothing, since data has keys of its own" if data is not None else " or ".join(KEY_STYLES)
-            raise TaskError(f"keys={keys!r}, expected {expected}.")
+            known = f"one of {', '.join(KEY_STYLES)}"
+            raise TaskError(
+                f"keys={keys!r}, expected {known if data is None else 'nothing: data has keys of its own'}."
+            )
         if positions is not None and num_positions is not None:
             raise TaskError("pass either num_positions or positions, got both.")
         check_seed(seed)
@@ -131,6 +141,7 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
             seed=seed,
             length=length,
             chat_template=chat_template,
+            max_new_tokens=max_new_tokens,
             splits=splits,
         )
 
@@ -138,11 +149,16 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
         rng = split_stream(self.seed, name)
         return [_random_record(rng, self.keys, self.num_items) for _ in range(num_groups)]
 
-    def _written(self, source: KeyValueRecord, position: int) -> tuple[str, tuple[str, ...], tuple[int, int]]:
-        text, gold = source.prompt(position)
-        return text, (source.pairs[source.gold][1],), gold
+    def protocol(self, split_name: SplitName) -> str:
+        """See [`PromptTask`]: a file keeps the public protocol."""
+        return ASKED_EVERYWHERE if self.data is None else GOLD_MOVES
 
-    def _resized(self, num_items: int, length: int) -> KeyValueRetrieval:
+    def _written(self, source: KeyValueRecord, position: int, group: int) -> Prompt:
+        record = source.moved(position) if self.data is not None else replace(source, gold=position)
+        return record.prompt(group)
+
+    def resized(self, num_items: int, length: int | None = None) -> KeyValueRetrieval:
+        """See [`PromptTask`]."""
         settings = {"keys": self.keys} if self.data is None else {"data": self.data}
         return KeyValueRetrieval(
             self.tokenizer,
@@ -151,6 +167,7 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
             num_positions=len(self.positions) if len(self.positions) >= 3 else None,
             seed=self.seed,
             chat_template=self.chat_template,
+            max_new_tokens=self.judge.max_new_tokens,
             **settings,
         )
 
@@ -214,6 +231,13 @@ def _random_record(rng: np.random.Generator, keys: str, num_keys: int) -> KeyVal
     if keys == "uuid":
         texts = [str(UUID(bytes=rng.bytes(16), version=4)) for _ in range(2 * num_keys)]
         return KeyValueRecord(tuple(zip(texts[::2], texts[1::2], strict=True)), gold)
+    if keys == "syllables":
+        syllables = all_syllables()
+        if 2 * num_keys > len(syllables) ** 2:
+            raise TaskError(f"num_keys={num_keys}, but there are {len(syllables) ** 2} words: use keys='uuid'.")
+        drawn = rng.choice(len(syllables) ** 2, 2 * num_keys, replace=False).tolist()
+        texts = [syllables[i // len(syllables)] + syllables[i % len(syllables)] for i in drawn]
+        return KeyValueRecord(tuple(zip(texts[::2], texts[1::2], strict=True)), gold)
     if num_keys > MAX_KEYS:
         raise TaskError(f"num_keys={num_keys}, but there are {MAX_KEYS} distinct words: use keys='uuid'.")
     names, words = key_words(NUM_KEYS if num_keys <= NUM_KEYS else MAX_KEYS), value_words()
@@ -234,10 +258,10 @@ def _fitting(encoder: PromptEncoder, keys: str, length: int, seed: int) -> int:
     rng = np.random.default_rng(np.random.SeedSequence([seed, len(SPLIT_NAMES)]))  # a stream that no split draws from
 
     def tokens(record: KeyValueRecord) -> int:
-        encoded = encoder.encode(record.prompt(record.gold)[0], record.pairs[record.gold][1], None)
+        encoded = encoder.encode(record.prompt().text, record.pairs[record.gold][1], None)
         return len(encoded.prompt_ids) + len(encoded.answer_ids)
 
-    most = MAX_KEYS if keys == "words" else length
+    most = {"words": MAX_KEYS, "syllables": len(all_syllables()) ** 2 // 2}.get(keys, length)
     few = _random_record(rng, keys, 2)
     more = [replace(few, pairs=(*few.pairs, *_random_record(rng, keys, 2).pairs)) for _ in range(16 * _SAMPLES)]
     added = [(tokens(record) - tokens(few)) / 2 for record in more]

@@ -42,7 +42,6 @@ class KeyValueWords:
     """
 
     name = "kv_words"
-    metric = "contains_value"
 
     def __init__(
         self,
@@ -139,7 +138,8 @@ class KeyValueWords:
                 span = (len(context), len(context) + len(answer))
             context += self._value_ids(pair) + self._separator
         query = self._question + self._keys[pairs[gold][0]]
-        return Example(tuple(context), tuple(query), tuple(answer), index, group, (_value_text(pairs[gold]),), span)
+        answers, key = (_value_text(pairs[gold]),), key_words()[pairs[gold][0]]
+        return Example(tuple(context), tuple(query), tuple(answer), index, group, answers, span, question=key)
 
     def _value_ids(self, pair: _Pair) -> list[int]:
         return self._values[pair[1]] + self._values[pair[2]]

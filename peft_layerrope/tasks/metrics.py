@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import regex  # its word boundary, unlike re's, does not tear a combining accent off its letter
+from transformers import PreTrainedTokenizerBase
 
+from ..checks import whole_number
 from ..errors import TaskError
 from ..messages import named
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = regex.compile(r"\b(a|an|the)\b")
+_QUOTED = regex.compile(r'"([^"]*)"')
 
-Metric = Callable[[str, Sequence[str]], bool]
+
+@dataclass(frozen=True)
+class Metric:
+    """A public metric, and what is needed to stop writing in time and to look closer.
+
+    Attributes:
+        is_right: of what was written and the accepted answers. Once true it stays true, whatever is written next.
+        is_over: whether nothing that is written next can make a wrong text right.
+        is_strictly_right: of what was written, the accepted answers and what was asked: whether the answer comes before
+            any other; None where the metric needs no stricter look.
+    """
+
+    is_right: Callable[[str, Sequence[str]], bool]
+    is_over: Callable[[str], bool]
+    is_strictly_right: Callable[[str, Sequence[str], str], bool] | None = None
 
 
 def normalised(text: str) -> str:
@@ -50,8 +69,35 @@ def contains_value(prediction: str, answers: Sequence[str]) -> bool:
         TaskError: one of them is no text.
     """
     _check_texts(prediction, answers)
+    return _first_value(prediction, answers) is not None
+
+
+def first_value(prediction: str, answers: Sequence[str], key: str) -> bool:
+    """Whether an accepted value is written before any other: [`contains_value`] is also satisfied by a model that
+    recites the whole object.
+
+    Another value is any text in double quotes, other than the key that was asked for.
+
+    Args:
+        prediction: what the model wrote.
+        answers: the accepted values.
+        key: the key that was asked for.
+
+    Raises:
+        TaskError: one of them is no text.
+    """
+    _check_texts(prediction, answers)
+    start = _first_value(prediction, answers)
+    if start is None:
+        return False
+    return all(quoted.lower() == key.lower() for quoted in _QUOTED.findall(prediction.lower()[:start]))
+
+
+def _first_value(prediction: str, answers: Sequence[str]) -> int | None:
+    """Where the first accepted value begins in the lower-case text."""
     written = prediction.lower()
-    return any(answer.lower() in written for answer in answers if answer)
+    found = [written.find(answer.lower()) for answer in answers if answer]
+    return min((start for start in found if start >= 0), default=None)
 
 
 def _check_texts(prediction: str, answers: Sequence[str]) -> None:
@@ -62,4 +108,55 @@ def _check_texts(prediction: str, answers: Sequence[str]) -> None:
         raise TaskError(f"answers={named(answers)} must be a list of texts.")
 
 
-METRICS: dict[str, Metric] = {"best_subspan_em": best_subspan_em, "contains_value": contains_value}
+METRICS: dict[str, Metric] = {
+    "best_subspan_em": Metric(best_subspan_em, lambda text: "\n" in text),
+    "contains_value": Metric(contains_value, lambda text: False, first_value),
+}
+"""By name. Of best_subspan_em only the first line counts."""
+
+MAX_NEW_TOKENS = 100
+"""Tokens that an answer may have, as in the public protocol of "Lost in the Middle"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """How the written answers of a split are judged.
+
+    Args:
+        metric: a name in `METRICS`.
+        tokenizer: decodes what was written.
+        max_new_tokens: tokens that an answer may have.
+
+    Raises:
+        TaskError: an unknown metric, or no such number.
+    """
+
+    metric: str
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int = MAX_NEW_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise TaskError(f"metric={self.metric!r} is unknown, expected one of {', '.join(METRICS)}.")
+        whole_number("max_new_tokens", self.max_new_tokens, 1, 2**20)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Returns what was written, as text."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def is_right(self, text: str, answers: Sequence[str]) -> bool:
+        """Whether a text is right; see [`Metric`]."""
+        return METRICS[self.metric].is_right(text, answers)
+
+    def is_settled(self, text: str, answers: Sequence[str]) -> bool:
+        """Whether what is written after a text can no longer change the metric."""
+        return METRICS[self.metric].is_over(text) or self.is_right(text, answers)
+
+    def is_strictly_right(self, text: str, answers: Sequence[str], question: str) -> bool | None:
+        """Whether the answer comes before any other; None where the metric has no such look."""
+        strict = METRICS[self.metric].is_strictly_right
+        return strict(text, answers, question) if strict is not None else None
+
+    def describe(self) -> dict[str, Any]:
+        """Returns plain values for a report."""
+        return {"by": "generate()", "metric": self.metric, "max_new_tokens": self.max_new_tokens}

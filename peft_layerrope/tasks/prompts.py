@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, ClassVar, Generic, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import whole_number, whole_numbers
 from ..errors import TaskError
 from .base import Example, Split, SplitName, check_length, check_request, check_seed, spread_positions
-from .encoding import PromptEncoder
+from .encoding import EncodedPrompt, PromptEncoder
+from .metrics import MAX_NEW_TOKENS, Judge
 
 _SHORTENED_GROUPS = 8  # contexts by which it is found how many items fit
 
@@ -30,6 +32,7 @@ class Prompt:
         position: index of the gold item, in the task's own unit (a pair, a document).
         group: number of the context within its split.
         gold: the characters of `text` that the answer can be read from, first and one after the last; None if unknown.
+        question: what is asked: a key, a question.
     """
 
     text: str
@@ -37,13 +40,21 @@ class Prompt:
     position: int
     group: int
     gold: tuple[int, int] | None = None
+    question: str = ""
+
+
+GOLD_MOVES = "the gold item moves, all else stays"
+"""The public protocol: one question to a context, which is written again for every gold position."""
+ASKED_EVERYWHERE = "one context, asked at every position"
+"""Every position has a question of its own, and the context is the same for all of them."""
 
 
 class PromptTask(ABC, Generic[Source]):
     """Base of the tasks with written prompts.
 
-    Each context is asked with its gold item at every position, and the answer's first token is predicted after the
-    prompt's last one: an example's `context_ids` are all of the prompt but its last token.
+    Where one context is asked at every position (see [`protocol`]), its examples share their `context_ids`: what their
+    prompts have in common at the beginning. Where the gold item moves, `context_ids` are all of the prompt but its
+    last token.
 
     Args:
         tokenizer: any transformers tokenizer.
@@ -53,6 +64,7 @@ class PromptTask(ABC, Generic[Source]):
         seed: base seed.
         length: the most tokens that a prompt with its answer may have; None: no limit.
         chat_template: see [`PromptEncoder`].
+        max_new_tokens: tokens that a written answer may have; None: 100.
         splits: the contexts of each split, where they come from a file.
 
     Raises:
@@ -77,6 +89,7 @@ class PromptTask(ABC, Generic[Source]):
         seed: int,
         length: int | None,
         chat_template: bool,
+        max_new_tokens: int | None = None,
         splits: Mapping[SplitName, Sequence[Source]] | None = None,
     ) -> None:
         check_seed(seed)
@@ -87,6 +100,7 @@ class PromptTask(ABC, Generic[Source]):
         self.seed = seed
         self.length = length
         self.chat_template = chat_template
+        self.judge = Judge(self.metric, tokenizer, MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens)
         self._encoder = PromptEncoder(tokenizer, chat_template)
         if positions is None:
             positions = spread_positions(num_items, whole_number("num_positions", num_positions))
@@ -111,12 +125,20 @@ class PromptTask(ABC, Generic[Source]):
         return members[:num_groups]
 
     @abstractmethod
-    def _written(self, source: Source, position: int) -> tuple[str, tuple[str, ...], tuple[int, int]]:
-        """The prompt with the gold item at `position`, the accepted answers, and the characters of the gold."""
+    def protocol(self, split_name: SplitName) -> str:
+        """How the contexts of a split are asked: [`GOLD_MOVES`] or [`ASKED_EVERYWHERE`]."""
 
     @abstractmethod
-    def _resized(self, num_items: int, length: int) -> PromptTask[Source]:
-        """The same task with fewer items and another limit."""
+    def _written(self, source: Source, position: int, group: int) -> Prompt:
+        """The prompt of a context with the gold item at `position`."""
+
+    @abstractmethod
+    def resized(self, num_items: int, length: int | None = None) -> PromptTask[Source]:
+        """Returns the same task with another number of items and another limit of a prompt's tokens (None: none).
+
+        Raises:
+            TaskError: its data do not have so many, or fewer than there are gold positions.
+        """
 
     def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
         """Returns the prompts of a split as text, in the order of [`split`]'s examples.
@@ -134,20 +156,17 @@ class PromptTask(ABC, Generic[Source]):
         check_positions(wanted, self.num_items, self.item)
         found = []
         for group, source in enumerate(self._sources(split_name, num_groups)):
-            for position in wanted:
-                text, answers, gold = self._written(source, position)
-                found.append(Prompt(text, answers, position, group, gold))
+            found += [self._written(source, position, group) for position in wanted]
         return found
 
     def split(self, name: SplitName, num_groups: int) -> Split:
-        """Returns `num_groups` contexts of the named split, each asked with the gold item at every position.
+        """Returns `num_groups` contexts of the named split, each asked at every position.
 
         Raises:
             TaskError: the split is unknown or has fewer contexts, or a prompt with its answer is longer than the
                 limit; nothing is ever cut off.
         """
-        examples = tuple(map(self._example, self.prompts(name, num_groups)))
-        split = Split(name, self.seed, self.positions, examples)
+        split = self._encoded(name, self.positions, self.prompts(name, num_groups), self.protocol(name))
         if self.length is not None and split.max_tokens > self.length:
             raise TaskError(
                 f"{self.name}, split {name!r}: its longest prompt has {split.max_tokens} tokens with its answer, more "
@@ -156,10 +175,32 @@ class PromptTask(ABC, Generic[Source]):
             )
         return split
 
-    def _example(self, prompt: Prompt) -> Example:
-        ids, answer_ids, gold_span = self._encoder.encode(prompt.text, prompt.answers[0], prompt.gold)
-        position = self.positions.index(prompt.position)
-        return Example(ids[:-1], ids[-1:], answer_ids, position, prompt.group, prompt.answers, gold_span)
+    def _encoded(self, name: SplitName, positions: tuple[int, ...], prompts: Sequence[Prompt], protocol: str) -> Split:
+        groups: dict[int, list[tuple[Prompt, EncodedPrompt]]] = {}
+        for prompt in prompts:
+            encoded = self._encoder.encode(prompt.text, prompt.answers[0], prompt.gold)
+            groups.setdefault(prompt.group, []).append((prompt, encoded))
+        examples = []
+        for members in groups.values():
+            all_ids = [encoded.prompt_ids for _, encoded in members]
+            shared = _shared(all_ids) if protocol == ASKED_EVERYWHERE else max(map(len, all_ids))
+            for prompt, (ids, answer_ids, gold_span) in members:
+                cut = min(shared, len(ids) - 1)  # the question has a token at least
+                place, known = positions.index(prompt.position), (prompt.answers, gold_span, (), prompt.question)
+                examples.append(Example(ids[:cut], ids[cut:], answer_ids, place, prompt.group, *known))
+        return Split(name, self.seed, positions, tuple(examples), judge=self.judge, protocol=protocol)
+
+    def without_distractors(self, split_name: SplitName, start: int, stop: int, gold: bool) -> Split | None:
+        """Returns questions of a split by themselves, to see what the model can answer at all; None where that is no
+        question, since the answer stands nowhere but in the context.
+
+        Args:
+            split_name: which split.
+            start: number of the first question.
+            stop: the one after the last; fewer are returned where the split has fewer.
+            gold: whether each comes with its gold item, or with nothing (closed-book).
+        """
+        return None
 
     def as_sent(self, prompt: Prompt) -> str:
         """Returns the text that is tokenised: the prompt, in the chat template if there is to be one."""
@@ -176,7 +217,7 @@ class PromptTask(ABC, Generic[Source]):
         num_items = min(self.num_items, self.num_items * length // tokens)
         groups = _SHORTENED_GROUPS if self._splits is None else min(_SHORTENED_GROUPS, len(self._splits["search"]))
         while num_items >= len(self.positions):
-            task = self._resized(num_items, length)
+            task = self.resized(num_items, length)
             try:
                 task.split("search", groups)
             except TaskError:
@@ -194,7 +235,13 @@ class PromptTask(ABC, Generic[Source]):
             "positions": list(self.positions),
             "seed": self.seed,
             "chat_template": self.chat_template,
+            "max_new_tokens": self.judge.max_new_tokens,
         }
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens at the beginning all prompts have in common."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
 
 
 def check_positions(positions: Sequence[int], num_items: int, item: str) -> None:

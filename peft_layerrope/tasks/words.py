@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 
@@ -23,8 +24,14 @@ def key_words(count: int = NUM_KEYS) -> tuple[str, ...]:
 @cache
 def value_words() -> tuple[str, ...]:
     """Returns the 256 values: consonant-vowel-consonant ("bab", "bad", ...)."""
-    return _evenly([a + v + b for a, v, b in product(_CONSONANTS, _VOWELS, _CONSONANTS)], NUM_VALUES)
+    return _evenly(all_syllables(), NUM_VALUES)
 
 
-def _evenly(words: list[str], count: int) -> tuple[str, ...]:
+@cache
+def all_syllables() -> tuple[str, ...]:
+    """Returns all 980 syllables of three letters: consonant-vowel-consonant."""
+    return tuple(a + v + b for a, v, b in product(_CONSONANTS, _VOWELS, _CONSONANTS))
+
+
+def _evenly(words: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(words[i * len(words) // count] for i in range(count))

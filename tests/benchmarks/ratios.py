@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, LayerRopeConfig, demo_model_path
-from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.scoring.scoring import score
 
 SMALL, LARGE = (256, 8), (512, 16)  # hidden size and layers
 PROMPT, LONG_PROMPT = 2048, 32768

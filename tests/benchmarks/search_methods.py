@@ -41,8 +41,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, SearchSettings, Split, demo_model_path, search
-from peft_layerrope.evaluation.scoring import score
-from peft_layerrope.evaluation.statistics import Interval, mean_interval
+from peft_layerrope.scoring.scoring import score
+from peft_layerrope.scoring.statistics import Interval, mean_interval
 from peft_layerrope.files.atomic import write_atomically
 from peft_layerrope.searcher import Factors
 from peft_layerrope.searcher.controls import best_of, uniform_vectors

@@ -11,7 +11,7 @@ from test_contenders import trained_lora
 
 from peft_layerrope import KeyValueWords, LayerRopeConfig
 from peft_layerrope.cli import evaluate as command
-from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.scoring.scoring import score
 from peft_layerrope.tuner.artifacts import save_adapter
 
 TINY = ("--length", "300", "--positions", "3", "--groups", "3")

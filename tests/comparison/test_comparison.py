@@ -12,15 +12,15 @@ from conftest import build_model
 from peft import get_peft_model
 from scipy import stats
 from test_contenders import state_of, trained_lora
-from test_evaluation import random_split, with_greedy_answers
+from test_scorer import random_split, with_greedy_answers
 from test_losses import windows
 
 from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError, PositionScores, TaskError
 from peft_layerrope.comparison.compare import MAX_PARTS, Comparison, compare
 from peft_layerrope.comparison.contenders import Contender, parse_baseline
-from peft_layerrope.evaluation.generation import generated_scores
-from peft_layerrope.evaluation.losses import bucket_losses
-from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.scoring.generation import generated_scores
+from peft_layerrope.scoring.losses import bucket_losses
+from peft_layerrope.scoring.scoring import score
 
 FACTORS = [1.0, 1.5, 2.0, 1.2]
 GROUPS = 23  # no multiple of the number of parts

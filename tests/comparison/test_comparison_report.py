@@ -18,7 +18,7 @@ from peft_layerrope.comparison.report import (
     plot_comparison,
     summary_table,
 )
-from peft_layerrope.evaluation.scores import utilisation
+from peft_layerrope.scoring.scores import utilisation
 
 TASK = {
     "name": "multi_doc_qa",

@@ -6,7 +6,7 @@ import numpy as np
 
 from peft_layerrope import LayerRopeConfig, PositionScores
 from peft_layerrope.adapted import adapted
-from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.scoring.scoring import score
 from peft_layerrope.tasks import KeyValueWords
 
 LENGTH, GROUPS = 320, 3  # beyond the demo model's window of 256, so that factors matter

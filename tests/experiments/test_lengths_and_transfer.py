@@ -9,7 +9,7 @@ from experiment_helpers import FACTORS, GROUPS, by_hand, short_task
 from peft_layerrope import LayerRopeConfig
 from peft_layerrope.comparison.contenders import NO_SCALING, Contender
 from peft_layerrope.errors import TaskError
-from peft_layerrope.evaluation.losses import bucket_losses
+from peft_layerrope.scoring.losses import bucket_losses
 from peft_layerrope.experiments import Line, matched_baselines, run_extrapolation, run_transfer
 from peft_layerrope.experiments.extrapolation import NTK, PI
 from peft_layerrope.experiments.lengths import default_lengths, task_of_length, window_and_task

@@ -7,7 +7,7 @@ import pytest
 from experiment_helpers import scores_of
 
 from peft_layerrope import PositionScores
-from peft_layerrope.evaluation.statistics import Interval
+from peft_layerrope.scoring.statistics import Interval
 from peft_layerrope.experiments.units import (
     ACCURACY,
     LOSS,

@@ -9,7 +9,7 @@ from experiment_helpers import FACTORS, GROUPS, Audience, by_hand, scores_of, sh
 
 from peft_layerrope import Example, LayerRopeConfig, TokenTask
 from peft_layerrope.errors import AdapterMismatchError, SearchError, TaskError
-from peft_layerrope.evaluation.statistics import Interval, mean_interval
+from peft_layerrope.scoring.statistics import Interval, mean_interval
 from peft_layerrope.experiments import Measuring, run_halves, run_sensitivity, run_sweep, run_u_shape
 from peft_layerrope.experiments.halves import half_vectors
 from peft_layerrope.experiments.sweep import sweep_findings

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, Split, TaskError
-from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.scoring.scoring import score
 from peft_layerrope.families import build_tiny
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.grid import Factors

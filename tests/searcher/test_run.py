@@ -28,7 +28,7 @@ from peft_layerrope import (
     search,
 )
 from peft_layerrope.errors import NotEnoughMemoryError
-from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.scoring.scoring import score
 from peft_layerrope.families import build_tiny
 from peft_layerrope.searcher import FactorGrid, Guards
 from peft_layerrope.searcher.gradient import GradientSteps

@@ -16,9 +16,9 @@ from rich.console import Console
 from scipy import stats
 
 from peft_layerrope import Example, InvalidConfigError, KeyValueWords, LayerRopeConfig, SearchError, TaskError
-from peft_layerrope.evaluation.scores import utilisation
-from peft_layerrope.evaluation.scoring import score
-from peft_layerrope.evaluation.statistics import Interval
+from peft_layerrope.scoring.scores import utilisation
+from peft_layerrope.scoring.scoring import score
+from peft_layerrope.scoring.statistics import Interval
 from peft_layerrope.experiments.sensitivity_report import plot_sensitivity, sensitivity_table
 from peft_layerrope.families import build_tiny
 from peft_layerrope.searcher.sensitivity import (
@@ -165,7 +165,7 @@ def test_the_model_is_left_as_it_was(ids, fails, monkeypatch):
     before, structure, config = logits(model, ids), repr(model), model.config.to_dict()
     modes = [module.training for module in model.modules()]
     if fails:
-        monkeypatch.setattr("peft_layerrope.evaluation.scoring.ScoreSheet.scores", lambda self: 1 / 0)
+        monkeypatch.setattr("peft_layerrope.scoring.scoring.ScoreSheet.scores", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             measure(model)
     else:

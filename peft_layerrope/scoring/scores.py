@@ -52,22 +52,69 @@ def check_weights(weights: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True)
+class WrittenAnswers:
+    """More about answers that were written; arrays of shape `(groups, positions)`.
+
+    Attributes:
+        forced: bool: whether every token of the expected answer was the most probable one, in one teacher-forced pass.
+        strict: bool: whether the answer came before any other; None where the metric has no such look.
+        num_tokens: int64: tokens that were written.
+        cut_off: bool: whether writing stopped at the limit, neither ended nor settled.
+    """
+
+    forced: np.ndarray
+    strict: np.ndarray | None
+    num_tokens: np.ndarray
+    cut_off: np.ndarray
+
+    def to_plain(self) -> list[Any]:
+        """Returns everything as JSON values, without loss; see [`from_plain`]."""
+        strict = self.strict.astype(int).tolist() if self.strict is not None else None
+        return [self.forced.astype(int).tolist(), strict, self.num_tokens.tolist(), self.cut_off.astype(int).tolist()]
+
+    @classmethod
+    def from_plain(cls, plain: Sequence[Any]) -> WrittenAnswers:
+        """The inverse of [`to_plain`].
+
+        Raises:
+            ValueError: they are not such values.
+        """
+        forced, strict, num_tokens, cut_off = plain
+        return cls(
+            np.array(forced, dtype=bool),
+            np.array(strict, dtype=bool) if strict is not None else None,
+            np.array(num_tokens, dtype=np.int64),
+            np.array(cut_off, dtype=bool),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[WrittenAnswers]) -> WrittenAnswers:
+        """Returns several parts' groups, one after the other."""
+        columns = zip(*((p.forced, p.strict, p.num_tokens, p.cut_off) for p in parts), strict=True)
+        return cls(*(np.concatenate(column) if column[0] is not None else None for column in columns))
+
+
+@dataclass(frozen=True)
 class PositionScores:
     """Scores of one model on one split.
 
     Attributes:
         positions: the split's gold positions, P of them.
-        correct: bool array of shape `(groups, P)`: would greedy decoding begin with the answer?
-        log_prob: float64 array of shape `(groups, P)`: mean log-probability of the answer's tokens, in nats. A
-            token counts no worse than chance (minus the log of the vocabulary size), or a few hopeless tokens
-            would outweigh everything else that a search could improve. Where `measure` is `"loss"`, as it is.
+        correct: bool array of shape `(groups, P)`: is the answer right: what was written by the task's metric, or else
+            every token of the expected answer the most probable one?
+        log_prob: float64 array of shape `(groups, P)`: log-probability of the answer, the sum over its tokens, in nats.
+            A token counts no worse than chance (minus the log of the vocabulary size), or a few hopeless tokens
+            would outweigh everything else that a search could improve. Where `measure` is `"loss"`, the mean over the
+            tokens, each as it is.
         measure: what counts: `"accuracy"`, or `"loss"` for perplexity, where nothing is right or wrong.
+        written: more about the answers, where they were written.
     """
 
     positions: tuple[int, ...]
     correct: np.ndarray
     log_prob: np.ndarray
     measure: Measure = "accuracy"
+    written: WrittenAnswers | None = None
 
     @property
     def values(self) -> np.ndarray:
@@ -155,7 +202,7 @@ class PositionScores:
                 "average_loss_interval": [-_short(average.high), -_short(average.low)],
                 "perplexity": _short(math.exp(-average.value)),
             }
-        return {
+        plain = {
             "positions": list(self.positions),
             "accuracy_by_position": [_short(v) for v in self.accuracy_by_position],
             "accuracy_intervals": [[_short(i.low), _short(i.high)] for i in self.intervals()],
@@ -164,10 +211,21 @@ class PositionScores:
             "utilisation": _short(self.utilisation()),
             "log_prob_by_position": [_short(v) for v in self.log_prob_by_position],
         }
+        if self.written is not None:
+            columns = {"teacher_forced": self.written.forced, "strict_accuracy": self.written.strict}
+            plain |= {
+                f"{name}_by_position": [_short(v) for v in values.mean(axis=0)]
+                for name, values in columns.items()
+                if values is not None
+            }
+            plain["answers_cut_off"] = _short(self.written.cut_off.mean())
+            plain["mean_answer_tokens"] = _short(self.written.num_tokens.mean())
+        return plain
 
     def to_plain(self) -> list[Any]:
         """Returns everything as JSON values, without loss; see [`from_plain`]."""
-        return [list(self.positions), self.correct.astype(int).tolist(), self.log_prob.tolist(), self.measure]
+        plain = [list(self.positions), self.correct.astype(int).tolist(), self.log_prob.tolist(), self.measure]
+        return plain if self.written is None else [*plain, self.written.to_plain()]
 
     @classmethod
     def from_plain(cls, plain: Sequence[Any]) -> PositionScores:
@@ -176,12 +234,22 @@ class PositionScores:
         Raises:
             ValueError: they are not such values.
         """
-        positions, correct, log_prob, measure = plain
-        scores = cls(tuple(positions), np.array(correct, dtype=bool), np.array(log_prob, dtype=np.float64), measure)
+        positions, correct, log_prob, measure, *more = plain
+        written = WrittenAnswers.from_plain(*more) if more else None
+        arrays = np.array(correct, dtype=bool), np.array(log_prob, dtype=np.float64)
+        scores = cls(tuple(positions), *arrays, measure, written)
         shape = (len(correct), len(positions))
         if measure not in MEASURES or scores.correct.shape != shape or scores.log_prob.shape != shape:
             raise ValueError(f"not the scores of {shape[0]} groups at {shape[1]} positions.")
         return scores
+
+    @classmethod
+    def joined(cls, parts: Sequence[PositionScores]) -> PositionScores:
+        """Returns several parts' groups, one after the other."""
+        correct, log_prob = (np.concatenate([getattr(p, name) for p in parts]) for name in ("correct", "log_prob"))
+        first = parts[0]
+        written = WrittenAnswers.joined([p.written for p in parts]) if first.written is not None else None
+        return cls(first.positions, correct, log_prob, first.measure, written)
 
 
 def _short(value: float) -> float:

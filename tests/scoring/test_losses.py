@@ -9,7 +9,7 @@ from conftest import VOCAB, build_model
 from peft import get_peft_model
 
 from peft_layerrope import Example, LayerRopeConfig, Split, TaskError
-from peft_layerrope.evaluation.losses import bucket_losses
+from peft_layerrope.scoring.losses import bucket_losses
 from peft_layerrope.tasks import KeyValueWords
 
 IGNORED = -100

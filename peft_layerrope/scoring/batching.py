@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +17,10 @@ from ..errors import TaskError, UnsupportedModelError
 from ..tasks import Example, Split
 from ..tuner.rotary import BakedLayerRope, LayerRopeLayer, inv_freq_names, is_length_dependent
 from ..tuner.sites import embedding_table, model_type
+from .memory import is_out_of_memory
 
 _PACKABLE_ATTENTION = ("eager", "sdpa")  # implementations that take a dense 4-D mask
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,7 @@ class Batch:
 
     Attributes:
         inputs: `input_ids` and `position_ids`, `(B, S)` int64, and an `attention_mask`: `(B, S)` int64, or additive
-            `(B, 1, S, S)` where a row packs several queries.
+            `(B, 1, S, S)` where a row packs several queries, by layer type where layers differ.
         columns: sorted columns whose logits are needed, for `logits_to_keep`.
         rows: shape `(N,)`: the row of each answer token.
         kept: shape `(N,)`: its place in `columns`.
@@ -35,7 +38,7 @@ class Batch:
         examples: indices into the split's examples.
     """
 
-    inputs: dict[str, torch.Tensor]
+    inputs: dict[str, Any]
     columns: torch.Tensor
     rows: torch.Tensor
     kept: torch.Tensor
@@ -67,9 +70,9 @@ def make_batches(model: nn.Module, split: Split, batch_tokens: int, packed: bool
         packed = can_pack(model)
     same_length = rotation_depends_on_length(model)
     rows = _packed_rows(split, same_length) if packed else [[i] for i in range(len(split.examples))]
-    embeddings = embedding_table(model)
+    embeddings, windows = embedding_table(model), _windows(model) or {}
     return [
-        _batch(split.examples, group, embeddings.dtype, embeddings.device)
+        _batch(split.examples, group, embeddings.dtype, embeddings.device, windows)
         for group in _batched_rows(rows, split.examples, batch_tokens, same_length)
     ]
 
@@ -83,7 +86,7 @@ def check_vocabulary(model: nn.Module, split: Split) -> None:
     """
     if not hasattr(model, "get_input_embeddings"):
         raise UnsupportedModelError(f"{model_type(model)}: not a transformers model.")
-    ids = [f(e.context_ids + e.query_ids + e.answer_ids) for e in split.examples for f in (min, max)]
+    ids = [f(e.context_ids + e.asked_ids + e.answer_ids) for e in split.examples for f in (min, max)]
     vocabulary = embedding_table(model).shape[0]
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocabulary:
@@ -101,12 +104,48 @@ def rotation_depends_on_length(model: nn.Module) -> bool:
     return False
 
 
+def attends_fully(model: nn.Module) -> bool:
+    """Whether every token attends to all before it in every layer: no sliding window, no chunks, no recurrence."""
+    return _windows(model) == {"": None}
+
+
 def can_pack(model: nn.Module) -> bool:
-    """Whether several queries may share one row: needs a dense mask that all layers read alike."""
+    """Whether several queries may share one row: needs dense masks, one for each kind of layer."""
+    windows = _windows(model)
+    if windows is None or model.config.get_text_config(decoder=True)._attn_implementation not in _PACKABLE_ATTENTION:
+        return False
+    return set(windows) == {""} or _takes_masks_by_layer_type(model, windows)
+
+
+def _windows(model: nn.Module) -> dict[str, int | None] | None:
+    """How far the layers of each type attend, in tokens (None: to the beginning); under `""` where all are of one type
+    and share one mask. None where a type is of another kind.
+    """
     config = model.config.get_text_config(decoder=True)
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    sliding = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return layer_types == {"full_attention"} and not sliding and config._attn_implementation in _PACKABLE_ATTENTION
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if not layer_types <= {_FULL, _SLIDING} or (_SLIDING in layer_types and window is None):
+        return None
+    if _SLIDING in layer_types:
+        return {name: window if name == _SLIDING else None for name in sorted(layer_types)}
+    return {"": window if not layer_types else None}
+
+
+@torch.no_grad()
+def _takes_masks_by_layer_type(model: nn.Module, windows: dict[str, int | None]) -> bool:
+    """Whether a model takes a dict of masks, by a trial of a few tokens."""
+    embeddings = embedding_table(model)
+    ids = torch.arange(1, 6, device=embeddings.device)[None]
+    places = torch.arange(ids.shape[1], device=embeddings.device)[None]
+    try:
+        masks = _masks(torch.zeros_like(ids), places, embeddings.dtype, windows)
+        found = model(input_ids=ids, position_ids=places, attention_mask=masks, use_cache=False).logits
+    except Exception as error:  # whatever a family raises that wants one tensor
+        if is_out_of_memory(error):
+            raise
+        return False
+    expected = model(input_ids=ids, position_ids=places, use_cache=False).logits
+    return torch.allclose(found.float(), expected.float(), atol=float(0.1 * expected.float().std()))
 
 
 def _packed_rows(split: Split, same_length: bool) -> list[list[int]]:
@@ -141,7 +180,13 @@ def _batched_rows(
         yield batch
 
 
-def _batch(examples: Sequence[Example], rows: list[list[int]], dtype: torch.dtype, device: torch.device) -> Batch:
+def _batch(
+    examples: Sequence[Example],
+    rows: list[list[int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    windows: dict[str, int | None],
+) -> Batch:
     """Builds one forward pass: each row is a context followed by the queries that share it.
 
     A query's tokens see the context and themselves, and their positions continue the context's, so each query
@@ -160,7 +205,7 @@ def _batch(examples: Sequence[Example], rows: list[list[int]], dtype: torch.dtyp
         segment[r, :start] = 0
         for q, index in enumerate(row):
             example = examples[index]
-            tokens = example.query_ids + example.answer_ids[:-1]
+            tokens = example.asked_ids + example.answer_ids[:-1]
             end = start + len(tokens)
             input_ids[r, start:end] = torch.tensor(tokens)
             position_ids[r, start:end] = len(context) + torch.arange(len(tokens))
@@ -169,25 +214,44 @@ def _batch(examples: Sequence[Example], rows: list[list[int]], dtype: torch.dtyp
             first = end - len(example.answer_ids)
             answers += [(r, first + i, token, owner) for i, token in enumerate(example.answer_ids)]
             start = end
-    inputs = {"input_ids": input_ids, "position_ids": position_ids}
+    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
     if all(len(row) == 1 for row in rows):
         inputs["attention_mask"] = (segment >= 0).long()
     else:
-        inputs["attention_mask"] = _segment_mask(segment, dtype)
+        inputs["attention_mask"] = _masks(segment, position_ids, dtype, windows)
     answer_rows, columns, gold, owners = (torch.tensor(part) for part in zip(*answers, strict=True))
     wanted, kept = columns.unique(return_inverse=True)  # sorted
     return Batch(
-        {name: tensor.to(device) for name, tensor in inputs.items()},
+        {name: _on(device, value) for name, value in inputs.items()},
         *(tensor.to(device) for tensor in (wanted, answer_rows, kept, gold, owners)),
         examples=tuple(index for row in rows for index in row),
     )
 
 
-def _segment_mask(segment: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Additive mask `(B, 1, S, S)`: causal, and a query is seen only by itself."""
+def _masks(
+    segment: torch.Tensor, places: torch.Tensor, dtype: torch.dtype, windows: dict[str, int | None]
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Additive masks `(B, 1, S, S)`, by layer type where there are several: causal, and a query is seen only by itself.
+
+    Args:
+        segment: shape `(B, S)`: -1 for padding, 0 for the context, 1 and more for queries.
+        places: shape `(B, S)`: positions, by which a window counts.
+        dtype: of the masks.
+        windows: see [`_windows`].
+    """
     width = segment.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
+    causal = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
     own = segment[:, :, None] == segment[:, None, :]
     context = segment[:, None, :] == 0
     visible = causal & (own | context)
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+    distance = places[:, :, None] - places[:, None, :]
+    masks = {}
+    for name, window in windows.items():
+        seen = visible if window is None else visible & (distance < window)
+        masks[name] = torch.zeros(seen.shape, dtype=dtype, device=segment.device)
+        masks[name] = masks[name].masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    return masks.get("", masks)
+
+
+def _on(device: torch.device, value: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
+    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)

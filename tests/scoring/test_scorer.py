@@ -13,10 +13,10 @@ from peft import get_peft_model
 from scipy import stats
 
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
-from peft_layerrope.evaluation.batching import can_pack, check_vocabulary
-from peft_layerrope.evaluation.scores import utilisation
-from peft_layerrope.evaluation.scoring import score, with_halving
-from peft_layerrope.evaluation.statistics import mean_interval, wilson_interval
+from peft_layerrope.scoring.batching import can_pack, check_vocabulary
+from peft_layerrope.scoring.scores import utilisation
+from peft_layerrope.scoring.scoring import score, with_halving
+from peft_layerrope.scoring.statistics import mean_interval, wilson_interval
 from peft_layerrope.families.shrink import build_tiny
 
 

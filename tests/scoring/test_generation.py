@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import build_model
 from peft import get_peft_model
-from test_evaluation import random_split, with_greedy_answers
+from test_scorer import random_split, with_greedy_answers
 
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, Split, TaskError
-from peft_layerrope.evaluation.generation import generated_scores
-from peft_layerrope.evaluation.scoring import score
+from peft_layerrope.scoring.generation import generated_scores
+from peft_layerrope.scoring.scoring import score
 
 SIZES = pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])  # one example at a time, a few, all together
 

@@ -1,0 +1,1 @@
+"""Scores examples: the likelihood of the answer in one forward pass, or what the model writes; by position."""

@@ -1,0 +1,146 @@
+"""Runs a context once and goes on from it with several questions: for any attention, through the model's KV cache.
+
+The rows of one batch are contexts, padded on the left: a question's tokens then follow its context's last one without a
+gap, which a sliding window would count.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..tasks import Example, Split
+from ..tuner.sites import embedding_table
+from .batching import rotation_depends_on_length
+from .memory import is_out_of_memory
+
+_TRIAL = (tuple(range(1, 9)), tuple(range(9, 12)))
+"""Token ids of the trial's context and of its question."""
+_TRIAL_TOLERANCE = 0.1
+"""Of the logits' standard deviation: far above the rounding of bfloat16, far below what another context gives."""
+
+
+@dataclass(frozen=True, eq=False)
+class ContextBatch:
+    """Contexts that were run.
+
+    Attributes:
+        cache: the model's KV cache, a row for each context, under the name by which the model takes it.
+        ids: shape `(contexts, width)`, padded on the left.
+        mask: shape `(contexts, width)`: 1 where there is a token, 0 where there is padding.
+    """
+
+    cache: dict[str, Any]
+    ids: torch.Tensor
+    mask: torch.Tensor
+
+    def rows(self, contexts: Sequence[int]) -> ContextBatch:
+        """Returns a copy with a row for each of `contexts`, which may repeat; it may be written into."""
+        index = torch.tensor(contexts, device=self.ids.device)
+        cache = copy.deepcopy(self.cache)
+        for state in cache.values():
+            state.batch_select_indices(index)
+        return ContextBatch(cache, self.ids[index], self.mask[index])
+
+
+def shares_contexts(split: Split) -> bool:
+    """Whether several examples ask about one context."""
+    contexts = [example.context_ids for example in split.examples if example.context_ids]
+    return len(set(contexts)) < len(contexts)
+
+
+def context_batches(
+    examples: Sequence[Example], new_tokens: int, batch_tokens: int
+) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
+    """Yields batches of contexts, in order of length, each with the indices of the examples that ask about it.
+
+    Args:
+        examples: the examples.
+        new_tokens: what may be written after the longest question, in tokens.
+        batch_tokens: tokens of all questions' rows together, their contexts and what is written included; a context
+            whose questions have more has a batch to itself.
+    """
+    owners: dict[tuple[int, ...], list[int]] = {}
+    for index, example in enumerate(examples):
+        owners.setdefault(example.context_ids, []).append(index)
+    longest = max(len(e.asked_ids) + len(e.answer_ids) for e in examples) + new_tokens
+    batch: list[tuple[tuple[int, ...], list[int]]] = []
+    rows = 0
+    for context, members in sorted(owners.items(), key=lambda item: len(item[0])):
+        if batch and (rows + len(members)) * (len(context) + longest) > batch_tokens:
+            yield batch
+            batch, rows = [], 0
+        batch.append((context, members))
+        rows += len(members)
+    yield batch
+
+
+def run_contexts(model: nn.Module, contexts: Sequence[Sequence[int]]) -> ContextBatch:
+    """Runs contexts, each of at least one token, and keeps their keys and values."""
+    device = embedding_table(model).device
+    ids, mask = (tensor.to(device) for tensor in padded_left(contexts))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    name = "cache" if "cache" in output.keys() else "past_key_values"  # noqa: SIM118  # older versions' name
+    return ContextBatch({name: output[name]}, ids, mask)
+
+
+def padded_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns rows of token ids as one tensor, padded on the left, and its mask: both `(rows, width)`, int64."""
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, width - len(row) :] = torch.tensor(row)
+        mask[number, width - len(row) :] = 1
+    return ids, mask
+
+
+def question_logits(model: nn.Module, contexts: ContextBatch, questions: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Returns the logits of questions, one for each row of `contexts`, whose cache they are written into.
+
+    Returns:
+        Shape `(questions, longest, vocabulary)`; a shorter question's logits stand at the beginning.
+    """
+    device = contexts.ids.device
+    longest = max(map(len, questions))
+    ids = torch.zeros(len(questions), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, question in enumerate(questions):
+        ids[row, : len(question)] = torch.tensor(question)
+        mask[row, : len(question)] = 1
+    lengths = contexts.mask.sum(-1, keepdim=True)
+    return model(
+        input_ids=ids.to(device),
+        attention_mask=torch.cat([contexts.mask, mask.to(device)], dim=-1),
+        position_ids=lengths + torch.arange(longest, device=device),
+        use_cache=True,
+        **contexts.cache,
+    ).logits
+
+
+@torch.inference_mode()
+def can_cache_contexts(model: nn.Module) -> bool:
+    """Whether a question asked of a context in the cache gets what the whole prompt gives, by a trial of a few tokens.
+
+    Never where the rotation depends on the length: the cached keys would be rotated for another one.
+    """
+    if rotation_depends_on_length(model):
+        return False
+    context, question = _TRIAL
+    ids = torch.tensor([context + question], device=embedding_table(model).device)
+    whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, len(context) :]
+    try:
+        cached = run_contexts(model, [context, context[1:]]).rows([0, 1])
+        found = question_logits(model, cached, [question, question[:1]])[0]
+    except Exception as error:  # whatever a family raises whose state cannot be copied or gone on from
+        if is_out_of_memory(error):
+            raise
+        return False
+    gap = (found.float() - whole.float()).abs().max()
+    return bool(gap <= _TRIAL_TOLERANCE * whole.float().std())

@@ -1,0 +1,213 @@
+"""What a model really writes: greedy `generate()`, stopped as soon as the metric can no longer change.
+
+With Dynamic-NTK it can differ from the teacher-forced pass: a KV cache keeps keys that were rotated at an earlier
+length, a forward pass over everything does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from ..errors import TaskError
+from ..tasks import Example, Split
+from ..tasks.metrics import METRICS, Judge
+from ..tuner.sites import embedding_table
+from .context_cache import ContextBatch, padded_left
+from .judging import cells
+from .scores import PositionScores, WrittenAnswers
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer that was written.
+
+    Attributes:
+        ids: its token ids, up to the end of the text or to where the metric was settled.
+        text: the same as text; empty where there is no judge.
+        cut_off: whether it was stopped by the limit, neither ended nor settled.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    cut_off: bool
+
+
+class AnswerWriter:
+    """Has a model write answers.
+
+    Args:
+        model: a transformers model or `PeftModel`.
+        split: the examples that are going to be written for. Without a judge, right is what begins with an example's
+            own `answer_ids`.
+
+    Attributes:
+        max_new_tokens: tokens to write at most: as the judge says, or those of the longest answer.
+
+    Raises:
+        TaskError: what is written could not be judged, or the model cannot write.
+    """
+
+    def __init__(self, model: nn.Module, split: Split) -> None:
+        check_judged(split)
+        self._model = _generating(model)
+        self._judge = split.judge
+        longest = max(len(example.answer_ids) for example in split.examples)
+        self.max_new_tokens = split.judge.max_new_tokens if split.judge is not None else longest
+        # the answer's own tokens may hold an end of text; text ends there
+        self._ends = _end_tokens(self._model, split.judge) if split.judge is not None else set()
+
+    def after_prompts(self, examples: Sequence[Example]) -> list[Written]:
+        """Writes after whole prompts, padded on the left to one length."""
+        return self._write(examples, *padded_left([example.prompt_ids for example in examples]))
+
+    def after_contexts(self, contexts: ContextBatch, examples: Sequence[Example]) -> list[Written]:
+        """Writes after questions, one for each row of `contexts`; a shorter question is padded on the left."""
+        ids, mask = padded_left([example.query_ids for example in examples])
+        ids = torch.cat([contexts.ids, ids.to(contexts.ids)], dim=-1)
+        mask = torch.cat([contexts.mask, mask.to(contexts.mask)], dim=-1)
+        return self._write(examples, ids, mask, **contexts.cache)
+
+    @torch.inference_mode()
+    def _write(self, examples: Sequence[Example], ids: torch.Tensor, mask: torch.Tensor, **cache: Any) -> list[Written]:
+        device = embedding_table(self._model).device
+        until = _Settled(self._judge, examples, ids.shape[1], self._ends)
+        settings = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=sorted(self._ends) or None,
+            pad_token_id=min(self._ends, default=0),
+        )
+        with _settings(self._model, settings):
+            output = self._model.generate(
+                ids.to(device),
+                attention_mask=mask.to(device),
+                stopping_criteria=StoppingCriteriaList([until]),
+                **cache,
+            )
+        return until.written(output)
+
+
+class _Settled(StoppingCriteria):
+    """Ends each row where its text ends or its metric can no longer change."""
+
+    def __init__(self, judge: Judge | None, examples: Sequence[Example], start: int, ends: set[int]) -> None:
+        self._judge, self._examples, self._start, self._ends = judge, examples, start, ends
+        self._done: dict[int, Written] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        for row, ids in enumerate(input_ids[:, self._start :].tolist()):
+            if row not in self._done and self._is_settled(row, ids):
+                self._done[row] = self._as_written(ids, cut_off=False)
+        return torch.tensor([row in self._done for row in range(len(self._examples))], device=input_ids.device)
+
+    def written(self, output: torch.Tensor) -> list[Written]:
+        """What each row wrote, given what `generate()` returned."""
+        rows = output[:, self._start :].tolist()
+        return [self._done.get(row) or self._as_written(ids, cut_off=True) for row, ids in enumerate(rows)]
+
+    def _is_settled(self, row: int, ids: list[int]) -> bool:
+        if ids[-1] in self._ends:
+            return True
+        example = self._examples[row]
+        if self._judge is None:
+            return len(ids) >= len(example.answer_ids) or tuple(ids) != example.answer_ids[: len(ids)]
+        return self._judge.is_settled(self._judge.text(ids), example.answers)
+
+    def _as_written(self, ids: list[int], cut_off: bool) -> Written:
+        end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
+        return Written(tuple(ids[:end]), self._judge.text(ids[:end]) if self._judge is not None else "", cut_off)
+
+
+def judge_written(split: Split, written: Sequence[Written], forced: PositionScores) -> PositionScores:
+    """Judges what was written.
+
+    Args:
+        split: the examples.
+        written: what was written for each, in their order.
+        forced: the same examples' teacher-forced scores.
+    """
+    shape, judge = forced.correct.shape, split.judge
+    correct, cut_off = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    num_tokens = np.zeros(shape, dtype=np.int64)
+    strict = np.zeros(shape, dtype=bool) if judge is not None and METRICS[judge.metric].is_strictly_right else None
+    for cell, example, answer in zip(cells(split), split.examples, written, strict=True):
+        if judge is None:
+            correct[cell] = answer.ids[: len(example.answer_ids)] == example.answer_ids
+        else:
+            correct[cell] = judge.is_right(answer.text, example.answers)
+        if strict is not None:
+            strict[cell] = judge.is_strictly_right(answer.text, example.answers, example.question)
+        cut_off[cell], num_tokens[cell] = answer.cut_off, len(answer.ids)
+    answers = WrittenAnswers(forced.correct, strict, num_tokens, cut_off)
+    return PositionScores(forced.positions, correct, forced.log_prob, forced.measure, answers)
+
+
+def check_judged(split: Split) -> None:
+    """Raises TaskError if what is written for `split` could not be judged."""
+    if split.measure == "loss":
+        raise TaskError("running text has no answers to generate: its loss is measured without.")
+    if split.judge is not None and not all(example.answers for example in split.examples):
+        raise TaskError(
+            f"metric={split.judge.metric!r} needs accepted answers, and split {split.name!r} has examples without."
+        )
+
+
+def _generating(model: nn.Module) -> PreTrainedModel:
+    """The transformers model, whose layers hold the adapter."""
+    if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
+        model = model.get_base_model()
+    if not hasattr(model, "generate"):
+        raise TaskError(f"{type(model).__name__} has no generate(), which its answers are judged by.")
+    return model
+
+
+def _end_tokens(model: PreTrainedModel, judge: Judge) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    listed = ends if isinstance(ends, (list, tuple)) else [ends]
+    return {token for token in (*listed, judge.tokenizer.eos_token_id) if token is not None}
+
+
+def prompt_batches(
+    examples: Sequence[Example], new_tokens: int, batch_tokens: int, same_length: bool
+) -> Iterator[list[int]]:
+    """Yields batches of examples, as indices, in order of length: at most `batch_tokens` padded tokens with those that
+    are written (one example at least).
+
+    Args:
+        examples: the examples.
+        new_tokens: tokens to be written.
+        batch_tokens: see above.
+        same_length: whether prompts of different lengths must not stand beside each other.
+    """
+    lengths = [len(example.prompt_ids) for example in examples]
+    batch: list[int] = []
+    for index in sorted(range(len(examples)), key=lengths.__getitem__):
+        too_long = (len(batch) + 1) * (lengths[index] + new_tokens) > batch_tokens
+        if batch and (too_long or (same_length and lengths[index] != lengths[batch[0]])):
+            yield batch
+            batch = []
+        batch.append(index)
+    yield batch
+
+
+@contextmanager
+def _settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Sets all of a model's generation settings: passed to `generate()`, they would be mixed with its own, such as a
+    repetition penalty.
+    """
+    own = model.generation_config
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,262 @@
+"""A look at the unscaled model before anything long begins: does it answer at all, by which tokens, and is there a
+middle to mend?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import TaskError
+from ..messages import shown
+from ..tasks import PromptTask, Split, Task
+from ..tasks.multi_doc_qa import MultiDocumentQA
+from ..tasks.targets import Target, Targets, common_opening, target_of
+from ..tuner.sites import trained_window
+from .generation import Written, judge_written
+from .scorer import Scorer
+from .scores import PositionScores
+
+PREFLIGHT_GROUPS = 8
+"""Contexts of the search split that the unscaled model is asked."""
+FLOOR, CEILING = 0.05, 0.98
+"""A model that is at or below the one at every position, or at or above the other, has nothing to be told apart by."""
+AUTO_LOW, AUTO_HIGH = 0.4, 0.9
+"""Between these the mean over positions is to lie where the difficulty is chosen."""
+
+_SHOWN_SAMPLES = 3
+_TRIED_AT_ONCE = 16  # questions
+_MOST_TRIED = 4  # questions for each that is needed: a model that answers fewer is not worth the search
+
+
+class PreflightError(TaskError):
+    """The unscaled model cannot be searched on this task: it answers nothing, or everything."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found.
+
+    Attributes:
+        scores: of the answers that the unscaled model wrote, on a few contexts of the search split.
+        targets: how it writes answers; None where that could not be learnt.
+        samples: a few of its answers: what was asked, what is accepted, what was written.
+        gold_alone: share of right answers with the gold item alone, and of how many; None where that is no question.
+        closed_book: the same with nothing but the question.
+        answerable: lines of the questions that it answers with the gold item alone; None where that is no question.
+        window_share: longest prompt, divided by the trained window; None if that is not known.
+        item: what the task's context consists of, and the setting that says of how many.
+    """
+
+    scores: PositionScores
+    targets: Targets | None
+    samples: tuple[dict[str, Any], ...]
+    gold_alone: tuple[float, int] | None
+    closed_book: tuple[float, int] | None
+    answerable: tuple[int, ...] | None
+    window_share: float | None
+    item: tuple[str, str, int]
+
+    def check(self) -> None:
+        """Raises PreflightError unless the model answers often enough, but not always; the message shows samples."""
+        item, setting, count = self.item
+        by_position = self.scores.accuracy_by_position
+        values = " / ".join(f"{100 * value:.0f}" for value in by_position)
+        fewer = f"Use fewer {item}s ({setting} is {count})"
+        if (by_position <= FLOOR).all() or self.targets is None:
+            shows = "; ".join(f"{shown(s['written'])} where {shown(s['answers'][0])} is right" for s in self.samples)
+            reason = (
+                "too few right answers to learn how they are written"
+                if self.targets is None
+                else "nothing is left to tell vectors apart by"
+            )
+            raise PreflightError(
+                f"the unscaled model answers {values} % of the prompts by position: {reason}. It wrote {shows}. "
+                f"{fewer}, another form of prompt (chat_template), or another model."
+            )
+        if (by_position >= CEILING).all():
+            raise PreflightError(
+                f"the unscaled model answers {values} % of the prompts by position: there is no lost middle to mend. "
+                f"Use more {item}s ({setting} is {count})."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Returns plain values for a report; no texts."""
+        tried = {"gold_alone": self.gold_alone, "closed_book": self.closed_book}
+        return {
+            **self.scores.to_dict(),
+            "groups": len(self.scores.correct),
+            "targets": self.targets.describe() if self.targets is not None else None,
+            "window_share": round(self.window_share, 4) if self.window_share is not None else None,
+            **{name: {"accuracy": value[0], "questions": value[1]} for name, value in tried.items() if value},
+        }
+
+
+def is_answered_in_writing(task: Task) -> bool:
+    """Whether a task has written answers, which are judged by a public metric."""
+    return isinstance(task, PromptTask)
+
+
+def preflight(
+    scorer: Scorer,
+    task: PromptTask,
+    *,
+    num_groups: int = PREFLIGHT_GROUPS,
+    wanted: Mapping[str, int] | None = None,
+    tell: Callable[[str], Any] | None = None,
+) -> Preflight:
+    """Has the unscaled model answer a few contexts of the search split, and learns its targets.
+
+    Args:
+        scorer: of the unscaled model.
+        task: a task with written answers.
+        num_groups: contexts to ask.
+        wanted: contexts by split for which targets are going to be needed. Where each question has an opening of its
+            own, the unscaled model is asked them with the gold item alone: of the search split until so many questions
+            are answered, of the others all.
+        tell: told what is done.
+
+    Raises:
+        TaskError: the task has not so many contexts, or prompts do not fit.
+    """
+    say = tell or (lambda text: None)
+    say("the unscaled model's answers")
+    split = task.split("search", num_groups)
+    written = scorer.write(split)
+    blank = np.zeros((split.num_groups, len(split.positions)))
+    scores = judge_written(split, written, PositionScores(split.positions, blank.astype(bool), blank))
+    found = [target_of(w.ids, e.answers, task.judge) for w, e in zip(written, split.examples, strict=True)]
+    targets, gold_alone, closed_book, answerable = None, None, None, None
+    if task.without_distractors("search", 0, 1, gold=True) is None:
+        targets = common_opening(split.examples, found, task.tokenizer)
+    else:
+        say("the gold item alone")
+        targets, gold_alone, answerable = _own_targets(scorer, task, dict(wanted or {"search": num_groups}))
+        say("closed-book")
+        closed_book = _accuracy(scorer, task.without_distractors("search", 0, gold_alone[1], gold=False))
+    window = trained_window(scorer.model)
+    samples = _samples(split, written, scores)
+    share = split.max_tokens / window if window else None
+    item = (task.item, task.size_setting, task.num_items)
+    return Preflight(scores, targets, samples, gold_alone, closed_book, answerable, share, item)
+
+
+def _own_targets(
+    scorer: Scorer, task: PromptTask, wanted: dict[str, int]
+) -> tuple[Targets | None, tuple[float, int], tuple[int, ...]]:
+    """The targets of single questions, each answered with its gold item alone."""
+    own: dict[str, Target] = {}
+    answerable: list[int] = []
+    tried, needed = 0, wanted.pop("search")
+    needed = -(-needed // len(task.positions)) * len(task.positions)  # whole rounds of questions
+    while len(answerable) < needed:
+        split = task.without_distractors("search", tried, tried + min(_TRIED_AT_ONCE, needed), gold=True)
+        if split is None or tried >= _MOST_TRIED * needed:
+            break
+        tried += len(split.examples)
+        for example, target in _answered(scorer, split):
+            own[example.question] = target
+            answerable.append(example.group)
+    for name, count in wanted.items():
+        split = task.without_distractors(name, 0, count, gold=True)
+        own |= {example.question: target for example, target in _answered(scorer, split)}
+    accuracy = len(answerable) / tried if tried else 0.0
+    targets = Targets(None, own, tried, len(answerable)) if answerable else None
+    return targets, (accuracy, tried), tuple(answerable)
+
+
+def _answered(scorer: Scorer, split: Split) -> list[tuple[Any, Target]]:
+    targets = (
+        target_of(w.ids, e.answers, split.judge) for w, e in zip(scorer.write(split), split.examples, strict=True)
+    )
+    return [(example, target) for example, target in zip(split.examples, targets, strict=True) if target is not None]
+
+
+def _accuracy(scorer: Scorer, split: Split | None) -> tuple[float, int] | None:
+    if split is None:
+        return None
+    written = scorer.write(split)
+    hits = [split.judge.is_right(w.text, e.answers) for w, e in zip(written, split.examples, strict=True)]
+    return sum(hits) / len(hits), len(hits)
+
+
+def _samples(split: Split, written: Sequence[Written], scores: PositionScores) -> tuple[dict[str, Any], ...]:
+    """Wrong answers first, since they show what is the matter."""
+    order = sorted(range(len(written)), key=lambda i: scores.correct.flatten()[i])[:_SHOWN_SAMPLES]
+    examples = split.examples
+    return tuple(
+        {"question": examples[i].question, "answers": list(examples[i].answers), "written": written[i].text}
+        for i in order
+    )
+
+
+def find_difficulty(
+    scorer: Scorer,
+    task: PromptTask,
+    *,
+    num_groups: int = PREFLIGHT_GROUPS,
+    most: int | None = None,
+    tell: Callable[[int, float], Any] | None = None,
+) -> tuple[PromptTask, list[tuple[int, float]]]:
+    """Finds, by bisection, how many items make the unscaled model's accuracy, averaged over the positions, lie between
+    `AUTO_LOW` and `AUTO_HIGH`.
+
+    Args:
+        scorer: of the unscaled model.
+        task: a task with written answers; `num_items` is the most that may be taken.
+        num_groups: contexts to ask each time.
+        most: items at most; default: those of `task`.
+        tell: told each number of items that was tried, and the accuracy.
+
+    Returns:
+        The task with the number found, and every number that was tried with its accuracy.
+
+    Raises:
+        PreflightError: no number reaches `AUTO_LOW`, or even the most items leave it above `AUTO_HIGH`; the message
+            shows the curve.
+    """
+    curve: list[tuple[int, float]] = []
+
+    def accuracy(num_items: int) -> float:
+        sized = task.resized(num_items, task.length)
+        split = sized.split("search", num_groups)
+        value = _accuracy(scorer, split)[0]
+        curve.append((num_items, value))
+        if tell is not None:
+            tell(num_items, value)
+        return value
+
+    low, high = max(len(task.positions), 2), most or task.num_items
+    size = min(high, 4 * low)
+    while low <= high:
+        value = accuracy(size)
+        if AUTO_LOW <= value <= AUTO_HIGH:
+            return task.resized(size, task.length), curve
+        if value > AUTO_HIGH:
+            low = size + 1
+            # nothing harder is known to be too hard yet: double rather than halve the distance
+            size = min(high, 2 * size) if all(v > AUTO_HIGH for _, v in curve) else (low + high) // 2
+        else:
+            high = size - 1
+            size = (low + high) // 2
+    texts = ", ".join(f"{100 * value:.0f} % of {count}" for count, value in sorted(curve))
+    way = "answers too little" if all(value < AUTO_LOW for _, value in curve) else "has no such number in its curve"
+    raise PreflightError(
+        f"no number of {task.item}s gives the unscaled model between {AUTO_LOW:.0%} and {AUTO_HIGH:.0%} right answers: "
+        f"it {way} ({texts} {task.item}s)."
+    )
+
+
+def prepared(task: PromptTask, found: Preflight) -> PromptTask:
+    """Returns the task whose search split has only questions that the model can answer; others stay as they are."""
+    if found.answerable is None or not isinstance(task, MultiDocumentQA):
+        return task
+    return task.with_answerable(found.answerable)
+
+
+def with_targets(split: Split, found: Preflight, task: PromptTask) -> Split:
+    """Returns a split with the targets that were learnt, if they were."""
+    return replace(split) if found.targets is None else found.targets.applied(split, task.tokenizer)

@@ -1,0 +1,308 @@
+"""Scores splits on one model: by the likelihood of the answers, by what the model writes, or by the loss on text.
+
+Likelihood is what a search climbs: one forward pass, differentiable. What is written, judged by the task's public
+metric, is what figures are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..checks import check_callable, whole_number
+from ..errors import TaskError
+from ..tasks import Example, Split, SplitName, Task
+from ..tasks.base import check_task
+from .batching import attends_fully, check_vocabulary, make_batches, rotation_depends_on_length
+from .context_cache import can_cache_contexts, context_batches, question_logits, run_contexts, shares_contexts
+from .generation import AnswerWriter, Written, judge_written, prompt_batches
+from .judging import ScoreSheet, answer_logits, judge_tokens
+from .memory import with_halving
+from .scores import PositionScores
+
+DEFAULT_BATCH_TOKENS = 8192
+"""Tokens per forward pass unless told otherwise."""
+
+DEFAULT_BUCKETS = 8
+
+Progress = Callable[[Iterable], Iterable]
+"""Wraps the list of batches, e.g. `tqdm`."""
+
+
+class Scorer:
+    """Scores splits on a model, and remembers what it learns of it: how many tokens fit into memory, and whether a
+    context may be run once for all of its questions.
+
+    Args:
+        model: a transformers model or `PeftModel`; put into eval mode. It may be replaced by the same model with
+            another adapter on it.
+        batch_tokens: tokens per forward pass; halved for good whenever memory runs out.
+        cache_contexts: whether questions to one context share one run of it, through the KV cache; default: where the
+            model allows it, which a trial decides.
+
+    Attributes:
+        num_tokens: tokens that forward passes have run so far, padding included.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, batch_tokens: int = DEFAULT_BATCH_TOKENS, cache_contexts: bool | None = None
+    ) -> None:
+        self.model = model
+        self.batch_tokens = whole_number("batch_tokens", batch_tokens, 1)
+        self.num_tokens = 0
+        self._cache_contexts = cache_contexts
+
+    def score(self, split: Split, *, progress: Progress | None = None, packed: bool | None = None) -> PositionScores:
+        """Scores every example of `split` by the likelihood of its answer.
+
+        Args:
+            split: the examples.
+            progress: see [`Progress`].
+            packed: run the queries of one context in one row with it (see `batching`) or every prompt by itself,
+                instead of through the KV cache; all three ways give the same scores up to rounding.
+
+        Raises:
+            TaskError: a token id is outside the model's vocabulary.
+            NotEnoughMemoryError: memory does not suffice for a single row.
+        """
+        check_vocabulary(self.model, split)
+        through_cache = packed is None and self._caches(split)
+        return self._halving(
+            lambda: self._score_cached(split, progress) if through_cache else self._score_rows(split, progress, packed)
+        )
+
+    def bucket_losses(
+        self, split: Split, num_buckets: int = DEFAULT_BUCKETS, *, progress: Progress | None = None
+    ) -> PositionScores:
+        """Measures the loss of every scored token of every window, averaged over buckets of token positions.
+
+        Args:
+            split: windows of one length, one example for each. Scored are the tokens that all windows have in their
+                `answer_ids`.
+            num_buckets: parts of the scored tokens, equal up to one token.
+            progress: see [`Progress`].
+
+        Returns:
+            Scores of measure `"loss"`: `log_prob[g, b]` is the mean log-probability of window g's tokens in bucket b,
+            and `positions` are the buckets' first tokens, counted from the start of the window.
+
+        Raises:
+            TaskError: not such a split, or more buckets than scored tokens.
+        """
+        split = aligned_windows(split)
+        check_buckets(split, num_buckets)
+        scored = len(split.examples[0].answer_ids)
+        start = split.max_tokens - scored
+        bounds = [bucket * scored // num_buckets for bucket in range(num_buckets + 1)]
+        tokens = self._halving(lambda: self._token_log_probs(split, scored, progress))
+        log_probs = np.add.reduceat(tokens, bounds[:-1], axis=1) / np.diff(bounds)
+        positions = tuple(start + bound for bound in bounds[:-1])
+        return PositionScores(positions, np.zeros(log_probs.shape, dtype=bool), log_probs, "loss")
+
+    def write(self, split: Split, *, progress: Progress | None = None) -> list[Written]:
+        """Has the model write an answer to every example, greedily, until nothing can change the judge's mind.
+
+        Returns:
+            What was written, in the order of the split's examples.
+
+        Raises:
+            TaskError: running text, examples without the answers that the judge needs, or a model that cannot write.
+        """
+        check_vocabulary(self.model, split)
+        writer = AnswerWriter(self.model, split)
+        through_cache = self._caches(split)
+        return self._halving(
+            lambda: (
+                self._write_cached(writer, split, progress)
+                if through_cache
+                else self._write_rows(writer, split, progress)
+            )
+        )
+
+    def generate(self, split: Split, *, progress: Progress | None = None) -> PositionScores:
+        """Judges what the model writes; see [`write`].
+
+        Returns:
+            Scores whose `correct` is judged on what was written, whose `log_prob` is the teacher-forced one, and whose
+            `written` says more about both.
+        """
+        return judge_written(split, self.write(split, progress=progress), self.score(split))
+
+    def measure(
+        self, split: Split, *, num_buckets: int = DEFAULT_BUCKETS, progress: Progress | None = None
+    ) -> PositionScores:
+        """Returns what figures are made of: of running text the loss; of a split with a judge the written answers; of
+        any other whether every token of the answer is the most probable one.
+        """
+        if split.measure == "loss":
+            return self.bucket_losses(split, num_buckets, progress=progress)
+        return (self.score if split.judge is None else self.generate)(split, progress=progress)
+
+    def _halving(self, attempt: Callable[[], object]) -> object:
+        """Returns what `attempt()` does; whenever memory runs out, it is called again with half the tokens."""
+
+        def sized(batch_tokens: int) -> object:
+            self.batch_tokens = batch_tokens
+            self.model.eval()
+            return attempt()
+
+        return with_halving(sized, self.batch_tokens)[0]
+
+    def _caches(self, split: Split) -> bool:
+        if not shares_contexts(split):
+            return False
+        if self._cache_contexts is None:
+            self._cache_contexts = can_cache_contexts(self.model.eval())
+        return self._cache_contexts
+
+    def _count(self, tokens: int) -> None:
+        self.num_tokens += tokens
+
+    @torch.inference_mode()
+    def _score_rows(self, split: Split, progress: Progress | None, packed: bool | None) -> PositionScores:
+        sheet = ScoreSheet(split)
+        batches = make_batches(self.model, split, self.batch_tokens, packed)
+        for batch in progress(batches) if progress is not None else batches:
+            sheet.add(batch.examples, answer_logits(self.model, batch), batch.gold, batch.owner)
+            self._count(batch.num_tokens)
+        return sheet.scores()
+
+    @torch.inference_mode()
+    def _score_cached(self, split: Split, progress: Progress | None) -> PositionScores:
+        sheet = ScoreSheet(split)
+        batches = list(context_batches(split.examples, 0, self.batch_tokens))
+        for batch in progress(batches) if progress is not None else batches:
+            contexts = run_contexts(self.model, [context for context, _ in batch])
+            self._count(contexts.ids.numel())
+            rows = [(row, index) for row, (_, members) in enumerate(batch) for index in members]
+            for part in self._chunks(rows, contexts.ids.shape[1]):
+                examples = [split.examples[index] for _, index in part]
+                asked = [example.asked_ids + example.answer_ids[:-1] for example in examples]
+                logits = question_logits(self.model, contexts.rows([row for row, _ in part]), asked)
+                self._count(logits.shape[0] * logits.shape[1])
+                answers = [
+                    (row, len(example.asked_ids) - 1 + place, token)
+                    for row, example in enumerate(examples)
+                    for place, token in enumerate(example.answer_ids)
+                ]
+                owner, columns, gold = torch.tensor(answers, device=logits.device).T
+                sheet.add([index for _, index in part], logits[owner, columns], gold, owner)
+        return sheet.scores()
+
+    def _write_rows(self, writer: AnswerWriter, split: Split, progress: Progress | None) -> list[Written]:
+        found: dict[int, Written] = {}
+        same_length = rotation_depends_on_length(self.model)
+        batches = list(prompt_batches(split.examples, writer.max_new_tokens, self.batch_tokens, same_length))
+        for batch in progress(batches) if progress is not None else batches:
+            examples = [split.examples[index] for index in batch]
+            found |= zip(batch, writer.after_prompts(examples), strict=True)
+            self._count(len(batch) * max(len(example.prompt_ids) for example in examples))
+            self._count(sum(len(found[index].ids) for index in batch))
+        return [found[index] for index in range(len(split.examples))]
+
+    @torch.inference_mode()
+    def _write_cached(self, writer: AnswerWriter, split: Split, progress: Progress | None) -> list[Written]:
+        found: dict[int, Written] = {}
+        batches = list(context_batches(split.examples, writer.max_new_tokens, self.batch_tokens))
+        by_length = not attends_fully(self.model)  # a window counts the padding before a shorter question
+        for batch in progress(batches) if progress is not None else batches:
+            contexts = run_contexts(self.model, [context for context, _ in batch])
+            self._count(contexts.ids.numel())
+            groups: dict[int, list[tuple[int, int]]] = {}
+            for row, (_, members) in enumerate(batch):
+                for index in members:
+                    length = len(split.examples[index].query_ids)
+                    groups.setdefault(length if by_length else 0, []).append((row, index))
+            for rows in groups.values():
+                length = max(len(split.examples[index].query_ids) for _, index in rows)
+                for part in self._chunks(rows, contexts.ids.shape[1] + length + writer.max_new_tokens):
+                    copied, members = contexts.rows([row for row, _ in part]), [index for _, index in part]
+                    answers = writer.after_contexts(copied, [split.examples[index] for index in members])
+                    found |= zip(members, answers, strict=True)
+                    self._count(length * len(part) + sum(len(answer.ids) for answer in answers))
+        return [found[index] for index in range(len(split.examples))]
+
+    def _chunks(self, rows: list[tuple[int, int]], length: int) -> Iterator[list[tuple[int, int]]]:
+        """Cuts rows of so many tokens into pieces that fit."""
+        at_once = max(1, self.batch_tokens // length)
+        for start in range(0, len(rows), at_once):
+            yield rows[start : start + at_once]
+
+    @torch.inference_mode()
+    def _token_log_probs(self, split: Split, scored: int, progress: Progress | None) -> np.ndarray:
+        """Shape `(windows, scored)`, float64, in the order of the split's examples."""
+        found = np.empty((len(split.examples), scored))
+        batches = make_batches(self.model, split, self.batch_tokens, packed=False)
+        for batch in progress(batches) if progress is not None else batches:
+            log_probs, _ = judge_tokens(answer_logits(self.model, batch), batch.gold)
+            found[list(batch.examples)] = log_probs.view(len(batch.examples), scored).double().cpu().numpy()
+            self._count(batch.num_tokens)
+        return found
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    *,
+    split: SplitName = "test",
+    num_groups: int = 100,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> PositionScores:
+    """Evaluates a causal language model, with or without an adapter, at every gold position of a task.
+
+    Of a task with a public metric the answers that the model writes are judged; otherwise an answer is right where
+    every token of it is the most probable one.
+
+    Args:
+        model: a transformers model or `PeftModel`; put into eval mode.
+        task: see [`Task`].
+        split: which split; report figures from `"test"`.
+        num_groups: independent contexts; each is asked at every position.
+        batch_tokens: tokens per forward pass.
+        progress: see [`Progress`].
+
+    Returns:
+        The scores.
+
+    Raises:
+        TaskError: no task, the split cannot be made, or a token id is outside the model's vocabulary.
+    """
+    check_task(task)
+    check_callable("progress", progress)
+    examples, scorer = task.split(split, num_groups), Scorer(model, batch_tokens=batch_tokens)
+    if examples.measure == "loss":
+        return scorer.score(examples, progress=progress)
+    return scorer.measure(examples, progress=progress)
+
+
+def aligned_windows(split: Split) -> Split:
+    """Returns the same windows with the tokens scored that all of them score: of windows that overlap, the first one
+    scores more than the others.
+
+    Raises:
+        TaskError: not windows of text, or of different lengths.
+    """
+    if split.measure != "loss" or len(split.positions) != 1:
+        raise TaskError(f"split {split.name!r} holds questions and answers, not windows of text.")
+    lengths = sorted({example.num_tokens for example in split.examples})
+    if len(lengths) > 1:
+        raise TaskError(f"split {split.name!r} has windows of different lengths: {lengths[0]} to {lengths[-1]} tokens.")
+    start = max(example.num_tokens - len(example.answer_ids) for example in split.examples)
+    return replace(split, examples=tuple(_scored_from(start, example) for example in split.examples))
+
+
+def _scored_from(start: int, example: Example) -> Example:
+    ids = example.context_ids + example.query_ids + example.answer_ids
+    return replace(example, context_ids=ids[: start - 1], query_ids=ids[start - 1 : start], answer_ids=ids[start:])
+
+
+def check_buckets(split: Split, num_buckets: int) -> None:
+    """Raises TaskError if aligned windows score fewer tokens than there are buckets."""
+    scored = len(split.examples[0].answer_ids)
+    if not 1 <= whole_number("num_buckets", num_buckets) <= scored:
+        raise TaskError(f"num_buckets={num_buckets} must be from 1 to the {scored} scored tokens of a window.")
