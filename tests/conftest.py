@@ -1,8 +1,10 @@
-"""Tiny models of the supported families, built from configurations: no download."""
+"""Tiny models of the supported families, built from configurations, and real ones that have been fetched."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["COLUMNS"] = "300"  # rich asks once, at import: the width of whatever terminal the tests run in
@@ -13,6 +15,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from real_models import MODELS, MissingModelError, real_model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -88,3 +91,41 @@ def demo_tokenizer():
 @pytest.fixture
 def demo_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(peft_layerrope.demo_model_path()).eval()
+
+
+def real_model(name: str) -> Path:
+    """The folder of a model that `tests/real_models.py` fetches.
+
+    Where it is missing, skips the test, or fails it if LAYERROPE_REQUIRE_MODELS=1.
+    """
+    try:
+        return real_model_path(name)
+    except MissingModelError as error:
+        if os.environ.get("LAYERROPE_REQUIRE_MODELS") == "1":
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    return real_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture
+def smollm2_model(smollm2) -> PreTrainedModel:
+    """In float32; each test has its own, which it may change."""
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around all others, so that these lines are the last
+def pytest_terminal_summary(terminalreporter) -> Iterator[None]:
+    yield
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ())]
+    for name in MODELS:
+        if skipped := reasons.count(f"Skipped: {MissingModelError(name)}"):
+            terminalreporter.write_line(f"{MissingModelError(name)}; tests skipped for want of it: {skipped}")
