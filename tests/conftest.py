@@ -11,12 +11,14 @@ os.environ["COLUMNS"] = "300"  # rich asks once, at import: the width of whateve
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core, and more threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import peft
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from real_models import MODELS, MissingModelError, real_model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 from transformers.utils import logging as transformers_logging
 
 import peft_layerrope
@@ -26,6 +28,19 @@ transformers_logging.disable_progress_bar()
 
 IS_OLDER = Version(transformers.__version__) < Version("5.23")
 """Whether transformers is one of those that `.ci/lowest` tests with, in which a few things fail or are not there."""
+
+
+def _refusal() -> str:
+    """Why transformers' own adapter methods refuse the installed PEFT; empty if they take it."""
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        return f"transformers {transformers.__version__} refuses PEFT {peft.__version__} in its own methods: {error}"
+    return ""
+
+
+needs_adapter_methods = pytest.mark.skipif(bool(_refusal()), reason=_refusal())
+"""Of tests that call `add_adapter`, `set_adapter`, ... of a transformers model that is no PeftModel."""
 
 NUM_LAYERS = 4
 VOCAB = 99
