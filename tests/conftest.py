@@ -1,19 +1,24 @@
-"""Tiny models of the supported families, built from configurations: no download."""
+"""Tiny models of the supported families, built from configurations, and real ones that have been fetched."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["COLUMNS"] = "300"  # rich asks once, at import: the width of whatever terminal the tests run in
 if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core, and more threads would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import peft
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from real_models import MODELS, MissingModelError, real_model_path
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION, check_peft_version
 from transformers.utils import logging as transformers_logging
 
 import peft_layerrope
@@ -23,6 +28,19 @@ transformers_logging.disable_progress_bar()
 
 IS_OLDER = Version(transformers.__version__) < Version("5.23")
 """Whether transformers is one of those that `.ci/lowest` tests with, in which a few things fail or are not there."""
+
+
+def _refusal() -> str:
+    """Why transformers' own adapter methods refuse the installed PEFT; empty if they take it."""
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        return f"transformers {transformers.__version__} refuses PEFT {peft.__version__} in its own methods: {error}"
+    return ""
+
+
+needs_adapter_methods = pytest.mark.skipif(bool(_refusal()), reason=_refusal())
+"""Of tests that call `add_adapter`, `set_adapter`, ... of a transformers model that is no PeftModel."""
 
 NUM_LAYERS = 4
 VOCAB = 99
@@ -88,3 +106,41 @@ def demo_tokenizer():
 @pytest.fixture
 def demo_model() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(peft_layerrope.demo_model_path()).eval()
+
+
+def real_model(name: str) -> Path:
+    """The folder of a model that `tests/real_models.py` fetches.
+
+    Where it is missing, skips the test, or fails it if LAYERROPE_REQUIRE_MODELS=1.
+    """
+    try:
+        return real_model_path(name)
+    except MissingModelError as error:
+        if os.environ.get("LAYERROPE_REQUIRE_MODELS") == "1":
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    return real_model("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture
+def smollm2_model(smollm2) -> PreTrainedModel:
+    """In float32; each test has its own, which it may change."""
+    return AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around all others, so that these lines are the last
+def pytest_terminal_summary(terminalreporter) -> Iterator[None]:
+    yield
+    reasons = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ())]
+    for name in MODELS:
+        if skipped := reasons.count(f"Skipped: {MissingModelError(name)}"):
+            terminalreporter.write_line(f"{MissingModelError(name)}; tests skipped for want of it: {skipped}")

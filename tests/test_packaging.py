@@ -15,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import peft_layerrope
 
@@ -70,6 +72,51 @@ def test_every_dependency_has_a_lower_bound_that_can_be_installed_as_it_stands()
     for requirement in [*build, *PROJECT["dependencies"], *extras]:
         assert re.fullmatch(r"[\w-]+(\[[\w,-]+\])?>=\d+(\.\d+)*", requirement), requirement
     assert re.fullmatch(r">=3\.\d+", PROJECT["requires-python"])
+
+
+def _pinned() -> dict[str, str]:
+    """What `constraints.txt` says, by canonical name."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def _needed(requirements: list[str]) -> dict[str, str]:
+    """The installed version of everything that these need, directly or not, but torch itself."""
+    found: dict[str, str] = {}
+    waiting = [Requirement(requirement) for requirement in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found:
+            continue
+        found[name] = importlib.metadata.version(name)
+        for needed in map(Requirement, importlib.metadata.requires(name) or ()):
+            extras = requirement.extras or {""}
+            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(needed)
+    return {name: version for name, version in found.items() if name != "torch"}
+
+
+def test_the_pinned_versions_are_allowed():
+    pinned = _pinned()
+    assert "torch" not in pinned  # which build it is depends on the machine
+    for requirement in map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]):
+        if requirement.name != "torch":
+            assert pinned[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_all_that_the_test_command_installs_is_pinned():
+    needed = _needed(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"])
+    pinned = _pinned()
+    if any(pinned[name] != version for name, version in needed.items() if name in pinned):
+        pytest.skip("these are not the pinned versions")
+    assert needed.keys() - pinned.keys() == {name for name in needed if name.startswith(("nvidia-", "cuda-", "triton"))}
+
+
+def test_what_the_readme_installs_is_pinned():
+    commands = re.findall(r"^.*pip install .* -e .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(commands) == 2
+    assert all(" -c constraints.txt " in command for command in commands)
 
 
 def test_the_version_is_written_once():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCAB, build_model, logits
+from conftest import VOCAB, build_model, logits, needs_adapter_methods
 from peft import (
     LoraConfig,
     PeftMixedModel,
@@ -412,6 +412,14 @@ def test_transformers_loads_both(order, published, wanted, ids):
         "lora": "LORA",
     }
     assert close(logits(model, ids), wanted["both"])
+
+
+@needs_adapter_methods
+@pytest.mark.parametrize("order", [("rope", "lora"), ("lora", "rope")])
+def test_transformers_switches_and_deletes_both(order, published, wanted, ids):
+    model = load_base(published)
+    for name in order:
+        model.load_adapter(str(published / name), adapter_name=name)
     model.set_adapter("rope")  # LoRA's layers take another name as "none of ours"
     assert close(logits(model, ids), wanted["rope"])
     model.set_adapter("lora")  # while the rope stays as it was
@@ -431,6 +439,7 @@ def test_transformers_loads_both(order, published, wanted, ids):
     assert close(logits(model, ids), wanted["rope"])
 
 
+@needs_adapter_methods
 @pytest.mark.parametrize("order", [("rope", "lora"), ("lora", "rope")])
 def test_transformers_adds_both(order, published, tmp_path):
     configs = {"rope": rope_config(), "lora": lora_config()}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NUM_LAYERS, VOCAB, build_model, logits
+from conftest import NUM_LAYERS, VOCAB, build_model, logits, needs_adapter_methods
 from loopback_hub import serve
 from peft import (
     AutoPeftModelForCausalLM,
@@ -27,8 +27,19 @@ from reference import hand_patched
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner
 
-from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError, restore_baked
+from peft_layerrope import (
+    AdapterMismatchError,
+    LayerRopeConfig,
+    LayerRopeError,
+    load_adapter,
+    restore_baked,
+    use_adapter,
+    verify,
+)
+from peft_layerrope.cli import app
+from peft_layerrope.loading import load_model
 from peft_layerrope.tuner.artifacts import FACTORS_KEY, save_adapter
 from peft_layerrope.tuner.rotary import LayerRopeLayer
 
@@ -339,6 +350,7 @@ def test_an_injected_model_saved_in_full_remembers_what_was_active(model_type, w
     assert "layer_rope" not in json.loads((tmp_path / "config.json").read_text())
 
 
+@needs_adapter_methods
 def test_transformers_adapter_methods(model_type, wanted, short):
     model = build(model_type)
     model.add_adapter(config(), "one")
@@ -363,13 +375,19 @@ def test_transformers_adapter_methods(model_type, wanted, short):
     assert close(logits(model, short), wanted["one"])
 
 
-def test_transformers_loads_and_saves_adapters(folders, short, tmp_path):
+def test_transformers_loads_adapters(folders, short):
     model = AutoModelForCausalLM.from_pretrained(folders / "base")
     report = model.load_adapter(str(folders / "one"))
     # transformers asks for parameters only: it reports the file's tensor, and the factors come from the config
     assert [key.removeprefix("base_model.model.") for key in report.unexpected_keys] == ["layer_factors"]
     assert not report.missing_keys
     assert close(logits(model, short), expected("llama", FACTORS, short))
+
+
+@needs_adapter_methods
+def test_transformers_saves_adapters(folders, short, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folders / "base")
+    model.load_adapter(str(folders / "one"))
     model.save_pretrained(tmp_path)
     assert list(load_file(tmp_path / "adapter_model.safetensors")) == [FACTORS_KEY]
     for loaded in (
@@ -377,6 +395,69 @@ def test_transformers_loads_and_saves_adapters(folders, short, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path),  # transformers fetches the base by itself
     ):
         assert close(logits(loaded, short), expected("llama", FACTORS, short))
+
+
+# With a PEFT that transformers' own adapter methods refuse
+
+
+@pytest.fixture
+def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is installed, transformers' adapter methods raise, as those of 5.24 do with PEFT 0.21."""
+
+    def refuse(min_version: str) -> None:
+        raise ValueError(f"refused: PEFT before {min_version}")
+
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", refuse)
+    with pytest.raises(ValueError, match="refused"):
+        build("llama").add_adapter(config())
+
+
+def _lends_and_switches(folders: Path, scratch: Path, short: torch.Tensor) -> nn.Module:
+    model = load_adapter(load_model(str(folders / "base"), device="cpu"), folders / "two")
+    model.load_adapter(folders / "one", "other")
+    model.set_adapter("other")
+    with model.disable_adapter(), use_adapter(model, "default"):
+        assert close(logits(model, short), expected("llama", OTHER, short))
+    model.delete_adapter("default")
+    return model
+
+
+def _saves_and_loads(folders: Path, scratch: Path, short: torch.Tensor) -> nn.Module:
+    get_peft_model(build("llama"), config()).save_pretrained(scratch)
+    return load_adapter(build("llama"), scratch)
+
+
+def _bakes(folders: Path, scratch: Path, short: torch.Tensor) -> nn.Module:
+    get_peft_model(build("llama"), config()).merge_and_unload().save_pretrained(scratch)
+    return load_model(str(scratch), device="cpu")
+
+
+def _injects_and_saves_in_full(folders: Path, scratch: Path, short: torch.Tensor) -> nn.Module:
+    inject_adapter_in_model(config(), build("llama")).save_pretrained(scratch)
+    return restore_baked(AutoModelForCausalLM.from_pretrained(scratch))
+
+
+def _through_transformers(folders: Path, scratch: Path, short: torch.Tensor) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folders / "one")
+
+
+@pytest.mark.parametrize(
+    "way", [_lends_and_switches, _saves_and_loads, _bakes, _injects_and_saves_in_full, _through_transformers]
+)
+def test_nothing_of_ours_needs_transformers_adapter_methods(way, refusing, folders, short, tmp_path):
+    model = way(folders, tmp_path, short)
+    assert close(logits(model.eval(), short), expected("llama", FACTORS, short))
+    assert verify(model).ok
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["verify --adapter {adapter}", "evaluate --adapter {adapter} --length 128 --groups 1 --output {scratch}"],
+)
+def test_no_command_needs_transformers_adapter_methods(command, refusing, tmp_path):
+    adapter = Path(__file__).parents[2] / "hub_configs" / "demo-plain"
+    done = CliRunner().invoke(app, command.format(adapter=adapter, scratch=tmp_path).split())
+    assert done.exit_code == 0, done.output
 
 
 def test_attention_modules_stay_where_they_are(model_type):
