@@ -29,10 +29,20 @@ from ..files.atomic import write_atomically, writing
 from ..files.run_lock import check_free, locked
 from ..public_names import public_name
 from ..report import position_table
+from ..tasks.specification import TaskSpecification
 from .app import app, err, out, plain_errors, resumable
 from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of
-from .option_groups import grouped
-from .options import ComputeOptions, DebugOption, JsonOption, ModelArgument, SplitChoice, TaskOptions, task_option
+from .options import (
+    Compute,
+    ComputeOptions,
+    DebugOption,
+    JsonOption,
+    ModelArgument,
+    SplitChoice,
+    TaskOptions,
+    takes_settings,
+    task_option,
+)
 from .output import check_file, check_output, check_plot, write_json
 
 _compared_option = partial(typer.Option, rich_help_panel="Compared")
@@ -41,7 +51,7 @@ _JSON_NAME, _MARKDOWN_NAME, _LOCK_NAME = "evaluation.json", "evaluation.md", "ev
 
 
 @app.command(name="evaluate")
-@grouped
+@takes_settings
 def evaluate_command(
     *,
     model: ModelArgument = None,
@@ -86,7 +96,7 @@ def evaluate_command(
     overwrite: Annotated[bool, _run_option("--overwrite", help="Replace what is in --output.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
     json_output: JsonOption = None,
-    compute: ComputeOptions,
+    computing: ComputeOptions,
     debug: DebugOption = False,
 ) -> None:
     """Print accuracy at each gold position and context utilisation U; or compare adapters and baselines side by side.
@@ -105,7 +115,7 @@ def evaluate_command(
     `--resume` goes on with them.
     """
     with plain_errors(debug):
-        specification = asked.specification()
+        specification, compute = TaskSpecification(**asked), Compute(**computing)
         contenders = _contenders(adapter or [], baseline or [])
         _check_options(output, resume, overwrite, generate, max_new_tokens)
         check_file(json_output, "--json")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import fields, replace
+from typing import Annotated, Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from ..declaration import declared, option
 from ..errors import TaskError
-from .base import Task, check_length, check_seed
+from .base import MAX_LENGTH, Task
 from .kv_retrieval import KeyValueRetrieval
 from .kv_words import KeyValueWords
 from .multi_doc_qa import MultiDocumentQA
@@ -21,56 +22,77 @@ DEFAULT_TASK: TaskName = "kv_retrieval"
 KeyStyle = Literal["uuid", "words"]
 
 _SETTINGS: dict[TaskName, tuple[str, ...]] = {
-    "kv_words": ("positions",),
-    "kv_retrieval": ("positions", "data", "num_keys", "keys", "chat_template"),
-    "multi_doc_qa": ("positions", "data", "num_documents", "chat_template"),
+    "kv_words": ("num_positions",),
+    "kv_retrieval": ("num_positions", "data", "num_keys", "keys", "chat_template"),
+    "multi_doc_qa": ("num_positions", "data", "num_documents", "chat_template"),
     "perplexity": ("data", "stride"),
 }
 """What each task knows beside its length and seed."""
 
 
-@dataclass(frozen=True)
+@declared(TaskError)
 class TaskSpecification:
     """Which task, and its settings. None, or false, leaves a setting to the task.
 
-    Args:
-        name: the task; None: `"kv_retrieval"`, for the demo model `"kv_words"`.
-        length: the most tokens that a prompt with its answer may have; None: the model's window, for the demo model
-            twice its window.
-        positions: number of gold positions; None: 11 for kv_words, 5 for kv_retrieval, and for multi_doc_qa what
-            was published for its number of documents.
-        seed: seed of the examples.
-        data: a file in the task's public format, or what `perplexity` is measured on; None: generated.
-        num_keys: pairs of a kv_retrieval context; None: as in the file, or as many as fit.
-        keys: what generated keys look like; None: `"uuid"`.
-        num_documents: documents of a multi_doc_qa context; None: as in the file.
-        stride: tokens that are scored of each window; None: all but the first.
-        chat_template: whether prompts are put into the tokenizer's chat template.
-
     Raises:
-        TaskError: a setting that the named task does not have, or a length that no task can have.
+        TaskError: a value that cannot work, or a setting that the named task does not have.
     """
 
-    name: TaskName | None = None
-    length: int | None = None
-    positions: int | None = None
-    seed: int = 0
-    data: str | None = None
-    num_keys: int | None = None
-    keys: KeyStyle | None = None
-    num_documents: int | None = None
-    stride: int | None = None
-    chat_template: bool = False
+    name: Annotated[
+        TaskName | None, option("Default: kv_retrieval; for the demo model kv_words.", "Task", "--task")
+    ] = None
+    length: Annotated[
+        int | None,
+        option(
+            "The most tokens a prompt with its answer may have. Default: the model's window; for the demo model twice "
+            "its window.",
+            "Task",
+            ge=1,
+            le=MAX_LENGTH,
+        ),
+    ] = None
+    num_positions: Annotated[
+        int | None,
+        option(
+            "Gold positions, spread evenly from first to last. Default: 11 for kv_words, 5 for kv_retrieval, and 3, 5 "
+            "or 7 for multi_doc_qa with 10, 20 or 30 documents.",
+            "Task",
+            "--num-positions",
+            "--positions",
+            ge=3,
+        ),
+    ] = None
+    task_seed: Annotated[int, option("Seed of the examples.", "Task", ge=0)] = 0
+    data: Annotated[
+        str | None,
+        option(
+            "A file in the task's public format (.jsonl, .jsonl.gz); for perplexity also a text, .json or .npy file, "
+            "or datasets:NAME[:SPLIT]. Default: generated.",
+            "Task",
+        ),
+    ] = None
+    num_keys: Annotated[
+        int | None,
+        option("Pairs of a kv_retrieval context. Default: as in the file, or as many as fit.", "Task", ge=2),
+    ] = None
+    keys: Annotated[KeyStyle | None, option("Keys and values of generated kv_retrieval. Default: uuid.", "Task")] = None
+    num_documents: Annotated[
+        int | None,
+        option(
+            "Documents of a multi_doc_qa context. Default: as in the file, or 10 if that has one for each question.",
+            "Task",
+            ge=1,
+        ),
+    ] = None
+    stride: Annotated[
+        int | None, option("Tokens of each perplexity window that are scored. Default: all.", "Task", ge=1)
+    ] = None
+    chat_template: Annotated[bool, option("Put prompts into the tokenizer's chat template.", "Task")] = False
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        if self.length is not None:
-            check_length(self.length)
         if self.name is None:
             return
-        if self.name not in TASK_NAMES:
-            raise TaskError(f"task {self.name!r} is unknown, expected one of {', '.join(TASK_NAMES)}.")
-        known = ("name", "length", "seed", *_SETTINGS[self.name])
+        known = ("name", "length", "task_seed", *_SETTINGS[self.name])
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in known and value != field.default:
@@ -98,7 +120,7 @@ def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBa
 
 
 def _kv_words(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
-    return KeyValueWords(tokenizer, task.length, seed=task.seed, **_given(num_positions=task.positions))
+    return KeyValueWords(tokenizer, task.length, seed=task.task_seed, **_given(num_positions=task.num_positions))
 
 
 def _kv_retrieval(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -108,8 +130,8 @@ def _kv_retrieval(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -
         num_keys=task.num_keys,
         length=task.length,
         keys=task.keys,
-        num_positions=task.positions,
-        seed=task.seed,
+        num_positions=task.num_positions,
+        seed=task.task_seed,
         chat_template=task.chat_template,
     )
 
@@ -121,8 +143,8 @@ def _multi_doc_qa(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -
         tokenizer,
         task.data,
         num_documents=task.num_documents,
-        num_positions=task.positions,
-        seed=task.seed,
+        num_positions=task.num_positions,
+        seed=task.task_seed,
         length=task.length,
         chat_template=task.chat_template,
     )
@@ -131,7 +153,7 @@ def _multi_doc_qa(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -
 def _perplexity(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
     if task.data is None:
         raise TaskError("perplexity needs data: a text, .jsonl, .json or .npy file, or datasets:NAME[:SPLIT].")
-    return Perplexity.from_source(task.data, tokenizer, length=task.length, stride=task.stride, seed=task.seed)
+    return Perplexity.from_source(task.data, tokenizer, length=task.length, stride=task.stride, seed=task.task_seed)
 
 
 def _given(**settings: Any) -> dict[str, Any]:
