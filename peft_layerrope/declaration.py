@@ -139,6 +139,8 @@ def _told(wrong: Mapping[str, Any], kind: type) -> str:
     message = one_line(wrong["msg"])
     expected = message.removeprefix("Input should ")
     verb = " must " if expected != message else ": "
+    for long, short in (("greater than or equal to", "at least"), ("less than or equal to", "at most")):
+        expected = expected.replace(long, short)
     return f"{name}={named(wrong['input'])}{verb}{expected}." if name else f"{message}."
 
 

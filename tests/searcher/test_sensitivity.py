@@ -21,13 +21,8 @@ from peft_layerrope.evaluation.scoring import score
 from peft_layerrope.evaluation.statistics import Interval
 from peft_layerrope.experiments.sensitivity_report import plot_sensitivity, sensitivity_table
 from peft_layerrope.families import build_tiny
-from peft_layerrope.searcher.sensitivity import (
-    LayerEffect,
-    Sensitivity,
-    format_layers,
-    parse_layers,
-    sensitivity,
-)
+from peft_layerrope.searcher.grid import format_layers, parse_layers
+from peft_layerrope.searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
 from peft_layerrope.tasks import Split
 
 GROUPS = 5
@@ -346,7 +341,7 @@ def test_layers_in_any_order_with_spaces():
         ("1 2", "layers '1 2': '1 2' is no layer or range, expected e.g. '0-3,7'."),
         ("²", "layers '²': '²' is no layer or range, expected e.g. '0-3,7'."),
         ("3-1", "layers '3-1': the range '3-1' ends before it begins."),
-        ("0-3,2", "layers '0-3,2': layer 2 must be named only once."),
+        ("0-3,2", "layers '0-3,2': 2 must be named only once."),
         ("0-999999999", "layers '0-999999999': layer 999999999 is out of range, expected at most 4095."),
     ],
 )
