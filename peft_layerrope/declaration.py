@@ -21,13 +21,13 @@ T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def option(description: str, panel: str, *spellings: str, **limits: Any) -> Any:
+def option(description: str, *spellings: str, panel: str, **limits: Any) -> Any:
     """Describes a field that is an option of the command line; a plain `Field` describes one that is none.
 
     Args:
         description: what it is, and what None means.
-        panel: the part of a command's help that it stands in.
         spellings: of the option, the first of them shown first. Default: the field's name.
+        panel: the part of a command's help that it stands in.
         limits: `ge`, `gt`, `le`, `lt`, as [`pydantic.Field`] takes them.
     """
     return Field(description=description, json_schema_extra={"panel": panel, "spellings": spellings}, **limits)

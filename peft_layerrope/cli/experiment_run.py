@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,13 +54,16 @@ GroupsOption = Annotated[int, task_option(help="Held-out contexts; each is asked
 _NOT_PART_OF_THE_RESULT = ("output", "resume", "overwrite", "debug", "batch_tokens", "device")
 
 
+_output = partial(option, panel="Output")
+
+
 @declared(SearchError)
 class Kept:
     """Where a result is kept."""
 
-    output: Annotated[Path | None, option("Folder for NAME.json, NAME.md and the plots.", "Output")] = None
-    resume: Annotated[bool, option("Go on with an interrupted run in --output.", "Output", "--resume")] = False
-    overwrite: Annotated[bool, option("Replace an earlier result in --output.", "Output", "--overwrite")] = False
+    output: Annotated[Path | None, _output("Folder for NAME.json, NAME.md and the plots.")] = None
+    resume: Annotated[bool, _output("Go on with an interrupted run in --output.", "--resume")] = False
+    overwrite: Annotated[bool, _output("Replace an earlier result in --output.", "--overwrite")] = False
 
     def check(self, name: str) -> None:
         """Refuses an output that cannot be used, before any work.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Annotated
 
@@ -20,6 +21,9 @@ _MAX_VALUES = 1000
 _LIMITS = dict(zip(("ge", "le"), FACTOR_RANGE, strict=True))
 
 
+_scaling = partial(option, panel="Scaling")
+
+
 @declared(SearchError)
 class FactorGrid:
     """Factors `min_factor, min_factor + step, .. max_factor`. The paper's grid is 1.0, 1.1 .. 2.0.
@@ -28,9 +32,9 @@ class FactorGrid:
         SearchError: a value that cannot work, bounds in the wrong order, or none or too many factors between them.
     """
 
-    min_factor: Annotated[float, option("Smallest factor of a layer.", "Scaling", **_LIMITS)] = 1.0
-    max_factor: Annotated[float, option("Largest factor of a layer.", "Scaling", **_LIMITS)] = 2.0
-    step: Annotated[float, option("Step of the factor grid.", "Scaling", gt=0)] = 0.1
+    min_factor: Annotated[float, _scaling("Smallest factor of a layer.", **_LIMITS)] = 1.0
+    max_factor: Annotated[float, _scaling("Largest factor of a layer.", **_LIMITS)] = 2.0
+    step: Annotated[float, _scaling("Step of the factor grid.", gt=0)] = 0.1
 
     def __post_init__(self) -> None:
         if self.max_factor <= self.min_factor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -16,6 +17,9 @@ from .measurement import Heats, Measurement
 _DUST = 1e-9  # a drop of exactly the limit, 0.4 - 0.3 against 0.1, is allowed
 
 
+_guard = partial(option, panel="Guards")
+
+
 @declared(SearchError)
 class Guards:
     """Limits relative to the unscaled model. None switches one off.
@@ -25,11 +29,9 @@ class Guards:
     """
 
     max_tail_drop: Annotated[
-        float | None, option("How far accuracy at the last position may fall, from 0 to 1.", "Guards", ge=0)
+        float | None, _guard("How far accuracy at the last position may fall, from 0 to 1.", ge=0)
     ] = 0.05
-    max_short_rise: Annotated[
-        float | None, option("How far the loss on short prompts may rise, in nats.", "Guards", ge=0)
-    ] = 0.5
+    max_short_rise: Annotated[float | None, _guard("How far the loss on short prompts may rise, in nats.", ge=0)] = 0.5
 
     def violation(self, measured: Measurement, unscaled: Measurement, plan: Heats) -> float:
         """Returns by how much the limits are exceeded, summed; 0 if they are kept.

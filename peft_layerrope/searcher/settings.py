@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, field
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -21,7 +22,13 @@ from .space import FactorSpace
 
 Algorithm = Literal["genetic", "cma-es", "greedy", "random"]
 
-BatchTokens = Annotated[int, option("Tokens per forward pass; halved when memory runs out.", "Model", ge=1)]
+_scaling = partial(option, panel="Scaling")
+_search = partial(option, panel="Search")
+_examples = partial(option, panel="Examples")
+_running = partial(option, panel="Running")
+_model = partial(option, panel="Model")
+
+BatchTokens = Annotated[int, _model("Tokens per forward pass; halved when memory runs out.", ge=1)]
 
 _Weight = Annotated[float, Field(gt=0)]
 
@@ -42,12 +49,9 @@ class SearchSettings:
         InvalidConfigError: `rope_type`, `factor` and `original_max_position_embeddings` do not go together.
     """
 
-    rope_type: Annotated[RopeType, option("`default`: plain; `linear`: PI; `dynamic`: Dynamic-NTK.", "Scaling")] = (
-        "default"
-    )
+    rope_type: Annotated[RopeType, _scaling("`default`: plain; `linear`: PI; `dynamic`: Dynamic-NTK.")] = "default"
     factor: Annotated[
-        float,
-        option("Global factor of linear and dynamic.", "Scaling", ge=FACTOR_RANGE[0], le=FACTOR_RANGE[1]),
+        float, _scaling("Global factor of linear and dynamic.", ge=FACTOR_RANGE[0], le=FACTOR_RANGE[1])
     ] = 1.0
     original_max_position_embeddings: Annotated[
         int | None, Field(description="Trained window for `dynamic`, in tokens. Default: the model's.")
@@ -56,71 +60,58 @@ class SearchSettings:
     layers: Annotated[
         tuple[int, ...] | None,
         BeforeValidator(_layers),
-        option(
+        _scaling(
             "Layers that may be scaled, such as 0-3,7. Default: all but the first 2 of every 32. "
-            "`layerrope sensitivity` says which are worth it.",
-            "Scaling",
+            "`layerrope sensitivity` says which are worth it."
         ),
     ] = None
     curve: Annotated[
         Curve | None,
-        option(
+        _search(
             "What is searched: a Bézier curve, a straight line, or each factor. Default: each factor for greedy, else "
-            "a Bézier curve.",
-            "Search",
+            "a Bézier curve."
         ),
     ] = None
     algorithm: Annotated[
         Algorithm,
-        option(
+        _search(
             "greedy moves single factors, from the best uniform one. Those without generations may evaluate as many "
-            "distinct vectors as all generations have members.",
-            "Search",
+            "distinct vectors as all generations have members."
         ),
     ] = "genetic"
-    population: Annotated[int, option("Curves per generation.", "Search", ge=ELITES + 2)] = 16
-    generations: Annotated[int, option("Generations after the first.", "Search", ge=0)] = 5
-    objective: Annotated[
-        Objective, option("Fitness: gold log-probability, which guides better, or exact match.", "Search")
-    ] = "log_prob"
-    weights: Annotated[
-        tuple[_Weight, _Weight, _Weight], option("λ first, middle, last of context utilisation.", "Search")
-    ] = DEFAULT_WEIGHTS
+    population: Annotated[int, _search("Curves per generation.", ge=ELITES + 2)] = 16
+    generations: Annotated[int, _search("Generations after the first.", ge=0)] = 5
+    objective: Annotated[Objective, _search("Fitness: gold log-probability, which guides better, or exact match.")] = (
+        "log_prob"
+    )
+    weights: Annotated[tuple[_Weight, _Weight, _Weight], _search("λ first, middle, last of context utilisation.")] = (
+        DEFAULT_WEIGHTS
+    )
     refine: Annotated[
-        bool,
-        option("Gradient and coordinate steps after the curve; the validation split says if they helped.", "Search"),
+        bool, _search("Gradient and coordinate steps after the curve; the validation split says if they helped.")
     ] = True
     gradient_steps: Annotated[
-        int, option("Gradient steps on the factors; only with the log_prob objective.", "Search", ge=0)
+        int, _search("Gradient steps on the factors; only with the log_prob objective.", ge=0)
     ] = 12
-    refine_evaluations: Annotated[int, option("Vectors that the coordinate steps may evaluate.", "Search", ge=0)] = 40
-    race: Annotated[bool, option("Give up on vectors that clearly lose, on a part of the examples.", "Search")] = True
+    refine_evaluations: Annotated[int, _search("Vectors that the coordinate steps may evaluate.", ge=0)] = 40
+    race: Annotated[bool, _search("Give up on vectors that clearly lose, on a part of the examples.")] = True
     controls: Annotated[
-        bool,
-        option("Search the controls too, at the same budget: shared factors, straight lines, random search.", "Search"),
+        bool, _search("Search the controls too, at the same budget: shared factors, straight lines, random search.")
     ] = True
-    seed: Annotated[int, option("Seed of the searchers.", "Search", ge=0)] = 0
+    seed: Annotated[int, _search("Seed of the searchers.", ge=0)] = 0
     guards: Annotated[Guards, Field(description="What the adapter may not make worse than the unscaled model.")] = (
         field(default_factory=Guards)
     )
-    search_groups: Annotated[
-        int, option("Contexts to search on, each asked at every gold position.", "Examples", ge=1)
-    ] = 16
-    validation_groups: Annotated[
-        int, option("Contexts that choose between curve and refinement.", "Examples", ge=1)
-    ] = 32
-    test_groups: Annotated[int, option("Contexts of the held-out table.", "Examples", ge=2)] = 200
+    search_groups: Annotated[int, _examples("Contexts to search on, each asked at every gold position.", ge=1)] = 16
+    validation_groups: Annotated[int, _examples("Contexts that choose between curve and refinement.", ge=1)] = 32
+    test_groups: Annotated[int, _examples("Contexts of the held-out table.", ge=2)] = 200
     short_groups: Annotated[int, Field(description="Short prompts for the guard of that name.", ge=1)] = 8
     bootstrap: Annotated[
-        int,
-        option("Draw the search split so many times again, and report how the choice varies.", "Running", ge=0),
+        int, _running("Draw the search split so many times again, and report how the choice varies.", ge=0)
     ] = 0
     batch_tokens: BatchTokens = DEFAULT_BATCH_TOKENS
     share_mib: Annotated[
-        int,
-        option(
-            "Memory for leading layers that factor vectors have in common, in MiB; 0 shares nothing.", "Model", ge=0
-        ),
+        int, _model("Memory for leading layers that factor vectors have in common, in MiB; 0 shares nothing.", ge=0)
     ] = 1024
 
     def __post_init__(self) -> None:

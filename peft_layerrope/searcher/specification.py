@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,11 @@ from .settings import SearchSettings
 _MAX_BYTES = 1_000_000
 
 
-Device = Annotated[str | None, option("cpu, cuda ... Default: a GPU if there is one.", "Model")]
-Dtype = Annotated[str, option("auto, float32, bfloat16 ...", "Model")]
+_model = partial(option, panel="Model")
+
+
+Device = Annotated[str | None, _model("cpu, cuda ... Default: a GPU if there is one.")]
+Dtype = Annotated[str, _model("auto, float32, bfloat16 ...")]
 
 
 @declared(SearchError)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,9 @@ _SETTINGS: dict[TaskName, tuple[str, ...]] = {
 """What each task knows beside its length and seed."""
 
 
+_task = partial(option, panel="Task")
+
+
 @declared(TaskError)
 class TaskSpecification:
     """Which task, and its settings. None, or false, leaves a setting to the task.
@@ -38,56 +42,47 @@ class TaskSpecification:
         TaskError: a value that cannot work, or a setting that the named task does not have.
     """
 
-    name: Annotated[
-        TaskName | None, option("Default: kv_retrieval; for the demo model kv_words.", "Task", "--task")
-    ] = None
+    name: Annotated[TaskName | None, _task("Default: kv_retrieval; for the demo model kv_words.", "--task")] = None
     length: Annotated[
         int | None,
-        option(
+        _task(
             "The most tokens a prompt with its answer may have. Default: the model's window; for the demo model twice "
             "its window.",
-            "Task",
             ge=1,
             le=MAX_LENGTH,
         ),
     ] = None
     num_positions: Annotated[
         int | None,
-        option(
+        _task(
             "Gold positions, spread evenly from first to last. Default: 11 for kv_words, 5 for kv_retrieval, and 3, 5 "
             "or 7 for multi_doc_qa with 10, 20 or 30 documents.",
-            "Task",
             "--num-positions",
             "--positions",
             ge=3,
         ),
     ] = None
-    task_seed: Annotated[int, option("Seed of the examples.", "Task", ge=0)] = 0
+    task_seed: Annotated[int, _task("Seed of the examples.", ge=0)] = 0
     data: Annotated[
         str | None,
-        option(
+        _task(
             "A file in the task's public format (.jsonl, .jsonl.gz); for perplexity also a text, .json or .npy file, "
-            "or datasets:NAME[:SPLIT]. Default: generated.",
-            "Task",
+            "or datasets:NAME[:SPLIT]. Default: generated."
         ),
     ] = None
     num_keys: Annotated[
-        int | None,
-        option("Pairs of a kv_retrieval context. Default: as in the file, or as many as fit.", "Task", ge=2),
+        int | None, _task("Pairs of a kv_retrieval context. Default: as in the file, or as many as fit.", ge=2)
     ] = None
-    keys: Annotated[KeyStyle | None, option("Keys and values of generated kv_retrieval. Default: uuid.", "Task")] = None
+    keys: Annotated[KeyStyle | None, _task("Keys and values of generated kv_retrieval. Default: uuid.")] = None
     num_documents: Annotated[
         int | None,
-        option(
+        _task(
             "Documents of a multi_doc_qa context. Default: as in the file, or 10 if that has one for each question.",
-            "Task",
             ge=1,
         ),
     ] = None
-    stride: Annotated[
-        int | None, option("Tokens of each perplexity window that are scored. Default: all.", "Task", ge=1)
-    ] = None
-    chat_template: Annotated[bool, option("Put prompts into the tokenizer's chat template.", "Task")] = False
+    stride: Annotated[int | None, _task("Tokens of each perplexity window that are scored. Default: all.", ge=1)] = None
+    chat_template: Annotated[bool, _task("Put prompts into the tokenizer's chat template.")] = False
 
     def __post_init__(self) -> None:
         if self.name is None:

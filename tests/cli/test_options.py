@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -15,26 +16,29 @@ from peft_layerrope import SearchError
 from peft_layerrope.cli.options import Typed, options_of, parameters_of, takes_settings, with_parameters
 from peft_layerrope.declaration import as_options, changed, declared, option
 
+_looks = partial(option, panel="Looks")
+_edges = partial(option, panel="Edges")
+
 
 @declared(SearchError)
 class Edge:
     """Settings in settings."""
 
-    width: Annotated[int, option("Of the line.", "Edges", ge=1, le=9)] = 2
+    width: Annotated[int, _edges("Of the line.", ge=1, le=9)] = 2
 
 
 @declared(SearchError)
 class Shape:
     """Settings of every kind that there is."""
 
-    colour: Annotated[Literal["red", "blue"] | None, option("Of the surface.", "Looks")] = None
+    colour: Annotated[Literal["red", "blue"] | None, _looks("Of the surface.")] = None
     edge: Edge = field(default_factory=Edge)
-    corners: Annotated[int | None, option("How many.", "Looks", "--num-corners", "--corners", ge=3)] = None
-    filled: Annotated[bool, option("Not the outline alone.", "Looks")] = True
-    open: Annotated[bool, option("Not closed.", "Looks", "--open")] = False
-    scale: Annotated[float, option("How large.", "Looks", gt=0)] = 1.0
-    middle: Annotated[tuple[Annotated[float, Field(gt=0)], float], option("Where.", "Looks")] = (0.5, 0.5)
-    sides: Annotated[tuple[str, ...] | None, option("Which.", "Looks")] = None
+    corners: Annotated[int | None, _looks("How many.", "--num-corners", "--corners", ge=3)] = None
+    filled: Annotated[bool, _looks("Not the outline alone.")] = True
+    open: Annotated[bool, _looks("Not closed.", "--open")] = False
+    scale: Annotated[float, _looks("How large.", gt=0)] = 1.0
+    middle: Annotated[tuple[Annotated[float, Field(gt=0)], float], _looks("Where.")] = (0.5, 0.5)
+    sides: Annotated[tuple[str, ...] | None, _looks("Which.")] = None
     hidden: Annotated[int, Field(description="No option.")] = 7
 
 
