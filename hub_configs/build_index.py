@@ -94,8 +94,8 @@ def _recipe_row(folder: Path) -> str:
         f"`{facts['model']}`",
         f"{space.num_layers}, {len(space.scaled_layers)}",
         f"{config['max_position_embeddings']:,}",
-        f"{task.length:,} tokens, {task.positions} positions{', chat' if task.chat_template else ''}",
-        f"{vectors} × {settings.search_groups * task.positions} prompts",
+        f"{task.length:,} tokens, {task.num_positions} positions{', chat' if task.chat_template else ''}",
+        f"{vectors} × {settings.search_groups * task.num_positions} prompts",
         _command(folder),
     )
 

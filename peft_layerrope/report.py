@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
@@ -240,17 +241,40 @@ def position_table(scores: PositionScores, title: str) -> Table:
         cells = [[name, value_with_interval(i, "loss"), perplexity(i)] for name, i in rows]
         caption = "Tokens from each position to the next. Brackets: 95 % intervals over windows."
         return rich_table(title, caption, ["token", "loss in nats", "perplexity"], cells, left=())
+    more = written_columns(scores)
+    header = ["gold position", "accuracy %", *more, "gold log-prob"]
     cells = []
-    for position, interval, log_prob in zip(
-        scores.positions, scores.intervals(), scores.log_prob_by_position, strict=True
-    ):
-        cells.append([str(position), value_with_interval(interval, "accuracy"), f"{log_prob:.3f}"])
-    cells.append(
-        ["average", mean_with_error(scores.average(), "accuracy"), f"{scores.log_prob_by_position.mean():.3f}"]
-    )
-    cells.append(["U", percent(scores.utilisation()), f"{scores.log_prob_utilisation():.3f}"])
+    for row, (position, interval) in enumerate(zip(scores.positions, scores.intervals(), strict=True)):
+        others = [percent(values[:, row].mean()) for values in more.values()]
+        log_prob = f"{scores.log_prob_by_position[row]:.3f}"
+        cells.append([str(position), value_with_interval(interval, "accuracy"), *others, log_prob])
+    others = [percent(values.mean()) for values in more.values()]
+    log_prob = f"{scores.log_prob_by_position.mean():.3f}"
+    cells.append(["average", mean_with_error(scores.average(), "accuracy"), *others, log_prob])
+    blanks = [""] * len(more)
+    cells.append(["U", percent(scores.utilisation()), *blanks, f"{scores.log_prob_utilisation():.3f}"])
     caption = "Brackets: 95 % Wilson intervals; ±: 95 % interval over contexts; U: context utilisation."
-    return rich_table(title, caption, ["gold position", "accuracy %", "gold log-prob"], cells, left=())
+    return rich_table(title, " ".join([caption, *written_legend(scores)]), header, cells, left=())
+
+
+def written_columns(scores: PositionScores) -> dict[str, np.ndarray]:
+    """Returns what is known of written answers beside the metric, `(groups, positions)` each, by its name in tables."""
+    written = scores.written
+    columns = {"strict": written.strict, "forced": written.forced} if written is not None else {}
+    return {name: values for name, values in columns.items() if values is not None}
+
+
+def written_legend(scores: PositionScores) -> list[str]:
+    """Returns what the columns of [`written_columns`] mean, and how long the answers were, in sentences."""
+    if scores.written is None:
+        return []
+    meanings = {
+        "strict": "strict: the first value written is the gold.",
+        "forced": "forced: every token of the target the most probable one, in one teacher-forced pass.",
+    }
+    lines = [meanings[name] for name in written_columns(scores)]
+    tokens, cut_off = scores.written.num_tokens.mean(), scores.written.cut_off.mean()
+    return [*lines, f"Answers have {tokens:.1f} tokens on average; {percent(cut_off)} % were cut off."]
 
 
 def verification_table(verification: Verification, title: str) -> Table:

@@ -129,11 +129,11 @@ def test_a_recipe_is_settings_and_nothing_more(folder):
     for name, value in facts["config"].items():  # the family takes them under these names, and changes none
         assert getattr(config, name) == value, name
     task, settings = specification.task, specification.search
-    assert (task.name, task.keys, task.positions) == ("kv_retrieval", "uuid", 5)
+    assert (task.name, task.keys, task.num_positions) == ("kv_retrieval", "uuid", 5)
     assert task.length == min(config.max_position_embeddings, 16384)
-    without_listing = replace(settings, scaled_layers=None)
+    without_listing = replace(settings, layers=None)
     own_rule = without_listing.space(tuple(range(config.num_hidden_layers))).scaled_layers
-    assert settings.scaled_layers == own_rule
+    assert settings.layers == own_rule
 
 
 @each_recipe

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
 
 from .. import __version__
 from ..comparison.compare import Comparison, compare
@@ -19,8 +21,11 @@ from ..comparison.report import (
     by_position_tables,
     comparison_markdown,
     describe_setting,
+    fitness_remark,
+    forced_by_position_tables,
     plot_comparison,
     summary_table,
+    written_table,
 )
 from ..comparison.state import SCORES_NAME, discard_comparison
 from ..errors import TaskError
@@ -28,11 +33,23 @@ from ..files.atomic import write_atomically, writing
 from ..files.run_lock import check_free, locked
 from ..public_names import public_name
 from ..report import position_table
-from ..scoring.scorer import DEFAULT_BUCKETS
+from ..scoring.preflight import Preflight, preflight, with_targets
+from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
+from ..tasks import PromptTask, SplitName
+from ..tasks.specification import TaskSpecification
 from .app import app, err, out, plain_errors, resumable
 from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of
-from .option_groups import grouped
-from .options import ComputeOptions, DebugOption, JsonOption, ModelArgument, SplitChoice, TaskOptions, task_option
+from .options import (
+    Compute,
+    ComputeOptions,
+    DebugOption,
+    JsonOption,
+    ModelArgument,
+    SplitChoice,
+    TaskOptions,
+    takes_settings,
+    task_option,
+)
 from .output import check_file, check_output, check_plot, write_json
 
 _compared_option = partial(typer.Option, rich_help_panel="Compared")
@@ -41,7 +58,7 @@ _JSON_NAME, _MARKDOWN_NAME, _LOCK_NAME = "evaluation.json", "evaluation.md", "ev
 
 
 @app.command(name="evaluate")
-@grouped
+@takes_settings
 def evaluate_command(
     *,
     model: ModelArgument = None,
@@ -63,18 +80,13 @@ def evaluate_command(
         int | None,
         task_option(help=f"Parts of a perplexity window by token position. Default: {DEFAULT_BUCKETS}."),
     ] = None,
-    generate: Annotated[
+    teacher_forced: Annotated[
         bool,
         task_option(
-            "--generate",
-            help="Have answers written by greedy generate(), and judge them by the task's metric. Default: exact match "
-            "in one teacher-forced pass.",
+            "--teacher-forced",
+            help="Only read the answers off one forward pass, which is quick, instead of having them written.",
         ),
     ] = False,
-    max_new_tokens: Annotated[
-        int | None,
-        task_option(help="With --generate. Default: tokens of the longest answer."),
-    ] = None,
     output: Annotated[
         Path | None,
         _run_option(help="Folder for evaluation.json and .md, the plot, and the scores."),
@@ -86,7 +98,7 @@ def evaluate_command(
     overwrite: Annotated[bool, _run_option("--overwrite", help="Replace what is in --output.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
     json_output: JsonOption = None,
-    compute: ComputeOptions,
+    computing: ComputeOptions,
     debug: DebugOption = False,
 ) -> None:
     """Print accuracy at each gold position and context utilisation U; or compare adapters and baselines side by side.
@@ -97,17 +109,20 @@ def evaluate_command(
     Example: `layerrope evaluate --adapter demo-adapter --baseline none --baseline yarn:2`
 
     Example: `layerrope evaluate Qwen/Qwen3-8B --task multi_doc_qa --data nq-open-20_total_documents_gold_at_0.jsonl.gz
-    --generate --max-new-tokens 100 --adapter my-adapter --output comparison`
+    --chat-template --adapter my-adapter --output comparison`
 
     Example: `layerrope evaluate Qwen/Qwen3-8B --task perplexity --data book.txt --length 8192 --adapter my-adapter`
+
+    Answers are written and judged by the task's public metric where it has one. Beside that stands the likelihood that
+    a search climbs, of the answer as the unscaled model writes it, which a few contexts of the search split show.
 
     The task's settings stand beside every figure. `--output` keeps the scores of each part of the work, and
     `--resume` goes on with them.
     """
     with plain_errors(debug):
-        specification = asked.specification()
+        specification, compute = TaskSpecification(**asked), Compute(**computing)
         contenders = _contenders(adapter or [], baseline or [])
-        _check_options(output, resume, overwrite, generate, max_new_tokens)
+        _check_options(output, resume, overwrite)
         check_file(json_output, "--json")
         check_plot(plot)
         tokenizer = tokenizer_of(model)
@@ -117,6 +132,12 @@ def evaluate_command(
         if buckets is not None and examples.measure != "loss":
             raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
         loaded = load(model, compute.device, compute.dtype)
+        found = None
+        if isinstance(built, PromptTask):
+            found = _preflight(loaded, built, split.value, groups, compute.batch_tokens)
+            examples = with_targets(examples, found, built)
+        if teacher_forced:
+            examples = replace(examples, judge=None)
         with ExitStack() as stack:
             if output is not None:
                 stack.enter_context(resumable("the same command and --resume."))
@@ -129,10 +150,6 @@ def evaluate_command(
                     examples,
                     contenders,
                     task_description=built.describe(),
-                    generate=generate,
-                    tokenizer=tokenizer,
-                    metric=getattr(built, "metric", None) if generate else None,
-                    max_new_tokens=max_new_tokens,
                     num_buckets=buckets if buckets is not None else DEFAULT_BUCKETS,
                     batch_tokens=compute.batch_tokens,
                     folder=output,
@@ -140,10 +157,12 @@ def evaluate_command(
                     progress=progress,
                 )
             try:
-                _print(comparison, display_name(model))
+                _print(comparison, display_name(model), found.remarks() if found is not None else [])
             finally:  # also where nobody reads what is printed
                 name = public_name(loaded.config._name_or_path)
                 content = {"model": name, "version": __version__, **comparison.to_dict()}
+                if found is not None:
+                    content["preflight"] = found.describe()
                 if json_output is not None:
                     write_json(json_output, content)
                 if plot is not None:
@@ -192,11 +211,7 @@ def _longer_name(contender: Contender) -> str:
     return f"{path.parent.name}/{path.name}"
 
 
-def _check_options(
-    output: Path | None, resume: bool, overwrite: bool, generate: bool, max_new_tokens: int | None
-) -> None:
-    if max_new_tokens is not None and not generate:
-        raise TaskError(f"--max-new-tokens {max_new_tokens} needs --generate.")
+def _check_options(output: Path | None, resume: bool, overwrite: bool) -> None:
     if output is not None:
         check_free(output, _LOCK_NAME)
         check_output(output, resume, overwrite)
@@ -219,12 +234,27 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield report
 
 
-def _print(comparison: Comparison, name: str) -> None:
+def _preflight(model: PreTrainedModel, task: PromptTask, split: SplitName, groups: int, batch_tokens: int) -> Preflight:
+    """What the unscaled model writes, by which the answers' likelihood is measured."""
+    with err.status("preflight") as status:
+        scorer = Scorer(model, batch_tokens=batch_tokens)
+        return preflight(scorer, task, wanted={split: groups}, tell=status.update)
+
+
+def _print(comparison: Comparison, name: str, remarks: list[str]) -> None:
     out.print(describe_setting(comparison), highlight=False)
+    for line in remarks:
+        out.print(line, highlight=False, markup=False)
     if len(comparison.scores) == 1:
         label, scores = next(iter(comparison.scores.items()))
         out.print(position_table(scores, f"{name}, {label}"))
         return
     out.print(summary_table(comparison, name))
-    for table in by_position_tables(comparison, "By position"):
-        out.print(table)
+    tables = by_position_tables(comparison, "By position")
+    tables += forced_by_position_tables(comparison, "By position, teacher-forced")
+    for table in (*tables, written_table(comparison)):
+        if table is not None:
+            out.print(table)
+    remark = fitness_remark(comparison)
+    if remark is not None:
+        out.print(remark, highlight=False, markup=False)

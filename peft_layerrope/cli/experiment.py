@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..comparison.contenders import Contender, parse_baseline
+from ..declaration import changed
 from ..errors import SearchError, TaskError
 from ..experiments import attention, control_points, extrapolation, halves, sweep, transfer, u_shape
 from ..experiments.lengths import default_lengths, task_of_length, window_and_task
 from ..experiments.search_record import RECORD_NAME, read_record
 from ..loading import load_adapter_config
-from ..searcher.grid import FactorGrid
+from ..searcher import FactorGrid, SearchSettings
 from ..tasks import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from .app import app, err
 from .experiment_run import AdapterOption, AdaptersOption, GroupsOption, Run, experiment, experiment_app
-from .options import RopeOptions
+from .options import Typed, options_of
 
 app.add_typer(experiment_app)
 
@@ -45,7 +45,7 @@ def sweep_command(
     factors: Annotated[
         list[float] | None, typer.Option("--try", help="A factor; may be repeated. Default: 1, 1.1 ... 2.")
     ] = None,
-    rope: RopeOptions,
+    rope: Annotated[Typed, options_of(SearchSettings, "rope_type", "factor")],
     groups: GroupsOption = sweep.DEFAULT_GROUPS,
 ) -> None:
     """Scale all layers by one factor at a time: what is won in the middle, and what is lost in the tail?
@@ -54,7 +54,7 @@ def sweep_command(
 
     Example: `layerrope experiment sweep --try 1.25 --try 1.5 --try 3`
     """
-    config = LayerRopeConfig(rope_type=rope.rope_type.value, factor=rope.factor)
+    config = LayerRopeConfig(**rope)
     tried = tuple(factors or sweep.DEFAULT_FACTORS)
     run.finish(
         lambda measuring: sweep.run_sweep(
@@ -76,11 +76,10 @@ def halves_command(run: Run, adapter: AdapterOption, groups: GroupsOption = halv
 @experiment(control_points.NAME)
 def control_points_command(
     run: Run,
+    *,
     adapter: AdapterOption,
     by: Annotated[float, typer.Option(help="How far a coordinate is moved.")] = control_points.STEP,
-    min_factor: Annotated[float | None, typer.Option(help="Smallest factor. Default: the search's.")] = None,
-    max_factor: Annotated[float | None, typer.Option(help="Largest factor. Default: the search's.")] = None,
-    step: Annotated[float | None, typer.Option(help="Step of the factor grid. Default: the search's.")] = None,
+    grid: Annotated[Typed, options_of(FactorGrid, default="the search's")],
     groups: GroupsOption = control_points.DEFAULT_GROUPS,
 ) -> None:
     """Move each coordinate of an adapter's Bézier curve up and down: which of them matter?
@@ -89,11 +88,10 @@ def control_points_command(
     """
     config = load_adapter_config(adapter)
     control_points.genes_of(config)  # before a model is loaded
-    given = {"low": min_factor, "high": max_factor, "step": step}
-    grid = replace(_grid_of(adapter), **{name: value for name, value in given.items() if value is not None})
+    searched = changed(_grid_of(adapter), grid)
     run.finish(
         lambda measuring: control_points.run_control_points(
-            run.model, run.task, config, grid=grid, step=by, num_groups=groups, measuring=measuring
+            run.model, run.task, config, grid=searched, step=by, num_groups=groups, measuring=measuring
         )
     )
 
@@ -203,5 +201,5 @@ def _parse_cell(text: str) -> tuple[TaskName, int | None]:
 
 def _cell_task(run: Run, name: TaskName, length: int | None) -> Task:
     asked = run.specification
-    specification = asked if asked.name == name else TaskSpecification(name, asked.length, seed=asked.seed)
+    specification = asked if asked.name == name else TaskSpecification(name, asked.length, task_seed=asked.task_seed)
     return run.make_task(specification) if length is None else task_of_length(run.make_task, specification, length)

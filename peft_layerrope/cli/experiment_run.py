@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..declaration import declared, option
 from ..errors import SearchError
 from ..experiments.commands import command_line
 from ..experiments.measuring import Measuring
@@ -25,8 +26,18 @@ from ..tasks.specification import TaskSpecification
 from ..tuner.sites import trained_window
 from .app import INTERRUPTED, err, out, plain_errors
 from .inputs import build_task, load, resolve_task, tokenizer_of
-from .option_groups import parameters_of, with_parameters
-from .options import ComputeOptions, DebugOption, ModelArgument, TaskOptions, task_option
+from .options import (
+    Compute,
+    ComputeOptions,
+    DebugOption,
+    ModelArgument,
+    TaskOptions,
+    Typed,
+    options_of,
+    parameters_of,
+    task_option,
+    with_parameters,
+)
 from .output import check_output
 
 experiment_app = typer.Typer(
@@ -34,8 +45,6 @@ experiment_app = typer.Typer(
     help="Measure what lies behind a search's figures: the paper's experiments, on held-out examples.",
     no_args_is_help=True,
 )
-
-_output_option = partial(typer.Option, rich_help_panel="Output")
 
 AdapterOption = Annotated[str, typer.Option(help="Hub id or folder of an adapter.")]
 AdaptersOption = Annotated[
@@ -45,13 +54,16 @@ GroupsOption = Annotated[int, task_option(help="Held-out contexts; each is asked
 _NOT_PART_OF_THE_RESULT = ("output", "resume", "overwrite", "debug", "batch_tokens", "device")
 
 
-@dataclass(frozen=True)
-class OutputOptions:
+_output = partial(option, panel="Output")
+
+
+@declared(SearchError)
+class Kept:
     """Where a result is kept."""
 
-    output: Annotated[Path | None, _output_option(help="Folder for NAME.json, NAME.md and the plots.")] = None
-    resume: Annotated[bool, _output_option("--resume", help="Go on with an interrupted run in --output.")] = False
-    overwrite: Annotated[bool, _output_option("--overwrite", help="Replace an earlier result in --output.")] = False
+    output: Annotated[Path | None, _output("Folder for NAME.json, NAME.md and the plots.")] = None
+    resume: Annotated[bool, _output("Go on with an interrupted run in --output.", "--resume")] = False
+    overwrite: Annotated[bool, _output("Replace an earlier result in --output.", "--overwrite")] = False
 
     def check(self, name: str) -> None:
         """Refuses an output that cannot be used, before any work.
@@ -86,8 +98,8 @@ class Run:
     name: str
     model_option: str | None
     asked: TaskSpecification
-    kept: OutputOptions
-    compute: ComputeOptions
+    kept: Kept
+    compute: Compute
     command: str
 
     @cached_property
@@ -157,13 +169,14 @@ def experiment(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
             context: typer.Context,
             model: ModelArgument = None,
             asked: TaskOptions,
-            kept: OutputOptions,
-            compute: ComputeOptions,
+            keeping: Annotated[Typed, options_of(Kept)],
+            computing: ComputeOptions,
             debug: DebugOption = False,
             **own: Any,
         ) -> None:
             with plain_errors(debug):
-                run = Run(name, model, asked.specification(), kept, compute, _repeated(name, context))
+                kept, compute = Kept(**keeping), Compute(**computing)
+                run = Run(name, model, TaskSpecification(**asked), kept, compute, _repeated(name, context))
                 kept.check(name)
                 function(run=run, **own)
 

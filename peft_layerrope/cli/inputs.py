@@ -21,7 +21,7 @@ def display_name(model: str | None) -> str:
     return "demo model" if model is None else model
 
 
-def load(model: str | None, device: str | None, dtype: str) -> PreTrainedModel:
+def load(model: str | None, device: str | None = None, dtype: str = "auto") -> PreTrainedModel:
     """Loads a model, or the demo model."""
     return load_model(model or demo_model_path(), device=device, dtype=dtype)
 

@@ -1,133 +1,166 @@
-"""Options that several commands have."""
+"""Options that are made of declared settings, and those that several commands have."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from functools import partial
+from functools import partial, wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from ..declaration import declarations, declared, default_of, spellings
+from ..errors import SearchError
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
+from ..searcher.settings import BatchTokens
+from ..searcher.specification import Device, Dtype
 from ..tasks import SPLIT_NAMES
-from ..tasks.specification import TASK_NAMES, KeyStyle, TaskSpecification
+from ..tasks.specification import TaskSpecification
+
+Typed = dict[str, Any]
+"""What was typed of a command's options, by the names of the fields that they are made of."""
 
 
-class RopeType(StrEnum):
-    """Choices of --rope-type."""
+def options_of(
+    kind: type, *names: str, default: str | None = None, also: Mapping[str, str] | None = None
+) -> tuple[Parameter, ...]:
+    """Makes options of the fields that are declared as such, also of settings in settings.
 
-    default = "default"
-    linear = "linear"
-    dynamic = "dynamic"
+    Args:
+        kind: a class that [`declared`] made.
+        names: of these fields only. Default: all.
+        default: what to show as the default of every option, where it is not the field's.
+        also: a further spelling of the options that are made of these fields.
+
+    Returns:
+        What stands in the annotation of a command's parameter: `Annotated[Typed, options_of(...)]`.
+    """
+    options: list[Parameter] = []
+    hints = get_type_hints(kind)
+    for name, info in declarations(kind).items():
+        if declarations(info.annotation):
+            options += options_of(info.annotation, *names, default=default, also=also)
+        elif info.json_schema_extra is not None and (not names or name in names):
+            limits = {
+                end: getattr(one, limit)
+                for one in info.metadata
+                for end, limit in (("min", "ge"), ("max", "le"))
+                if hasattr(one, limit)
+            }
+            shown = typer.Option(
+                *_spelled(kind, name, also or {}),
+                help=info.description,
+                rich_help_panel=info.json_schema_extra["panel"],
+                show_default=default or True,
+                **limits,
+            )
+            annotation = Annotated[_typed_as(hints[name]), shown]
+            value = None if default else default_of(info)
+            options.append(Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=annotation))
+    return tuple(options)
 
 
-TaskName = StrEnum("TaskName", {name: name for name in TASK_NAMES})
-KeyChoice = StrEnum("KeyChoice", {name: name for name in get_args(KeyStyle)})
+def _spelled(kind: type, name: str, also: Mapping[str, str]) -> tuple[str, ...]:
+    """Nothing where it is the field's name: typer then gives a flag its `--no-` as well."""
+    given = declarations(kind)[name].json_schema_extra["spellings"]
+    return (*spellings(kind, name), also[name]) if name in also else given
+
+
+def _typed_as(annotation: Any) -> Any:
+    """A tuple of any length is typed as one text, which its field reads."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is tuple and parts[-1] is Ellipsis:
+        return str
+    return _typed_as(parts[0]) | None if type(None) in parts else annotation
+
+
+def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a command take options that are made of settings.
+
+    Args:
+        command: a function; each parameter is annotated as an option, an argument, or as what was typed of several
+            options, `Annotated[Typed, options_of(...)]`.
+
+    Returns:
+        What typer is to register: all options one by one in its signature. It calls the command with what was typed
+        of them; an option that was not given is absent.
+
+    Raises:
+        TypeError: two options of one name.
+    """
+    return with_parameters(command, parameters_of(command))
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
+    """Returns a function's parameters as keywords, their annotations resolved; `**` is left out."""
+    hints = get_type_hints(function, include_extras=True)
+    return {
+        name: parameter.replace(annotation=hints.get(name, Parameter.empty), kind=Parameter.KEYWORD_ONLY)
+        for name, parameter in signature(function).parameters.items()
+        if parameter.kind is not Parameter.VAR_KEYWORD
+    }
+
+
+def with_parameters(command: Callable[..., Any], parameters: Mapping[str, Parameter]) -> Callable[..., Any]:
+    """Does what [`takes_settings`] does, with parameters that are not read from the command.
+
+    Args:
+        command: called with the parameters by their names.
+        parameters: as [`parameters_of`] returns them.
+
+    Raises:
+        TypeError: as for [`takes_settings`].
+    """
+    groups = {name: made for name, parameter in parameters.items() if (made := _made_of_settings(parameter))}
+    options: dict[str, Parameter] = {}
+    for name, parameter in parameters.items():
+        for option in groups.get(name, (parameter,)):
+            if option.name in options:
+                raise TypeError(f"{command.__name__} has two options named {option.name}.")
+            options[option.name] = option
+    context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+
+    @wraps(command)
+    def flat(context: typer.Context, **values: Any) -> Any:
+        # typer may bring a click of its own: its sources are compared by their names
+        given = {n: v for n, v in values.items() if context.get_parameter_source(n).name != "DEFAULT"}
+        typed = {name: {o.name: given[o.name] for o in made if o.name in given} for name, made in groups.items()}
+        everything = {"context": context, **values, **typed}
+        return command(**{name: everything[name] for name in parameters})
+
+    # typer reads a command's options from its signature
+    options = {"context": context} | options
+    flat.__signature__ = Signature(list(options.values()))
+    flat.__annotations__ = {name: option.annotation for name, option in options.items()}
+    return flat
+
+
+def _made_of_settings(parameter: Parameter) -> tuple[Parameter, ...]:
+    """The options that a parameter stands for."""
+    further = getattr(parameter.annotation, "__metadata__", ())
+    return next((one for one in further if isinstance(one, tuple)), ())
+
+
 SplitChoice = StrEnum("SplitChoice", {name: name for name in SPLIT_NAMES})
 
 task_option = partial(typer.Option, rich_help_panel="Task")
-scaling_option = partial(typer.Option, rich_help_panel="Scaling")
-model_option = partial(typer.Option, rich_help_panel="Model")
 
 ModelArgument = Annotated[str | None, typer.Argument(help="Hub id or folder. Default: the demo model.")]
-DeviceOption = Annotated[str | None, model_option(help="cpu, cuda ... Default: a GPU if there is one.")]
-DtypeOption = Annotated[str, model_option(help="auto, float32, bfloat16 ...")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-@dataclass(frozen=True)
-class TaskChoice:
-    """The task, without its settings."""
-
-    task: Annotated[TaskName | None, task_option(help="Default: kv_retrieval; for the demo model kv_words.")] = None
-    data: Annotated[
-        str | None,
-        task_option(
-            help="A file in the task's public format (.jsonl, .jsonl.gz); for perplexity also a text, .json or .npy "
-            "file, or datasets:NAME[:SPLIT]. Default: generated."
-        ),
-    ] = None
-    length: Annotated[
-        int | None,
-        task_option(
-            help="The most tokens a prompt with its answer may have. Default: the model's window; for the demo model "
-            "twice its window."
-        ),
-    ] = None
-
-
-@dataclass(frozen=True)
-class TaskOptions(TaskChoice):
-    """The task with its settings."""
-
-    positions: Annotated[
-        int | None,
-        task_option(
-            help="Gold positions, spread evenly from first to last. Default: 11 for kv_words, 5 for kv_retrieval, and "
-            "3, 5 or 7 for multi_doc_qa with 10, 20 or 30 documents."
-        ),
-    ] = None
-    task_seed: Annotated[int, task_option(help="Seed of the examples.")] = 0
-    num_keys: Annotated[
-        int | None,
-        task_option(help="Pairs of a kv_retrieval context. Default: as in the file, or as many as fit."),
-    ] = None
-    keys: Annotated[KeyChoice | None, task_option(help="Keys and values of generated kv_retrieval. Default: uuid.")] = (
-        None
-    )
-    num_documents: Annotated[
-        int | None,
-        task_option(
-            help="Documents of a multi_doc_qa context. Default: as in the file, or 10 if that has one for each "
-            "question."
-        ),
-    ] = None
-    stride: Annotated[
-        int | None, task_option(help="Tokens of each perplexity window that are scored. Default: all.")
-    ] = None
-    chat_template: Annotated[
-        bool, task_option("--chat-template", help="Put prompts into the tokenizer's chat template.")
-    ] = False
-
-    def specification(self) -> TaskSpecification:
-        """Returns what the options say.
-
-        Raises:
-            TaskError: an option that the named task does not have.
-        """
-        return TaskSpecification(
-            name=self.task.value if self.task is not None else None,
-            length=self.length,
-            positions=self.positions,
-            seed=self.task_seed,
-            data=self.data,
-            num_keys=self.num_keys,
-            keys=self.keys.value if self.keys is not None else None,
-            num_documents=self.num_documents,
-            stride=self.stride,
-            chat_template=self.chat_template,
-        )
-
-
-@dataclass(frozen=True)
-class RopeOptions:
-    """What the factors of the layers are put upon."""
-
-    rope_type: Annotated[RopeType, scaling_option(help="default: plain; linear: PI; dynamic: Dynamic-NTK.")] = (
-        RopeType.default
-    )
-    factor: Annotated[float, scaling_option(help="Global factor of linear and dynamic.")] = 1.0
-
-
-@dataclass(frozen=True)
-class ComputeOptions:
+@declared(SearchError)
+class Compute:
     """How a model is loaded and run."""
 
-    batch_tokens: Annotated[int, model_option(help="Tokens per forward pass; halved when memory runs out.", min=1)] = (
-        DEFAULT_BATCH_TOKENS
-    )
-    device: DeviceOption = None
-    dtype: DtypeOption = "auto"
+    batch_tokens: BatchTokens = DEFAULT_BATCH_TOKENS
+    device: Device = None
+    dtype: Dtype = "auto"
+
+
+TaskOptions = Annotated[Typed, options_of(TaskSpecification)]
+ComputeOptions = Annotated[Typed, options_of(Compute)]
+LoadOptions = Annotated[Typed, options_of(Compute, "device", "dtype")]

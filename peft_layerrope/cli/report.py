@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..declaration import spellings
 from ..demo import DEMO_NAME
 from ..errors import SearchError
 from ..experiments.commands import command_line
@@ -26,8 +27,7 @@ from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
 from .app import app, err, out, plain_errors, resumable
 from .inputs import build_task, load, resolve_task, tokenizer_of
-from .option_groups import grouped
-from .options import ComputeOptions, DebugOption, TaskChoice
+from .options import Compute, ComputeOptions, DebugOption, Typed, options_of, takes_settings
 from .output import check_output
 
 _SPECIFICATION_NAME, _LOCK_NAME = "search.yaml", "report.lock"
@@ -42,7 +42,7 @@ class Format(StrEnum):
 
 
 @app.command(name="report")
-@grouped
+@takes_settings
 def report_command(
     *,
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter that was searched.")],
@@ -56,8 +56,8 @@ def report_command(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer contexts and factors.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier call has finished.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure all of it anew.")] = False,
-    asked: TaskChoice,
-    compute: ComputeOptions,
+    asked: Annotated[Typed, options_of(TaskSpecification, "name", "data", "length")],
+    computing: ComputeOptions,
     debug: DebugOption = False,
 ) -> None:
     """Run every experiment that applies to a searched adapter, and write one report.
@@ -70,16 +70,14 @@ def report_command(
     Example: `layerrope report demo-adapter --quick --format md --output demo.md`
     """
     with plain_errors(debug):
-        output = output or folder / f"report.{kind.value}"
+        compute, output = Compute(**computing), output or folder / f"report.{kind.value}"
         record, config = read_record(folder), load_adapter_config(str(folder))
         _check(record, config, folder, output)
         sections = output.with_suffix("")
         check_free(sections, _LOCK_NAME)
         check_output(sections, resume, overwrite)
         source = model or (None if record.model == DEMO_NAME else record.model)
-        specification = _specification(folder, record)
-        changes = {"name": asked.task and asked.task.value, "data": asked.data, "length": asked.length}
-        specification = _changed(specification, {k: v for k, v in changes.items() if v is not None})
+        specification = _changed(_specification(folder, record), asked)
         tokenizer, loaded = tokenizer_of(source), load(source, compute.device, compute.dtype)
         factor_vector(loaded, config)
         window = trained_window(loaded)
@@ -103,7 +101,7 @@ def report_command(
         )
         request.task()  # a task that cannot be made stops here
         options = [("--model", model), ("--also", list(also or [])), ("--groups", groups), ("--quick", quick)]
-        options += [("--task", asked.task), ("--data", asked.data), ("--length", asked.length)]
+        options += [(spellings(TaskSpecification, name)[0], value) for name, value in asked.items()]
         command = command_line(["report", str(folder)], options)
         with resumable("the same command and --resume."), locked(sections, _LOCK_NAME):
             with RichProgress(err) as audience:
@@ -138,8 +136,8 @@ def _specification(folder: Path, record: SearchRecord) -> TaskSpecification:
     return TaskSpecification(record.task.name, record.task.length, positions or None, record.task.seed)
 
 
-def _changed(specification: TaskSpecification, changes: dict[str, object]) -> TaskSpecification:
+def _changed(specification: TaskSpecification, changes: Typed) -> TaskSpecification:
     """Another task has none of the settings of the one that was searched on but length and seed."""
     if changes.get("name", specification.name) != specification.name:
-        specification = TaskSpecification(length=specification.length, seed=specification.seed)
+        specification = TaskSpecification(length=specification.length, task_seed=specification.task_seed)
     return replace(specification, **changes)

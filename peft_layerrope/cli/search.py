@@ -15,22 +15,20 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .. import report
 from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT
+from ..declaration import changed
 from ..demo import demo_model_path
-from ..errors import LayerRopeError, SearchError
+from ..errors import LayerRopeError
 from ..files.atomic import writing
 from ..files.run_lock import FolderInUseError, check_free, locked
-from ..searcher import SearchResult, SearchSettings, plan_search
+from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
 from ..searcher.result import REPORT_NAME, TIMING_NAME
-from ..searcher.sensitivity import parse_layers
-from ..searcher.specification import SearchSpecification, merge, read_specification
+from ..searcher.specification import SearchSpecification, read_specification
 from ..searcher.state import LOCK_NAME, LOG_NAME, STATE_NAME
 from .app import app, err, out, plain_errors, resumable, shell_word
 from .inputs import build_task, load, resolve_task, tokenizer_of, window_of
-from .option_groups import grouped
-from .options import ComputeOptions, DebugOption, ModelArgument, TaskOptions, model_option
+from .options import DebugOption, ModelArgument, Typed, options_of, takes_settings
 from .output import check_output
-from .search_options import PLACES, ExampleOptions, GuardOptions, ScalingOptions, SearcherOptions
 
 _run_option = partial(typer.Option, rich_help_panel="Running")
 
@@ -40,17 +38,13 @@ _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACC
 
 
 @app.command()
-@grouped
+@takes_settings
 def search(
     *,
-    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the report, the plots and the state.")],
     model: ModelArgument = None,
-    scaling: ScalingOptions,
-    asked: TaskOptions,
-    searcher: SearcherOptions,
-    limits: GuardOptions,
-    examples: ExampleOptions,
+    typed: Annotated[Typed, options_of(SearchSpecification)],
+    guards: Annotated[bool, typer.Option(help="Keep to these limits.", rich_help_panel="Guards")] = True,
     config: Annotated[
         Path | None, _run_option(help="A search.yaml to repeat; options given beside it go first.")
     ] = None,
@@ -60,16 +54,8 @@ def search(
         _run_option("--resume", help="Go on with the search in --output, also after a kill; begin, if there is none."),
     ] = False,
     overwrite: Annotated[bool, _run_option("--overwrite", help="Replace the files of an earlier search.")] = False,
-    bootstrap: Annotated[
-        int,
-        _run_option(help="Draw the search split so many times again, and report how the choice varies."),
-    ] = 0,
-    workers: Annotated[int, _run_option(help="Ray workers; 0 searches in this process.")] = 0,
+    workers: Annotated[int, _run_option(help="Ray workers; 0 searches in this process.", min=0)] = 0,
     ray_address: Annotated[str | None, _run_option(help="A running Ray cluster, such as auto.")] = None,
-    share_mib: Annotated[
-        int, model_option(help="Memory for layers that factor vectors have in common, in MiB.")
-    ] = SearchSettings.share_mib,
-    compute: ComputeOptions,
     debug: DebugOption = False,
 ) -> None:
     """Search per-layer factors and compare them, held out, with simpler choices.
@@ -84,7 +70,11 @@ def search(
     search), two plots, and `run/` with the state and `log.jsonl`, a line for every evaluation.
     """
     with plain_errors(debug):
-        specification = _specification(context, output, config, resume, limits.guards)
+        if model is not None:
+            typed["model"] = model
+        if not guards:
+            typed |= {"max_tail_drop": None, "max_short_rise": None}
+        specification = changed(_asked_before(output, config, resume), typed)
         if not dry_run:
             check_free(output / RUN_FOLDER, _COMMAND_LOCK)
         check_output(output, resume, overwrite)
@@ -137,28 +127,16 @@ def _forgotten_if_refused(output: Path, resume: bool) -> Iterator[None]:
         raise
 
 
-def _specification(
-    context: typer.Context, output: Path, config: Path | None, resume: bool, guards: bool
-) -> SearchSpecification:
-    """What the file says, or the defaults, with what was typed put in."""
+def _asked_before(output: Path, config: Path | None, resume: bool) -> SearchSpecification:
+    """What the file says, or the defaults."""
     saved = output / SPECIFICATION_NAME
     if config is None and resume and saved.exists():
         config = saved
-    values = read_specification(config) if config is not None else {}
-    changes: dict[tuple[str, ...], Any] = {}
-    for name, path in PLACES.items():
-        if context.get_parameter_source(name).name == "COMMANDLINE":  # typer may bring a click of its own
-            value = context.params[name]
-            changes[path] = parse_layers(value) if name == "layers" else value
-    if not guards:
-        changes["search", "guards"] = {"max_tail_drop": None, "max_short_rise": None}
-    return SearchSpecification.of(merge(values, changes), str(config) if config is not None else "options")
+    return SearchSpecification() if config is None else SearchSpecification.of(read_specification(config), str(config))
 
 
 def _workers(count: int, address: str | None, specification: SearchSpecification) -> AbstractContextManager[Any]:
     """Ray workers that load the model themselves; nothing, where the search runs in this process."""
-    if count < 0:
-        raise SearchError(f"--workers {count} must be at least 0.")
     if not count and address is None:
         return nullcontext()
     from ..searcher.ray_workers import RayWorkers  # an optional extra

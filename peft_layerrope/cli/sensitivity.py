@@ -10,25 +10,27 @@ import typer
 from ..experiments.sensitivity_report import plot_sensitivity, sensitivity_table
 from ..files.atomic import writing
 from ..searcher import SearchSettings
-from ..searcher.sensitivity import DEFAULT_FACTORS, parse_layers, sensitivity
+from ..searcher.grid import parse_layers
+from ..searcher.sensitivity import DEFAULT_FACTORS, sensitivity
+from ..tasks.specification import TaskSpecification
 from .app import app, out, plain_errors
 from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of
-from .option_groups import grouped
 from .options import (
-    ComputeOptions,
     DebugOption,
     JsonOption,
+    LoadOptions,
     ModelArgument,
-    RopeOptions,
     TaskOptions,
-    model_option,
+    Typed,
+    options_of,
+    takes_settings,
     task_option,
 )
 from .output import check_file, check_plot, write_json
 
 
 @app.command(name="sensitivity")
-@grouped
+@takes_settings
 def sensitivity_command(
     *,
     model: ModelArgument = None,
@@ -37,15 +39,12 @@ def sensitivity_command(
         typer.Option("--try", help="A factor to try on each layer; may be given again. Default: 1.3, 1.6, 2."),
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to try, such as 0-3,7. Default: all.")] = None,
-    rope: RopeOptions,
+    measured: Annotated[Typed, options_of(SearchSettings, "rope_type", "factor", "share_mib", "batch_tokens")],
     asked: TaskOptions,
     groups: Annotated[int, task_option(help="Contexts of the search split.")] = SearchSettings.search_groups,
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
     json_output: JsonOption = None,
-    share_mib: Annotated[
-        int, model_option(help="Memory for layers that the tries have in common, in MiB.")
-    ] = SearchSettings.share_mib,
-    compute: ComputeOptions,
+    loading: LoadOptions,
     debug: DebugOption = False,
 ) -> None:
     """Scale one layer at a time: which layers are worth searching, and is a range beyond 2 worth it?
@@ -61,21 +60,18 @@ def sensitivity_command(
         wanted = parse_layers(layers) if layers is not None else None
         check_file(json_output, "--json")
         check_plot(plot)
-        specification = asked.specification()
+        specification = TaskSpecification(**asked)
         tokenizer = tokenizer_of(model)
         specification = resolve_task(specification, window_of(model), is_demo=model is None)
         built = build_task(specification, tokenizer)
-        loaded = load(model, compute.device, compute.dtype)
+        loaded = load(model, **loading)
         result = sensitivity(
             loaded,
             built,
             factors=tuple(factors or DEFAULT_FACTORS),
             layers=wanted,
-            rope_type=rope.rope_type.value,
-            factor=rope.factor,
             num_groups=groups,
-            batch_tokens=compute.batch_tokens,
-            share_mib=share_mib,
+            **measured,
         )
         try:
             out.print(sensitivity_table(result, f"{display_name(model)}: {result.subtitle()}"))

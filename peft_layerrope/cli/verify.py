@@ -11,20 +11,21 @@ from ..loading import load_adapter, load_adapter_config
 from ..verification import verify
 from .app import app, out, plain_errors
 from .inputs import display_name, load
-from .options import DebugOption, DeviceOption, DtypeOption, JsonOption, ModelArgument
+from .options import DebugOption, JsonOption, LoadOptions, ModelArgument, takes_settings
 from .output import check_file, write_json
 
 
 @app.command(name="verify")
+@takes_settings
 def verify_command(
+    *,
     model: ModelArgument = None,
     adapter: Annotated[
         str | None,
         typer.Option(help="Hub id or folder of an adapter. Default: the factors baked into the model."),
     ] = None,
     json_output: JsonOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
+    loading: LoadOptions,
     debug: DebugOption = False,
 ) -> None:
     """Measure the factor that each layer's rotation really has, and compare it with the adapter's.
@@ -39,7 +40,7 @@ def verify_command(
     """
     with plain_errors(debug):
         check_file(json_output, "--json")
-        loaded = load(model, device, dtype)
+        loaded = load(model, **loading)
         subject = load_adapter(loaded, adapter) if adapter is not None else loaded
         result = verify(subject, load_adapter_config(adapter) if adapter is not None else None)
         if json_output is not None:

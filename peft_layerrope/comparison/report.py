@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from ..plots import plot_by_position
-from ..report import difference, markdown, mean_with_error, percent, rich_table, value_with_interval
+from ..report import (
+    difference,
+    markdown,
+    mean_with_error,
+    percent,
+    rich_table,
+    value_with_interval,
+    written_columns,
+    written_legend,
+)
 from ..scoring.scores import PositionScores
 from .compare import Comparison
 
@@ -39,6 +49,8 @@ def describe_setting(comparison: Comparison) -> str:
     """Writes what was measured in one line: task, split, and how it was judged."""
     split, unit = comparison.split, "windows" if comparison.measure == "loss" else "contexts"
     held = f"{split['name']} split, {split['groups']} {unit}, up to {split['max_tokens']} tokens"
+    if "protocol" in split:
+        held += f", {split['protocol']}"
     return f"{describe_task(comparison.task)}; {held}; {describe_judge(comparison.judged)}"
 
 
@@ -48,8 +60,7 @@ def describe_judge(judged: Mapping[str, Any]) -> str:
         return "loss of the next token"
     if judged["by"] != "generate()":
         return "teacher-forced exact match"
-    by = judged["metric"] or "the answer's own tokens"
-    return f"generate(), judged by {by}, up to {judged['max_new_tokens']} new tokens"
+    return f"generate(), judged by {judged['metric']}, up to {judged['max_new_tokens']} new tokens"
 
 
 def summary_table(comparison: Comparison, title: str) -> Table:
@@ -57,6 +68,56 @@ def summary_table(comparison: Comparison, title: str) -> Table:
     difference to the first.
     """
     return rich_table(title, _legend(comparison), *_summary_cells(comparison), left=(0,))
+
+
+def written_table(comparison: Comparison) -> Table | None:
+    """Returns a line for each contender with what is known of its written answers beside the metric; None where none
+    were written.
+    """
+    header, cells = _written_cells(comparison)
+    legend = " ".join(written_legend(comparison.scores[comparison.baseline])[:-1])
+    return rich_table("Written answers and likelihood", legend, header, cells, left=(0,)) if cells else None
+
+
+def _written_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    first = comparison.scores[comparison.baseline]
+    if first.written is None:
+        return [], []
+    header = ["", "accuracy", *written_columns(first), "log-prob", "tokens", "cut off %"]
+    cells = []
+    for label, scores in comparison.scores.items():
+        more = [percent(values.mean()) for values in written_columns(scores).values()]
+        lengths = [f"{scores.written.num_tokens.mean():.1f}", percent(scores.written.cut_off.mean())]
+        log_prob = f"{scores.log_prob.mean():.3f}"
+        cells.append([label, percent(scores.average().value), *more, log_prob, *lengths])
+    return header, cells
+
+
+def fitness_remark(comparison: Comparison) -> str | None:
+    """Says so where the likelihood, which a search climbs, ranks the contenders otherwise than the written answers."""
+    scores = comparison.scores
+    if len(scores) < 2 or any(s.written is None or s.written.forced is None for s in scores.values()):
+        return None
+    by_quality = sorted(scores, key=lambda label: -scores[label].average().value)
+    by_fitness = sorted(scores, key=lambda label: -scores[label].log_prob.mean())
+    if by_quality == by_fitness:
+        return None
+    return (
+        f"note: likelihood ranks the contenders otherwise ({', '.join(by_fitness)}) than the written answers do "
+        f"({', '.join(by_quality)})."
+    )
+
+
+def forced_by_position_tables(comparison: Comparison, title: str) -> list[Table]:
+    """Returns, where answers were written, the same by position for the teacher-forced pass; see
+    [`by_position_tables`].
+    """
+    forced = {
+        label: replace(scores, correct=scores.written.forced)
+        for label, scores in comparison.scores.items()
+        if scores.written is not None and scores.written.forced is not None
+    }
+    return by_position_tables(replace(comparison, scores=forced), title) if forced else []
 
 
 def by_position_tables(comparison: Comparison, title: str) -> list[Table]:
@@ -97,7 +158,13 @@ def comparison_markdown(comparison: Comparison) -> str:
     for (header, cells), legend in zip((_summary_cells(comparison), positions), legends, strict=True):
         lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
         parts += [markdown([[_escaped(cell) for cell in line] for line in lines]), legend]
-    return "\n\n".join(parts) + "\n"
+    header, cells = _written_cells(comparison)
+    if cells:
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
+        legend = " ".join(written_legend(comparison.scores[comparison.baseline])[:-1])
+        parts += [markdown([[_escaped(cell) for cell in line] for line in lines]), legend]
+    remark = fitness_remark(comparison)
+    return "\n\n".join([*parts, *([remark] if remark else [])]) + "\n"
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> None:

@@ -14,7 +14,7 @@ from ..comparison.contenders import NO_SCALING, Contender, contending
 from ..errors import TaskError
 from ..scoring.batching import check_vocabulary
 from ..scoring.statistics import Interval, mean_interval
-from ..searcher.sensitivity import format_layers
+from ..searcher.grid import format_layers
 from ..tasks import Example, Split, Task
 from ..tuner.config import LayerRopeConfig
 from .attention_rows import AttentionReader, visible_tokens

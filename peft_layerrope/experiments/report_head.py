@@ -30,7 +30,7 @@ def facts(record: SearchRecord, config: LayerRopeConfig) -> list[tuple[str, str]
         ("rope type", scaling),
         ("factors by layer", format_factors(config.layer_factors or record.layer_factors)),
         ("chosen", chosen.label if chosen is not None else record.chosen),
-        ("range", f"{record.grid.low:g} to {record.grid.high:g} in steps of {record.grid.step:g}"),
+        ("range", f"{record.grid.min_factor:g} to {record.grid.max_factor:g} in steps of {record.grid.step:g}"),
     ]
     if tried is not None:
         found.append(("evaluated", f"{tried} distinct factor vectors, all methods together"))

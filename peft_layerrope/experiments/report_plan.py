@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..comparison.contenders import Contender
+from ..declaration import as_options
 from ..errors import LayerRopeError
 from ..files.atomic import WriteError
 from ..files.run_lock import FolderInUseError
@@ -223,27 +224,11 @@ def _rope(config: LayerRopeConfig) -> tuple[tuple[str, Any], ...]:
     return (("--rope-type", config.rope_type), ("--factor", config.factor))
 
 
-def task_options(specification: TaskSpecification) -> list[tuple[str, Any]]:
-    """A task as options of the command line."""
-    return [
-        ("--task", specification.name),
-        ("--data", specification.data),
-        ("--length", specification.length),
-        ("--positions", specification.positions),
-        ("--task-seed", specification.seed or None),
-        ("--num-keys", specification.num_keys),
-        ("--keys", specification.keys),
-        ("--num-documents", specification.num_documents),
-        ("--stride", specification.stride),
-        ("--chat-template", specification.chat_template),
-    ]
-
-
 def _command(request: ReportRequest, step: Step) -> str:
     is_own = step.name == layer_sensitivity.NAME  # a command that is older than the experiments
     words = [step.name] if is_own else ["experiment", step.name]
     words += [request.model_option] if request.model_option is not None else []
-    return command_line(words, [*step.options, *task_options(request.specification), ("--groups", step.groups)])
+    return command_line(words, [*step.options, *as_options(request.specification), ("--groups", step.groups)])
 
 
 def _asked(request: ReportRequest, step: Step) -> dict[str, Any]:

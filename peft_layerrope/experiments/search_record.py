@@ -8,12 +8,12 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from ..declaration import converted
 from ..errors import LayerRopeError, SearchError
 from ..files.untrusted import UntrustedFileError, read_json_object
 from ..messages import shown
 from ..searcher.grid import FactorGrid
 from ..tuner.config import MAX_LAYERS
-from .rendering import printable
 
 RECORD_NAME = "search.json"
 _MAX_BYTES = 64 * 2**20  # its history has a line for every generation
@@ -71,14 +71,8 @@ class RecordedSplit(_Checked):
     max_tokens: int
 
 
-class _Grid(_Checked):
-    low: float = 1.0
-    high: float = 2.0
-    step: float = 0.1
-
-
 class _Settings(_Checked):
-    grid: _Grid = _Grid()
+    grid: FactorGrid = FactorGrid()
 
 
 class SearchRecord(_Checked):
@@ -99,7 +93,7 @@ class SearchRecord(_Checked):
     @property
     def grid(self) -> FactorGrid:
         """The factors that the search could choose from."""
-        return FactorGrid(**self.settings.grid.model_dump())
+        return self.settings.grid
 
     @property
     def test(self) -> RecordedSplit | None:
@@ -128,11 +122,7 @@ def read_record(folder: Path) -> SearchRecord:
     except UntrustedFileError as error:
         raise SearchError(f"{path} {error}.") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part)[:40] for part in first["loc"])
-        raise SearchError(
-            f"{path}: {printable(where)}={shown(first['input'])}: {printable(first['msg'])[:200]}."
-        ) from error
+        raise converted(error, SearchRecord, SearchError, str(path)) from error
     except LayerRopeError as error:
         raise SearchError(f"{path}: {error}") from error
     return record
@@ -149,4 +139,3 @@ def _check(record: SearchRecord) -> None:
         curves = (scores.accuracy_by_position, scores.accuracy_intervals)
         if any(curve is not None and len(curve) != len(scores.positions) for curve in curves):
             raise SearchError(f"row {shown(row.name)} has other than {len(scores.positions)} positions.")
-    _ = record.grid

@@ -10,7 +10,8 @@ from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
 
-from ..searcher.sensitivity import LayerEffect, Sensitivity, format_layers
+from ..searcher.grid import format_layers
+from ..searcher.sensitivity import LayerEffect, Sensitivity
 
 _DPI = 150
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")

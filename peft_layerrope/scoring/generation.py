@@ -148,7 +148,8 @@ def judge_written(split: Split, written: Sequence[Written], forced: PositionScor
         if strict is not None:
             strict[cell] = judge.is_strictly_right(answer.text, example.answers, example.question)
         cut_off[cell], num_tokens[cell] = answer.cut_off, len(answer.ids)
-    answers = WrittenAnswers(forced.correct, strict, num_tokens, cut_off)
+    known = forced.correct if split.targets is not None else None
+    answers = WrittenAnswers(known, strict, num_tokens, cut_off)
     return PositionScores(forced.positions, correct, forced.log_prob, forced.measure, answers)
 
 

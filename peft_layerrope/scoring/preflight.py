@@ -5,14 +5,14 @@ middle to mend?
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..errors import TaskError
 from ..messages import shown
-from ..tasks import PromptTask, Split, Task
+from ..tasks import Example, PromptTask, Split, SplitName, Task
 from ..tasks.multi_doc_qa import MultiDocumentQA
 from ..tasks.targets import Target, Targets, common_opening, target_of
 from ..tuner.sites import trained_window
@@ -83,6 +83,26 @@ class Preflight:
                 f"Use more {item}s ({setting} is {count})."
             )
 
+    def remarks(self) -> list[str]:
+        """Returns what a reader should know beside the figures, in a few lines."""
+        by_position = " / ".join(f"{100 * value:.0f}" for value in self.scores.accuracy_by_position)
+        share = f", prompts fill {self.window_share:.1%} of the trained window" if self.window_share else ""
+        lines = [
+            f"preflight: the unscaled model answers {by_position} % by position of {len(self.scores.correct)} search contexts{share}."
+        ]
+        if self.targets is None:
+            lines.append("targets: too few right answers to learn how the model writes one.")
+        elif self.targets.opening is not None:
+            lines.append(
+                f"targets: the model opens an answer with {self.targets.opening!r} "
+                f"({self.targets.num_agreeing} of {self.targets.num_samples} right answers)."
+            )
+        else:
+            lines.append(f"targets: {self.targets.num_agreeing} of {self.targets.num_samples} questions have one.")
+        tried = {"with the gold item alone": self.gold_alone, "closed-book": self.closed_book}
+        known = [f"{100 * value[0]:.1f} % {name} ({value[1]} questions)" for name, value in tried.items() if value]
+        return [*lines, *([f"single questions: {', '.join(known)}."] if known else [])]
+
     def describe(self) -> dict[str, Any]:
         """Returns plain values for a report; no texts."""
         tried = {"gold_alone": self.gold_alone, "closed_book": self.closed_book}
@@ -105,7 +125,7 @@ def preflight(
     task: PromptTask,
     *,
     num_groups: int = PREFLIGHT_GROUPS,
-    wanted: Mapping[str, int] | None = None,
+    wanted: Mapping[SplitName, int] | None = None,
     tell: Callable[[str], Any] | None = None,
 ) -> Preflight:
     """Has the unscaled model answer a few contexts of the search split, and learns its targets.
@@ -114,29 +134,31 @@ def preflight(
         scorer: of the unscaled model.
         task: a task with written answers.
         num_groups: contexts to ask.
-        wanted: contexts by split for which targets are going to be needed. Where each question has an opening of its
-            own, the unscaled model is asked them with the gold item alone: of the search split until so many questions
-            are answered, of the others all.
+        wanted: contexts by split for which targets are going to be needed; default: these. Where each question has an
+            opening of its own, the unscaled model is asked them with the gold item alone: of the search split until so
+            many questions are answered, of the others all.
         tell: told what is done.
 
     Raises:
         TaskError: the task has not so many contexts, or prompts do not fit.
     """
     say = tell or (lambda text: None)
-    say("the unscaled model's answers")
+    say("preflight: the unscaled model's answers")
     split = task.split("search", num_groups)
     written = scorer.write(split)
     blank = np.zeros((split.num_groups, len(split.positions)))
     scores = judge_written(split, written, PositionScores(split.positions, blank.astype(bool), blank))
     found = [target_of(w.ids, e.answers, task.judge) for w, e in zip(written, split.examples, strict=True)]
-    targets, gold_alone, closed_book, answerable = None, None, None, None
+    gold_alone, closed_book, answerable = None, None, None
     if task.without_distractors("search", 0, 1, gold=True) is None:
         targets = common_opening(split.examples, found, task.tokenizer)
     else:
-        say("the gold item alone")
-        targets, gold_alone, answerable = _own_targets(scorer, task, dict(wanted or {"search": num_groups}))
-        say("closed-book")
-        closed_book = _accuracy(scorer, task.without_distractors("search", 0, gold_alone[1], gold=False))
+        wanted = dict(wanted or {"search": num_groups})
+        say("preflight: the gold item alone")
+        targets, gold_alone, answerable = _own_targets(scorer, task, wanted)
+        say("preflight: closed-book")
+        asked = task.without_distractors(next(iter(wanted)), 0, gold_alone[1], gold=False)
+        closed_book = _accuracy(scorer, asked), len(asked.examples)
     window = trained_window(scorer.model)
     samples = _samples(split, written, scores)
     share = split.max_tokens / window if window else None
@@ -145,42 +167,45 @@ def preflight(
 
 
 def _own_targets(
-    scorer: Scorer, task: PromptTask, wanted: dict[str, int]
+    scorer: Scorer, task: PromptTask, wanted: Mapping[SplitName, int]
 ) -> tuple[Targets | None, tuple[float, int], tuple[int, ...]]:
-    """The targets of single questions, each answered with its gold item alone."""
+    """The targets of single questions, each answered with its gold item alone; the accuracy is that of the first split
+    that is wanted, and the numbers are of the search split's questions that were answered.
+    """
     own: dict[str, Target] = {}
+    accuracies: dict[SplitName, tuple[float, int]] = {}
     answerable: list[int] = []
-    tried, needed = 0, wanted.pop("search")
-    needed = -(-needed // len(task.positions)) * len(task.positions)  # whole rounds of questions
-    while len(answerable) < needed:
-        split = task.without_distractors("search", tried, tried + min(_TRIED_AT_ONCE, needed), gold=True)
-        if split is None or tried >= _MOST_TRIED * needed:
-            break
-        tried += len(split.examples)
-        for example, target in _answered(scorer, split):
-            own[example.question] = target
-            answerable.append(example.group)
     for name, count in wanted.items():
-        split = task.without_distractors(name, 0, count, gold=True)
-        own |= {example.question: target for example, target in _answered(scorer, split)}
-    accuracy = len(answerable) / tried if tried else 0.0
-    targets = Targets(None, own, tried, len(answerable)) if answerable else None
+        rounds = -(-count // len(task.positions)) * len(task.positions)  # a search context asks as many questions
+        needed = rounds if name == "search" else count
+        tried, right = 0, 0
+        while (right if name == "search" else tried) < needed and tried < _MOST_TRIED * needed:
+            split = task.without_distractors(name, tried, tried + min(_TRIED_AT_ONCE, needed), gold=True)
+            if split is None:
+                break
+            tried += len(split.examples)
+            answered = _answered(scorer, split)
+            own |= {example.question: target for example, target in answered}
+            right += len(answered)
+            if name == "search":
+                answerable += [example.group for example, _ in answered]
+        accuracies[name] = (right / max(tried, 1), tried)
+    accuracy, tried = next(iter(accuracies.values()))
+    targets = Targets(None, own, sum(n for _, n in accuracies.values()), len(own)) if own else None
     return targets, (accuracy, tried), tuple(answerable)
 
 
-def _answered(scorer: Scorer, split: Split) -> list[tuple[Any, Target]]:
-    targets = (
-        target_of(w.ids, e.answers, split.judge) for w, e in zip(scorer.write(split), split.examples, strict=True)
-    )
-    return [(example, target) for example, target in zip(split.examples, targets, strict=True) if target is not None]
+def _answered(scorer: Scorer, split: Split) -> list[tuple[Example, Target]]:
+    found = []
+    for written, example in zip(scorer.write(split), split.examples, strict=True):
+        target = target_of(written.ids, example.answers, split.judge)
+        if target is not None:
+            found.append((example, target))
+    return found
 
 
-def _accuracy(scorer: Scorer, split: Split | None) -> tuple[float, int] | None:
-    if split is None:
-        return None
-    written = scorer.write(split)
-    hits = [split.judge.is_right(w.text, e.answers) for w, e in zip(written, split.examples, strict=True)]
-    return sum(hits) / len(hits), len(hits)
+def _accuracy(scorer: Scorer, split: Split) -> float:
+    return len(_answered(scorer, split)) / len(split.examples)
 
 
 def _samples(split: Split, written: Sequence[Written], scores: PositionScores) -> tuple[dict[str, Any], ...]:
@@ -223,7 +248,7 @@ def find_difficulty(
     def accuracy(num_items: int) -> float:
         sized = task.resized(num_items, task.length)
         split = sized.split("search", num_groups)
-        value = _accuracy(scorer, split)[0]
+        value = _accuracy(scorer, split)
         curve.append((num_items, value))
         if tell is not None:
             tell(num_items, value)
@@ -259,4 +284,4 @@ def prepared(task: PromptTask, found: Preflight) -> PromptTask:
 
 def with_targets(split: Split, found: Preflight, task: PromptTask) -> Split:
     """Returns a split with the targets that were learnt, if they were."""
-    return replace(split) if found.targets is None else found.targets.applied(split, task.tokenizer)
+    return split if found.targets is None else found.targets.applied(split, task.tokenizer)

@@ -56,21 +56,22 @@ class WrittenAnswers:
     """More about answers that were written; arrays of shape `(groups, positions)`.
 
     Attributes:
-        forced: bool: whether every token of the expected answer was the most probable one, in one teacher-forced pass.
+        forced: bool: whether every token of the target was the most probable one, in one teacher-forced pass; None
+            where the split has no targets.
         strict: bool: whether the answer came before any other; None where the metric has no such look.
         num_tokens: int64: tokens that were written.
         cut_off: bool: whether writing stopped at the limit, neither ended nor settled.
     """
 
-    forced: np.ndarray
+    forced: np.ndarray | None
     strict: np.ndarray | None
     num_tokens: np.ndarray
     cut_off: np.ndarray
 
     def to_plain(self) -> list[Any]:
         """Returns everything as JSON values, without loss; see [`from_plain`]."""
-        strict = self.strict.astype(int).tolist() if self.strict is not None else None
-        return [self.forced.astype(int).tolist(), strict, self.num_tokens.tolist(), self.cut_off.astype(int).tolist()]
+        arrays = (self.forced, self.strict, self.num_tokens, self.cut_off)
+        return [array.astype(int).tolist() if array is not None else None for array in arrays]
 
     @classmethod
     def from_plain(cls, plain: Sequence[Any]) -> WrittenAnswers:
@@ -81,7 +82,7 @@ class WrittenAnswers:
         """
         forced, strict, num_tokens, cut_off = plain
         return cls(
-            np.array(forced, dtype=bool),
+            np.array(forced, dtype=bool) if forced is not None else None,
             np.array(strict, dtype=bool) if strict is not None else None,
             np.array(num_tokens, dtype=np.int64),
             np.array(cut_off, dtype=bool),

@@ -44,11 +44,11 @@ class _FactorGenes:
     @property
     def bounds(self) -> tuple[list[float], list[float]]:
         grid = self._space.grid
-        return [grid.low] * self._num_heights, [grid.high] * self._num_heights
+        return [grid.min_factor] * self._num_heights, [grid.max_factor] * self._num_heights
 
     def random(self, rng: random.Random) -> list[float]:
         grid = self._space.grid
-        middle, spread = (grid.low + grid.high) / 2, (grid.high - grid.low) / 4
+        middle, spread = (grid.min_factor + grid.max_factor) / 2, (grid.max_factor - grid.min_factor) / 4
         return [self._clip(rng.gauss(middle, spread)) for _ in range(self._num_heights)]
 
     def constant(self, factor: float) -> list[float]:
@@ -63,7 +63,7 @@ class _FactorGenes:
         return None
 
     def _clip(self, factor: float) -> float:
-        return min(max(factor, self._space.grid.low), self._space.grid.high)
+        return min(max(factor, self._space.grid.min_factor), self._space.grid.max_factor)
 
 
 class BezierGenome(_FactorGenes):

@@ -96,11 +96,11 @@ class GradientSteps:
         visited: dict[Factors, None] = {}
         for step in range(steps):
             share = 1 - step / max(steps - 1, 1) * 2 / 3
-            optimiser.param_groups[0]["lr"] = FIRST_STEP * (grid.high - grid.low) * share
+            optimiser.param_groups[0]["lr"] = FIRST_STEP * (grid.max_factor - grid.min_factor) * share
             values.grad = -self._gradient(values)
             optimiser.step()
             with torch.no_grad():
-                values.clamp_(grid.low, grid.values[-1])
+                values.clamp_(grid.min_factor, grid.values[-1])
             vector = space.spread(grid.snap(values.detach().numpy()))
             visited.pop(vector, None)
             visited[vector] = None

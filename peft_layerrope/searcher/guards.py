@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
 
 import numpy as np
 from deap import tools
 
-from ..checks import is_number
+from ..declaration import declared, option
 from ..errors import SearchError
-from ..messages import named
 from .individual import Individual
 from .measurement import Heats, Measurement
 
 _DUST = 1e-9  # a drop of exactly the limit, 0.4 - 0.3 against 0.1, is allowed
 
 
-@dataclass(frozen=True)
+_guard = partial(option, panel="Guards")
+
+
+@declared(SearchError)
 class Guards:
     """Limits relative to the unscaled model. None switches one off.
 
-    Attributes:
-        max_tail_drop: how far accuracy at the last position may fall ("lost in the tail"), from 0 to 1.
-        max_short_rise: how far the loss on short prompts may rise, in nats.
+    Raises:
+        SearchError: a limit that is no number of at least 0.
     """
 
-    max_tail_drop: float | None = 0.05
-    max_short_rise: float | None = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("max_tail_drop", "max_short_rise"):
-            value = getattr(self, name)
-            if value is not None and not (is_number(value) and 0 <= value < float("inf")):
-                raise SearchError(
-                    f"{name}={named(value)} must be a number of at least 0, or none to switch the guard off."
-                )
+    max_tail_drop: Annotated[
+        float | None, _guard("How far accuracy at the last position may fall, from 0 to 1.", ge=0)
+    ] = 0.05
+    max_short_rise: Annotated[float | None, _guard("How far the loss on short prompts may rise, in nats.", ge=0)] = 0.5
 
     def violation(self, measured: Measurement, unscaled: Measurement, plan: Heats) -> float:
         """Returns by how much the limits are exceeded, summed; 0 if they are kept.

@@ -448,7 +448,9 @@ class _Run:
                 "batch_tokens": self.local.batch_tokens,
                 "plan": self.plan.to_dict(),
             },
-            edge_layers=[i for i in self.space.scaled_layers if chosen.factors[i] in (grid.low, grid.values[-1])],
+            edge_layers=[
+                i for i in self.space.scaled_layers if chosen.factors[i] in (grid.min_factor, grid.values[-1])
+            ],
             measurements=measurements,
             bootstrap=bootstrap,
         )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,10 +17,10 @@ from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import DEFAULT_WEIGHTS
 from ..scoring.statistics import Interval, mean_interval
 from ..tasks import SPLIT_NAMES, Split, SplitName, Task
-from ..tuner.config import MAX_LAYERS, LayerRopeConfig
+from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window
 from .evaluator import ModelEvaluator
-from .grid import Factors
+from .grid import Factors, format_layers
 from .progress import SearchProgress, audience_of
 from .run import model_name
 from .settings import SearchSettings
@@ -400,38 +398,6 @@ def _checked_layers(layers: Sequence[int] | None, key_sources: Sequence[int]) ->
             f"KV cache) and {_verb(bound, 'take')} the factor there; name {_named(sources)} instead."
         )
     return tuple(sorted(values))
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Returns the layers that a text such as `"0-3,7"` names, ascending; ranges include both ends.
-
-    Raises:
-        SearchError: not such a text, a range that ends before it begins, a layer named twice, or an index beyond any
-            model's.
-    """
-    layers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
-        if match is None:
-            raise SearchError(f"layers {text!r}: {part.strip()!r} is no layer or range, expected e.g. '0-3,7'.")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if first > last:
-            raise SearchError(f"layers {text!r}: the range {part.strip()!r} ends before it begins.")
-        if last >= MAX_LAYERS:
-            raise SearchError(f"layers {text!r}: layer {last} is out of range, expected at most {MAX_LAYERS - 1}.")
-        layers += range(first, last + 1)
-    twice = sorted({layer for layer in layers if layers.count(layer) > 1}) if len(set(layers)) < len(layers) else []
-    if twice:
-        raise SearchError(f"layers {text!r}: {_named(twice)} must be named only once.")
-    return tuple(sorted(layers))
-
-
-def format_layers(layers: Iterable[int]) -> str:
-    """Writes layers as ranges, `"0-3,7"`: the inverse of [`parse_layers`]."""
-    ordered = sorted(set(layers))
-    starts = [layer for before, layer in pairwise([None, *ordered]) if before is None or layer != before + 1]
-    ends = [layer for layer, after in pairwise([*ordered, None]) if after is None or after != layer + 1]
-    return ",".join(f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 def _named(layers: Sequence[int]) -> str:

@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-import difflib
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from .._version import __version__
-from ..errors import LayerRopeError, SearchError
+from ..declaration import converted, declared, option
+from ..errors import SearchError
 from ..files.atomic import write_atomically
 from ..files.plain_yaml import parse_yaml
-from ..messages import one_line, shown, shown_names
+from ..messages import one_line
 from ..tasks.specification import TaskSpecification
 from .settings import SearchSettings
 
 _MAX_BYTES = 1_000_000
 
 
-@dataclass(frozen=True)
+_model = partial(option, panel="Model")
+
+
+Device = Annotated[str | None, _model("cpu, cuda ... Default: a GPU if there is one.")]
+Dtype = Annotated[str, _model("auto, float32, bfloat16 ...")]
+
+
+@declared(SearchError)
 class SearchSpecification:
-    """A search, as a file can hold it.
+    """A search, as a file can hold it."""
 
-    Args:
-        model: Hub id or folder; None: the demo model.
-        device: where it runs; None: a GPU if there is one.
-        dtype: `"auto"` or a floating-point type of torch.
-        task: where the examples come from.
-        search: the settings.
-    """
-
-    model: str | None = None
-    device: str | None = None
-    dtype: str = "auto"
-    task: TaskSpecification = field(default_factory=TaskSpecification)
-    search: SearchSettings = field(default_factory=SearchSettings)
+    model: Annotated[str | None, Field(description="Hub id or folder. Default: the demo model.")] = None
+    device: Device = None
+    dtype: Dtype = "auto"
+    task: Annotated[TaskSpecification, Field(description="Where the examples come from.")] = field(
+        default_factory=TaskSpecification
+    )
+    search: Annotated[SearchSettings, Field(description="The settings.")] = field(default_factory=SearchSettings)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], source: str) -> SearchSpecification:
@@ -49,13 +52,15 @@ class SearchSpecification:
             source: where they come from, for messages.
 
         Raises:
-            SearchError: an unknown name, with the nearest known one; a value of the wrong type or out of its range.
+            LayerRopeError: an unknown name, with the nearest known one; a value of the wrong type or out of its range.
         """
-        _check_names(values, cls, source)
         try:
-            return _ADAPTER.validate_python(values)
+            # of JSON, strict checks take lists for tuples and mappings for what they are to make
+            return _ADAPTER.validate_json(json.dumps(values, default=str))
         except ValidationError as error:
-            raise SearchError(_message(error, source)) from error
+            raise converted(error, cls, SearchError, source) from None
+        except TypeError as error:  # YAML has mappings with lists for names
+            raise SearchError(f"{source}: {one_line(error)}.") from error
 
     def save(self, path: str | Path) -> None:
         """Writes `search.yaml`, every value spelled out."""
@@ -85,38 +90,3 @@ def read_specification(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SearchError(f"{path} must hold names and values, such as 'task:', got {type(values).__name__}.")
     return values
-
-
-def merge(values: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Returns a copy of nested `values` with `changes`, by path, put in."""
-    merged = dict(values)
-    for path, value in changes.items():
-        level = merged
-        for name in path[:-1]:
-            inner = level.get(name)
-            level[name] = dict(inner) if isinstance(inner, Mapping) else {}
-            level = level[name]
-        level[path[-1]] = value
-    return merged
-
-
-def _check_names(values: Mapping[str, Any], kind: type, source: str, prefix: str = "") -> None:
-    """Raises SearchError at the first name that the dataclass `kind` does not have."""
-    known = {f.name: f for f in fields(kind)}
-    for name, value in values.items():
-        if name not in known:
-            wrong = shown_names([name])
-            near = difflib.get_close_matches(wrong, known, n=1, cutoff=0)
-            raise SearchError(f"{source}: {prefix}{wrong} is unknown; did you mean {prefix}{near[0]}?")
-        default = known[name].default_factory
-        if isinstance(default, type) and is_dataclass(default) and isinstance(value, Mapping):
-            _check_names(value, default, source, f"{prefix}{name}.")
-
-
-def _message(error: ValidationError, source: str) -> str:
-    first = error.errors(include_url=False)[0]
-    own = first.get("ctx", {}).get("error")
-    if isinstance(own, LayerRopeError):  # of the settings' own checks, which name the setting
-        return str(own)
-    name = shown_names([".".join(map(str, first["loc"]))])
-    return f"{source}: {name}={shown(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}."

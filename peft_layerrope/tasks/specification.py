@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from dataclasses import fields, replace
+from functools import partial
+from typing import Annotated, Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from ..declaration import declared, option
 from ..errors import TaskError
-from .base import Task, check_length, check_seed
+from .base import MAX_LENGTH, Task
 from .kv_retrieval import KeyValueRetrieval
 from .kv_words import KeyValueWords
 from .multi_doc_qa import MultiDocumentQA
@@ -18,65 +20,92 @@ from .perplexity import Perplexity
 TaskName = Literal["kv_words", "kv_retrieval", "multi_doc_qa", "perplexity"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 DEFAULT_TASK: TaskName = "kv_retrieval"
-KeyStyle = Literal["uuid", "words"]
+KeyStyle = Literal["uuid", "words", "syllables"]
 
 _SETTINGS: dict[TaskName, tuple[str, ...]] = {
-    "kv_words": ("positions",),
-    "kv_retrieval": ("positions", "data", "num_keys", "keys", "chat_template"),
-    "multi_doc_qa": ("positions", "data", "num_documents", "chat_template"),
+    "kv_words": ("num_positions",),
+    "kv_retrieval": ("num_positions", "data", "num_keys", "keys", "difficulty", "chat_template", "max_new_tokens"),
+    "multi_doc_qa": ("num_positions", "data", "num_documents", "difficulty", "chat_template", "max_new_tokens"),
     "perplexity": ("data", "stride"),
 }
 """What each task knows beside its length and seed."""
 
 
-@dataclass(frozen=True)
+_task = partial(option, panel="Task")
+
+
+@declared(TaskError)
 class TaskSpecification:
     """Which task, and its settings. None, or false, leaves a setting to the task.
 
-    Args:
-        name: the task; None: `"kv_retrieval"`, for the demo model `"kv_words"`.
-        length: the most tokens that a prompt with its answer may have; None: the model's window, for the demo model
-            twice its window.
-        positions: number of gold positions; None: 11 for kv_words, 5 for kv_retrieval, and for multi_doc_qa what
-            was published for its number of documents.
-        seed: seed of the examples.
-        data: a file in the task's public format, or what `perplexity` is measured on; None: generated.
-        num_keys: pairs of a kv_retrieval context; None: as in the file, or as many as fit.
-        keys: what generated keys look like; None: `"uuid"`.
-        num_documents: documents of a multi_doc_qa context; None: as in the file.
-        stride: tokens that are scored of each window; None: all but the first.
-        chat_template: whether prompts are put into the tokenizer's chat template.
-
     Raises:
-        TaskError: a setting that the named task does not have, or a length that no task can have.
+        TaskError: a value that cannot work, or a setting that the named task does not have.
     """
 
-    name: TaskName | None = None
-    length: int | None = None
-    positions: int | None = None
-    seed: int = 0
-    data: str | None = None
-    num_keys: int | None = None
-    keys: KeyStyle | None = None
-    num_documents: int | None = None
-    stride: int | None = None
-    chat_template: bool = False
+    name: Annotated[TaskName | None, _task("Default: kv_retrieval; for the demo model kv_words.", "--task")] = None
+    length: Annotated[
+        int | None,
+        _task(
+            "The most tokens a prompt with its answer may have. Default: the model's window; for the demo model twice "
+            "its window.",
+            ge=1,
+            le=MAX_LENGTH,
+        ),
+    ] = None
+    num_positions: Annotated[
+        int | None,
+        _task(
+            "Gold positions, spread evenly from first to last. Default: 11 for kv_words, 5 for kv_retrieval, and 3, 5 "
+            "or 7 for multi_doc_qa with 10, 20 or 30 documents.",
+            "--num-positions",
+            "--positions",
+            ge=3,
+        ),
+    ] = None
+    task_seed: Annotated[int, _task("Seed of the examples.", ge=0)] = 0
+    data: Annotated[
+        str | None,
+        _task(
+            "A file in the task's public format (.jsonl, .jsonl.gz); for perplexity also a text, .json or .npy file, "
+            "or datasets:NAME[:SPLIT]. Default: generated."
+        ),
+    ] = None
+    num_keys: Annotated[
+        int | None, _task("Pairs of a kv_retrieval context. Default: as in the file, or as many as fit.", ge=2)
+    ] = None
+    keys: Annotated[KeyStyle | None, _task("Keys and values of generated kv_retrieval. Default: uuid.")] = None
+    num_documents: Annotated[
+        int | None,
+        _task(
+            "Documents of a multi_doc_qa context. Default: as in the file, or 10 if that has one for each question.",
+            ge=1,
+        ),
+    ] = None
+    difficulty: Annotated[
+        Literal["auto"] | None,
+        _task("auto: as many pairs or documents as leave the unscaled model between 40 and 90 % right answers."),
+    ] = None
+    stride: Annotated[int | None, _task("Tokens of each perplexity window that are scored. Default: all.", ge=1)] = None
+    chat_template: Annotated[bool, _task("Put prompts into the tokenizer's chat template.")] = False
+    max_new_tokens: Annotated[
+        int | None, _task("Tokens that a written answer may have. Default: 100.", ge=1, le=MAX_LENGTH)
+    ] = None
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        if self.length is not None:
-            check_length(self.length)
         if self.name is None:
             return
-        if self.name not in TASK_NAMES:
-            raise TaskError(f"task {self.name!r} is unknown, expected one of {', '.join(TASK_NAMES)}.")
-        known = ("name", "length", "seed", *_SETTINGS[self.name])
+        known = ("name", "length", "task_seed", *_SETTINGS[self.name])
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in known and value != field.default:
                 raise TaskError(
                     f"{field.name}={value!r} is no setting of {self.name}, which has {', '.join(known[1:])}."
                 )
+        size = self.num_keys if self.name == "kv_retrieval" else self.num_documents
+        if self.difficulty is not None and size is not None:
+            raise TaskError(
+                "difficulty='auto' finds the number of pairs or documents: leave num_keys, num_documents out."
+            )
 
 
 def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBase, window: int | None) -> Task:
@@ -98,7 +127,7 @@ def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBa
 
 
 def _kv_words(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
-    return KeyValueWords(tokenizer, task.length, seed=task.seed, **_given(num_positions=task.positions))
+    return KeyValueWords(tokenizer, task.length, seed=task.task_seed, **_given(num_positions=task.num_positions))
 
 
 def _kv_retrieval(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -108,9 +137,10 @@ def _kv_retrieval(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -
         num_keys=task.num_keys,
         length=task.length,
         keys=task.keys,
-        num_positions=task.positions,
-        seed=task.seed,
+        num_positions=task.num_positions,
+        seed=task.task_seed,
         chat_template=task.chat_template,
+        max_new_tokens=task.max_new_tokens,
     )
 
 
@@ -121,17 +151,18 @@ def _multi_doc_qa(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -
         tokenizer,
         task.data,
         num_documents=task.num_documents,
-        num_positions=task.positions,
-        seed=task.seed,
+        num_positions=task.num_positions,
+        seed=task.task_seed,
         length=task.length,
         chat_template=task.chat_template,
+        max_new_tokens=task.max_new_tokens,
     )
 
 
 def _perplexity(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
     if task.data is None:
         raise TaskError("perplexity needs data: a text, .jsonl, .json or .npy file, or datasets:NAME[:SPLIT].")
-    return Perplexity.from_source(task.data, tokenizer, length=task.length, stride=task.stride, seed=task.seed)
+    return Perplexity.from_source(task.data, tokenizer, length=task.length, stride=task.stride, seed=task.task_seed)
 
 
 def _given(**settings: Any) -> dict[str, Any]:

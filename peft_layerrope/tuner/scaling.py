@@ -6,9 +6,12 @@ Everything is differentiable in `layer_factors`.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 
-ROPE_TYPES = ("default", "linear", "dynamic")
+RopeType = Literal["default", "linear", "dynamic"]
+ROPE_TYPES: tuple[RopeType, ...] = get_args(RopeType)
 """transformers' names for plain per-layer scaling, Position Interpolation and Dynamic-NTK."""
 
 

@@ -16,7 +16,18 @@ from peft_layerrope.cli import app
 from peft_layerrope.tuner.artifacts import save_adapter
 
 TINY_SEARCH = [
-    *("--length", "128", "--positions", "3", "--population", "4", "--generations", "1", "--refine-evaluations", "4"),
+    *(
+        "--length",
+        "128",
+        "--num-positions",
+        "3",
+        "--population",
+        "4",
+        "--generations",
+        "1",
+        "--refine-evaluations",
+        "4",
+    ),
     *("--search-groups", "2", "--validation-groups", "2", "--test-groups", "3", "--gradient-steps", "1"),
 ]
 
@@ -108,9 +119,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
 
 def test_an_option_beside_the_file_goes_first(tmp_path):
     file = tmp_path / "search.yaml"
-    file.write_text("task: {length: 128, positions: 3}\nsearch: {population: 4, generations: 1, test_groups: 3}\n")
-    done = run("search", "--output", str(tmp_path / "out"), "--config", str(file), "--population", "2")
-    assert (done.exit_code, done.stderr) == (2, "error: population=2 must be an integer of at least 4.\n")
+    file.write_text("task: {length: 128, num_positions: 3}\nsearch: {population: 4, generations: 1, test_groups: 3}\n")
+    done = run("search", "--output", str(tmp_path / "out"), "--config", str(file), "--max-factor", "1")
+    message = "error: max_factor=1.0 must be greater than min_factor=1.0.\n"
+    assert (done.exit_code, done.stderr) == (2, message)
     file.write_text("task: {lenght: 128}\n")
     done = run("search", "--output", str(tmp_path / "out"), "--config", str(file))
     assert (done.exit_code, done.stderr) == (
@@ -122,14 +134,14 @@ def test_an_option_beside_the_file_goes_first(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--population", "1"], 2, "population=1 must be an integer of at least 4."),
+        (["--population", "1"], 2, "'--population'"),
         (["--factor", "2"], 2, "factor=2.0 has no effect with rope_type='default'"),
         (["--max-factor", "0.5"], 2, "max_factor=0.5 must be greater than min_factor=1.0"),
         (["--length", "16"], 2, "length=16 tokens holds 2 pairs, fewer than 11 gold positions."),
         (["--resume", "--overwrite"], 2, "--resume keeps what is there and --overwrite replaces it"),
         (["--layers", "0-9"], 2, "must be distinct layer indices from 0 to 5."),
         (["--length", "1024"], 2, "the largest scaling reaches 512 tokens."),
-        (["--max-tail-drop", "-1"], 2, "max_tail_drop=-1.0 must be a number of at least 0"),
+        (["--step", "0"], 2, "step=0.0 must be"),
         (["--algorithm", "greedy", "--curve", "linear"], 2, "algorithm='greedy' moves single layers"),
         (["--rope-type", "yarn"], 2, "'yarn' is not one of"),
     ],

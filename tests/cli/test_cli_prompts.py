@@ -124,8 +124,8 @@ def test_a_search_records_its_task_and_is_repeated_by_it(model, file, tmp_path):
     assert recorded == {
         "name": "kv_retrieval",
         "length": 512,
-        "positions": 3,
-        "seed": 3,
+        "num_positions": 3,
+        "task_seed": 3,
         "data": str(file),
         "num_keys": 4,
         "keys": None,

@@ -42,7 +42,7 @@ def record_values() -> dict:
         "model_window": 256,
         "task": {"name": "kv_words", "length": 320, "seed": 0, "positions": [0, 5, 10]},
         "splits": [{"name": "test", "seed": 0, "groups": 200, "max_tokens": 320}],
-        "settings": {"grid": {"low": 1.0, "high": 2.0, "step": 0.1}},
+        "settings": {"grid": {"min_factor": 1.0, "max_factor": 2.0, "step": 0.1}},
         "layer_factors": [1.5, 1.9, 1.6, 1.7, 1.4, 1.3],
         "chosen": "refined",
         "table": rows,
@@ -75,7 +75,7 @@ def test_it_is_read(tmp_path):
         ("", "is not JSON"),
         ("{", "is not JSON"),
         ("[]", "must hold a JSON object"),
-        ("{}", "model="),
+        ("{}", "model is missing"),
         ('{"model": 1, "model": 2}', "twice"),
         ("[" * 100_000, "search.json"),
         ("\ud800", "search.json"),
@@ -111,7 +111,7 @@ def test_damaged_files(tmp_path, text, message):
         (("task",), "kv_words"),
         (("settings", "grid", "step"), 0.0),
         (("settings", "grid", "step"), 1e-9),
-        (("settings", "grid", "high"), 0.5),
+        (("settings", "grid", "max_factor"), 0.5),
     ],
 )
 def test_values_of_the_wrong_type_or_size(tmp_path, path, value):

@@ -23,11 +23,13 @@ def test_grid_is_the_papers():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0, 2.0, 0.1), "all three must be positive"),
+        ((0.0, 2.0, 0.1), "min_factor=0.0 must"),
+        ((1.0, 2.0, 0.0), "step=0.0 must"),
         ((1.0, 1.0, 0.1), "max_factor=1.0 must be greater than min_factor=1.0"),
         ((1.0, 2.0, 1e-5), "more than 1000 values"),
         ((1.0, 1.5, 1.0), "step=1.0 is larger than the range"),
-        ((1.0, float("inf"), 0.1), "all three must be positive"),
+        ((1.0, float("inf"), 0.1), "max_factor=inf must"),
+        ((1.0, 99999.0, 1000.0), "max_factor=99999.0 must"),
     ],
 )
 def test_grids_that_cannot_work(arguments, message):

@@ -391,6 +391,6 @@ def test_errors_come_before_any_work():
     with pytest.raises(TaskError, match="split 'search' has 8 groups, 50 were asked for"):
         search(build_model("llama"), token_task(), search_groups=50)
     with pytest.raises(SearchError, match="distinct layer indices from 0 to 3"):
-        search(build_model("llama"), token_task(), **SMALL, scaled_layers=(NUM_LAYERS,))
+        search(build_model("llama"), token_task(), **SMALL, layers=(NUM_LAYERS,))
     with pytest.raises(TaskError, match="outside the model's vocabulary"):
         search(build_model("llama"), token_task(vocab=10 * VOCAB), **SMALL)

@@ -21,13 +21,8 @@ from peft_layerrope.scoring.scoring import score
 from peft_layerrope.scoring.statistics import Interval
 from peft_layerrope.experiments.sensitivity_report import plot_sensitivity, sensitivity_table
 from peft_layerrope.families import build_tiny
-from peft_layerrope.searcher.sensitivity import (
-    LayerEffect,
-    Sensitivity,
-    format_layers,
-    parse_layers,
-    sensitivity,
-)
+from peft_layerrope.searcher.grid import format_layers, parse_layers
+from peft_layerrope.searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
 from peft_layerrope.tasks import Split
 
 GROUPS = 5
@@ -203,8 +198,8 @@ def test_the_model_is_left_as_it_was(ids, fails, monkeypatch):
         ({"num_groups": 1}, "num_groups=1 must be an integer of at least 2, for an interval."),
         ({"num_groups": 2.0}, "num_groups=2.0 must be an integer of at least 2, for an interval."),
         ({"split": "train"}, "split='train' is unknown, expected one of search, validation, test."),
-        ({"batch_tokens": 0}, "batch_tokens=0 must be an integer of at least 1."),
-        ({"share_mib": -1}, "share_mib=-1 must be an integer of at least 0."),
+        ({"batch_tokens": 0}, "batch_tokens=0 must be at least 1."),
+        ({"share_mib": -1}, "share_mib=-1 must be at least 0."),
     ],
 )
 def test_errors_name_value_and_expectation(arguments, message):
@@ -217,7 +212,7 @@ def test_errors_of_others_come_before_any_work(monkeypatch):
     monkeypatch.setattr("peft_layerrope.adapted.get_peft_model", lambda *args: pytest.fail("work"))
     with pytest.raises(InvalidConfigError, match="has no effect with rope_type='default'"):
         measure(build_model("llama"), factor=2.0)
-    with pytest.raises(TaskError, match="must be three positive numbers"):
+    with pytest.raises(SearchError, match=r"weights\[1\]=0.0 must"):
         measure(build_model("llama"), weights=(1.0, 0.0, 1.0))
     with pytest.raises(TaskError, match="outside the model's vocabulary"):
         measure(build_model("llama"), RandomTokens(10 * VOCAB))
@@ -346,7 +341,7 @@ def test_layers_in_any_order_with_spaces():
         ("1 2", "layers '1 2': '1 2' is no layer or range, expected e.g. '0-3,7'."),
         ("²", "layers '²': '²' is no layer or range, expected e.g. '0-3,7'."),
         ("3-1", "layers '3-1': the range '3-1' ends before it begins."),
-        ("0-3,2", "layers '0-3,2': layer 2 must be named only once."),
+        ("0-3,2", "layers '0-3,2': 2 must be named only once."),
         ("0-999999999", "layers '0-999999999': layer 999999999 is out of range, expected at most 4095."),
     ],
 )

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import datetime
 
 import pytest
 import yaml
 
-from peft_layerrope import SearchError
+from peft_layerrope import LayerRopeError, SearchError
 from peft_layerrope.searcher import FactorGrid, Guards, SearchSettings
-from peft_layerrope.searcher.specification import SearchSpecification, merge, read_specification
+from peft_layerrope.searcher.specification import SearchSpecification, read_specification
 from peft_layerrope.tasks import TaskSpecification
 
 FULL = SearchSpecification(
     model="some/model",
     dtype="bfloat16",
-    task=TaskSpecification("kv_retrieval", 300, positions=5, seed=3, data="a.jsonl.gz", num_keys=9, chat_template=True),
+    task=TaskSpecification(
+        "kv_retrieval", 300, num_positions=5, task_seed=3, data="a.jsonl.gz", num_keys=9, chat_template=True
+    ),
     search=SearchSettings(
         rope_type="linear",
         factor=2.0,
         grid=FactorGrid(0.8, 3.0, 0.2),
         guards=Guards(None, 0.1),
-        scaled_layers=(1, 2, 5),
+        layers=(1, 2, 5),
         weights=(1.0, 2.0, 3.0),
         algorithm="cma-es",
         curve="direct",
@@ -41,38 +43,44 @@ def test_what_is_saved_is_read_back(specification, tmp_path):
     assert set(yaml.safe_load(text)["search"]) == set(SearchSettings().to_dict())  # every value spelled out
 
 
-def test_changes_go_first_and_leave_the_rest():
-    values = {"task": {"seed": 3}, "search": {"grid": {"high": 3.0}}}
-    merged = merge(values, {("task", "length"): 64, ("search", "grid", "step"): 0.5, ("model",): "m"})
-    made = SearchSpecification.of(merged, "test")
-    assert made.task == TaskSpecification(length=64, seed=3)
-    assert made.search == replace(SearchSettings(), grid=FactorGrid(1.0, 3.0, 0.5))
-    assert values == {"task": {"seed": 3}, "search": {"grid": {"high": 3.0}}}
+def test_what_is_left_out_has_its_default():
+    made = SearchSpecification.of({"task": {"task_seed": 3}, "search": {"grid": {"max_factor": 3}}}, "f.yaml")
+    assert made.task == TaskSpecification(task_seed=3)
+    assert made.search == SearchSettings(grid=FactorGrid(max_factor=3.0))
+    assert made.search.guards == Guards()
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"serch": {}}, "f.yaml: serch is unknown; did you mean search?"),
-        ({"search": {"generation": 3}}, "f.yaml: search.generation is unknown; did you mean search.generations?"),
-        ({"search": {"grid": {"hi": 3}}}, "f.yaml: search.grid.hi is unknown; did you mean search.grid.high?"),
-        ({"task": {"name": "kv"}}, "f.yaml: task.name='kv': input should be 'kv_words', 'kv_retrieval',"),
-        ({"task": {"nam": "kv"}}, "f.yaml: task.nam is unknown; did you mean task.name?"),
-        (
-            {"task": {"name": "kv_words", "stride": 8}},
-            "stride=8 is no setting of kv_words, which has length, seed",
-        ),
-        ({"task": {"keys": "hex"}}, "f.yaml: task.keys='hex': input should be 'uuid' or 'words'."),
-        ({"search": {"population": "many"}}, "f.yaml: search.population='many': input should be a valid integer"),
-        ({"search": {"weights": [1, 2]}}, "f.yaml: search.weights.2="),
-        ({"search": {"population": 1}}, "population=1 must be an integer of at least 4."),
-        ({"search": {"grid": {"low": 3}}}, "max_factor=2.0 must be greater than min_factor=3.0."),
+        ({"serch": {}}, "serch is unknown; did you mean search?"),
+        ({"search": {"generation": 3}}, "search.generation is unknown; did you mean search.generations?"),
+        ({"search": {"grid": {"max": 3}}}, "search.grid.max is unknown; did you mean search.grid.max_factor?"),
+        ({"task": {"nam": "kv", "length": -1}}, "task.nam is unknown; did you mean task.name?"),
+        ({"search": {"seed": 1, None: 3}}, "search.null is unknown"),
+        ({("a", "b"): 3}, "keys"),
+        ({"task": {"name": "kv"}}, "task.name='kv' must be 'kv_words', 'kv_retrieval',"),
+        ({"task": {"name": "kv_words", "stride": 8}}, "stride=8 is no setting of kv_words"),
+        ({"task": {"keys": "hex"}}, "task.keys='hex' must be 'uuid' or 'words'."),
+        ({"task": []}, "task=[] must be an object."),
+        ({"search": {"population": "many"}}, "search.population='many' must be a valid integer"),
+        ({"search": {"population": "4"}}, "search.population='4' must be a valid integer"),
+        ({"search": {"seed": datetime.date(2025, 1, 1)}}, "search.seed='2025-01-01' must"),
+        ({"search": {"weights": [1, 2]}}, "search.weights[2] is missing."),
+        ({"search": {"population": 1}}, "search.population=1 must be"),
+        ({"search": {"grid": {"min_factor": 3}}}, "max_factor=2.0 must be greater than min_factor=3.0."),
+        ({"search": {"grid": {"step": float("inf")}}}, "search.grid.step=inf must be"),
+        ({"search": {"layers": "7-"}}, "layers '7-'"),
+        ({"model": "\ud800"}, "JSON"),
     ],
 )
 def test_what_is_wrong_is_named(values, message):
-    with pytest.raises(SearchError) as caught:
+    with pytest.raises(LayerRopeError) as caught:
         SearchSpecification.of(values, "f.yaml")
-    assert str(caught.value).startswith(message)
+    said = str(caught.value)
+    assert said.startswith("f.yaml: ")
+    assert message in said
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from peft_layerrope.tasks import SPLIT_NAMES, TaskSpecification, make_task
 from peft_layerrope.tasks.specification import TASK_NAMES
 
 OTHER_VALUES = {
-    "positions": 3,
+    "num_positions": 3,
     "data": "file",
     "num_keys": 9,
     "keys": "words",
@@ -23,15 +23,15 @@ OTHER_VALUES = {
     "chat_template": True,
 }
 KNOWN = {
-    "kv_words": {"positions"},
-    "kv_retrieval": {"positions", "data", "num_keys", "keys", "chat_template"},
-    "multi_doc_qa": {"positions", "data", "num_documents", "chat_template"},
+    "kv_words": {"num_positions"},
+    "kv_retrieval": {"num_positions", "data", "num_keys", "keys", "chat_template"},
+    "multi_doc_qa": {"num_positions", "data", "num_documents", "chat_template"},
     "perplexity": {"data", "stride"},
 }
 
 
 def test_every_setting_is_tried_here():
-    assert {field.name for field in fields(TaskSpecification)} == {"name", "length", "seed", *OTHER_VALUES}
+    assert {field.name for field in fields(TaskSpecification)} == {"name", "length", "task_seed", *OTHER_VALUES}
     assert set(KNOWN) == set(TASK_NAMES)
 
 
@@ -41,9 +41,11 @@ def test_a_setting_that_the_task_does_not_have_is_refused(name, setting):
     value = OTHER_VALUES[setting]
     TaskSpecification(**{setting: value})  # the name is still open
     if setting in KNOWN[name]:
-        TaskSpecification(name, length=9, seed=4, **{setting: value})
+        TaskSpecification(name, length=9, task_seed=4, **{setting: value})
     else:
-        with pytest.raises(TaskError, match=f"{setting}={value!r} is no setting of {name}, which has length, seed"):
+        with pytest.raises(
+            TaskError, match=f"{setting}={value!r} is no setting of {name}, which has length, task_seed"
+        ):
             TaskSpecification(name, **{setting: value})
 
 
@@ -61,7 +63,7 @@ def files(tmp_path) -> dict[str, str]:
 
 def test_each_task_gets_its_settings(files):
     tokenizer = tiny_bpe()
-    words = make_task(TaskSpecification("kv_words", positions=3, seed=2), tokenizer, window=400)
+    words = make_task(TaskSpecification("kv_words", num_positions=3, task_seed=2), tokenizer, window=400)
     assert words.describe() == KeyValueWords(tokenizer, 400, num_positions=3, seed=2).describe()
     made = TaskSpecification("kv_retrieval", 900, 3, 2, num_keys=9, keys="words")
     direct = KeyValueRetrieval(tokenizer, num_keys=9, keys="words", num_positions=3, length=900, seed=2)
@@ -74,7 +76,7 @@ def test_each_task_gets_its_settings(files):
     made = TaskSpecification("multi_doc_qa", 900, 4, 2, data=files["qa"], num_documents=6)
     direct = MultiDocumentQA(tokenizer, files["qa"], num_documents=6, num_positions=4, length=900, seed=2)
     assert make_task(made, tokenizer, None).split("test", 2) == direct.split("test", 2)
-    made = TaskSpecification("perplexity", 40, seed=2, data=files["ids.npy"], stride=8)
+    made = TaskSpecification("perplexity", 40, task_seed=2, data=files["ids.npy"], stride=8)
     direct = Perplexity(np.arange(600), tokenizer=tokenizer, length=40, stride=8, seed=2)
     assert make_task(made, tokenizer, None).split("test", 2) == direct.split("test", 2)
 
@@ -102,3 +104,23 @@ def test_defaults(files):
 def test_what_is_missing_is_named(specification, message):
     with pytest.raises(TaskError, match=message):
         make_task(specification, tiny_bpe(), window=None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "kv"}, "name='kv' must be 'kv_words'"),
+        ({"length": 0}, "length=0 must"),
+        ({"length": 99_999_999}, "length=99999999 must"),
+        ({"num_positions": 2}, "num_positions=2 must"),
+        ({"num_keys": 1}, "num_keys=1 must"),
+        ({"task_seed": -1}, "task_seed=-1 must"),
+        ({"task_seed": True}, "task_seed=True must"),
+        ({"chat_template": "yes"}, "chat_template='yes' must"),
+        ({"positions": 5}, "positions is unknown; did you mean num_positions?"),
+    ],
+)
+def test_values_that_cannot_work(values, message):
+    with pytest.raises(TaskError) as caught:
+        TaskSpecification(**values)
+    assert str(caught.value).startswith(message)
