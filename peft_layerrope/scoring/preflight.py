@@ -87,9 +87,9 @@ class Preflight:
         """Returns what a reader should know beside the figures, in a few lines."""
         by_position = " / ".join(f"{100 * value:.0f}" for value in self.scores.accuracy_by_position)
         share = f", prompts fill {self.window_share:.1%} of the trained window" if self.window_share else ""
-        lines = [
-            f"preflight: the unscaled model answers {by_position} % by position of {len(self.scores.correct)} search contexts{share}."
-        ]
+        groups = len(self.scores.correct)
+        start = f"preflight: the unscaled model answers {by_position} % by position of {groups} search contexts"
+        lines = [f"{start}{share}."]
         if self.targets is None:
             lines.append("targets: too few right answers to learn how the model writes one.")
         elif self.targets.opening is not None:
