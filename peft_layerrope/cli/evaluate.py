@@ -38,7 +38,7 @@ from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
 from ..tasks import PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
 from .app import app, err, out, plain_errors, resumable
-from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of
+from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of, with_difficulty
 from .options import (
     Compute,
     ComputeOptions,
@@ -127,11 +127,16 @@ def evaluate_command(
         check_plot(plot)
         tokenizer = tokenizer_of(model)
         specification = resolve_task(specification, window_of(model), is_demo=model is None)
+        loaded = None
+        if specification.difficulty is not None:
+            loaded = load(model, compute.device, compute.dtype)
+            specification = with_difficulty(specification, tokenizer, loaded, compute.batch_tokens)
         built = build_task(specification, tokenizer)
         examples = built.split(split.value, groups)
         if buckets is not None and examples.measure != "loss":
             raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
-        loaded = load(model, compute.device, compute.dtype)
+        if loaded is None:
+            loaded = load(model, compute.device, compute.dtype)
         found = None
         if isinstance(built, PromptTask):
             found = _preflight(loaded, built, split.value, groups, compute.batch_tokens)

@@ -9,7 +9,9 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..demo import demo_model_path
 from ..errors import TaskError
 from ..loading import load_model, load_tokenizer, model_errors
-from ..tasks import Task
+from ..scoring.preflight import find_difficulty
+from ..scoring.scorer import Scorer
+from ..tasks import PromptTask, Task
 from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task
 from .app import err
 
@@ -66,6 +68,28 @@ def window_of(model: str | None) -> int | None:
     with model_errors(source):
         config = AutoConfig.from_pretrained(source)
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def with_difficulty(
+    task: TaskSpecification, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, batch_tokens: int
+) -> TaskSpecification:
+    """Returns the specification with the number of items that `difficulty` finds for the unscaled model; says which.
+
+    Raises:
+        PreflightError: there is no such number; the message shows what was tried.
+    """
+    if task.difficulty is None:
+        return task
+    easy = build_task(replace(task, difficulty=None), tokenizer)
+    if not isinstance(easy, PromptTask):
+        raise TaskError(f"difficulty={task.difficulty!r} is no setting of {easy.name}.")
+
+    def tell(count: int, accuracy: float) -> None:
+        err.print(f"difficulty: {count} {easy.item}s, {100 * accuracy:.1f} % right answers", highlight=False)
+
+    found, _ = find_difficulty(Scorer(model, batch_tokens=batch_tokens), easy, tell=tell)
+    err.print(f"difficulty: {found.size_setting}={found.num_items} is chosen.", highlight=False)
+    return replace(task, difficulty=None, **{found.size_setting: found.num_items})
 
 
 def build_task(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:

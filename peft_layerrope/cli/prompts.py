@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import TaskError
-from ..tasks import PromptTask
+from ..scoring.preflight import preflight, with_targets
+from ..scoring.scorer import Scorer
+from ..tasks import PromptTask, SplitName, Task
 from ..tasks.specification import TaskSpecification
-from .app import app, plain_errors
-from .inputs import build_task, tokenizer_of, window_of, with_defaults
-from .options import DebugOption, ModelArgument, SplitChoice, Typed, options_of, takes_settings, task_option
+from .app import app, err, plain_errors
+from .inputs import build_task, load, tokenizer_of, window_of, with_defaults
+from .options import (
+    Compute,
+    ComputeOptions,
+    DebugOption,
+    ModelArgument,
+    SplitChoice,
+    Typed,
+    options_of,
+    takes_settings,
+    task_option,
+)
 
 # a task that has prompts: there is no text to stride over
 _SETTINGS = [field.name for field in fields(TaskSpecification) if field.name != "stride"]
@@ -31,11 +43,19 @@ def prompts_command(
     ] = None,
     limit: Annotated[int, typer.Option(help="How many prompts.", min=1)] = 10,
     split: Annotated[SplitChoice, task_option(help="Which split.")] = SplitChoice.test,
+    targets: Annotated[
+        bool,
+        typer.Option(
+            "--targets", help="Also run the model, and print what it writes before each answer and by which tokens."
+        ),
+    ] = False,
+    computing: ComputeOptions,
     debug: DebugOption = False,
 ) -> None:
     """Print a task's prompts as JSON lines, for people and for other harnesses.
 
-    Each line has `prompt`, `answers` and `position`. Needs the model's tokenizer and config, not its weights.
+    Each line has `prompt`, `answers` and `position`. Needs the model's tokenizer and config; its weights only for
+    `--targets`.
 
     Example: `layerrope prompts --limit 1`
 
@@ -50,7 +70,34 @@ def prompts_command(
         num_groups = -(-limit // len(wanted))
         if "length" in asked:
             built.split(split.value, num_groups)  # refuses what is longer
-        for prompt in built.prompts(split.value, num_groups, wanted)[:limit]:
+        lines = []
+        for prompt in built.prompts(split.value, num_groups, None if position is None else wanted)[:limit]:
             text = built.as_sent(prompt) if isinstance(built, PromptTask) else prompt.text
-            line = {"prompt": text, "answers": list(prompt.answers), "position": prompt.position}
+            lines.append({"prompt": text, "answers": list(prompt.answers), "position": prompt.position})
+        if targets:
+            compute = Compute(**computing)
+            found = _targets(built, model, compute, split.value, num_groups)
+            if position is not None:
+                raise TaskError(f"--targets shows the task's own positions: leave --position {position} out.")
+            lines = [line | target for line, target in zip(lines, found, strict=False)]
+        for line in lines:
             typer.echo(json.dumps(line))
+
+
+def _targets(task: Task, model: str | None, compute: Compute, split: SplitName, groups: int) -> list[dict[str, Any]]:
+    """Of each example of a split what the model writes before its answer, and the answer's tokens; on stderr what was
+    found out.
+    """
+    if not isinstance(task, PromptTask):
+        raise TaskError(f"--targets: {task.name} has no written answers to learn from.")
+    scorer = Scorer(load(model, compute.device, compute.dtype), batch_tokens=compute.batch_tokens)
+    found = preflight(scorer, task, wanted={split: groups})
+    for line in found.remarks():
+        err.print(line, highlight=False, markup=False)
+    for sample in found.samples:
+        err.print(f"for example: {sample}", highlight=False, markup=False)
+    decode = task.tokenizer.decode
+    return [
+        {"opening": decode(e.opening_ids), "target": [decode([token]) for token in e.answer_ids]}
+        for e in with_targets(task.split(split, groups), found, task).examples
+    ]

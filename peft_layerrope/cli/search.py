@@ -26,7 +26,7 @@ from ..searcher.result import REPORT_NAME, TIMING_NAME
 from ..searcher.specification import SearchSpecification, read_specification
 from ..searcher.state import LOCK_NAME, LOG_NAME, STATE_NAME
 from .app import app, err, out, plain_errors, resumable, shell_word
-from .inputs import build_task, load, resolve_task, tokenizer_of, window_of
+from .inputs import build_task, load, resolve_task, tokenizer_of, window_of, with_difficulty
 from .options import DebugOption, ModelArgument, Typed, options_of, takes_settings
 from .output import check_output
 
@@ -83,8 +83,12 @@ def search(
         window = window_of(specification.model)
         task = resolve_task(specification.task, window, is_demo=specification.model is None)
         specification = replace(specification, task=task)
-        built = build_task(specification.task, tokenizer)
+        if task.difficulty is None:
+            built = build_task(task, tokenizer)  # what cannot work is refused before the model is loaded
         loaded = load(specification.model, specification.device, specification.dtype)
+        if task.difficulty is not None:
+            task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
+            specification, built = replace(specification, task=task), build_task(task, tokenizer)
         if dry_run:
             out.print(report.plan_table(plan_search(loaded, built, specification.search)))
             return

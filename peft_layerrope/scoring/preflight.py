@@ -12,8 +12,9 @@ import numpy as np
 
 from ..errors import TaskError
 from ..messages import shown
-from ..tasks import Example, PromptTask, Split, SplitName, Task
+from ..tasks import Example, PromptTask, Split, SplitName
 from ..tasks.multi_doc_qa import MultiDocumentQA
+from ..tasks.prompts import ASKED_EVERYWHERE
 from ..tasks.targets import Target, Targets, common_opening, target_of
 from ..tuner.sites import trained_window
 from .generation import Written, judge_written
@@ -27,6 +28,7 @@ FLOOR, CEILING = 0.05, 0.98
 AUTO_LOW, AUTO_HIGH = 0.4, 0.9
 """Between these the mean over positions is to lie where the difficulty is chosen."""
 
+_PLAIN = ("gold_alone", "closed_book", "answerable", "window_share", "item")
 _SHOWN_SAMPLES = 3
 _TRIED_AT_ONCE = 16  # questions
 _MOST_TRIED = 4  # questions for each that is needed: a model that answers fewer is not worth the search
@@ -103,6 +105,22 @@ class Preflight:
         known = [f"{100 * value[0]:.1f} % {name} ({value[1]} questions)" for name, value in tried.items() if value]
         return [*lines, *([f"single questions: {', '.join(known)}."] if known else [])]
 
+    def to_plain(self) -> dict[str, Any]:
+        """Returns everything as JSON values, texts included; see [`from_plain`]."""
+        return {
+            "scores": self.scores.to_plain(),
+            "targets": self.targets.to_plain() if self.targets is not None else None,
+            "samples": list(self.samples),
+            **{name: getattr(self, name) for name in _PLAIN},
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Preflight:
+        """The inverse of [`to_plain`]."""
+        values = {name: tuple(v) if isinstance(v := plain[name], list) else v for name in _PLAIN}
+        targets = Targets.from_plain(plain["targets"]) if plain["targets"] is not None else None
+        return cls(PositionScores.from_plain(plain["scores"]), targets, tuple(plain["samples"]), **values)
+
     def describe(self) -> dict[str, Any]:
         """Returns plain values for a report; no texts."""
         tried = {"gold_alone": self.gold_alone, "closed_book": self.closed_book}
@@ -113,11 +131,6 @@ class Preflight:
             "window_share": round(self.window_share, 4) if self.window_share is not None else None,
             **{name: {"accuracy": value[0], "questions": value[1]} for name, value in tried.items() if value},
         }
-
-
-def is_answered_in_writing(task: Task) -> bool:
-    """Whether a task has written answers, which are judged by a public metric."""
-    return isinstance(task, PromptTask)
 
 
 def preflight(
@@ -176,8 +189,9 @@ def _own_targets(
     accuracies: dict[SplitName, tuple[float, int]] = {}
     answerable: list[int] = []
     for name, count in wanted.items():
-        rounds = -(-count // len(task.positions)) * len(task.positions)  # a search context asks as many questions
-        needed = rounds if name == "search" else count
+        needed = count
+        if task.protocol(name) == ASKED_EVERYWHERE:  # a round of contexts asks a round of questions
+            needed = -(-count // len(task.positions)) * len(task.positions)
         tried, right = 0, 0
         while (right if name == "search" else tried) < needed and tried < _MOST_TRIED * needed:
             split = task.without_distractors(name, tried, tried + min(_TRIED_AT_ONCE, needed), gold=True)

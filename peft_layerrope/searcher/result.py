@@ -17,6 +17,7 @@ from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT, HeldOut, model_card
 from ..cards.merge import CardError, save_card
 from ..files.atomic import replacing_files
 from ..public_names import public_name
+from ..scoring.preflight import Preflight
 from ..scoring.scores import PositionScores
 from ..scoring.statistics import Interval
 from ..tasks import Measure
@@ -137,6 +138,7 @@ class SearchResult:
         measurements: every vector evaluated, with its utilisation by group of the search split (fewer groups where
             it was given up early).
         bootstrap: how the choice depends on the examples, where that was asked for.
+        preflight: what the unscaled model wrote before the search; None where nothing is answered in writing.
     """
 
     config: LayerRopeConfig
@@ -155,6 +157,7 @@ class SearchResult:
     edge_layers: list[int]
     measurements: dict[Factors, np.ndarray]
     bootstrap: dict[str, Any] | None
+    preflight: Preflight | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but the timing as plain values: the content of `search.json`, the same for the same
@@ -177,6 +180,7 @@ class SearchResult:
             "guards": self.guards | (_NO_TAIL_GUARD if self._measure == "loss" else {}),
             "better_control": self.better_control,
             "bootstrap": self.bootstrap,
+            "preflight": self.preflight.describe() if self.preflight is not None else None,
             "history": self.history,
         }
 
@@ -264,6 +268,8 @@ class SearchResult:
         """Returns what a reader should know beside the table: cost, guards, edges, and how sure the choice is."""
         counts, guards = self.evaluations, self.guards
         lines = [
+            *(self.preflight.remarks() if self.preflight is not None else []),
+            *self._rank_remark(),
             f"cost: {counts['per_layer_search']} evaluations for the per-layer search (a gradient step counts as "
             f"{STEP_COST}), {counts['all_methods']} distinct factor vectors for all methods; "
             f"{counts['saved_by_memo']} more were known already and {counts['given_up_early']} given up early.",
@@ -290,6 +296,16 @@ class SearchResult:
                 "--min-factor/--max-factor may find better ones."
             )
         return lines
+
+    def _rank_remark(self) -> list[str]:
+        """Says so where the likelihood, which the search climbs, ranks the rows otherwise than the written answers."""
+        if any(row.scores.written is None or row.scores.written.forced is None for row in self.table):
+            return []
+        best = max(self.table, key=lambda row: row.scores.average().value)
+        likeliest = max(self.table, key=lambda row: row.scores.log_prob.mean())
+        if best.factors == likeliest.factors:
+            return []
+        return [f'note: held out, "{likeliest.label}" is likeliest, but "{best.label}" writes the most right answers.']
 
     def _tail(self) -> str:
         if self._measure == "loss":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,15 @@ from .._version import __version__
 from ..adapted import adapted
 from ..demo import DEMO_NAME
 from ..errors import NotEnoughMemoryError, SearchError
+from ..files.atomic import write_atomically
 from ..files.run_lock import locked
 from ..fingerprint import library_versions, model_fingerprint
 from ..messages import named
 from ..public_names import public_name
+from ..scoring.preflight import Preflight, preflight
+from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
-from ..tasks import Task
+from ..tasks import PromptTask, Task
 from ..tasks.base import check_task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table, find_stack, trained_window
@@ -57,6 +61,9 @@ from .settings import SearchSettings
 from .space import FactorSpace
 from .state import LOCK_NAME, RunState
 from .strategies import run_strategy
+
+PREFLIGHT_NAME = "preflight.json"
+"""What the unscaled model wrote, in the folder of the state; it holds texts, and is never pushed."""
 
 Distribute = Callable[[ModelEvaluator], Evaluator]
 """Given the evaluator of this process, returns one that has the work done elsewhere; see `ray_workers`."""
@@ -98,6 +105,7 @@ def search(
     Raises:
         SearchError: the settings do not work for this model, or the state is not this search's.
         TaskError: the splits cannot be made, overlap, or do not fit the model.
+        PreflightError: the unscaled model answers nothing, or everything, and `anyway` is off.
         UnsupportedModelError: the model's rotation cannot be scaled per layer.
         FolderInUseError: another search is at work in `folder`.
         WriteError: the state cannot be written, as on a full disk; make room and resume.
@@ -158,6 +166,13 @@ def _prepared(
         raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
     space = settings.space(tuple(find_stack(model).key_sources))
     data = make_data(model, task, settings)
+    kept = Path(folder) if folder is not None else None
+    found = None
+    if isinstance(task, PromptTask):
+        found = _preflight(model, task, settings, kept, resume)
+        if not settings.anyway:
+            found.check()
+        data = make_data(model, task, settings, found)
     identity = {
         "settings": settings.to_dict(),
         "task": task.describe(),
@@ -167,14 +182,34 @@ def _prepared(
         "threads": torch.get_num_threads(),
         "device": embedding_table(model).device.type,
     }
-    kept = Path(folder) if folder is not None else None
     with (
         adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model,
         locked(kept, LOCK_NAME) if kept is not None else nullcontext(),
     ):
         state = RunState(kept, identity, resume)
+        if kept is not None and found is not None:
+            write_atomically(kept / PREFLIGHT_NAME, json.dumps(found.to_plain(), ensure_ascii=False) + "\n")
         with audience_of(progress) as audience:
-            yield _Run(peft_model, settings, space, data, state, audience)
+            yield _Run(peft_model, settings, space, data, state, audience, found)
+
+
+def _preflight(
+    model: nn.Module, task: PromptTask, settings: SearchSettings, folder: Path | None, resume: bool
+) -> Preflight:
+    """What the unscaled model writes; of a search that is resumed, what it wrote then."""
+    path = folder / PREFLIGHT_NAME if folder is not None else None
+    if resume and path is not None and path.exists():
+        try:
+            return Preflight.from_plain(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SearchError(f"{path} cannot be read ({error!r}): start again with --overwrite.") from error
+    wanted = {
+        "search": settings.search_groups,
+        "validation": settings.validation_groups,
+        "test": settings.test_groups,
+    }
+    scorer = Scorer(model, batch_tokens=settings.batch_tokens)
+    return preflight(scorer, task, num_groups=settings.preflight_groups, wanted=wanted)
 
 
 def model_name(model: nn.Module) -> str:
@@ -198,8 +233,10 @@ class _Run:
         data: SearchData,
         state: RunState,
         audience: SearchProgress,
+        found: Preflight | None,
     ) -> None:
         self.model = model
+        self.preflight = found
         self.settings = settings
         self.space = space
         self.data = data
@@ -217,7 +254,7 @@ class _Run:
         self._split_numbers = {"validation": len(parts), "test": len(parts) + 1}
         self.local = ModelEvaluator(
             model,
-            [*parts, data.validation, data.test],
+            [replace(split, judge=None) for split in (*parts, data.validation, data.test)],
             objective=settings.objective,
             weights=settings.weights,
             batch_tokens=settings.batch_tokens,
@@ -393,12 +430,24 @@ class _Run:
         for start in range(0, len(missing), self.evaluator.at_once):
             group = missing[start : start + self.evaluator.at_once]
             before = self.evaluator.layers_run, self.evaluator.layers_asked
-            self.state.add_scores(split, self.evaluator.score(group, self._split_numbers[split]))
+            if split == "test" and self.data.test.judge is not None:
+                self.state.add_scores(split, self._written(group))
+            else:
+                self.state.add_scores(split, self.evaluator.score(group, self._split_numbers[split]))
             self._held_out_layers[0] += self.evaluator.layers_run - before[0]
             self._held_out_layers[1] += self.evaluator.layers_asked - before[1]
             self._advance(len(group))
         self._advance(len(distinct) - len(missing))
         return {vector: self.state.scores[split, vector] for vector in vectors}
+
+    def _written(self, vectors: Sequence[Factors]) -> dict[Factors, PositionScores]:
+        """Scores of the answers that the model writes with each vector, in this process."""
+        scorer = Scorer(self.model, batch_tokens=self.local.batch_tokens)
+        found = {}
+        for vector in vectors:
+            self.model.base_model.set_layer_factors(vector)
+            found[vector] = scorer.measure(self.data.test)
+        return found
 
     def _assemble(
         self,
@@ -453,6 +502,7 @@ class _Run:
             ],
             measurements=measurements,
             bootstrap=bootstrap,
+            preflight=self.preflight,
         )
 
     def _guards(self, factors: Factors) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from ..declaration import declared, option
 from ..errors import SearchError
+from ..scoring.preflight import PREFLIGHT_GROUPS
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import DEFAULT_WEIGHTS, Objective
 from ..tuner.config import FACTOR_RANGE, LayerRopeConfig
@@ -109,6 +110,10 @@ class SearchSettings:
     bootstrap: Annotated[
         int, _running("Draw the search split so many times again, and report how the choice varies.", ge=0)
     ] = 0
+    preflight_groups: Annotated[
+        int, _examples("Contexts that the unscaled model answers in writing before the search.", ge=1)
+    ] = PREFLIGHT_GROUPS
+    anyway: Annotated[bool, _running("Search also where the unscaled model answers nothing, or everything.")] = False
     batch_tokens: BatchTokens = DEFAULT_BATCH_TOKENS
     share_mib: Annotated[
         int, _model("Memory for leading layers that factor vectors have in common, in MiB; 0 shares nothing.", ge=0)

@@ -119,6 +119,11 @@ def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBa
     Raises:
         TaskError: the settings do not work, the data cannot be read, or neither length nor window is known.
     """
+    if specification.difficulty is not None:
+        raise TaskError(
+            f"difficulty={specification.difficulty!r} is found by running the model, as search and evaluate do: here "
+            "pass num_keys or num_documents."
+        )
     length = specification.length if specification.length is not None else window
     if length is None:
         raise TaskError("the model's config names no trained window (max_position_embeddings): pass a length.")
