@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .bezier import sample_curve
 from .scoring.scores import PositionScores
@@ -88,7 +89,8 @@ def plot_factors_by_depth(
         x = [spanned[0] + point[0] * (spanned[-1] - spanned[0]) for point in control_points]
         axes.plot(x, [point[1] for point in control_points], "s:", color=_GREY, markersize=4, label="control points")
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set(xlabel="layer", ylabel="factor", xticks=layers if len(layers) <= 16 else None)
+    axes.set(xlabel="layer", ylabel="factor")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     _finish(figure, axes, "RoPE scaling factor by depth", "1.0 leaves a layer as it was trained", path)
 
 
