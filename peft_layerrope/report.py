@@ -96,7 +96,7 @@ def _plus_minus(interval: Interval, sign: str = "") -> str:
 
 
 TABLE_LEGEND = (
-    "accuracy: exact match in %, mean over all gold positions; worst: at the worst position; U: context utilisation "
+    "accuracy: {what} in %, mean over all gold positions; worst: at the worst position; U: context utilisation "
     'of the accuracies. ±: 95 % interval over contexts; differences are paired. Control: of "first k at 1, rest b" and '
     '"first a, rest b" the one that is better on the search split.'
 )
@@ -111,7 +111,10 @@ def _measure_of(table: Comparison) -> Measure:
 
 
 def _legend(table: Comparison) -> str:
-    return LOSS_LEGEND if _measure_of(table) == "loss" else TABLE_LEGEND
+    if _measure_of(table) == "loss":
+        return LOSS_LEGEND
+    written = next(iter(table)).scores.written is not None
+    return TABLE_LEGEND.format(what="right answers written" if written else "exact match")
 
 
 def _score_cells(scores: PositionScores) -> list[str]:

@@ -25,9 +25,18 @@ ADAPTER_PLACEHOLDER = "path/or/hub-id/of/this/adapter"
 MODEL_NAME_PREFIX = "per-layer RoPE scaling for "
 ACCURACY_METRIC = "exact match, mean over gold positions"
 UTILISATION_METRIC = "context utilisation U of exact match"
+WRITTEN_METRIC = "right answers written, mean over gold positions"
+WRITTEN_UTILISATION_METRIC = "context utilisation U of right answers written"
 LOSS_METRIC = "loss in nats per token"
 PERPLEXITY_METRIC = "perplexity"
-OWN_METRICS = (ACCURACY_METRIC, UTILISATION_METRIC, LOSS_METRIC, PERPLEXITY_METRIC)
+OWN_METRICS = (
+    ACCURACY_METRIC,
+    UTILISATION_METRIC,
+    WRITTEN_METRIC,
+    WRITTEN_UTILISATION_METRIC,
+    LOSS_METRIC,
+    PERPLEXITY_METRIC,
+)
 DEMO_LICENSE = "apache-2.0"
 """Of adapters of the shipped demo model, as the package's own. What others search is theirs to license."""
 
@@ -134,8 +143,11 @@ def _eval_results(held_out: HeldOut) -> list[EvalResult]:
         loss = -scores.average().value
         values = [("loss", LOSS_METRIC, loss), ("perplexity", PERPLEXITY_METRIC, math.exp(loss))]
     else:
-        values = [("accuracy", ACCURACY_METRIC, scores.average().value)]
-        values.append(("context_utilisation", UTILISATION_METRIC, scores.utilisation()))
+        names = ACCURACY_METRIC, UTILISATION_METRIC
+        if scores.written is not None:
+            names = WRITTEN_METRIC, WRITTEN_UTILISATION_METRIC
+        values = [("accuracy", names[0], scores.average().value)]
+        values.append(("context_utilisation", names[1], scores.utilisation()))
     return [
         EvalResult(
             task_type="text-generation",

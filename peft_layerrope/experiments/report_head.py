@@ -57,7 +57,9 @@ def held_out_section(record: SearchRecord) -> Section:
         )
         for row in record.table
     )
-    caption = "tried: distinct factor vectors evaluated on the search split. " + TABLE_LEGEND
+    caption = "tried: distinct factor vectors evaluated on the search split. " + TABLE_LEGEND.format(
+        what="right answers"
+    )
     test = record.test
     measured = record.task.name
     if test is not None:

@@ -104,8 +104,8 @@ _WEIGHTS = ", ".join(f"{weight:g}" for weight in DEFAULT_WEIGHTS)
 U_LEGEND = (
     f"U: context utilisation of the accuracies in % (weights {_WEIGHTS} for first, middle and last). {_INTERVALS}"
 )
-AVERAGE_LEGEND = f"Accuracy is exact match in %, mean over all positions. {_INTERVALS}"
-SCORE_LEGEND = f"Accuracy is exact match in %. Middle: the mean over all inner positions; {U_LEGEND}"
+AVERAGE_LEGEND = f"Accuracy is right answers in %, mean over all positions. {_INTERVALS}"
+SCORE_LEGEND = f"Accuracy is right answers in %. Middle: the mean over all inner positions; {U_LEGEND}"
 LOSS_LEGEND = (
     "Loss in nats per token and its exponential, the perplexity; less is better. ±: 95 % interval over texts; "
     "differences (Δ) are paired."
