@@ -57,9 +57,8 @@ def held_out_section(record: SearchRecord) -> Section:
         )
         for row in record.table
     )
-    caption = "tried: distinct factor vectors evaluated on the search split. " + TABLE_LEGEND.format(
-        what="right answers"
-    )
+    legend = TABLE_LEGEND.format(what="right answers")
+    caption = f"tried: distinct factor vectors evaluated on the search split. {legend}"
     test = record.test
     measured = record.task.name
     if test is not None:
