@@ -13,10 +13,11 @@ from ..adapted import adapted
 from ..checks import is_number
 from ..errors import SearchError
 from ..scoring.batching import check_vocabulary
-from ..scoring.scorer import DEFAULT_BATCH_TOKENS
+from ..scoring.preflight import preflight, with_targets
+from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
 from ..scoring.scores import DEFAULT_WEIGHTS
 from ..scoring.statistics import Interval, mean_interval
-from ..tasks import SPLIT_NAMES, Split, SplitName, Task
+from ..tasks import SPLIT_NAMES, PromptTask, Split, SplitName, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window
 from .evaluator import ModelEvaluator
@@ -249,6 +250,7 @@ def sensitivity(
         SearchError: an argument that cannot work; the message names it, its value and what was expected.
         InvalidConfigError: `rope_type` and `factor` do not go together.
         TaskError: the split cannot be made or does not fit the model.
+        PreflightError: the unscaled model answers nothing, or everything.
         UnsupportedModelError: the model's rotation cannot be scaled per layer.
     """
     settings = SearchSettings(
@@ -268,6 +270,10 @@ def sensitivity(
     space = FactorSpace(settings.grid, _checked_layers(layers, key_sources), key_sources)
     data = task.split(split, num_groups)
     check_vocabulary(model, data)
+    if isinstance(task, PromptTask):
+        found = preflight(Scorer(model, batch_tokens=batch_tokens), task, wanted={split: num_groups})
+        found.check()
+        data = with_targets(data, found, task)
 
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         measured = _Measured(peft_model, data, settings)
