@@ -48,6 +48,7 @@ from peft_layerrope import (
     verify,
 )
 from peft_layerrope.cli import app
+from peft_layerrope.tasks.metrics import Judge
 from peft_layerrope.tuner.artifacts import save_adapter
 
 USAGE, FAILED = 2, 1
@@ -351,9 +352,10 @@ EVALUATE = [
     ("--groups -1", USAGE, "num_groups=-1"),
     ("--groups 99999999", USAGE, "num_groups=99999999 must be at most 1048576"),
     ("--buckets 4", USAGE, "--buckets 4 is for perplexity"),
-    ("--max-new-tokens 4", USAGE, "--max-new-tokens 4 needs --generate"),
-    ("--generate --max-new-tokens 0 --groups 1", USAGE, "max_new_tokens=0 must be at least 1"),
-    ("--generate --max-new-tokens -1 --groups 1", USAGE, "max_new_tokens=-1 must be at least 1"),
+    ("--task kv_words --max-new-tokens 4", USAGE, "max_new_tokens=4 is no setting of kv_words"),
+    ("--max-new-tokens 0 --groups 1", USAGE, "--max-new-tokens"),
+    ("--max-new-tokens -1 --groups 1", USAGE, "--max-new-tokens"),
+    ("--generate", USAGE, "--generate"),
     ("--split nonesuch", USAGE, "'nonesuch' is not one of"),
     ("--output {R}/full", USAGE, "full is not empty"),
     ("--output {R}/file", USAGE, "file exists and is not a folder"),
@@ -367,7 +369,7 @@ EVALUATE = [
     ("--json {R}/file/a.json", USAGE, "--json"),
     ("--plot nowhere/a.png", USAGE, "--plot nowhere/a.png cannot be written"),
     ("--plot a.nonesuch --groups 1", USAGE, "--plot a.nonesuch"),
-    ("--task perplexity --data {R}/short.txt --length 4 --generate", USAGE, "short.txt"),
+    ("--task perplexity --data {R}/short.txt --length 4 --teacher-forced", USAGE, "short.txt"),
 ]
 SENSITIVITY = [
     *((f"--try {value}", USAGE, value) for value in ("nan", "inf", "0", "-1", "1")),
@@ -718,23 +720,15 @@ CALLS = {
         TaskError,
         "batch_tokens='x' must be",
     ),
-    "compare: new tokens": (
-        lambda m, t: compare(m, _words(t).split("test", 1), [NONE], generate=True, max_new_tokens=1.5),
-        TaskError,
-        "max_new_tokens=1.5 must be",
-    ),
-    "compare: endless": (
-        lambda m, t: compare(m, _words(t).split("test", 1), [NONE], generate=True, max_new_tokens=10**9),
+    "judge: new tokens": (lambda m, t: Judge("contains_value", t, 1.5), TaskError, "max_new_tokens=1.5 must be"),
+    "judge: endless": (
+        lambda m, t: Judge("contains_value", t, 10**9),
         TaskError,
         "max_new_tokens=1000000000 must be at most",
     ),
+    "judge: metric": (lambda m, t: Judge("x", t), TaskError, "metric='x' is unknown"),
     "compare: nothing": (lambda m, t: compare(m, _words(t).split("test", 1), []), TaskError, "nothing to compare"),
     "compare: twice": (lambda m, t: compare(m, _words(t).split("test", 1), [NONE, NONE]), TaskError, "'no scaling'"),
-    "compare: metric": (
-        lambda m, t: compare(m, _words(t).split("test", 1), [NONE], generate=True, tokenizer=t, metric="x"),
-        TaskError,
-        "metric='x' is unknown",
-    ),
     "compare: resume": (
         lambda m, t: compare(m, _words(t).split("test", 1), [NONE], resume=True),
         TaskError,

@@ -74,7 +74,7 @@ def test_imports_point_down(name):
         ("tuner/model.py", {"tuner/rotary", "tuner/config", "errors"}),
         ("tuner/config.py", {"tuner/registration", "tuner/scaling", "files", "errors"}),
         ("cli/search.py", {"searcher", "report", "cli"}),
-        ("evaluation/scores.py", {"evaluation", "errors"}),
+        ("scoring/scores.py", {"scoring", "errors"}),
     ],
 )
 def test_imports_are_seen(file, found):

@@ -20,7 +20,7 @@ from peft_layerrope import KeyValueWords, verify
 from peft_layerrope.adapted import adapted
 from peft_layerrope.cli import app
 from peft_layerrope.demo import DEMO_NAME
-from peft_layerrope.scoring.scoring import score
+from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.search_data import make_data
 from peft_layerrope.tasks.specification import make_task
 from peft_layerrope.tuner.sites import find_stack, trained_window
@@ -71,7 +71,7 @@ def test_adapter_loads_and_reproduces_its_report(folder, demo_model, demo_tokeni
     assert model.peft_config["default"].layer_factors == report["layer_factors"]
     assert verify(model).ok
     groups = splits["search"]["groups"]
-    fitness = score(model, task.split("search", groups)).log_prob_utilisation(report["settings"]["weights"])
+    fitness = Scorer(model).score(task.split("search", groups)).log_prob_utilisation(report["settings"]["weights"])
     chosen = next(row for row in report["table"] if row["name"] == report["chosen"])
     assert fitness == pytest.approx(chosen["search_fitness"], abs=1e-3)
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 import peft_layerrope
 from peft_layerrope import KeyValueWords, Split, TaskError
 from peft_layerrope.cli import app
-from peft_layerrope.scoring.scoring import score
 from peft_layerrope.lm_eval_tasks import lm_eval_tasks_path
+from peft_layerrope.scoring.scorer import Scorer
 
 command = importlib.import_module("peft_layerrope.cli.lm_eval")
 
@@ -84,7 +84,7 @@ def test_the_accuracies_are_those_of_our_own_evaluation(harness, adapter, split,
     from lm_eval.models.huggingface import HFLM
 
     model = demo_model if adapter is None else PeftModel.from_pretrained(demo_model, adapter)
-    scores = score(model, split)
+    scores = Scorer(model).score(split)
     assert 0 < scores.average().value < 1  # else equal curves would say little
     lm = HFLM(pretrained=model, tokenizer=demo_tokenizer, max_length=ROOM, batch_size=4)
     output = evaluate(lm, "layerrope_kv_words", {"data": str(data)})
@@ -104,7 +104,7 @@ def test_a_baked_model_counts_as_the_adapter_it_was_made_from(harness, split, da
     from lm_eval.models.huggingface import HFLM
 
     model = PeftModel.from_pretrained(demo_model, ADAPTER)
-    wanted = expected(score(model, split))
+    wanted = expected(Scorer(model).score(split))
     lm = HFLM(pretrained=model.merge_and_unload(), tokenizer=demo_tokenizer, max_length=ROOM, batch_size=4)
     output = evaluate(lm, "layerrope_kv_words", {"data": str(data)})
     assert accuracies(output["results"]["layerrope_kv_words"]) == wanted
@@ -239,14 +239,14 @@ def test_the_command_runs_an_adapter(harness, split, data, demo_model, tmp_path)
     assert "acc_position_000" in done.stdout
     (written,) = tmp_path.glob("results*.json")
     found = accuracies(json.loads(written.read_text())["results"]["layerrope_kv_words"])
-    assert found == expected(score(PeftModel.from_pretrained(demo_model, ADAPTER), split))
+    assert found == expected(Scorer(PeftModel.from_pretrained(demo_model, ADAPTER)).score(split))
 
 
 def test_the_example_compares_with_and_without(harness, split, data, demo_model, monkeypatch, capsys):
     script = str(ROOT / "examples" / "evaluate_with_lm_eval.py")
     monkeypatch.setattr(sys, "argv", [script, str(data), ADAPTER])
     runpy.run_path(script, run_name="__main__")
-    plain, scaled = score(demo_model, split), score(PeftModel.from_pretrained(demo_model, ADAPTER), split)
+    plain, scaled = Scorer(demo_model).score(split), Scorer(PeftModel.from_pretrained(demo_model, ADAPTER)).score(split)
     overall = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("acc "))
     assert overall == ["acc", f"{100 * plain.average().value:.1f}", f"{100 * scaled.average().value:.1f}"]
 

@@ -146,7 +146,7 @@ def preflight(
     Args:
         scorer: of the unscaled model.
         task: a task with written answers.
-        num_groups: contexts to ask.
+        num_groups: contexts to ask; all there are, if there are fewer.
         wanted: contexts by split for which targets are going to be needed; default: these. Where each question has an
             opening of its own, the unscaled model is asked them with the gold item alone: of the search split until so
             many questions are answered, of the others all.
@@ -157,7 +157,7 @@ def preflight(
     """
     say = tell or (lambda text: None)
     say("preflight: the unscaled model's answers")
-    split = task.split("search", num_groups)
+    split = task.split("search", max(1, task.available("search", num_groups)))
     written = scorer.write(split)
     blank = np.zeros((split.num_groups, len(split.positions)))
     scores = judge_written(split, written, PositionScores(split.positions, blank.astype(bool), blank))
@@ -261,7 +261,7 @@ def find_difficulty(
 
     def accuracy(num_items: int) -> float:
         sized = task.resized(num_items, task.length)
-        split = sized.split("search", num_groups)
+        split = sized.split("search", max(1, sized.available("search", num_groups)))
         value = _accuracy(scorer, split)
         curve.append((num_items, value))
         if tell is not None:

@@ -70,9 +70,12 @@ class Scorer:
             NotEnoughMemoryError: memory does not suffice for a single row.
         """
         check_vocabulary(self.model, split)
-        through_cache = packed is None and self._caches(split)
         return self._halving(
-            lambda: self._score_cached(split, progress) if through_cache else self._score_rows(split, progress, packed)
+            lambda: (
+                self._score_cached(split, progress)
+                if packed is None and self._caches(split)
+                else self._score_rows(split, progress, packed)
+            )
         )
 
     def bucket_losses(
@@ -156,7 +159,7 @@ class Scorer:
         if not shares_contexts(split):
             return False
         if self._cache_contexts is None:
-            self._cache_contexts = can_cache_contexts(self.model.eval())
+            self._cache_contexts = can_cache_contexts(self.model)
         return self._cache_contexts
 
     def _count(self, tokens: int) -> None:

@@ -169,6 +169,12 @@ class MultiDocumentQA(PromptTask[Question | Context]):
             return [question for question in members if question.number in self._answerable]
         return list(members)
 
+    def available(self, split_name: SplitName, most: int) -> int:
+        """See [`PromptTask`]."""
+        if self.protocol(split_name) == GOLD_MOVES:
+            return min(most, len(self.questions(split_name)))
+        return sum(1 for _ in islice(self._contexts(split_name), most))
+
     def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
         """See [`PromptTask`]; at positions other than the task's the gold document moves."""
         check_request(split_name, num_groups)

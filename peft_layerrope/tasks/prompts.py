@@ -140,6 +140,10 @@ class PromptTask(ABC, Generic[Source]):
             TaskError: its data do not have so many, or fewer than there are gold positions.
         """
 
+    def available(self, split_name: SplitName, most: int) -> int:
+        """Returns how many contexts of a split there are, but no more than `most`."""
+        return most if self._splits is None else min(most, len(self._splits[split_name]))
+
     def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
         """Returns the prompts of a split as text, in the order of [`split`]'s examples.
 
@@ -215,11 +219,10 @@ class PromptTask(ABC, Generic[Source]):
         sample = self.prompts("search", 1)
         tokens = max(len(self._encoder.encode(p.text, p.answers[0], None).prompt_ids) for p in sample)
         num_items = min(self.num_items, self.num_items * length // tokens)
-        groups = _SHORTENED_GROUPS if self._splits is None else min(_SHORTENED_GROUPS, len(self._splits["search"]))
         while num_items >= len(self.positions):
             task = self.resized(num_items, length)
             try:
-                task.split("search", groups)
+                task.split("search", max(1, task.available("search", _SHORTENED_GROUPS)))
             except TaskError:
                 num_items -= max(1, num_items // 20)
             else:

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, LayerRopeConfig, demo_model_path
-from peft_layerrope.scoring.scoring import score
+from peft_layerrope.scoring.scorer import Scorer
 
 SMALL, LARGE = (256, 8), (512, 16)  # hidden size and layers
 PROMPT, LONG_PROMPT = 2048, 32768
@@ -180,7 +180,9 @@ def evaluation() -> Ratio:
     """A context shared by its questions runs once / one row for each question."""
     model = AutoModelForCausalLM.from_pretrained(demo_model_path()).eval()
     split = KeyValueWords(AutoTokenizer.from_pretrained(demo_model_path()), 512).split("search", 4)
-    return interleaved(lambda: score(model, split, packed=True), lambda: score(model, split, packed=False), 7)
+    return interleaved(
+        lambda: Scorer(model).score(split, packed=True), lambda: Scorer(model).score(split, packed=False), 7
+    )
 
 
 def measurements() -> Iterator[tuple[str, Callable[[], Ratio]]]:

@@ -41,9 +41,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, SearchSettings, Split, demo_model_path, search
-from peft_layerrope.scoring.scoring import score
-from peft_layerrope.scoring.statistics import Interval, mean_interval
 from peft_layerrope.files.atomic import write_atomically
+from peft_layerrope.scoring.scorer import Scorer
+from peft_layerrope.scoring.statistics import Interval, mean_interval
 from peft_layerrope.searcher import Factors
 from peft_layerrope.searcher.controls import best_of, uniform_vectors
 from peft_layerrope.searcher.evaluator import ModelEvaluator
@@ -244,7 +244,7 @@ def report(seed: int, name: str, found: dict[str, Any], started: float) -> None:
 def test_scores(model: PeftModel, test: Split, factors: Sequence[float]) -> dict[str, list[float]]:
     """Scores a vector on the common test split: each context's share in U and in accuracy."""
     model.base_model.set_layer_factors(factors)
-    scores = score(model, test)
+    scores = Scorer(model).score(test)
     values = {
         "u_accuracy": scores.utilisation_by_group("accuracy"),
         "accuracy": scores.average_by_group,

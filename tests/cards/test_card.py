@@ -29,8 +29,8 @@ from peft_layerrope.cards.card import (
 )
 from peft_layerrope.cards.merge import CardError, has_own_text, merged, save_card
 from peft_layerrope.demo import DEMO_NAME, demo_model_path
-from peft_layerrope.scoring.statistics import Interval
 from peft_layerrope.public_names import is_local_path, public_name
+from peft_layerrope.scoring.statistics import Interval
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.tuner.artifacts import save_adapter
 

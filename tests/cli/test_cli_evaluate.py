@@ -6,12 +6,14 @@ import json
 
 import numpy as np
 import pytest
+from conftest import build_model
 from test_cli import run
 from test_contenders import trained_lora
+from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import KeyValueWords, LayerRopeConfig
 from peft_layerrope.cli import evaluate as command
-from peft_layerrope.scoring.scoring import score
+from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tuner.artifacts import save_adapter
 
 TINY = ("--length", "300", "--positions", "3", "--groups", "3")
@@ -48,7 +50,7 @@ def test_a_model_alone_has_its_position_table(demo_model, demo_tokenizer, tmp_pa
     done = run("evaluate", *TINY, "--json", str(tmp_path / "e.json"), "--plot", str(tmp_path / "e.png"))
     assert done.exit_code == 0
     task = KeyValueWords(demo_tokenizer, 300, num_positions=3)
-    expected = score(demo_model, task.split("test", 3))
+    expected = Scorer(demo_model).score(task.split("test", 3))
     report = loaded(tmp_path / "e.json")
     assert report["model"] == "peft_layerrope/demo"
     assert report["task"] == task.describe()
@@ -100,16 +102,43 @@ def test_adapters_of_one_name_have_that_of_their_folder_too(adapter, tmp_path):
     assert list(loaded(tmp_path / "e.json")["scores"]) == ["no scaling", f"{tmp_path.name}/mine", "other/mine"]
 
 
-def test_generated_answers_are_as_right_as_teacher_forced_ones(tmp_path):
-    shown = []
-    for name, options in (("forced", ()), ("written", ("--generate",))):
-        done = run("evaluate", *TINY, *options, "--json", str(tmp_path / name))
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """A folder with a tiny model whose answers are nonsense, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("writer")
+    build_model("llama", vocab_size=600, max_position_embeddings=512).save_pretrained(folder)
+    tiny_bpe().save_pretrained(folder)
+    return folder
+
+
+ASKED = ("--task", "kv_retrieval", "--keys", "words", "--num-keys", "5", "--positions", "3", "--groups", "3")
+
+
+def test_answers_are_written_unless_only_read_off(writer, tmp_path):
+    shown, reports = {}, {}
+    for name, options in (("written", ("--max-new-tokens", "7")), ("forced", ("--teacher-forced",))):
+        done = run("evaluate", str(writer), *ASKED, *options, "--json", str(tmp_path / name))
         assert done.exit_code == 0
-        shown.append(done.stdout)
-    forced, written = loaded(tmp_path / "forced"), loaded(tmp_path / "written")
-    assert written["judged"] == {"by": "generate()", "metric": "contains_value", "max_new_tokens": 2}
-    assert written["scores"] == forced["scores"]
-    assert "generate(), judged by contains_value, up to 2 new tokens" in shown[1]
+        shown[name], reports[name] = done.stdout, loaded(tmp_path / name)
+    assert reports["written"]["judged"] == {"by": "generate()", "metric": "contains_value", "max_new_tokens": 7}
+    assert reports["forced"]["judged"] == {"by": "teacher-forced"}
+    assert "generate(), judged by contains_value, up to 7 new tokens" in shown["written"]
+    assert "teacher-forced exact match" in shown["forced"]
+    written, forced = (reports[name]["scores"]["no scaling"] for name in ("written", "forced"))
+    assert written["log_prob_by_position"] == forced["log_prob_by_position"]
+    assert 1 <= written["mean_answer_tokens"] <= 7
+    assert "answers_cut_off" not in forced
+    for name in ("written", "forced"):
+        assert reports[name]["split"]["protocol"] == "one context, asked at every position"
+        assert "preflight: the unscaled model answers" in shown[name]
+        assert reports[name]["preflight"]["groups"] == 8
+
+
+def test_a_task_without_a_public_metric_is_read_off(tmp_path):
+    assert run("evaluate", *TINY, "--json", str(tmp_path / "e.json")).exit_code == 0
+    report = loaded(tmp_path / "e.json")
+    assert report["judged"] == {"by": "teacher-forced"}
+    assert "preflight" not in report
 
 
 def test_perplexity_by_bucket(adapter, text, tmp_path):
@@ -173,7 +202,7 @@ def test_resume_begins_where_there_is_nothing_yet(tmp_path):
     [
         (["--baseline", "ntk:2"], "baseline 'ntk:2' is unknown, expected one like none, uniform:1.5"),
         (["--baseline", "none", "--baseline", "none"], "no scaling is given twice."),
-        (["--max-new-tokens", "5"], "--max-new-tokens 5 needs --generate."),
+        (["--task", "kv_words", "--max-new-tokens", "5"], "max_new_tokens=5 is no setting of kv_words"),
         (["--resume"], "--resume needs --output."),
         (["--overwrite"], "--overwrite needs --output."),
         (["--output", "{full}"], "is not empty; pass --resume to go on"),
@@ -215,5 +244,5 @@ def test_a_yarn_that_cannot_be_is_refused_before_anything_is_scored(tmp_path, de
 
 def test_help_shows_every_use():
     text = " ".join(run("evaluate", "--help").stdout.split())
-    for words in ("--baseline yarn:2", "--generate", "--task perplexity", "--resume", "paired by context"):
+    for words in ("--baseline yarn:2", "--teacher-forced", "--task perplexity", "--resume", "paired by context"):
         assert words in text

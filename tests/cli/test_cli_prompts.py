@@ -80,7 +80,7 @@ def test_the_chat_template_is_shown_on_request(model, file):
         (["--length", "50"], "tokens with its answer, more than length=50."),
         (["--num-keys", "7"], "num_keys=7, but the records of"),
         (["--num-documents", "7"], "num_documents=7 is no setting of kv_retrieval"),
-        (["--keys", "words"], "keys='words', expected nothing, since data has keys of its own"),
+        (["--keys", "words"], "keys='words', expected nothing: data has keys of its own"),
         (["--task", "kv_words"], "is no setting of kv_words"),
         (["--task", "multi_doc_qa"], "line 1: question, answers, ctxs missing"),
         (["--task", "perplexity"], "--task perplexity has no prompts"),
@@ -117,6 +117,7 @@ def test_a_search_records_its_task_and_is_repeated_by_it(model, file, tmp_path):
     build_model("llama", vocab_size=600, max_position_embeddings=512).save_pretrained(model)
     settings = ["--population", "4", "--generations", "0", "--gradient-steps", "0", "--refine-evaluations", "1"]
     settings += ["--search-groups", "2", "--validation-groups", "1", "--test-groups", "2", "--no-controls"]
+    settings += ["--preflight-groups", "2", "--anyway"]  # its answers are nonsense
     first, second = tmp_path / "first", tmp_path / "second"
     task = ["--data", str(file), "--num-keys", "4", "--positions", "3", "--task-seed", "3"]
     assert run("search", str(model), "--output", str(first), *task, *settings).exit_code == 0
@@ -130,8 +131,10 @@ def test_a_search_records_its_task_and_is_repeated_by_it(model, file, tmp_path):
         "num_keys": 4,
         "keys": None,
         "num_documents": None,
+        "difficulty": None,
         "stride": None,
         "chat_template": False,
+        "max_new_tokens": None,
     }
     assert run("search", "--config", str(first / "search.yaml"), "--output", str(second)).exit_code == 0
     reports = [json.loads((folder / "search.json").read_text()) for folder in (first, second)]

@@ -12,18 +12,33 @@ from conftest import build_model
 from peft import get_peft_model
 from scipy import stats
 from test_contenders import state_of, trained_lora
-from test_scorer import random_split, with_greedy_answers
 from test_losses import windows
+from test_scorer import random_split, with_greedy_answers
 
 from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError, PositionScores, TaskError
 from peft_layerrope.comparison.compare import MAX_PARTS, Comparison, compare
 from peft_layerrope.comparison.contenders import Contender, parse_baseline
-from peft_layerrope.scoring.generation import generated_scores
-from peft_layerrope.scoring.losses import bucket_losses
-from peft_layerrope.scoring.scoring import score
+from peft_layerrope.scoring.scorer import Scorer
+from peft_layerrope.tasks.metrics import Judge
 
 FACTORS = [1.0, 1.5, 2.0, 1.2]
 GROUPS = 23  # no multiple of the number of parts
+
+
+class Letters:
+    """A tokenizer to which everything of three tokens is "x"."""
+
+    eos_token_id = None
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "x" if len(ids) == 3 else ""
+
+
+JUDGE = Judge("contains_value", Letters(), 3)
+
+
+def adapted(model):
+    return get_peft_model(model, LayerRopeConfig(layer_factors=FACTORS))
 
 
 @pytest.fixture
@@ -69,9 +84,8 @@ def test_every_contender_is_scored_on_the_same_examples(model, split, contenders
     found = compare(model, split, contenders, task_description={"name": "random"})
     assert state_of(model) == before
     assert list(found.scores) == ["no scaling", "per layer", "yarn:2"]
-    adapted = get_peft_model(build_model("llama"), LayerRopeConfig(layer_factors=FACTORS))
-    for label, alone in (("no scaling", model), ("per layer", adapted)):
-        expected = score(alone, split)
+    for label, alone in (("no scaling", model), ("per layer", adapted(build_model("llama")))):
+        expected = Scorer(alone).score(split)
         np.testing.assert_array_equal(found.scores[label].correct, expected.correct)
         np.testing.assert_allclose(found.scores[label].log_prob, expected.log_prob, atol=2e-5)
     assert found.scores["no scaling"].correct.mean() > found.scores["per layer"].correct.mean()
@@ -152,8 +166,10 @@ def test_another_comparison_is_not_resumed(model, split, contenders, tmp_path):
     ):
         with pytest.raises(TaskError, match=message):
             compare(*attempt, folder=tmp_path, resume=True)
+    forced = replace(split, examples=answered)
+    compare(model, forced, contenders, folder=tmp_path / "forced")
     with pytest.raises(TaskError, match=r"judged\.by was"):
-        compare(model, split, contenders, folder=tmp_path, resume=True, generate=True)
+        compare(model, replace(forced, judge=JUDGE), contenders, folder=tmp_path / "forced", resume=True)
 
 
 def test_folders_that_do_not_fit_are_refused(model, split, contenders, tmp_path):
@@ -192,39 +208,48 @@ def test_everything_is_checked_before_anything_is_scored(model, split, contender
             compare(model, split, [*contenders, added], folder=tmp_path / "out")
     with pytest.raises(TaskError, match="nothing to compare"):
         compare(model, split, [])
-    with pytest.raises(TaskError, match="pass generate=True"):
-        compare(model, split, contenders, metric="contains_value")
-    with pytest.raises(TaskError, match="max_new_tokens=0 must be at least 1"):
-        compare(model, split, contenders, generate=True, max_new_tokens=0)
+    with pytest.raises(TaskError, match="needs accepted answers"):
+        compare(model, replace(split, judge=Judge("contains_value", Letters())), contenders, folder=tmp_path / "out")
     foreign = replace(split.examples[0], answer_ids=(1000,))
     with pytest.raises(TaskError, match="token id 1000 is outside"):
         compare(model, replace(split, examples=(foreign, *split.examples[1:])), contenders)
     assert not (tmp_path / "out").exists()
 
 
-def test_generate_is_the_generated_scores(model, split, contenders):
-    found = compare(model, split, contenders[:2], generate=True)
-    assert found.to_dict()["judged"] == {"by": "generate()", "metric": None, "max_new_tokens": 2}
-    np.testing.assert_array_equal(found.scores["no scaling"].correct, generated_scores(model, split).correct)
-    judged = replace(split, examples=tuple(replace(e, answers=("x",)) for e in split.examples))
+def test_a_split_with_a_judge_is_judged_by_what_is_written(model, split, contenders):
+    """Of three tokens "x" is written, whatever the model writes."""
+    model.generation_config.eos_token_id = None
+    asked = replace(split, examples=tuple(replace(e, answers=("x",)) for e in split.examples), judge=JUDGE)
+    found = compare(model, asked, contenders[:2])
+    endless = build_model("llama")
+    endless.generation_config.eos_token_id = None
+    assert found.to_dict()["judged"] == {"by": "generate()", "metric": "contains_value", "max_new_tokens": 3}
+    for label, alone in (("no scaling", model), ("per layer", adapted(endless))):
+        expected = Scorer(alone).generate(asked)
+        assert found.scores[label].correct.all()
+        assert not expected.written.cut_off.any()
+        for name in ("num_tokens", "cut_off", "strict"):
+            np.testing.assert_array_equal(getattr(found.scores[label].written, name), getattr(expected.written, name))
+    shorter = replace(asked, judge=Judge("contains_value", Letters(), 2))
+    assert not compare(model, shorter, contenders[:1]).scores["no scaling"].correct.any()
 
-    class Letters:
-        eos_token_id = None
 
-        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-            return "x" if len(ids) == 3 else ""
-
-    settings = {"generate": True, "tokenizer": Letters(), "metric": "contains_value", "max_new_tokens": 3}
-    found = compare(model, judged, contenders[:1], **settings)
-    assert found.scores["no scaling"].correct.all()
+def test_written_answers_are_kept_and_resumed(model, split, contenders, tmp_path):
+    asked = replace(split, examples=tuple(replace(e, answers=("x",)) for e in split.examples), judge=JUDGE)
+    whole = compare(model, asked, contenders, folder=tmp_path / "whole")
+    with pytest.raises(KilledError):
+        compare(model, asked, contenders, folder=tmp_path / "killed", progress=killed_at(13))
+    assert as_json(compare(model, asked, contenders, folder=tmp_path / "killed", resume=True)) == as_json(whole)
+    shorter = replace(asked, judge=Judge("contains_value", Letters(), 2))
+    with pytest.raises(TaskError, match=r"judged\.max_new_tokens was 3 there and is 2 now"):
+        compare(model, shorter, contenders, folder=tmp_path / "killed", resume=True)
 
 
 def test_windows_of_text_are_compared_by_their_loss(model, contenders):
     split = windows(12)
     found = compare(model, split, contenders, num_buckets=4)
     assert found.measure == "loss"
-    adapted = get_peft_model(build_model("llama"), LayerRopeConfig(layer_factors=FACTORS))
-    expected: PositionScores = bucket_losses(adapted, split, 4)
+    expected: PositionScores = Scorer(adapted(build_model("llama"))).bucket_losses(split, 4)
     assert found.scores["per layer"].positions == expected.positions
     np.testing.assert_allclose(found.scores["per layer"].log_prob, expected.log_prob, atol=2e-5)
     gap = found.difference("per layer", "no scaling").value
@@ -233,8 +258,6 @@ def test_windows_of_text_are_compared_by_their_loss(model, contenders):
     assert found.to_dict()["difference_of"] == "minus the loss, in nats"
     with pytest.raises(TaskError, match="num_buckets=99 must be"):
         compare(model, split, contenders, num_buckets=99)
-    with pytest.raises(TaskError, match="running text has no answers"):
-        compare(model, split, contenders, generate=True)
 
 
 def test_overlapping_windows_have_the_same_buckets_in_every_part(model, contenders):

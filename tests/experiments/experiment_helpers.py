@@ -6,7 +6,7 @@ import numpy as np
 
 from peft_layerrope import LayerRopeConfig, PositionScores
 from peft_layerrope.adapted import adapted
-from peft_layerrope.scoring.scoring import score
+from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tasks import KeyValueWords
 
 LENGTH, GROUPS = 320, 3  # beyond the demo model's window of 256, so that factors matter
@@ -21,9 +21,9 @@ def by_hand(model, task, factors=None, groups: int = GROUPS, **settings) -> Posi
     """Scores of the test split, one forward pass after the other, without any of the experiments' code."""
     split = task.split("test", groups)
     if factors is None:
-        return score(model, split)
+        return Scorer(model).score(split)
     with adapted(model, LayerRopeConfig(layer_factors=list(factors), **settings)) as peft_model:
-        return score(peft_model, split)
+        return Scorer(peft_model).score(split)
 
 
 def scores_of(rows, log_prob=None) -> PositionScores:

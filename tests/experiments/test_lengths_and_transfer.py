@@ -9,10 +9,10 @@ from experiment_helpers import FACTORS, GROUPS, by_hand, short_task
 from peft_layerrope import LayerRopeConfig
 from peft_layerrope.comparison.contenders import NO_SCALING, Contender
 from peft_layerrope.errors import TaskError
-from peft_layerrope.scoring.losses import bucket_losses
 from peft_layerrope.experiments import Line, matched_baselines, run_extrapolation, run_transfer
 from peft_layerrope.experiments.extrapolation import NTK, PI
 from peft_layerrope.experiments.lengths import default_lengths, task_of_length, window_and_task
+from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tasks import Perplexity
 from peft_layerrope.tasks.specification import TaskSpecification, make_task
 from peft_layerrope.tuner.artifacts import save_adapter
@@ -54,7 +54,7 @@ def test_extrapolation_of_a_loss(demo_model):
     tasks = {length: Perplexity(ids, length=length) for length in (64, 300)}
     section = run_extrapolation(demo_model, tasks, matched_baselines(), num_groups=2)
     for length, task in tasks.items():
-        expected = bucket_losses(demo_model, task.split("test", 2)).to_dict()
+        expected = Scorer(demo_model).bucket_losses(task.split("test", 2)).to_dict()
         found = section.data["scores"][str(length)][NO_SCALING]
         for name in ("loss_by_position", "average_loss", "perplexity"):
             assert found[name] == pytest.approx(expected[name], rel=1e-4)

@@ -7,7 +7,6 @@ import pytest
 from experiment_helpers import scores_of
 
 from peft_layerrope import PositionScores
-from peft_layerrope.scoring.statistics import Interval
 from peft_layerrope.experiments.units import (
     ACCURACY,
     LOSS,
@@ -18,6 +17,7 @@ from peft_layerrope.experiments.units import (
     utilisation_difference,
     verdict,
 )
+from peft_layerrope.scoring.statistics import Interval
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,9 @@ from conftest import build_model
 from peft import get_peft_model
 from test_scorer import random_split, with_greedy_answers
 
-from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, Split, TaskError
-from peft_layerrope.scoring.generation import generated_scores
-from peft_layerrope.scoring.scoring import score
+from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError
+from peft_layerrope.scoring.scorer import Scorer
+from peft_layerrope.tasks.metrics import Judge
 
 SIZES = pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])  # one example at a time, a few, all together
 
@@ -28,11 +29,11 @@ def beyond(demo_tokenizer) -> Split:
 
 @pytest.mark.parametrize("batch_tokens", [1, 2000, 20_000])
 def test_judged_by_tokens_it_equals_the_teacher_forced_score(demo_model, beyond, batch_tokens):
-    expected = score(demo_model, beyond)
+    expected = Scorer(demo_model).score(beyond)
     assert 0.1 < expected.correct.mean() < 0.9
-    found = generated_scores(demo_model, beyond, batch_tokens=batch_tokens)
+    found = Scorer(demo_model, batch_tokens=batch_tokens).generate(beyond)
     np.testing.assert_array_equal(found.correct, expected.correct)
-    np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=1e-5)
+    np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=2e-5)  # of sums of two tokens
     assert (found.positions, found.measure) == (expected.positions, "accuracy")
 
 
@@ -41,9 +42,9 @@ def test_judged_by_tokens_it_equals_the_teacher_forced_score(demo_model, beyond,
 def test_tiny_models_with_an_adapter(family, batch_tokens):
     model = get_peft_model(build_model(family), LayerRopeConfig(layer_factors=[1.0, 1.5, 2.0, 1.2]))
     split = with_greedy_answers(model, random_split())
-    found = generated_scores(model, split, batch_tokens=batch_tokens)
+    found = Scorer(model, batch_tokens=batch_tokens).generate(split)
     assert found.correct.any()
-    np.testing.assert_array_equal(found.correct, score(model, split).correct)
+    np.testing.assert_array_equal(found.correct, Scorer(model).score(split).correct)
 
 
 @SIZES
@@ -52,7 +53,7 @@ def test_dynamic_ntk_does_not_depend_on_the_batch(batch_tokens):
     config = LayerRopeConfig(rope_type="dynamic", factor=4.0, original_max_position_embeddings=16)
     model = get_peft_model(build_model("llama"), config)
     split = with_greedy_answers(model, random_split())  # one by one, with a cache
-    found = generated_scores(model, split, batch_tokens=batch_tokens)
+    found = Scorer(model, batch_tokens=batch_tokens).generate(split)
     written = [bool(n % 2) for n in range(len(split.examples))]
     assert found.correct.flatten()[written].all()
 
@@ -64,15 +65,15 @@ def test_an_answer_may_hold_an_end_of_text():
     answer = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
     model.generation_config.eos_token_id = answer[1]
     split = Split("test", 0, (0,), (replace(prompt, answer_ids=tuple(answer)),))
-    assert generated_scores(model, split).correct.all()
+    assert Scorer(model).generate(split).correct.all()
 
 
 def test_the_models_own_generation_settings_do_not_matter_and_stay(demo_model, beyond):
     settings = demo_model.generation_config
     settings.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1, min_new_tokens=2)
     before = settings.to_dict()
-    found = generated_scores(demo_model, beyond)
-    np.testing.assert_array_equal(found.correct, score(demo_model, beyond).correct)
+    found = Scorer(demo_model).generate(beyond)
+    np.testing.assert_array_equal(found.correct, Scorer(demo_model).score(beyond).correct)
     assert demo_model.generation_config is settings
     assert settings.to_dict() == before
 
@@ -88,14 +89,20 @@ def answered(split: Split, tokenizer, wrong: bool = False) -> Split:
     )
 
 
+def judged(split: Split, metric: str, tokenizer, max_new_tokens: int = 2) -> Split:
+    return replace(split, judge=Judge(metric, tokenizer, max_new_tokens))
+
+
 @pytest.mark.parametrize("metric", ["best_subspan_em", "contains_value"])
 def test_a_metric_judges_the_text(demo_model, demo_tokenizer, beyond, metric):
-    expected = score(demo_model, beyond).correct
-    found = generated_scores(demo_model, answered(beyond, demo_tokenizer), demo_tokenizer, metric)
-    np.testing.assert_array_equal(found.correct, expected)
-    assert not generated_scores(
-        demo_model, answered(beyond, demo_tokenizer, True), demo_tokenizer, metric
-    ).correct.any()
+    expected = Scorer(demo_model).score(beyond)
+    right, wrong = (
+        Scorer(demo_model).generate(judged(answered(beyond, demo_tokenizer, w), metric, demo_tokenizer))
+        for w in (False, True)
+    )
+    np.testing.assert_array_equal(right.correct, expected.correct)
+    np.testing.assert_allclose(right.log_prob, expected.log_prob, atol=2e-5)
+    assert not wrong.correct.any()
 
 
 def test_a_metric_finds_the_answer_later_in_the_text(demo_model, demo_tokenizer, beyond):
@@ -105,21 +112,64 @@ def test_a_metric_finds_the_answer_later_in_the_text(demo_model, demo_tokenizer,
         for e in beyond.examples
     )
     split = replace(beyond, examples=second)
-    one, two = (
-        generated_scores(demo_model, split, demo_tokenizer, "contains_value", max_new_tokens=n).correct for n in (1, 2)
-    )
+    one, two = (Scorer(demo_model).generate(judged(split, "contains_value", demo_tokenizer, n)).correct for n in (1, 2))
     assert two.mean() > one.mean() + 0.3
 
 
 def test_text_ends_at_the_end_of_text(demo_model, demo_tokenizer, beyond):
     """With the first token of every answer as an end of text, nothing of it is left to judge."""
-    split = answered(beyond, demo_tokenizer)
+    split = judged(answered(beyond, demo_tokenizer), "contains_value", demo_tokenizer)
     demo_model.generation_config.eos_token_id = sorted({e.answer_ids[0] for e in split.examples})
-    assert not generated_scores(demo_model, split, demo_tokenizer, "contains_value").correct.any()
+    found = Scorer(demo_model).generate(split)
+    assert not found.correct.any()
+    ended = [w for w in Scorer(demo_model).write(split) if not w.ids]
+    assert ended
+    assert not any(w.cut_off for w in ended)
+
+
+@pytest.mark.parametrize("metric", ["best_subspan_em", "contains_value"])
+def test_writing_stops_once_the_metric_is_settled(demo_model, demo_tokenizer, beyond, metric):
+    """A right answer has two words, whatever could be written after it; a wrong one goes on to the limit."""
+    split = answered(beyond, demo_tokenizer)
+    demo_model.generation_config.eos_token_id = demo_tokenizer.eos_token_id = None
+    written = Scorer(demo_model).write(judged(split, metric, demo_tokenizer, 6))
+    found = Scorer(demo_model).generate(judged(split, metric, demo_tokenizer, 6))
+    lengths = np.array([len(w.ids) for w in written])
+    right = found.correct.flatten()
+    assert 0 < right.mean() < 1
+    assert (lengths[right] <= 6).all()
+    assert lengths[right].min() == 2
+    assert (lengths[~right] == 6).all()
+    np.testing.assert_array_equal(found.written.num_tokens.flatten(), lengths)
+    np.testing.assert_array_equal(found.written.cut_off.flatten(), ~right)
+
+
+def test_what_was_written_is_told_beside_the_metric(demo_model, demo_tokenizer, beyond):
+    split = judged(answered(beyond, demo_tokenizer), "contains_value", demo_tokenizer)
+    found = Scorer(demo_model).generate(split)
+    assert found.written.forced is None  # nothing was learnt of how the model writes
+    np.testing.assert_array_equal(found.written.strict, found.correct)
+    known = Scorer(demo_model).generate(replace(split, targets={"opening": ""}))
+    np.testing.assert_array_equal(known.written.forced, Scorer(demo_model).score(beyond).correct)
+    plain = Scorer(demo_model).generate(judged(split, "best_subspan_em", demo_tokenizer))
+    assert plain.written.strict is None
+    for scores in (found, known, plain):
+        again = PositionScores.from_plain(json.loads(json.dumps(scores.to_plain())))
+        assert again.to_plain() == scores.to_plain()
+        assert again.to_dict() == scores.to_dict()
+
+
+def test_figures_are_made_of_what_the_split_is_judged_by(demo_model, demo_tokenizer, beyond):
+    split = judged(answered(beyond, demo_tokenizer, wrong=True), "contains_value", demo_tokenizer)
+    measured, forced = Scorer(demo_model).measure(split), Scorer(demo_model).measure(replace(split, judge=None))
+    assert not measured.correct.any()
+    assert measured.written is not None
+    np.testing.assert_array_equal(forced.correct, Scorer(demo_model).score(beyond).correct)
+    assert forced.written is None
 
 
 def test_memory_that_runs_out_halves_the_batch(beyond, demo_model):
-    expected = generated_scores(demo_model, beyond).correct
+    expected = Scorer(demo_model).generate(beyond).correct
     generate, seen = demo_model.generate, []
 
     def limited(ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
@@ -129,21 +179,36 @@ def test_memory_that_runs_out_halves_the_batch(beyond, demo_model):
         return generate(ids, **kwargs)
 
     demo_model.generate = limited
-    np.testing.assert_array_equal(generated_scores(demo_model, beyond, batch_tokens=8000).correct, expected)
+    np.testing.assert_array_equal(Scorer(demo_model, batch_tokens=8000).generate(beyond).correct, expected)
     assert max(seen) > 3000
     assert seen[-1] <= 3000
 
 
 @pytest.mark.parametrize(
-    ("metric", "with_tokenizer", "measure", "message"),
+    ("metric", "measure", "message"),
     [
-        ("rouge", True, "accuracy", "metric='rouge' is unknown, expected one of best_subspan_em, contains_value."),
-        ("contains_value", False, "accuracy", "judges text: pass the tokenizer"),
-        ("contains_value", True, "accuracy", "needs accepted answers, and split 'test' has examples without"),
-        (None, True, "loss", "running text has no answers to generate"),
+        ("contains_value", "accuracy", "metric='contains_value' needs accepted answers, and split 'test' has examples"),
+        ("contains_value", "loss", "running text has no answers to generate"),
+        (None, "loss", "running text has no answers to generate"),
     ],
 )
-def test_what_cannot_be_judged_is_refused(demo_tokenizer, metric, with_tokenizer, measure, message):
-    split = Split("test", 0, (0,), (Example((1,), (2,), (3,), 0, 0),), measure)
+def test_what_cannot_be_judged_is_refused(demo_tokenizer, metric, measure, message):
+    judge = Judge(metric, demo_tokenizer) if metric is not None else None
+    split = Split("test", 0, (0,), (Example((1,), (2,), (3,), 0, 0),), measure, judge)
     with pytest.raises(TaskError, match=message):
-        generated_scores(build_model("llama"), split, demo_tokenizer if with_tokenizer else None, metric)
+        Scorer(build_model("llama")).generate(split)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rouge",), r"metric='rouge' is unknown, expected one of best_subspan_em, contains_value\."),
+        (("contains_value", 0), "max_new_tokens=0 must be at least 1"),
+        (("contains_value", 1.5), "max_new_tokens=1.5 must be"),
+        (("contains_value", 10**9), "max_new_tokens=1000000000 must be at most"),
+    ],
+)
+def test_a_judge_that_cannot_be(demo_tokenizer, arguments, message):
+    metric, *limit = arguments
+    with pytest.raises(TaskError, match=message):
+        Judge(metric, demo_tokenizer, *limit)

@@ -9,7 +9,7 @@ from conftest import VOCAB, build_model
 from peft import get_peft_model
 
 from peft_layerrope import Example, LayerRopeConfig, Split, TaskError
-from peft_layerrope.scoring.losses import bucket_losses
+from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tasks import KeyValueWords
 
 IGNORED = -100
@@ -48,7 +48,7 @@ def model(request):
 @pytest.mark.parametrize("batch_tokens", [1, 90, 10_000])
 def test_one_bucket_is_the_loss_of_transformers(model, batch_tokens):
     split = windows()
-    scores = bucket_losses(model, split, 1, batch_tokens=batch_tokens)
+    scores = Scorer(model, batch_tokens=batch_tokens).bucket_losses(split, 1)
     assert (scores.positions, scores.measure, scores.correct.any()) == ((1,), "loss", False)
     for example, found in zip(split.examples, -scores.log_prob[:, 0], strict=True):
         ids = whole(example)[:, :-1]  # the last token is not fed: Dynamic-NTK depends on the length
@@ -63,7 +63,7 @@ def test_one_bucket_is_the_loss_of_transformers(model, batch_tokens):
 @pytest.mark.parametrize(("read", "num_buckets"), [(1, 8), (21, 3), (40, 1)])
 def test_buckets_are_parts_of_the_scored_tokens(read, num_buckets):
     model, split = build_model("llama"), windows(read=read)
-    scores = bucket_losses(model, split, num_buckets)
+    scores = Scorer(model).bucket_losses(split, num_buckets)
     assert scores.log_prob.shape == (5, num_buckets)
     assert scores.positions[0] == read
     ends = [*scores.positions[1:], 41]
@@ -77,23 +77,23 @@ def test_buckets_are_parts_of_the_scored_tokens(read, num_buckets):
 def test_rows_follow_the_examples_whatever_the_batches(model):
     split = windows(9)
     seen = []
-    one = bucket_losses(model, split, 4, batch_tokens=1, progress=lambda b: seen.extend(b) or b)
+    one = Scorer(model, batch_tokens=1).bucket_losses(split, 4, progress=lambda b: seen.extend(b) or b)
     assert len(seen) == 9
-    np.testing.assert_allclose(one.log_prob, bucket_losses(model, split, 4).log_prob, atol=2e-5)
-    part = bucket_losses(model, split.part(3, 5), 4)
+    np.testing.assert_allclose(one.log_prob, Scorer(model).bucket_losses(split, 4).log_prob, atol=2e-5)
+    part = Scorer(model).bucket_losses(split.part(3, 5), 4)
     np.testing.assert_allclose(one.log_prob[3:5], part.log_prob, atol=2e-5)
 
 
 def test_other_splits_are_refused(demo_tokenizer):
     model = build_model("llama")
     with pytest.raises(TaskError, match="num_buckets=41 must be from 1 to the 40 scored tokens"):
-        bucket_losses(model, windows(), 41)
+        Scorer(model).bucket_losses(windows(), 41)
     questions = KeyValueWords(demo_tokenizer, 128, num_positions=3).split("test", 2)
     with pytest.raises(TaskError, match="'test' holds questions and answers, not windows of text"):
-        bucket_losses(model, questions)
+        Scorer(model).bucket_losses(questions)
     mixed = (*windows().examples, Example((), (1,), (2, 3), 0, 99))
     with pytest.raises(TaskError, match="windows of different lengths: 3 to 41 tokens"):
-        bucket_losses(model, Split("test", 0, (0,), mixed, "loss"))
+        Scorer(model).bucket_losses(Split("test", 0, (0,), mixed, "loss"))
 
 
 def test_of_overlapping_windows_the_part_that_all_score_counts():
@@ -102,6 +102,6 @@ def test_of_overlapping_windows_the_part_that_all_score_counts():
     first = windows(1, read=1).examples
     mixed = Split("test", 0, (0,), first + late.examples[1:], "loss")
     model = build_model("llama")
-    found, expected = bucket_losses(model, mixed, 4), bucket_losses(model, late, 4)
+    found, expected = Scorer(model).bucket_losses(mixed, 4), Scorer(model).bucket_losses(late, 4)
     assert found.positions == expected.positions
     np.testing.assert_array_equal(found.log_prob, expected.log_prob)

@@ -13,11 +13,13 @@ from peft import get_peft_model
 from scipy import stats
 
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
-from peft_layerrope.scoring.batching import can_pack, check_vocabulary
-from peft_layerrope.scoring.scores import utilisation
-from peft_layerrope.scoring.scoring import score, with_halving
-from peft_layerrope.scoring.statistics import mean_interval, wilson_interval
 from peft_layerrope.families.shrink import build_tiny
+from peft_layerrope.scoring.batching import can_pack, check_vocabulary
+from peft_layerrope.scoring.judging import judge
+from peft_layerrope.scoring.memory import with_halving
+from peft_layerrope.scoring.scorer import Scorer
+from peft_layerrope.scoring.scores import utilisation
+from peft_layerrope.scoring.statistics import mean_interval, wilson_interval
 
 
 def random_split(groups: int = 5, lengths: tuple[int, ...] = (20, 31, 26)) -> Split:
@@ -66,14 +68,14 @@ def one_by_one(model: torch.nn.Module, example: Example) -> tuple[bool, float]:
     lines = logits(model, ids[:, :-1])[0, -count:].log_softmax(-1)
     gold = ids[0, -count:]
     values = lines[torch.arange(count), gold].clamp(min=-math.log(VOCAB))
-    return bool((lines.argmax(-1) == gold).all()), float(values.mean())
+    return bool((lines.argmax(-1) == gold).all()), float(values.sum())
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("batch_tokens", [1, 64, 10_000])
 def test_batches_equal_one_by_one(model, packed, batch_tokens):
     split = with_greedy_answers(model, random_split())
-    scores = score(model, split, batch_tokens=batch_tokens, packed=packed)
+    scores = Scorer(model, batch_tokens=batch_tokens).score(split, packed=packed)
     expected = [one_by_one(model, example) for example in split.examples]
     assert scores.correct.flatten().tolist() == [hit for hit, _ in expected]
     np.testing.assert_allclose(scores.log_prob.flatten(), [value for _, value in expected], atol=2e-5)
@@ -83,28 +85,53 @@ def test_every_family_scores_like_one_by_one(family):
     model = get_peft_model(build_model(family), LayerRopeConfig(layer_factors=[1.0, 1.5, 2.0, 1.2]))
     split = random_split()
     expected = [one_by_one(model, example)[1] for example in split.examples]
-    np.testing.assert_allclose(score(model, split).log_prob.flatten(), expected, atol=2e-5)
+    np.testing.assert_allclose(Scorer(model).score(split).log_prob.flatten(), expected, atol=2e-5)
 
 
 def test_a_model_that_ignores_logits_to_keep_scores_the_same():
     model, split = build_model("llama"), random_split()
-    expected = score(model, split)
+    expected = Scorer(model).score(split)
     forward = model.forward
     model.forward = lambda *args, logits_to_keep=0, **kwargs: forward(*args, **kwargs)
-    np.testing.assert_allclose(score(model, split).log_prob, expected.log_prob, atol=1e-6)
+    np.testing.assert_allclose(Scorer(model).score(split).log_prob, expected.log_prob, atol=1e-6)
 
 
-def test_sliding_windows_are_not_packed():
-    assert can_pack(build_model("llama"))
-    assert not can_pack(build_model("gemma2"))
-    assert not can_pack(build_model("mistral", sliding_window=16))
-    assert can_pack(build_model("qwen2"))
+def test_an_answer_counts_as_the_sum_of_its_tokens_and_none_of_them_worse_than_chance():
+    """A token's log-probabilities are -ln 3 and the rest; chance, in a vocabulary of 3, is -ln 3 as well."""
+    values = torch.tensor([[0.5, 0.25, 0.25], [0.9, 0.05, 0.05]]).log()
+    right, log_prob = judge(values, torch.tensor([0, 1]), torch.tensor([0, 0]), 1)
+    assert not right.any()
+    assert log_prob.item() == pytest.approx(math.log(0.5) - math.log(3))
+    right, loss = judge(values, torch.tensor([0, 1]), torch.tensor([0, 0]), 1, mean=True)
+    assert loss.item() == pytest.approx((math.log(0.5) + math.log(0.05)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "possible"),
+    [
+        ("llama", {}, True),
+        ("gemma2", {}, True),
+        ("gemma2", {"sliding_window": 7}, True),
+        ("mistral", {"sliding_window": 16}, True),
+        ("qwen2", {}, True),
+        ("llama", {"attn_implementation": "flash_attention_2"}, False),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 4}, False),
+    ],
+)
+def test_what_can_be_packed(family, overrides, possible):
+    model = build_model(family)
+    implementation = overrides.pop("attn_implementation", None)
+    for name, value in overrides.items():
+        setattr(model.config, name, value)
+    if implementation is not None:
+        model.config._attn_implementation = implementation
+    assert can_pack(model) is possible
 
 
 def test_exact_match_equals_generate_on_real_prompts(demo_model, demo_tokenizer):
     """Both right and wrong answers: beyond the window, where the demo model fails at some positions."""
     split = KeyValueWords(demo_tokenizer, 512, num_positions=5, seed=11).split("validation", 6)
-    scores = score(demo_model, split)
+    scores = Scorer(demo_model).score(split)
     assert 0 < scores.correct.mean() < 1
     for example in split.examples:
         prompt = torch.tensor([example.context_ids + example.query_ids])
@@ -119,13 +146,13 @@ def test_evaluate_is_score_of_the_split(demo_model, demo_tokenizer):
     result = evaluate(demo_model, task, split="validation", num_groups=4, progress=lambda b: seen.extend(b) or b)
     assert result.correct.shape == (4, 3)
     assert seen
-    np.testing.assert_array_equal(result.correct, score(demo_model, task.split("validation", 4)).correct)
+    np.testing.assert_array_equal(result.correct, Scorer(demo_model).score(task.split("validation", 4)).correct)
 
 
 def test_a_foreign_vocabulary_is_refused():
     example = [Example((1, 2), (VOCAB,), (3,), i, 0) for i in range(3)]
     with pytest.raises(TaskError, match=f"token id {VOCAB} is outside the model's vocabulary of {VOCAB}"):
-        score(build_model("llama"), Split("test", 0, (0, 1, 2), tuple(example)))
+        Scorer(build_model("llama")).score(Split("test", 0, (0, 1, 2), tuple(example)))
 
 
 def test_utilisation_by_hand():
@@ -173,7 +200,7 @@ def test_paired_difference_is_by_group():
 
 def test_scores_leave_the_model_in_eval_mode_and_without_gradients():
     model = build_model("llama").train()
-    score(model, random_split(2))
+    Scorer(model).score(random_split(2))
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
 
@@ -206,10 +233,10 @@ def no_cpu_memory() -> None:
 @pytest.mark.parametrize("fail", [no_gpu_memory, no_cpu_memory])
 def test_batches_are_halved_until_they_fit(fail, packed):
     split = random_split(12)
-    expected = score(build_model("llama"), split, packed=packed)
+    expected = Scorer(build_model("llama")).score(split, packed=packed)
     model = build_model("llama")
     memory = LimitedMemory(model, 130, fail)
-    found = score(model, split, batch_tokens=1000, packed=packed)
+    found = Scorer(model, batch_tokens=1000).score(split, packed=packed)
     np.testing.assert_array_equal(found.correct, expected.correct)
     np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=1e-5)
     assert max(memory.seen) > 250  # tried
@@ -224,7 +251,7 @@ def test_too_little_memory_for_a_row_is_said(fail, first, last):
     with pytest.raises(
         TaskError, match=f"out of memory even with --batch-tokens {last}: use shorter prompts"
     ) as caught:
-        score(model, random_split(), batch_tokens=first)
+        Scorer(model, batch_tokens=first).score(random_split())
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
@@ -251,7 +278,7 @@ def test_other_errors_pass_through(error):
 
     memory = LimitedMemory(model, 5, fail)
     with pytest.raises(type(error)) as caught:
-        score(model, random_split())
+        Scorer(model).score(random_split())
     assert caught.value is error
     assert len(memory.seen) == 1
 

@@ -14,8 +14,8 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, Split, TaskError
-from peft_layerrope.scoring.scoring import score
 from peft_layerrope.families import build_tiny
+from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.grid import Factors
 from peft_layerrope.tuner.sites import find_stack
@@ -114,7 +114,7 @@ def test_scores_are_those_of_a_fresh_model(rope_type, share_bytes):
     found = evaluator(with_adapter(build_model("llama"), **ROPE[rope_type]), share_bytes).score(random_vectors(6), 0)
     for vector, scores in found.items():
         fresh = with_adapter(build_model("llama"), **ROPE[rope_type], layer_factors=list(vector))
-        assert_same({vector: scores}, {vector: score(fresh, split(), batch_tokens=100)})
+        assert_same({vector: scores}, {vector: Scorer(fresh, batch_tokens=100).score(split())})
 
 
 def test_neither_order_nor_what_was_run_before_matters():

@@ -71,7 +71,7 @@ def reference(factors: np.ndarray, rope_type: str, factor: float) -> float:
             lines = model(ids[:, :-1]).logits[0, -count:].log_softmax(-1)
         gold = lines[torch.arange(count), ids[0, -count:]]
         floor = -np.log(lines.shape[-1])
-        by_position[example.position] += gold.clamp(min=floor).mean().item() * 3 / len(examples)
+        by_position[example.position] += gold.clamp(min=floor).sum().item() * 3 / len(examples)
     return float(np.dot(WEIGHTS, by_position) / sum(WEIGHTS))
 
 

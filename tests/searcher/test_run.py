@@ -28,8 +28,8 @@ from peft_layerrope import (
     search,
 )
 from peft_layerrope.errors import NotEnoughMemoryError
-from peft_layerrope.scoring.scoring import score
 from peft_layerrope.families import build_tiny
+from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher import FactorGrid, Guards
 from peft_layerrope.searcher.gradient import GradientSteps
 from peft_layerrope.searcher.progress import SilentProgress
@@ -65,7 +65,7 @@ def result(task):
 def scores_of(factors, split, **fields: object):
     """By plain scoring of a fresh model."""
     config = LayerRopeConfig(task_type="CAUSAL_LM", layer_factors=list(factors), **fields)
-    return score(get_peft_model(build_model("llama"), config), split)
+    return Scorer(get_peft_model(build_model("llama"), config)).score(split)
 
 
 def test_table_has_every_method_on_the_same_test_split(result, task):
@@ -361,7 +361,7 @@ def test_a_model_with_a_shared_kv_cache_is_searched_with_tied_factors(task):
     assert found.timing["prefix_sharing"] is IS_OLDER  # transformers 5.0 shares keys through a cache only
     split = task.split("test", SMALL["test_groups"])
     fresh = get_peft_model(build_tiny("gemma3n_text"), LayerRopeConfig(layer_factors=found.config.layer_factors))
-    np.testing.assert_array_equal(score(fresh, split).log_prob, found.table[found.chosen].scores.log_prob)
+    np.testing.assert_array_equal(Scorer(fresh).score(split).log_prob, found.table[found.chosen].scores.log_prob)
 
 
 @pytest.mark.parametrize("own", ["dynamic", "longrope"])

@@ -16,11 +16,11 @@ from rich.console import Console
 from scipy import stats
 
 from peft_layerrope import Example, InvalidConfigError, KeyValueWords, LayerRopeConfig, SearchError, TaskError
-from peft_layerrope.scoring.scores import utilisation
-from peft_layerrope.scoring.scoring import score
-from peft_layerrope.scoring.statistics import Interval
 from peft_layerrope.experiments.sensitivity_report import plot_sensitivity, sensitivity_table
 from peft_layerrope.families import build_tiny
+from peft_layerrope.scoring.scorer import Scorer
+from peft_layerrope.scoring.scores import utilisation
+from peft_layerrope.scoring.statistics import Interval
 from peft_layerrope.searcher.grid import format_layers, parse_layers
 from peft_layerrope.searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
 from peft_layerrope.tasks import Split
@@ -59,7 +59,7 @@ def measure(model, task=None, **arguments) -> Sensitivity:
 def by_hand(model, factors, weights=(0.8, 1.0, 1.2), split="search", **config):
     """Utilisation of each group, of accuracy and log-prob, of an ordinary PeftModel."""
     peft_model = get_peft_model(model, LayerRopeConfig(layer_factors=list(factors), **config))
-    scores = score(peft_model, RandomTokens().split(split, GROUPS))
+    scores = Scorer(peft_model).score(RandomTokens().split(split, GROUPS))
     peft_model.unload()
     return [np.array([utilisation(row, weights) for row in part]) for part in (scores.correct, scores.log_prob)]
 
@@ -160,7 +160,7 @@ def test_the_model_is_left_as_it_was(ids, fails, monkeypatch):
     before, structure, config = logits(model, ids), repr(model), model.config.to_dict()
     modes = [module.training for module in model.modules()]
     if fails:
-        monkeypatch.setattr("peft_layerrope.scoring.scoring.ScoreSheet.scores", lambda self: 1 / 0)
+        monkeypatch.setattr("peft_layerrope.scoring.scorer.ScoreSheet.scores", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             measure(model)
     else:

@@ -12,6 +12,7 @@ from tiny_tokenizer import tiny_bpe
 from peft_layerrope import KeyValueRetrieval, TaskError
 from peft_layerrope.tasks import SPLIT_NAMES, Task, check_disjoint, contains_value
 from peft_layerrope.tasks.kv_retrieval import read_key_values
+from peft_layerrope.tasks.prompts import ASKED_EVERYWHERE, GOLD_MOVES
 
 PUBLIC = Path(__file__).parents[2] / "../shared/data/kv-retrieval-75_keys.jsonl.gz"
 needs_public = pytest.mark.skipif(not PUBLIC.exists(), reason="the public data is not here")
@@ -43,6 +44,11 @@ def published_prompt(content: dict, position: int) -> str:
         lines.append("{ "[min(i, 1)] + f'"{key}": "{value}"' + (",}"[i == len(pairs) - 1]))
     lines += ["", 'Key: "' + content["key"] + '"', "Corresponding value:"]
     return "\n".join(lines)
+
+
+def contents(splits: list) -> list:
+    """All of some splits but their judges, which are as many objects."""
+    return [(split.examples, split.positions, split.describe(), split.judged()) for split in splits]
 
 
 @needs_public
@@ -106,8 +112,8 @@ def test_splits_are_seeded_and_disjoint_and_a_file_may_be_plain(file, tmp_path):
         return [task.split(name, size) for name, size in sizes.items()]
 
     first = splits(file, 0)
-    assert first == splits(plain, 0)
-    assert first != splits(file, 1)
+    assert contents(first) == contents(splits(plain, 0))
+    assert contents(first) != contents(splits(file, 1))
     check_disjoint(first)
 
 
@@ -165,10 +171,40 @@ def test_generated_splits_are_seeded_and_disjoint_and_grow_at_the_end():
         task = KeyValueRetrieval(tiny_bpe(), num_keys=6, num_positions=3, seed=seed)
         return [task.split(name, 10) for name in SPLIT_NAMES]
 
-    assert splits(0) == splits(0)
+    assert contents(splits(0)) == contents(splits(0))
     check_disjoint([*splits(0), *splits(1)])
     task = KeyValueRetrieval(tiny_bpe(), num_keys=6, num_positions=3)
     assert task.split("test", 10).examples[:9] == task.split("test", 3).examples
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("keys", ["uuid", "words", "syllables"])
+def test_a_generated_context_is_asked_for_the_pair_at_every_position(keys, chat):
+    tokenizer = tiny_bpe(chat=chat)
+    task = KeyValueRetrieval(tokenizer, keys=keys, num_keys=9, num_positions=3, chat_template=chat)
+    split, prompts = task.split("test", 4), task.prompts("test", 4)
+    assert split.protocol == ASKED_EVERYWHERE
+    assert len({e.context_ids for e in split.examples}) == 4
+    for example, prompt in zip(split.examples, prompts, strict=True):
+        data = json.loads(prompt.text.split("JSON data:\n")[1].split("\n\nKey")[0])
+        key = list(data)[prompt.position]
+        assert (prompt.question, prompt.answers) == (key, (data[key],))
+        assert (example.question, example.answers) == (key, (data[key],))
+        whole = tokenizer.decode(example.context_ids + example.query_ids)
+        assert whole == (f"<|bos|><|user|>{prompt.text}<|end|><|assistant|>" if chat else "<|bos|>" + prompt.text)
+        shared = tokenizer.decode(example.context_ids)
+        assert "JSON data:" in shared
+        assert data[key] in tokenizer.decode(example.context_ids[slice(*example.gold_span)])
+        assert shared.count('": "') == 9  # all of the object is shared
+        assert len(example.query_ids) > 1
+
+
+def test_a_file_keeps_the_public_protocol(file):
+    """The gold pair moves, so that no two prompts share more than what stands before it."""
+    split = KeyValueRetrieval(tiny_bpe(), data=file, num_positions=3).split("search", 3)
+    assert split.protocol == GOLD_MOVES
+    assert len({e.context_ids for e in split.examples}) == 9
+    assert {len(e.query_ids) for e in split.examples} == {1}
 
 
 @pytest.mark.parametrize("source", ["file", "generated"])
@@ -249,7 +285,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"num_keys": 9, "num_positions": 0}, "0 gold positions among 9 items"),
         ({"num_keys": 9, "positions": (4, 2)}, r"positions=\(4, 2\) must be distinct, at least one, and ascending"),
         ({"num_keys": 9, "positions": ()}, "at least one"),
-        ({"num_keys": 9, "keys": "hex"}, "keys='hex', expected uuid or words"),
+        ({"num_keys": 9, "keys": "hex"}, "keys='hex', expected one of uuid, words, syllables."),
         ({"length": 60}, "length=60 tokens holds fewer than 2 pairs"),
         ({"num_keys": 4}, "5 gold positions among 4 items"),
         ({"num_keys": 9, "chat_template": True}, "no chat template"),
@@ -261,7 +297,7 @@ def test_settings_that_cannot_work(settings, message):
 
 
 def test_settings_that_a_file_excludes(file):
-    with pytest.raises(TaskError, match="keys='uuid', expected nothing, since data has keys of its own"):
+    with pytest.raises(TaskError, match="keys='uuid', expected nothing: data has keys of its own"):
         KeyValueRetrieval(tiny_bpe(), data=file, keys="uuid")
     with pytest.raises(TaskError, match=r"num_keys=7, but the records of .* have 6 pairs"):
         KeyValueRetrieval(tiny_bpe(), data=file, num_keys=7)

@@ -6,10 +6,11 @@ import random
 import unicodedata
 
 import pytest
+from tiny_tokenizer import tiny_bpe
 
-from peft_layerrope import best_subspan_em
+from peft_layerrope import TaskError, best_subspan_em
 from peft_layerrope.tasks import METRICS, contains_value
-from peft_layerrope.tasks.metrics import normalised
+from peft_layerrope.tasks.metrics import Judge, first_value, normalised
 
 
 @pytest.mark.parametrize(
@@ -65,8 +66,76 @@ def test_contains_value(prediction, answers, right):
 
 
 def test_metrics_by_name():
-    assert METRICS["best_subspan_em"] is best_subspan_em
-    assert METRICS["contains_value"] is contains_value
+    assert {name: metric.is_right for name, metric in METRICS.items()} == {
+        "best_subspan_em": best_subspan_em,
+        "contains_value": contains_value,
+    }
+    assert METRICS["contains_value"].is_strictly_right is first_value
+    assert METRICS["best_subspan_em"].is_strictly_right is None
+
+
+@pytest.mark.parametrize(
+    ("prediction", "right"),
+    [
+        (' "v1-b"', True),
+        (" v1-b", True),
+        (' "v1-b', True),  # the quote may still be open
+        ('"V1-B", "v0-a"', True),  # what comes afterwards does not count
+        ('"k1": "v1-b"', True),  # the key that was asked for may stand before it
+        ('The value of "K1" is "v1-b".', True),
+        ('"k1": "k1": "v1-b"', True),
+        ('{"k0": "v0-a",\n "k1": "v1-b",\n "k2": "v2-c"}', False),  # the object, recited
+        ('"v0-a", "v1-b"', False),
+        ('"k0": "v1-b"', False),
+        ('"k1": "v0-a"', False),
+        ('"k1": "v0-a" or rather "v1-b"', False),
+        ("", False),
+        ("no idea", False),
+    ],
+)
+def test_first_value(prediction, right):
+    assert first_value(prediction, ["v1-b"], "k1") is right
+    assert contains_value(prediction, ["v1-b"]) is ("v1-b" in prediction.lower())
+
+
+def test_first_value_takes_the_first_of_several_accepted_ones():
+    assert first_value('"b" "a"', ["a", "b"], "k") is True
+    assert first_value('"c" "a"', ["a", "b"], "k") is False
+    assert first_value('"a"', ["", "a"], "k") is True
+    with pytest.raises(TaskError, match="must be a list of texts"):
+        first_value("a", "a", "k")
+
+
+@pytest.mark.parametrize(
+    ("metric", "text", "over"),
+    [
+        ("best_subspan_em", "", False),
+        ("best_subspan_em", "Paris", False),
+        ("best_subspan_em", "Paris\n", True),
+        ("best_subspan_em", "\nParis", True),
+        ("contains_value", "", False),
+        ("contains_value", "no\nidea\n", False),
+    ],
+)
+def test_a_text_is_over_where_nothing_can_make_it_right(metric, text, over):
+    assert METRICS[metric].is_over(text) is over
+    assert METRICS[metric].is_right(f"{text} v1-b", ["v1-b"]) is not over  # what is written next counts, or does not
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_answer_is_settled_once_and_for_all(metric):
+    rng = random.Random(0)
+    judge = Judge(metric, tiny_bpe())
+    seen = set()
+    for _ in range(300):
+        text = "".join(rng.choices(["a ", "the ", "b", "c", " ", "\n", '"', "B", "an"], k=12))
+        verdicts = [judge.is_right(text[:stop], ["b c"]) for stop in range(len(text) + 1)]
+        settled = [judge.is_settled(text[:stop], ["b c"]) for stop in range(len(text) + 1)]
+        first = settled.index(True) if True in settled else len(text)
+        assert len(set(verdicts[first:])) == 1
+        assert all(settled[first:]) or first == len(text)
+        seen.add(verdicts[-1])
+    assert seen == {True, False}
 
 
 def reference(text: str) -> str:

@@ -12,6 +12,7 @@ from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import MultiDocumentQA, TaskError, best_subspan_em
 from peft_layerrope.tasks import SPLIT_NAMES, Task, check_disjoint
+from peft_layerrope.tasks.prompts import ASKED_EVERYWHERE, GOLD_MOVES
 
 PUBLIC = Path(__file__).parents[2] / "../shared/data/nq-open-oracle.jsonl.gz"
 needs_public = pytest.mark.skipif(not PUBLIC.exists(), reason="the public data is not here")
@@ -139,8 +140,9 @@ def test_questions_with_one_gold_passage_go_to_one_split(tmp_path):
 def test_examples_stand_for_the_prompts_and_splits_are_disjoint(complete):
     tokenizer = tiny_bpe()
     task = MultiDocumentQA(tokenizer, complete)
-    splits = [task.split(name, size) for name, size in (("search", 8), ("validation", 4), ("test", 8))]
+    splits = [task.split(name, size) for name, size in (("search", 6), ("validation", 3), ("test", 8))]
     check_disjoint(splits)
+    assert [len(split.examples[0].query_ids) > 1 for split in splits] == [True, True, False]
     for example, prompt in zip(splits[2].examples, task.prompts("test", 8), strict=True):
         assert tokenizer.decode(example.context_ids + example.query_ids) == "<|bos|>" + prompt.text
         assert tokenizer.decode(example.answer_ids) == " " + prompt.answers[0]
@@ -151,11 +153,116 @@ def test_examples_stand_for_the_prompts_and_splits_are_disjoint(complete):
 def test_shortened_prompts_fit(oracle, complete):
     for path in (oracle, complete):
         task = MultiDocumentQA(tiny_bpe(), path)
-        split = task.split("search", 8)
-        short = task.shortened(split.max_tokens // 2).split("search", 8)
+        split = task.split("search", 6)
+        short = task.shortened(split.max_tokens // 2).split("search", 6)
         assert short.max_tokens <= split.max_tokens // 2
         assert len(short.positions) == 3
         check_disjoint([split, short])
+
+
+def asked_by_group(prompts: list) -> dict[int, list]:
+    found: dict[int, list] = {}
+    for prompt in prompts:
+        found.setdefault(prompt.group, []).append(prompt)
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["search", "validation"])
+@pytest.mark.parametrize("source", ["oracle", "complete"])
+def test_a_search_context_is_asked_for_a_question_at_every_position(oracle, complete, source, name, seed):
+    settings = {"num_documents": 7} if source == "oracle" else {}
+    task = MultiDocumentQA(tiny_bpe(), {"oracle": oracle, "complete": complete}[source], seed=seed, **settings)
+    count = len(task.positions)
+    groups = asked_by_group(task.prompts(name, {"search": 6, "validation": count}[name]))
+    held_out = {p.question for p in task.prompts("test", 8)}
+    for members in groups.values():
+        assert [p.position for p in members] == list(task.positions)
+        contexts = {p.text.split("\n\nQuestion: ")[0] for p in members}
+        assert len(contexts) == 1
+        documents = documents_of(members[0].text)
+        assert len(set(documents)) == len(documents) == task.num_items
+        numbers = [int(p.question.removeprefix("what is ")) for p in members]
+        assert len(set(numbers)) == count
+        assert [documents[p.position] for p in members] == [f"gold{n}" for n in numbers]
+        for prompt, number in zip(members, numbers, strict=True):
+            assert prompt.answers == (f"Gold{number}.",)
+            assert prompt.text.endswith(f"\n\nQuestion: what is {number}\nAnswer:")
+            assert f"](Title: T gold{number}) " in prompt.text[slice(*prompt.gold)]
+            others = [d for d in documents if d != f"gold{number}"]
+            assert not any(best_subspan_em(f"T {d} About {d}. More of it.", prompt.answers) for d in others)
+            assert prompt.question not in held_out
+
+
+@pytest.mark.parametrize("source", ["oracle", "complete"])
+def test_questions_rotate_over_the_positions(oracle, complete, source):
+    """A Latin square: in one round of contexts every question stands at every position once."""
+    settings = {"num_documents": 7} if source == "oracle" else {}
+    task = MultiDocumentQA(tiny_bpe(), {"oracle": oracle, "complete": complete}[source], **settings)
+    count = len(task.positions)
+    groups = list(asked_by_group(task.prompts("search", 2 * count if count == 3 else count)).values())
+    rounds = [groups[i : i + count] for i in range(0, len(groups), count)]
+    seen = []
+    for members in rounds:
+        places = {(p.question, p.position) for group in members for p in group}
+        questions = {question for question, _ in places}
+        assert len(questions) == count
+        assert places == {(question, position) for question in questions for position in task.positions}
+        seen += sorted(questions)
+    assert len(set(seen)) == len(seen)  # no question in two rounds
+
+
+@pytest.mark.parametrize(("name", "groups"), [("search", 6), ("validation", 3), ("test", 6)])
+def test_examples_share_their_context_where_it_is_asked_everywhere(complete, name, groups):
+    tokenizer = tiny_bpe()
+    split = MultiDocumentQA(tokenizer, complete).split(name, groups)
+    assert split.protocol == (GOLD_MOVES if name == "test" else ASKED_EVERYWHERE)
+    assert split.describe()["protocol"] == split.protocol
+    contexts = {(e.group, e.context_ids) for e in split.examples}
+    assert len(contexts) == groups * (len(split.positions) if name == "test" else 1)
+    for example in split.examples:
+        asked = tokenizer.decode(example.query_ids)
+        assert asked == ":" if name == "test" else asked.endswith(example.question.split()[-1] + "\nAnswer:")
+
+
+def test_the_test_split_keeps_the_public_protocol(oracle):
+    """One question a context, whose gold document moves while all else stays."""
+    task = MultiDocumentQA(tiny_bpe(), oracle, num_documents=7)
+    groups = asked_by_group(task.prompts("test", 10))
+    assert len({members[0].question for members in groups.values()}) == 10
+    for members in groups.values():
+        (question,) = {p.question for p in members}
+        gold = "gold" + question.removeprefix("what is ")
+        without = {tuple(d for d in documents_of(p.text) if d != gold) for p in members}
+        assert len(without) == 1
+        assert all(documents_of(p.text)[p.position] == gold for p in members)
+
+
+def test_a_search_of_answerable_questions_leaves_the_other_splits_alone(oracle):
+    task = MultiDocumentQA(tiny_bpe(), oracle, num_documents=7, num_positions=3)
+    known = [question.number for question in task.questions("search")][::2]
+    some = task.with_answerable(known)
+    asked = {p.question for p in some.prompts("search", 3)}
+    assert asked <= {f"what is {number}" for number in known}
+    assert some.prompts("test", 5) == task.prompts("test", 5)
+    assert some.prompts("validation", 3) == task.prompts("validation", 3)
+    assert len(task.questions("search")) == 12
+    assert some.describe()["answerable_search_questions"] == len(known)
+    with pytest.raises(TaskError, match=r"its 6 questions make \d contexts of 3 questions each, 99 were asked for"):
+        some.prompts("search", 99)
+
+
+@needs_public
+def test_public_search_contexts_answer_each_question_once():
+    task = MultiDocumentQA(tiny_bpe(), PUBLIC, num_documents=20)
+    for members in asked_by_group(task.prompts("search", 30)).values():
+        listed = members[0].text.split("\n\nQuestion: ")[0].split("\n\n", 1)[1]
+        documents = ["Document [" + d for d in listed.removeprefix("Document [").split("\nDocument [")]
+        assert len(set(d.split("]", 1)[1] for d in documents)) == len(documents) == 20
+        for prompt in members:
+            for place, document in enumerate(documents):
+                shown = document.replace("\n", " ").split("](Title: ", 1)[1]
+                assert place == prompt.position or not best_subspan_em(shown, prompt.answers)
 
 
 @needs_public
@@ -176,7 +283,7 @@ def test_a_question_that_leaves_no_distractors_is_passed_over():
     counts = []
     for name in SPLIT_NAMES:
         with pytest.raises(TaskError) as caught:
-            task.prompts(name, 2655)
+            task.prompts(name, 2655, [0])  # single questions, whose gold document moves
         found = re.search(r"of its (\d+) questions only (\d+) leave 29 passages", str(caught.value))
         counts.append(tuple(map(int, found.groups())))
     # the answer "S" is found in every passage

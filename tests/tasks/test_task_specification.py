@@ -10,7 +10,7 @@ import pytest
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import KeyValueRetrieval, KeyValueWords, MultiDocumentQA, Perplexity, TaskError
-from peft_layerrope.tasks import SPLIT_NAMES, TaskSpecification, make_task
+from peft_layerrope.tasks import SPLIT_NAMES, Task, TaskSpecification, make_task
 from peft_layerrope.tasks.specification import TASK_NAMES
 
 OTHER_VALUES = {
@@ -20,12 +20,14 @@ OTHER_VALUES = {
     "keys": "words",
     "num_documents": 4,
     "stride": 8,
+    "difficulty": "auto",
     "chat_template": True,
+    "max_new_tokens": 30,
 }
 KNOWN = {
     "kv_words": {"num_positions"},
-    "kv_retrieval": {"num_positions", "data", "num_keys", "keys", "chat_template"},
-    "multi_doc_qa": {"num_positions", "data", "num_documents", "chat_template"},
+    "kv_retrieval": {"num_positions", "data", "num_keys", "keys", "difficulty", "chat_template", "max_new_tokens"},
+    "multi_doc_qa": {"num_positions", "data", "num_documents", "difficulty", "chat_template", "max_new_tokens"},
     "perplexity": {"data", "stride"},
 }
 
@@ -61,24 +63,34 @@ def files(tmp_path) -> dict[str, str]:
     return {name: str(tmp_path / name) for name in ("kv", "qa", "ids.npy")}
 
 
+def assert_same(made: Task, direct: Task) -> None:
+    """Both give the same examples, judged alike."""
+    found, expected = (task.split("test", 2) for task in (made, direct))
+    assert found.examples == expected.examples
+    assert (found.describe(), found.judged()) == (expected.describe(), expected.judged())
+
+
 def test_each_task_gets_its_settings(files):
     tokenizer = tiny_bpe()
     words = make_task(TaskSpecification("kv_words", num_positions=3, task_seed=2), tokenizer, window=400)
     assert words.describe() == KeyValueWords(tokenizer, 400, num_positions=3, seed=2).describe()
-    made = TaskSpecification("kv_retrieval", 900, 3, 2, num_keys=9, keys="words")
-    direct = KeyValueRetrieval(tokenizer, num_keys=9, keys="words", num_positions=3, length=900, seed=2)
-    assert make_task(made, tokenizer, None).split("test", 2) == direct.split("test", 2)
+    made = TaskSpecification("kv_retrieval", 900, 3, 2, num_keys=9, keys="words", max_new_tokens=30)
+    direct = KeyValueRetrieval(
+        tokenizer, num_keys=9, keys="words", num_positions=3, length=900, seed=2, max_new_tokens=30
+    )
+    assert_same(make_task(made, tokenizer, None), direct)
+    assert direct.split("test", 1).judge.max_new_tokens == 30
     made = TaskSpecification("kv_retrieval", 900, 3, 2, data=files["kv"], num_keys=4, chat_template=True)
     direct = KeyValueRetrieval(
         tiny_bpe(chat=True), data=files["kv"], num_keys=4, num_positions=3, length=900, seed=2, chat_template=True
     )
-    assert make_task(made, tiny_bpe(chat=True), None).split("test", 2) == direct.split("test", 2)
+    assert_same(make_task(made, tiny_bpe(chat=True), None), direct)
     made = TaskSpecification("multi_doc_qa", 900, 4, 2, data=files["qa"], num_documents=6)
     direct = MultiDocumentQA(tokenizer, files["qa"], num_documents=6, num_positions=4, length=900, seed=2)
-    assert make_task(made, tokenizer, None).split("test", 2) == direct.split("test", 2)
+    assert_same(make_task(made, tokenizer, None), direct)
     made = TaskSpecification("perplexity", 40, task_seed=2, data=files["ids.npy"], stride=8)
     direct = Perplexity(np.arange(600), tokenizer=tokenizer, length=40, stride=8, seed=2)
-    assert make_task(made, tokenizer, None).split("test", 2) == direct.split("test", 2)
+    assert_same(make_task(made, tokenizer, None), direct)
 
 
 def test_defaults(files):
@@ -114,6 +126,9 @@ def test_what_is_missing_is_named(specification, message):
         ({"length": 99_999_999}, "length=99999999 must"),
         ({"num_positions": 2}, "num_positions=2 must"),
         ({"num_keys": 1}, "num_keys=1 must"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must"),
+        ({"difficulty": "hard"}, "difficulty='hard' must"),
+        ({"name": "kv_retrieval", "difficulty": "auto", "num_keys": 5}, "difficulty='auto' finds the number of pairs"),
         ({"task_seed": -1}, "task_seed=-1 must"),
         ({"task_seed": True}, "task_seed=True must"),
         ({"chat_template": "yes"}, "chat_template='yes' must"),
