@@ -120,12 +120,3 @@ def test_the_difficulty_that_is_found_leaves_something_to_mend(smollm2_model, sm
     found, curve = find_difficulty(Scorer(smollm2_model), task, num_groups=3)
     assert 0.4 <= dict(curve)[found.num_items] <= 0.9
     assert 3 <= found.num_items <= 12
-
-
-def test_where_no_difficulty_will_do_the_curve_is_shown(smollm2_model, smollm2_tokenizer):
-    task = KeyValueRetrieval(smollm2_tokenizer, num_keys=40, positions=range(10, 40), max_new_tokens=4)
-    tried = []
-    with pytest.raises(PreflightError) as caught:
-        find_difficulty(Scorer(smollm2_model), task, num_groups=1, tell=lambda *step: tried.append(step))
-    assert tried
-    assert all(f"of {count}" in str(caught.value) for count, _ in tried)

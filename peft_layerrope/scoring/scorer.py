@@ -117,13 +117,8 @@ class Scorer:
         """
         check_vocabulary(self.model, split)
         writer = AnswerWriter(self.model, split)
-        through_cache = self._caches(split)
         return self._halving(
-            lambda: (
-                self._write_cached(writer, split, progress)
-                if through_cache
-                else self._write_rows(writer, split, progress)
-            )
+            lambda: (self._write_cached if self._caches(split) else self._write_rows)(writer, split, progress)
         )
 
     def generate(self, split: Split, *, progress: Progress | None = None) -> PositionScores:

@@ -133,7 +133,7 @@ def search(
 def plan_search(model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any) -> Plan:
     """Returns what [`search`] with these arguments would cost, after one timed evaluation. Writes nothing."""
     settings = _settings(settings, overrides)
-    with _prepared(model, task, settings, progress=False, folder=None, resume=False) as run:
+    with _prepared(model, task, settings, progress=False, folder=None, resume=False, look=False) as run:
         run.time_one_evaluation()
         return run.plan
 
@@ -159,8 +159,11 @@ def _prepared(
     progress: bool | SearchProgress,
     folder: str | Path | None,
     resume: bool,
+    look: bool = True,
 ) -> Iterator[_Run]:
-    """Checks everything, injects the adapter, and takes it out again afterwards."""
+    """Checks everything, with `look` also what the model answers, injects the adapter, and takes it out again
+    afterwards.
+    """
     check_task(task)
     if not isinstance(progress, bool) and not hasattr(progress, "stage"):
         raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
@@ -168,7 +171,7 @@ def _prepared(
     data = make_data(model, task, settings)
     kept = Path(folder) if folder is not None else None
     found = None
-    if isinstance(task, PromptTask):
+    if look and isinstance(task, PromptTask):
         found = _preflight(model, task, settings, kept, resume)
         if not settings.anyway:
             found.check()

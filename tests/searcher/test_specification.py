@@ -61,7 +61,7 @@ def test_what_is_left_out_has_its_default():
         ({("a", "b"): 3}, "keys"),
         ({"task": {"name": "kv"}}, "task.name='kv' must be 'kv_words', 'kv_retrieval',"),
         ({"task": {"name": "kv_words", "stride": 8}}, "stride=8 is no setting of kv_words"),
-        ({"task": {"keys": "hex"}}, "task.keys='hex' must be 'uuid' or 'words'."),
+        ({"task": {"keys": "hex"}}, "task.keys='hex' must be 'uuid', 'words' or 'syllables'."),
         ({"task": []}, "task=[] must be an object."),
         ({"search": {"population": "many"}}, "search.population='many' must be a valid integer"),
         ({"search": {"population": "4"}}, "search.population='4' must be a valid integer"),
