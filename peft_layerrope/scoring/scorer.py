@@ -151,7 +151,8 @@ class Scorer:
         return with_halving(sized, self.batch_tokens)[0]
 
     def _caches(self, split: Split) -> bool:
-        if not shares_contexts(split):
+        # the length matters for some adapters and not for others: that is asked anew for each
+        if not shares_contexts(split) or rotation_depends_on_length(self.model):
             return False
         if self._cache_contexts is None:
             self._cache_contexts = can_cache_contexts(self.model)

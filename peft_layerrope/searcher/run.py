@@ -172,7 +172,7 @@ def _prepared(
     kept = Path(folder) if folder is not None else None
     found = None
     if look and isinstance(task, PromptTask):
-        found = _preflight(model, task, settings, kept, resume)
+        found = _preflight(model, task, settings, kept, resume, progress)
         if not settings.anyway:
             found.check()
         data = make_data(model, task, settings, found)
@@ -197,7 +197,12 @@ def _prepared(
 
 
 def _preflight(
-    model: nn.Module, task: PromptTask, settings: SearchSettings, folder: Path | None, resume: bool
+    model: nn.Module,
+    task: PromptTask,
+    settings: SearchSettings,
+    folder: Path | None,
+    resume: bool,
+    progress: bool | SearchProgress,
 ) -> Preflight:
     """What the unscaled model writes; of a search that is resumed, what it wrote then."""
     path = folder / PREFLIGHT_NAME if folder is not None else None
@@ -212,7 +217,15 @@ def _preflight(
         "test": settings.test_groups,
     }
     scorer = Scorer(model, batch_tokens=settings.batch_tokens)
-    return preflight(scorer, task, num_groups=settings.preflight_groups, wanted=wanted)
+    # somebody's own progress is entered once, for the search itself
+    with audience_of(progress if isinstance(progress, bool) else False) as audience:
+        audience.stage("preflight", len(wanted))
+
+        def tell(text: str) -> None:
+            audience.advance()
+            audience.note(text.removeprefix("preflight: "))
+
+        return preflight(scorer, task, num_groups=settings.preflight_groups, wanted=wanted, tell=tell)
 
 
 def model_name(model: nn.Module) -> str:
