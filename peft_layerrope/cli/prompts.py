@@ -62,6 +62,8 @@ def prompts_command(
     Example: `layerrope prompts --task kv_retrieval --data kv-retrieval-75_keys.jsonl.gz --position 37 --limit 5`
     """
     with plain_errors(debug):
+        if targets and position is not None:
+            raise TaskError(f"--targets shows the task's own positions: leave --position {position} out.")
         specification = with_defaults(TaskSpecification(**asked), window_of(model), is_demo=model is None)
         if specification.name == "perplexity":
             raise TaskError("--task perplexity has no prompts: it scores running text.")
@@ -77,8 +79,6 @@ def prompts_command(
         if targets:
             compute = Compute(**computing)
             found = _targets(built, model, compute, split.value, num_groups)
-            if position is not None:
-                raise TaskError(f"--targets shows the task's own positions: leave --position {position} out.")
             lines = [line | target for line, target in zip(lines, found, strict=False)]
         for line in lines:
             typer.echo(json.dumps(line))

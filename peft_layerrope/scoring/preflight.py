@@ -124,8 +124,10 @@ class Preflight:
     def describe(self) -> dict[str, Any]:
         """Returns plain values for a report; no texts."""
         tried = {"gold_alone": self.gold_alone, "closed_book": self.closed_book}
+        scores = self.scores.to_dict()
+        del scores["log_prob_by_position"]  # nothing was known yet of which the likelihood could have been taken
         return {
-            **self.scores.to_dict(),
+            **scores,
             "groups": len(self.scores.correct),
             "targets": self.targets.describe() if self.targets is not None else None,
             "window_share": round(self.window_share, 4) if self.window_share is not None else None,
@@ -237,7 +239,6 @@ def find_difficulty(
     task: PromptTask,
     *,
     num_groups: int = PREFLIGHT_GROUPS,
-    most: int | None = None,
     tell: Callable[[int, float], Any] | None = None,
 ) -> tuple[PromptTask, list[tuple[int, float]]]:
     """Finds, by bisection, how many items make the unscaled model's accuracy, averaged over the positions, lie between
@@ -247,7 +248,6 @@ def find_difficulty(
         scorer: of the unscaled model.
         task: a task with written answers; `num_items` is the most that may be taken.
         num_groups: contexts to ask each time.
-        most: items at most; default: those of `task`.
         tell: told each number of items that was tried, and the accuracy.
 
     Returns:
@@ -268,7 +268,7 @@ def find_difficulty(
             tell(num_items, value)
         return value
 
-    low, high = max(len(task.positions), 2), most or task.num_items
+    low, high = max(len(task.positions), 2), task.num_items
     size = min(high, 4 * low)
     while low <= high:
         value = accuracy(size)

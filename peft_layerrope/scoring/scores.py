@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,6 @@ paper's order, and close enough to each other that no single position decides.""
 
 Objective = Literal["log_prob", "accuracy"]
 """What context utilisation is taken of."""
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
 def utilisation(by_position: Sequence[float], weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
