@@ -6,6 +6,7 @@ length, a forward pass over everything does not.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,12 @@ class AnswerWriter:
         self.max_new_tokens = split.judge.max_new_tokens if split.judge is not None else longest
         # the answer's own tokens may hold an end of text; text ends there
         self._ends = _end_tokens(self._model, split.judge) if split.judge is not None else set()
+
+    def limited(self, max_new_tokens: int) -> AnswerWriter:
+        """Returns a writer of the same answers that stops after so many tokens, or earlier."""
+        other = copy.copy(self)
+        other.max_new_tokens = min(max_new_tokens, self.max_new_tokens)
+        return other
 
     def after_prompts(self, examples: Sequence[Example]) -> list[Written]:
         """Writes after whole prompts, padded on the left to one length."""

@@ -6,7 +6,7 @@ metric, is what figures are made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +28,11 @@ DEFAULT_BATCH_TOKENS = 8192
 """Tokens per forward pass unless told otherwise."""
 
 DEFAULT_BUCKETS = 8
+
+_USUAL_NEW_TOKENS = 24
+"""Most answers are settled by then. The others are written again, among themselves: all rows of a batch would have to
+go on as long as its longest answer.
+"""
 
 Progress = Callable[[Iterable], Iterable]
 """Wraps the list of batches, e.g. `tqdm`."""
@@ -117,9 +122,15 @@ class Scorer:
         """
         check_vocabulary(self.model, split)
         writer = AnswerWriter(self.model, split)
-        return self._halving(
-            lambda: (self._write_cached if self._caches(split) else self._write_rows)(writer, split, progress)
-        )
+        write = self._write_cached if self._caches(split) else self._write_rows
+        short = writer.limited(_USUAL_NEW_TOKENS)
+        written = self._halving(lambda: write(short, split.examples, progress))
+        long = [index for index, answer in enumerate(written) if answer.cut_off]
+        if long and writer.max_new_tokens > short.max_new_tokens:
+            rest = [split.examples[index] for index in long]
+            for index, answer in zip(long, self._halving(lambda: write(writer, rest, None)), strict=True):
+                written[index] = answer
+        return written
 
     def generate(self, split: Split, *, progress: Progress | None = None) -> PositionScores:
         """Judges what the model writes; see [`write`].
@@ -192,21 +203,25 @@ class Scorer:
                 sheet.add([index for _, index in part], logits[owner, columns], gold, owner)
         return sheet.scores()
 
-    def _write_rows(self, writer: AnswerWriter, split: Split, progress: Progress | None) -> list[Written]:
+    def _write_rows(
+        self, writer: AnswerWriter, examples: Sequence[Example], progress: Progress | None
+    ) -> list[Written]:
         found: dict[int, Written] = {}
         same_length = rotation_depends_on_length(self.model)
-        batches = list(prompt_batches(split.examples, writer.max_new_tokens, self.batch_tokens, same_length))
+        batches = list(prompt_batches(examples, writer.max_new_tokens, self.batch_tokens, same_length))
         for batch in progress(batches) if progress is not None else batches:
-            examples = [split.examples[index] for index in batch]
-            found |= zip(batch, writer.after_prompts(examples), strict=True)
-            self._count(len(batch) * max(len(example.prompt_ids) for example in examples))
+            asked = [examples[index] for index in batch]
+            found |= zip(batch, writer.after_prompts(asked), strict=True)
+            self._count(len(batch) * max(len(example.prompt_ids) for example in asked))
             self._count(sum(len(found[index].ids) for index in batch))
-        return [found[index] for index in range(len(split.examples))]
+        return [found[index] for index in range(len(examples))]
 
     @torch.inference_mode()
-    def _write_cached(self, writer: AnswerWriter, split: Split, progress: Progress | None) -> list[Written]:
+    def _write_cached(
+        self, writer: AnswerWriter, examples: Sequence[Example], progress: Progress | None
+    ) -> list[Written]:
         found: dict[int, Written] = {}
-        batches = list(context_batches(split.examples, writer.max_new_tokens, self.batch_tokens))
+        batches = list(context_batches(examples, writer.max_new_tokens, self.batch_tokens))
         by_length = not attends_fully(self.model)  # a window counts the padding before a shorter question
         for batch in progress(batches) if progress is not None else batches:
             contexts = run_contexts(self.model, [context for context, _ in batch])
@@ -214,16 +229,16 @@ class Scorer:
             groups: dict[int, list[tuple[int, int]]] = {}
             for row, (_, members) in enumerate(batch):
                 for index in members:
-                    length = len(split.examples[index].query_ids)
+                    length = len(examples[index].query_ids)
                     groups.setdefault(length if by_length else 0, []).append((row, index))
             for rows in groups.values():
-                length = max(len(split.examples[index].query_ids) for _, index in rows)
+                length = max(len(examples[index].query_ids) for _, index in rows)
                 for part in self._chunks(rows, contexts.ids.shape[1] + length + writer.max_new_tokens):
                     copied, members = contexts.rows([row for row, _ in part]), [index for _, index in part]
-                    answers = writer.after_contexts(copied, [split.examples[index] for index in members])
+                    answers = writer.after_contexts(copied, [examples[index] for index in members])
                     found |= zip(members, answers, strict=True)
                     self._count(length * len(part) + sum(len(answer.ids) for answer in answers))
-        return [found[index] for index in range(len(split.examples))]
+        return [found[index] for index in range(len(examples))]
 
     def _chunks(self, rows: list[tuple[int, int]], length: int) -> Iterator[list[tuple[int, int]]]:
         """Cuts rows of so many tokens into pieces that fit."""
