@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,14 @@ from ..errors import TaskError
 from ..tasks import Example, Split, SplitName, Task
 from ..tasks.base import check_task
 from .batching import attends_fully, check_vocabulary, make_batches, rotation_depends_on_length
-from .context_cache import can_cache_contexts, context_batches, question_logits, run_contexts, shares_contexts
+from .context_cache import (
+    ContextBatch,
+    can_cache_contexts,
+    context_batches,
+    question_logits,
+    run_contexts,
+    shares_contexts,
+)
 from .generation import AnswerWriter, Written, judge_written, prompt_batches
 from .judging import ScoreSheet, answer_logits, judge_tokens
 from .memory import with_halving
@@ -75,13 +83,12 @@ class Scorer:
             NotEnoughMemoryError: memory does not suffice for a single row.
         """
         check_vocabulary(self.model, split)
-        return self._halving(
-            lambda: (
-                self._score_cached(split, progress)
-                if packed is None and self._caches(split)
-                else self._score_rows(split, progress, packed)
-            )
-        )
+        sheet = ScoreSheet(split)
+        if packed is None and self._caches(split):
+            self._halving(lambda: self._ask_contexts(split.examples, progress, sheet=sheet))
+        else:
+            self._halving(lambda: self._score_rows(split, sheet, progress, packed))
+        return sheet.scores()
 
     def bucket_losses(
         self, split: Split, num_buckets: int = DEFAULT_BUCKETS, *, progress: Progress | None = None
@@ -120,17 +127,7 @@ class Scorer:
         Raises:
             TaskError: running text, examples without the answers that the judge needs, or a model that cannot write.
         """
-        check_vocabulary(self.model, split)
-        writer = AnswerWriter(self.model, split)
-        write = self._write_cached if self._caches(split) else self._write_rows
-        short = writer.limited(_USUAL_NEW_TOKENS)
-        written = self._halving(lambda: write(short, split.examples, progress))
-        long = [index for index, answer in enumerate(written) if answer.cut_off]
-        if long and writer.max_new_tokens > short.max_new_tokens:
-            rest = [split.examples[index] for index in long]
-            for index, answer in zip(long, self._halving(lambda: write(writer, rest, None)), strict=True):
-                written[index] = answer
-        return written
+        return self._answers(split, progress)
 
     def generate(self, split: Split, *, progress: Progress | None = None) -> PositionScores:
         """Judges what the model writes; see [`write`].
@@ -139,7 +136,9 @@ class Scorer:
             Scores whose `correct` is judged on what was written, whose `log_prob` is the teacher-forced one, and whose
             `written` says more about both.
         """
-        return judge_written(split, self.write(split, progress=progress), self.score(split))
+        sheet = ScoreSheet(split)
+        written = self._answers(split, progress, sheet)
+        return judge_written(split, written, sheet.scores())
 
     def measure(
         self, split: Split, *, num_buckets: int = DEFAULT_BUCKETS, progress: Progress | None = None
@@ -150,6 +149,26 @@ class Scorer:
         if split.measure == "loss":
             return self.bucket_losses(split, num_buckets, progress=progress)
         return (self.score if split.judge is None else self.generate)(split, progress=progress)
+
+    def _answers(self, split: Split, progress: Progress | None, sheet: ScoreSheet | None = None) -> list[Written]:
+        """What is written for each example. With a sheet the teacher-forced scores go into it."""
+        check_vocabulary(self.model, split)
+        writer, cached = AnswerWriter(self.model, split), self._caches(split)
+
+        def write(writer: AnswerWriter, examples: Sequence[Example], **options: Any) -> list[Written]:
+            ask = self._ask_contexts if cached else self._write_rows
+            return self._halving(lambda: ask(examples, writer=writer, **options))
+
+        if sheet is not None and not cached:
+            self._halving(lambda: self._score_rows(split, sheet, None, None))
+        sheets = {"sheet": sheet} if cached else {}
+        short = writer.limited(_USUAL_NEW_TOKENS)
+        written = write(short, split.examples, progress=progress, **sheets)
+        long = [index for index, answer in enumerate(written) if answer.cut_off]
+        if long and writer.max_new_tokens > short.max_new_tokens:
+            for index, answer in zip(long, write(writer, [split.examples[index] for index in long]), strict=True):
+                written[index] = answer
+        return written
 
     def _halving(self, attempt: Callable[[], object]) -> object:
         """Returns what `attempt()` does; whenever memory runs out, it is called again with half the tokens."""
@@ -173,38 +192,14 @@ class Scorer:
         self.num_tokens += tokens
 
     @torch.inference_mode()
-    def _score_rows(self, split: Split, progress: Progress | None, packed: bool | None) -> PositionScores:
-        sheet = ScoreSheet(split)
+    def _score_rows(self, split: Split, sheet: ScoreSheet, progress: Progress | None, packed: bool | None) -> None:
         batches = make_batches(self.model, split, self.batch_tokens, packed)
         for batch in progress(batches) if progress is not None else batches:
             sheet.add(batch.examples, answer_logits(self.model, batch), batch.gold, batch.owner)
             self._count(batch.num_tokens)
-        return sheet.scores()
-
-    @torch.inference_mode()
-    def _score_cached(self, split: Split, progress: Progress | None) -> PositionScores:
-        sheet = ScoreSheet(split)
-        batches = list(context_batches(split.examples, 0, self.batch_tokens))
-        for batch in progress(batches) if progress is not None else batches:
-            contexts = run_contexts(self.model, [context for context, _ in batch])
-            self._count(contexts.ids.numel())
-            rows = [(row, index) for row, (_, members) in enumerate(batch) for index in members]
-            for part in self._chunks(rows, contexts.ids.shape[1]):
-                examples = [split.examples[index] for _, index in part]
-                asked = [example.asked_ids + example.answer_ids[:-1] for example in examples]
-                logits = question_logits(self.model, contexts.rows([row for row, _ in part]), asked)
-                self._count(logits.shape[0] * logits.shape[1])
-                answers = [
-                    (row, len(example.asked_ids) - 1 + place, token)
-                    for row, example in enumerate(examples)
-                    for place, token in enumerate(example.answer_ids)
-                ]
-                owner, columns, gold = torch.tensor(answers, device=logits.device).T
-                sheet.add([index for _, index in part], logits[owner, columns], gold, owner)
-        return sheet.scores()
 
     def _write_rows(
-        self, writer: AnswerWriter, examples: Sequence[Example], progress: Progress | None
+        self, examples: Sequence[Example], *, writer: AnswerWriter, progress: Progress | None = None
     ) -> list[Written]:
         found: dict[int, Written] = {}
         same_length = rotation_depends_on_length(self.model)
@@ -217,28 +212,59 @@ class Scorer:
         return [found[index] for index in range(len(examples))]
 
     @torch.inference_mode()
-    def _write_cached(
-        self, writer: AnswerWriter, examples: Sequence[Example], progress: Progress | None
+    def _ask_contexts(
+        self,
+        examples: Sequence[Example],
+        progress: Progress | None = None,
+        *,
+        sheet: ScoreSheet | None = None,
+        writer: AnswerWriter | None = None,
     ) -> list[Written]:
+        """Runs each context once: scores its questions into `sheet`, and has answers to them written by `writer`."""
         found: dict[int, Written] = {}
-        batches = list(context_batches(examples, writer.max_new_tokens, self.batch_tokens))
-        by_length = not attends_fully(self.model)  # a window counts the padding before a shorter question
+        batches = list(context_batches(examples, writer.max_new_tokens if writer is not None else 0, self.batch_tokens))
         for batch in progress(batches) if progress is not None else batches:
             contexts = run_contexts(self.model, [context for context, _ in batch])
             self._count(contexts.ids.numel())
-            groups: dict[int, list[tuple[int, int]]] = {}
-            for row, (_, members) in enumerate(batch):
-                for index in members:
-                    length = len(examples[index].query_ids)
-                    groups.setdefault(length if by_length else 0, []).append((row, index))
-            for rows in groups.values():
-                length = max(len(examples[index].query_ids) for _, index in rows)
-                for part in self._chunks(rows, contexts.ids.shape[1] + length + writer.max_new_tokens):
-                    copied, members = contexts.rows([row for row, _ in part]), [index for _, index in part]
-                    answers = writer.after_contexts(copied, [examples[index] for index in members])
-                    found |= zip(members, answers, strict=True)
-                    self._count(length * len(part) + sum(len(answer.ids) for answer in answers))
-        return [found[index] for index in range(len(examples))]
+            rows = [(row, index) for row, (_, members) in enumerate(batch) for index in members]
+            if sheet is not None:
+                self._score_questions(sheet, contexts, rows, examples)
+            if writer is not None:
+                found |= self._write_answers(writer, contexts, rows, examples)
+        return [found[index] for index in sorted(found)]
+
+    def _score_questions(
+        self, sheet: ScoreSheet, contexts: ContextBatch, rows: list[tuple[int, int]], examples: Sequence[Example]
+    ) -> None:
+        for part in self._chunks(rows, contexts.ids.shape[1]):
+            asked = [examples[index] for _, index in part]
+            ids = [example.asked_ids + example.answer_ids[:-1] for example in asked]
+            logits = question_logits(self.model, contexts.rows([row for row, _ in part]), ids)
+            self._count(logits.shape[0] * logits.shape[1])
+            answers = [
+                (row, len(example.asked_ids) - 1 + place, token)
+                for row, example in enumerate(asked)
+                for place, token in enumerate(example.answer_ids)
+            ]
+            owner, columns, gold = torch.tensor(answers, device=logits.device).T
+            sheet.add([index for _, index in part], logits[owner, columns], gold, owner)
+
+    def _write_answers(
+        self, writer: AnswerWriter, contexts: ContextBatch, rows: list[tuple[int, int]], examples: Sequence[Example]
+    ) -> dict[int, Written]:
+        found: dict[int, Written] = {}
+        by_length = not attends_fully(self.model)  # a window counts the padding before a shorter question
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for row, index in rows:
+            groups.setdefault(len(examples[index].query_ids) if by_length else 0, []).append((row, index))
+        for group in groups.values():
+            length = max(len(examples[index].query_ids) for _, index in group)
+            for part in self._chunks(group, contexts.ids.shape[1] + length + writer.max_new_tokens):
+                copied, members = contexts.rows([row for row, _ in part]), [index for _, index in part]
+                answers = writer.after_contexts(copied, [examples[index] for index in members])
+                found |= zip(members, answers, strict=True)
+                self._count(length * len(part) + sum(len(answer.ids) for answer in answers))
+        return found
 
     def _chunks(self, rows: list[tuple[int, int]], length: int) -> Iterator[list[tuple[int, int]]]:
         """Cuts rows of so many tokens into pieces that fit."""

@@ -144,6 +144,21 @@ def test_writing_stops_once_the_metric_is_settled(demo_model, demo_tokenizer, be
     np.testing.assert_array_equal(found.written.cut_off.flatten(), ~right)
 
 
+def test_answers_that_go_on_are_what_a_plain_loop_writes(demo_model, demo_tokenizer):
+    """Some are settled after two words, others go on to the limit."""
+    task = KeyValueWords(demo_tokenizer, 480, num_positions=4, seed=11)
+    split = answered(task.split("validation", 2), demo_tokenizer)
+    demo_model.generation_config.eos_token_id = demo_tokenizer.eos_token_id = None
+    limit = 30
+    written = Scorer(demo_model).write(judged(split, "contains_value", demo_tokenizer, limit))
+    assert {w.cut_off for w in written} == {True, False}
+    for example, answer in zip(split.examples, written, strict=True):
+        ids = torch.tensor([example.prompt_ids])
+        expected = demo_model.generate(ids, max_new_tokens=limit, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        assert answer.ids == tuple(expected.tolist())[: len(answer.ids)]
+        assert answer.cut_off == (example.answers[0] not in demo_tokenizer.decode(expected).upper())
+
+
 def test_what_was_written_is_told_beside_the_metric(demo_model, demo_tokenizer, beyond):
     split = judged(answered(beyond, demo_tokenizer), "contains_value", demo_tokenizer)
     found = Scorer(demo_model).generate(split)
