@@ -13,7 +13,7 @@ from torch import nn
 
 from ..scoring.batching import Batch, make_batches
 from ..scoring.judging import answer_logits, judge
-from ..scoring.memory import with_halving
+from ..scoring.memory import recomputing, with_halving
 from ..scoring.scores import DEFAULT_WEIGHTS
 from ..tasks import Split
 from ..tuner.injection import scaling_for
@@ -77,6 +77,7 @@ class GradientSteps:
         self._space = space
         self._batch_tokens = batch_tokens
         self._share = _position_shares(split, weights)
+        self._layers = find_stack(model.get_base_model()).layers
         self._batches: list[Batch] = []
 
     def climb(self, start: Factors, steps: int, on_step: Callable[[], Any] | None = None) -> list[Factors]:
@@ -117,11 +118,11 @@ class GradientSteps:
             total, mean = torch.zeros_like(values), self._split.measure == "loss"
             for batch in self._batches:
                 leaf = values.detach().clone().requires_grad_(True)
-                with self._scaled_by(leaf):
+                with self._scaled_by(leaf), recomputing(self._layers):
                     logits = answer_logits(self._model, batch)
                     _, log_probs = judge(logits, batch.gold, batch.owner, len(batch.examples), mean)
-                share = torch.tensor([self._share[i] for i in batch.examples], device=log_probs.device)
-                total += torch.autograd.grad((log_probs * share).sum(), leaf)[0]
+                    share = torch.tensor([self._share[i] for i in batch.examples], device=log_probs.device)
+                    total += torch.autograd.grad((log_probs * share).sum(), leaf)[0]
             return total
 
         gradient, self._batch_tokens = with_halving(attempt, self._batch_tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,10 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_layerrope import LayerRopeConfig, Split
+from peft_layerrope.scoring.memory import recomputing
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher.gradient import GradientSteps
+from peft_layerrope.tuner.sites import find_stack
 
 WEIGHTS = (0.5, 1.0, 2.0)
 START = (1.2, 1.7, 1.5, 1.9)
@@ -130,6 +134,37 @@ def test_steps_stay_in_range_and_leave_the_model_alone(rope_type, model_type, id
     assert torch.equal(logits(model, ids), before)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert steps_of(model, space).climb((1.0, 1.0, 1.7, 0.8), 6) == visited  # nothing is random
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_layers_run_again_instead_of_keeping_their_activations(family, monkeypatch):
+    """The gradient is, bit for bit, the one that a plain backward pass gives, and the layers are left as they were."""
+    model = with_adapter(model=build_model(family))
+    steps = steps_of(model)
+    with monkeypatch.context() as plain:
+        plain.setattr("peft_layerrope.searcher.gradient.recomputing", lambda layers: nullcontext())
+        expected = steps._gradient(torch.tensor(START))
+    layers = find_stack(model.get_base_model()).layers
+    runs = [0] * len(layers)
+
+    def count(layer: int) -> None:
+        runs[layer] += 1
+
+    for number, layer in enumerate(layers):  # hooks on the layer itself are outside of what is run again
+        next(layer.children()).register_forward_pre_hook(lambda *_, number=number: count(number))
+    assert torch.equal(steps._gradient(torch.tensor(START)), expected)
+    assert runs == [2 * len(steps._batches)] * len(layers)
+    assert all("forward" not in vars(layer) for layer in layers)
+
+
+def test_a_forward_that_a_library_has_put_there_is_put_back():
+    layer = nn.Linear(2, 2)
+    own = layer.forward
+    layer.forward = lambda x: 2 * own(x)
+    placed = layer.forward
+    with pytest.raises(RuntimeError, match="inside"), recomputing([layer]):
+        raise RuntimeError("inside")
+    assert layer.forward is placed
 
 
 def test_the_scaling_comes_back_after_an_error(ids, monkeypatch):
