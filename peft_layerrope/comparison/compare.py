@@ -141,6 +141,7 @@ def compare(
     }
 
     scorer = Scorer(model, batch_tokens=batch_tokens)
+    scorer.check(split)  # the model as it is: a contender whose scores are not finite is shown with them
     parts = _parts(aligned_windows(split) if split.measure == "loss" else split)
     total = len(parts) * len(contenders)
     with comparing_in(Path(folder) if folder is not None else None, identity, resume) as state:

@@ -23,6 +23,7 @@ _Text = Annotated[str, StringConstraints(max_length=200)]
 _Factors = Annotated[list[float], Field(min_length=1, max_length=MAX_LAYERS)]
 _Values = Annotated[list[float], Field(max_length=_MAX_POSITIONS)]
 _Pair = tuple[float, float]
+_OpenPair = tuple[float | None, float | None]  # an end that is not finite is null
 
 
 class _Checked(BaseModel):
@@ -39,7 +40,7 @@ class RowScores(_Checked):
     average_accuracy_interval: _Pair | None = None
     utilisation: float | None = None
     average_loss: float | None = None
-    average_loss_interval: _Pair | None = None
+    average_loss_interval: _OpenPair | None = None
 
 
 class Row(_Checked):

@@ -20,7 +20,7 @@ from ..tasks.base import check_task
 from .batching import attends_fully, check_vocabulary, make_batches, rotation_depends_on_length
 from .context_cache import can_cache_contexts, context_batches, question_logits, run_contexts, shares_contexts
 from .generation import AnswerWriter, Written, judge_written, prompt_batches
-from .judging import ScoreSheet, answer_logits, judge_tokens
+from .judging import ScoreSheet, answer_logits, check_finite, judge_tokens
 from .memory import with_halving
 from .scores import PositionScores
 
@@ -60,6 +60,18 @@ class Scorer:
         self.batch_tokens = whole_number("batch_tokens", batch_tokens, 1)
         self.num_tokens = 0
         self._cache_contexts = cache_contexts
+        self._is_checked = False
+
+    def check(self, split: Split) -> None:
+        """Checks, once for a scorer, that the model can score a split; the first scores do so too.
+
+        Raises:
+            TaskError: a token id is outside the model's vocabulary, or the model gives no finite score.
+        """
+        check_vocabulary(self.model, split)
+        if not self._is_checked:
+            self._halving(lambda: check_finite(self.model, split, self.batch_tokens))
+            self._is_checked = True
 
     def score(self, split: Split, *, progress: Progress | None = None, packed: bool | None = None) -> PositionScores:
         """Scores every example of `split` by the likelihood of its answer.
@@ -71,10 +83,10 @@ class Scorer:
                 instead of through the KV cache; all three ways give the same scores up to rounding.
 
         Raises:
-            TaskError: a token id is outside the model's vocabulary.
+            TaskError: see [`check`].
             NotEnoughMemoryError: memory does not suffice for a single row.
         """
-        check_vocabulary(self.model, split)
+        self.check(split)
         return self._halving(
             lambda: (
                 self._score_cached(split, progress)
@@ -106,6 +118,7 @@ class Scorer:
         scored = len(split.examples[0].answer_ids)
         start = split.max_tokens - scored
         bounds = [bucket * scored // num_buckets for bucket in range(num_buckets + 1)]
+        self.check(split)
         tokens = self._halving(lambda: self._token_log_probs(split, scored, progress))
         log_probs = np.add.reduceat(tokens, bounds[:-1], axis=1) / np.diff(bounds)
         positions = tuple(start + bound for bound in bounds[:-1])
@@ -120,7 +133,7 @@ class Scorer:
         Raises:
             TaskError: running text, examples without the answers that the judge needs, or a model that cannot write.
         """
-        check_vocabulary(self.model, split)
+        self.check(split)
         writer = AnswerWriter(self.model, split)
         write = self._write_cached if self._caches(split) else self._write_rows
         short = writer.limited(_USUAL_NEW_TOKENS)

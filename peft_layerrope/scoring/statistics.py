@@ -33,6 +33,11 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
+def rank_key(score: float) -> float:
+    """Returns a score, of which more is better, as it takes part in a ranking: last where it is not finite."""
+    return float(score) if np.isfinite(score) else -np.inf
+
+
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
     """Returns a proportion with its Wilson score interval (independent trials)."""
     result = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
