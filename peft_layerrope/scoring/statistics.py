@@ -75,7 +75,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     mean = float(array.mean())
     if array.size > 1 and not array.any():
         return Interval(0.0, 0.0, 0.0)
-    if array.size < 2 or np.ptp(array) == 0:
+    if array.size < 2 or np.allclose(array, mean, rtol=1e-9, atol=0):
         return Interval(mean, -np.inf, np.inf)
     half = float(stats.sem(array)) * _quantile(array.size, confidence)
     return Interval(mean, mean - half, mean + half)
