@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..adapted import keeping_modes
 from ..checks import check_callable, whole_number
 from ..errors import TaskError
 from ..tasks import Example, Split, SplitName, Task
@@ -70,7 +71,8 @@ class Scorer:
         """
         check_vocabulary(self.model, split)
         if not self._is_checked:
-            self._halving(lambda: check_finite(self.model, split, self.batch_tokens))
+            with keeping_modes(self.model):
+                self._halving(lambda: check_finite(self.model, split, self.batch_tokens))
             self._is_checked = True
 
     def score(self, split: Split, *, progress: Progress | None = None, packed: bool | None = None) -> PositionScores:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..adapted import adapted
+from ..adapted import adapted, keeping_modes
 from ..demo import DEMO_NAME
 from ..errors import NotEnoughMemoryError, SearchError
 from ..files.atomic import write_atomically
@@ -177,7 +177,8 @@ def _prepared(
     kept = Path(folder) if folder is not None else None
     found = None
     if look and isinstance(task, PromptTask):
-        found = _preflight(scorer, task, settings, kept, resume, progress)
+        with keeping_modes(model):
+            found = _preflight(scorer, task, settings, kept, resume, progress)
         if not settings.anyway:
             found.check()
         data = make_data(model, task, settings, found)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..adapted import adapted
+from ..adapted import adapted, keeping_modes
 from ..checks import is_number
 from ..errors import SearchError
 from ..scoring.preflight import preflight, with_targets
@@ -271,7 +271,8 @@ def sensitivity(
     scorer = Scorer(model, batch_tokens=batch_tokens)
     scorer.check(data)
     if isinstance(task, PromptTask):
-        found = preflight(scorer, task, wanted={split: num_groups})
+        with keeping_modes(model):
+            found = preflight(scorer, task, wanted={split: num_groups})
         found.check()
         data = with_targets(data, found, task)
 
