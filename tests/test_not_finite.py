@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import build_model
 from fakes import NO_GUARDS, Formula, TaskWithShortPrompts, minus_distance, space_of, token_task
+from test_search_record import record_values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -29,6 +30,8 @@ from peft_layerrope.comparison.compare import Comparison
 from peft_layerrope.comparison.contenders import Contender, parse_baseline
 from peft_layerrope.comparison.report import comparison_markdown, fitness_remark, summary_table
 from peft_layerrope.errors import SearchError
+from peft_layerrope.experiments.report_head import held_out_section
+from peft_layerrope.experiments.search_record import read_record
 from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.experiments.units import utilisation_difference
 from peft_layerrope.files.strict_json import to_json
@@ -284,6 +287,17 @@ def test_a_state_with_such_scores_is_read_back(tmp_path):
     again = RunState(tmp_path, {}, resume=True)
     np.testing.assert_array_equal(again.measurements[NAN_AT].heats[0].values, (math.nan, 1.0))
     assert np.isnan(again.scores["test", NAN_AT].log_prob).all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "interval", "cell"), [(2.0, (None, None), "2.000 [-inf, inf]"), (None, (None, None), "nan [-inf, inf]")]
+)
+def test_a_record_with_nulls_is_reported(tmp_path, loss, interval, cell):
+    values = record_values()
+    for row in values["table"]:
+        row["test"] = {"positions": [0], "average_loss": loss, "average_loss_interval": list(interval)}
+    (tmp_path / "search.json").write_text(to_json(values))
+    assert held_out_section(read_record(tmp_path)).tables[0].rows[0][1] == cell
 
 
 def test_json_is_strict_wherever_a_number_stands():

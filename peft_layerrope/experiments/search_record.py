@@ -135,7 +135,7 @@ def _check(record: SearchRecord) -> None:
         raise SearchError(f"chosen={shown(record.chosen)} is no row of its table.")
     for row in record.table:
         scores = row.test
-        if scores.average_accuracy is None and scores.average_loss is None:
+        if scores.average_accuracy is None and "average_loss" not in scores.model_fields_set:
             raise SearchError(f"row {shown(row.name)} has neither an average_accuracy nor an average_loss.")
         curves = (scores.accuracy_by_position, scores.accuracy_intervals)
         if any(curve is not None and len(curve) != len(scores.positions) for curve in curves):

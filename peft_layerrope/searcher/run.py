@@ -173,7 +173,6 @@ def _prepared(
     space = settings.space(tuple(find_stack(model).key_sources))
     data = make_data(model, task, settings)
     scorer = Scorer(model, batch_tokens=settings.batch_tokens)
-    scorer.check(data.search)
     kept = Path(folder) if folder is not None else None
     found = None
     if look and isinstance(task, PromptTask):
@@ -191,15 +190,14 @@ def _prepared(
         "threads": torch.get_num_threads(),
         "device": embedding_table(model).device.type,
     }
-    with (
-        adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model,
-        locked(kept, LOCK_NAME) if kept is not None else nullcontext(),
-    ):
-        state = RunState(kept, identity, resume)
-        if kept is not None and found is not None:
-            write_atomically(kept / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
-        with audience_of(progress) as audience:
-            yield _Run(peft_model, settings, space, data, state, audience, found, scorer)
+    with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
+        scorer.check(data.search)
+        with locked(kept, LOCK_NAME) if kept is not None else nullcontext():
+            state = RunState(kept, identity, resume)
+            if kept is not None and found is not None:
+                write_atomically(kept / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
+            with audience_of(progress) as audience:
+                yield _Run(peft_model, settings, space, data, state, audience, found, scorer)
 
 
 def _preflight(

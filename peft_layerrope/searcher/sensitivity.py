@@ -12,6 +12,7 @@ from torch import nn
 from ..adapted import adapted, keeping_modes
 from ..checks import is_number
 from ..errors import SearchError
+from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
 from ..scoring.scores import DEFAULT_WEIGHTS, paired_interval
@@ -268,8 +269,8 @@ def sensitivity(
     key_sources = find_stack(model).key_sources
     space = FactorSpace(settings.grid, _checked_layers(layers, key_sources), key_sources)
     data = task.split(split, num_groups)
+    check_vocabulary(model, data)
     scorer = Scorer(model, batch_tokens=batch_tokens)
-    scorer.check(data)
     if isinstance(task, PromptTask):
         with keeping_modes(model):
             found = preflight(scorer, task, wanted={split: num_groups})
@@ -277,6 +278,7 @@ def sensitivity(
         data = with_targets(data, found, task)
 
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
+        scorer.check(data)
         measured = _Measured(peft_model, data, settings)
         measured.run(space, tried, progress)
     unscaled = measured.values[_unscaled(space)]
