@@ -12,13 +12,22 @@ from .tuner.config import LayerRopeConfig
 
 
 @contextmanager
-def adapted(model: nn.Module, config: LayerRopeConfig) -> Iterator[PeftModel]:
-    """Injects an adapter; afterwards the model is as it was found, each module's train or eval mode included."""
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Gives each module its train or eval mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    peft_model = get_peft_model(model, config)
     try:
-        yield peft_model
+        yield
     finally:
-        peft_model.unload()
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def adapted(model: nn.Module, config: LayerRopeConfig) -> Iterator[PeftModel]:
+    """Injects an adapter; afterwards the model is as it was found, each module's train or eval mode included."""
+    with keeping_modes(model):
+        peft_model = get_peft_model(model, config)
+        try:
+            yield peft_model
+        finally:
+            peft_model.unload()

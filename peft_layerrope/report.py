@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -11,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from .families import NOT_BUILT, REFUSED, SUPPORTED, WRONG, Trial
-from .scoring.scores import PositionScores
+from .scoring.scores import PositionScores, perplexity
 from .scoring.statistics import Interval
 from .tasks import Measure
 from .verification import MISMATCH, OK, Verification
@@ -68,41 +67,28 @@ def value_with_interval(interval: Interval, measure: Measure) -> str:
     return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
 
 
-def mean_with_error(interval: Interval, measure: Measure) -> str:
-    """Writes a mean with its symmetric interval, in the same units."""
-    half = interval.high - interval.value
-    return f"{-interval.value:.3f} ± {half:.3f}" if measure == "loss" else _plus_minus(interval)
-
-
 def difference(interval: Interval, measure: Measure) -> str:
     """Writes a paired difference; plus is better: points of accuracy gained, or nats of loss saved."""
+    half = max(interval.high - interval.value, interval.value - interval.low)  # one end may be cut at ±1
     if measure == "loss":
-        return f"{interval.value:+.3f} ± {interval.high - interval.value:.3f}"
-    return _plus_minus(interval, "+")
+        return f"{interval.value:+.3f} ± {half:.3f}"
+    return f"{100 * interval.value:+.1f} ± {100 * half:.1f}"
 
 
-def perplexity(interval: Interval) -> str:
+def perplexity_with_interval(interval: Interval) -> str:
     """Writes the perplexity of minus a loss, with its interval."""
-    value, low, high = (_exp(-x) for x in (interval.value, interval.high, interval.low))
+    value, low, high = (perplexity(-x) for x in (interval.value, interval.high, interval.low))
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
-def _plus_minus(interval: Interval, sign: str = "") -> str:
-    return f"{100 * interval.value:{sign}.1f} ± {100 * (interval.high - interval.value):.1f}"
 
 
 TABLE_LEGEND = (
     "accuracy: {what} in %, mean over all gold positions; worst: at the worst position; U: context utilisation "
-    'of the accuracies. ±: 95 % interval over contexts; differences are paired. Control: of "first k at 1, rest b" and '
-    '"first a, rest b" the one that is better on the search split.'
+    "of the accuracies. Brackets and ±: 95 % intervals over contexts; differences are paired. Control: of "
+    '"first k at 1, rest b" and "first a, rest b" the one that is better on the search split.'
 )
 LOSS_LEGEND = (
-    "loss: mean over the scored tokens, in nats; ±: 95 % interval over windows; differences are paired, and + is "
-    "better: nats of loss saved."
+    "loss: mean over the scored tokens, in nats. Brackets and ±: 95 % intervals over windows; differences are paired, "
+    "and + is better: nats of loss saved."
 )
 
 
@@ -119,9 +105,9 @@ def _legend(table: Comparison) -> str:
 
 def _score_cells(scores: PositionScores) -> list[str]:
     """Accuracy, worst and U; or loss and perplexity."""
-    average = mean_with_error(scores.average(), scores.measure)
+    average = value_with_interval(scores.average(), scores.measure)
     if scores.measure == "loss":
-        return [average, f"{math.exp(-scores.average().value):.2f}"]
+        return [average, f"{perplexity(-scores.average().value):.2f}"]
     return [average, percent(scores.accuracy_by_position.min()), percent(scores.utilisation())]
 
 
@@ -241,7 +227,7 @@ def position_table(scores: PositionScores, title: str) -> Table:
     """Returns the scores by position as a rich table: accuracy and gold log-probability, or loss and perplexity."""
     if scores.measure == "loss":
         rows = [*zip(map(str, scores.positions), scores.intervals(), strict=True), ("all", scores.average())]
-        cells = [[name, value_with_interval(i, "loss"), perplexity(i)] for name, i in rows]
+        cells = [[name, value_with_interval(i, "loss"), perplexity_with_interval(i)] for name, i in rows]
         caption = "Tokens from each position to the next. Brackets: 95 % intervals over windows."
         return rich_table(title, caption, ["token", "loss in nats", "perplexity"], cells, left=())
     more = written_columns(scores)
@@ -253,10 +239,10 @@ def position_table(scores: PositionScores, title: str) -> Table:
         cells.append([str(position), value_with_interval(interval, "accuracy"), *others, log_prob])
     others = [percent(values.mean()) for values in more.values()]
     log_prob = f"{scores.log_prob_by_position.mean():.3f}"
-    cells.append(["average", mean_with_error(scores.average(), "accuracy"), *others, log_prob])
+    cells.append(["average", value_with_interval(scores.average(), "accuracy"), *others, log_prob])
     blanks = [""] * len(more)
     cells.append(["U", percent(scores.utilisation()), *blanks, f"{scores.log_prob_utilisation():.3f}"])
-    caption = "Brackets: 95 % Wilson intervals; ±: 95 % interval over contexts; U: context utilisation."
+    caption = "Brackets: 95 % intervals, of the average over contexts, else Wilson's; U: context utilisation."
     return rich_table(title, " ".join([caption, *written_legend(scores)]), header, cells, left=())
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..demo import DEMO_NAME
 from ..public_names import public_name
 from ..report import format_factors
-from ..scoring.scores import PositionScores
+from ..scoring.scores import PositionScores, perplexity
 from ..scoring.statistics import Interval
 from ..tuner.config import LayerRopeConfig
 
@@ -141,7 +141,7 @@ def _eval_results(held_out: HeldOut) -> list[EvalResult]:
     scores, name = held_out.scores, held_out.task["name"]
     if scores.measure == "loss":
         loss = -scores.average().value
-        values = [("loss", LOSS_METRIC, loss), ("perplexity", PERPLEXITY_METRIC, math.exp(loss))]
+        values = [("loss", LOSS_METRIC, loss), ("perplexity", PERPLEXITY_METRIC, perplexity(loss))]
     else:
         names = ACCURACY_METRIC, UTILISATION_METRIC
         if scores.written is not None:
@@ -159,6 +159,7 @@ def _eval_results(held_out: HeldOut) -> list[EvalResult]:
             metric_value=round(value, 4),
         )
         for kind, metric, value in values
+        if math.isfinite(value)
     ]
 
 
@@ -271,7 +272,7 @@ def _results(held_out: HeldOut, files: Collection[str]) -> str:
     if scores.measure == "loss":
         sentence = (
             f"**Loss {-average.value:.4f} nats per token** (95 % interval {-average.high:.4f} to {-average.low:.4f}), "
-            f"perplexity {math.exp(-average.value):.3f}."
+            f"perplexity {perplexity(-average.value):.3f}."
         )
         differences = [
             f"{_signed(gap.value, 4)} nats saved against {label} ({_signed(gap.low, 4)} to {_signed(gap.high, 4)})"

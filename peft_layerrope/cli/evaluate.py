@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -31,6 +30,7 @@ from ..comparison.state import SCORES_NAME, discard_comparison
 from ..errors import TaskError
 from ..files.atomic import write_atomically, writing
 from ..files.run_lock import check_free, locked
+from ..files.strict_json import to_json
 from ..public_names import public_name
 from ..report import position_table
 from ..scoring.preflight import Preflight, preflight, with_targets
@@ -191,7 +191,7 @@ def _save(comparison: Comparison, name: str, content: dict[str, Any], output: Pa
     with writing(image):
         plot_comparison(comparison, image)
     write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
-    write_atomically(output / _JSON_NAME, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(output / _JSON_NAME, to_json(content, indent=2) + "\n")
     out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import TaskError
 from ..files.atomic import writing
+from ..files.strict_json import to_json
 
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
@@ -52,4 +52,4 @@ def write_json(path: Path, content: Any) -> None:
         WriteError: it cannot be written.
     """
     with writing(path):
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")

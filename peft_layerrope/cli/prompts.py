@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import TaskError
+from ..files.strict_json import to_json
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import Scorer
 from ..tasks import PromptTask, SplitName, Task
@@ -81,7 +81,7 @@ def prompts_command(
             found = _targets(built, model, compute, split.value, num_groups)
             lines = [line | target for line, target in zip(lines, found, strict=False)]
         for line in lines:
-            typer.echo(json.dumps(line))
+            typer.echo(to_json(line))
 
 
 def _targets(task: Task, model: str | None, compute: Compute, split: SplitName, groups: int) -> list[dict[str, Any]]:

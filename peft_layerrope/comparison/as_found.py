@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..adapted import keeping_modes
+
 _KEPT = ("_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks")
 
 
@@ -18,17 +20,15 @@ def as_found(model: nn.Module) -> Iterator[None]:
     What was written into weights in place stays written.
     """
     kept = [(getattr(module, name), dict(getattr(module, name))) for module in model.modules() for name in _KEPT]
-    modes = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     configs = dict(model.__dict__["peft_config"]) if "peft_config" in model.__dict__ else None
     try:
-        yield
+        with keeping_modes(model):
+            yield
     finally:
         for container, content in kept:
             container.clear()
             container.update(content)
-        for module, training in modes:
-            module.training = training
         for parameter, required in trainable:
             parameter.requires_grad_(required)
         if configs is not None:

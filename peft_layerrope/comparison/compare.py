@@ -143,11 +143,15 @@ def compare(
     scorer = Scorer(model, batch_tokens=batch_tokens)
     parts = _parts(aligned_windows(split) if split.measure == "loss" else split)
     total = len(parts) * len(contenders)
+    if not resume:  # before anything is written; who resumes may have nothing left to run
+        scorer.check(split)
     with comparing_in(Path(folder) if folder is not None else None, identity, resume) as state:
         for index, contender in enumerate(contenders):
             done = len(state.parts(contender.label))
             if done == len(parts):
                 continue
+            scorer.model = model
+            scorer.check(split)  # as it is: a contender whose scores are not finite is shown with them
             with contending(model, contender) as scorer.model:
                 for number in range(done, len(parts)):
                     if progress is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +13,14 @@ from ..plots import plot_by_position
 from ..report import (
     difference,
     markdown,
-    mean_with_error,
     percent,
     rich_table,
     value_with_interval,
     written_columns,
     written_legend,
 )
-from ..scoring.scores import PositionScores
+from ..scoring.scores import PositionScores, perplexity
+from ..scoring.statistics import rank_key
 from .compare import Comparison
 
 _ROOM, _GAP = 70, 2  # of 80 columns beside the positions; between two columns
@@ -29,11 +28,11 @@ _MIDDLE_NEEDS = 3  # positions
 
 ACCURACY_LEGEND = (
     "accuracy: {what} in %, mean over all gold positions; middle: mean of the inner ones; U: context utilisation of "
-    "the accuracies. ±: 95 % interval over contexts; differences are paired, + is better."
+    "the accuracies. Brackets and ±: 95 % intervals over contexts; differences are paired, + is better."
 )
 LOSS_LEGEND = (
-    "loss: mean over the scored tokens, in nats; first, last: of the first and the last bucket. ±: 95 % interval over "
-    "windows; differences are paired, in nats of loss saved: + is better."
+    "loss: mean over the scored tokens, in nats; first, last: of the first and the last bucket. Brackets and ±: 95 % "
+    "intervals over windows; differences are paired, in nats of loss saved: + is better."
 )
 POSITION_LEGEND = "Accuracy in % by gold position, with 95 % Wilson intervals."
 BUCKET_LEGEND = "Loss in nats of the tokens from each position to the next, with 95 % intervals over windows."
@@ -98,8 +97,8 @@ def fitness_remark(comparison: Comparison) -> str | None:
     scores = comparison.scores
     if len(scores) < 2 or any(s.written is None or s.written.forced is None for s in scores.values()):
         return None
-    by_quality = sorted(scores, key=lambda label: -scores[label].average().value)
-    by_fitness = sorted(scores, key=lambda label: -scores[label].log_prob.mean())
+    by_quality = sorted(scores, key=lambda label: -rank_key(scores[label].average().value))
+    by_fitness = sorted(scores, key=lambda label: -rank_key(scores[label].log_prob.mean()))
     if by_quality == by_fitness:
         return None
     return (
@@ -202,9 +201,9 @@ def _value_columns(scores: PositionScores) -> list[str]:
 
 def _values(scores: PositionScores) -> list[str]:
     average, by_position = scores.average(), scores.value_by_position
-    line = [mean_with_error(average, scores.measure)]
+    line = [value_with_interval(average, scores.measure)]
     if scores.measure == "loss":
-        line.append(f"{math.exp(min(-average.value, 700)):.2f}")
+        line.append(f"{perplexity(-average.value):.2f}")
         return line + ([f"{-by_position[0]:.3f}", f"{-by_position[-1]:.3f}"] if len(by_position) > 1 else [])
     if len(by_position) < _MIDDLE_NEEDS:
         return line

@@ -14,6 +14,7 @@ from ..errors import TaskError
 from ..files.atomic import write_atomically, writing
 from ..files.kept_state import kept_state
 from ..files.run_lock import locked
+from ..files.strict_json import to_json
 from ..scoring.scores import PositionScores
 
 SCORES_NAME = "scores.json"
@@ -71,7 +72,7 @@ class ComparisonState:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], resume: bool = False) -> None:
         self._path = folder / SCORES_NAME if folder is not None else None
-        self._identity = json.loads(json.dumps(identity))
+        self._identity = json.loads(to_json(identity))
         self._texts: dict[str, list[str]] = {}  # as JSON text, so that saving does not format everything again
         self._parts: dict[str, list[PositionScores]] = {}
         if self._path is None:
@@ -99,13 +100,13 @@ class ComparisonState:
 
     def _keep(self, label: str, scores: PositionScores) -> None:
         self._parts.setdefault(label, []).append(scores)
-        self._texts.setdefault(label, []).append(json.dumps(scores.to_plain()))
+        self._texts.setdefault(label, []).append(to_json(scores.to_plain()))
 
     def _save(self) -> None:
         if self._path is None:
             return
-        head = json.dumps({"format": _FORMAT, "identity": self._identity})[1:-1]
-        lines = (f"{json.dumps(label)}: [\n" + ",\n".join(texts) + "]" for label, texts in self._texts.items())
+        head = to_json({"format": _FORMAT, "identity": self._identity})[1:-1]
+        lines = (f"{to_json(label)}: [\n" + ",\n".join(texts) + "]" for label, texts in self._texts.items())
         write_atomically(self._path, f'{{{head},\n"scores": {{{",".join(lines)}}}}}\n')
 
     def _load(self, path: Path) -> None:

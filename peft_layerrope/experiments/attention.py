@@ -12,7 +12,7 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender, contending
 from ..errors import TaskError
-from ..scoring.batching import check_vocabulary
+from ..scoring.scorer import Scorer
 from ..scoring.statistics import Interval, mean_interval
 from ..searcher.grid import format_layers
 from ..tasks import Example, Split, Task
@@ -77,7 +77,7 @@ def run_attention(
     split = held_out(task, num_groups)
     need_positions(task, split, NAME)
     examples = _examples(task, split)
-    check_vocabulary(model, split)
+    Scorer(model, batch_tokens=measuring.batch_tokens).check(split)
     contenders = [Contender(NO_SCALING), Contender.of_config(ADAPTER, config)]
     measuring.audience.stage(NAME, len(contenders) * len(PLACES) * split.num_groups)
     found, whole = [], False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +9,8 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
 from ..errors import TaskError
-from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval
+from ..scoring.scores import PositionScores, perplexity
+from ..scoring.statistics import Interval, rank_key
 from ..tasks import Task
 from ..tuner.sites import trained_window
 from .figures import COLOURS, draw_line, legend_below, new_figure, percent_axis, to_png
@@ -129,7 +128,7 @@ def _findings(
     for length, by_label in reversed(scores.items()):
         at = f"{length} tokens ({length / window:g}×)"
         baselines = [line.label for line in lines if line.is_baseline]
-        strongest = max(baselines or [base], key=lambda label: by_label[label].average().value)
+        strongest = max(baselines or [base], key=lambda label: rank_key(by_label[label].average().value))
         tested = [line.label for line in lines if not line.is_baseline and line.label != base] or [strongest]
         for label in tested:
             for other in dict.fromkeys([base, strongest]):
@@ -157,7 +156,7 @@ def _tables(
     ]
     if measure_name == "loss":
         perplexities = [
-            (label, *(f"{math.exp(-by_label[label].average().value):.2f}" for by_label in scores.values()))
+            (label, *(f"{perplexity(-by_label[label].average().value):.2f}" for by_label in scores.values()))
             for label in labels
         ]
         tables.insert(1, SectionTable(header, tuple(perplexities), "Perplexity"))

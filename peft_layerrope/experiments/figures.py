@@ -75,8 +75,8 @@ def draw_positions(axes: Axes, curves: Mapping[str, PositionScores], band: bool 
         unit, x = unit_of(scores.measure), relative_positions(scores.positions)
         if band:
             intervals = scores.intervals()
-            edges = [unit.shown([getattr(i, end) for i in intervals]) for end in ("low", "high")]
-            axes.fill_between(x, *edges, color=colour, alpha=0.15, linewidth=0)
+            edges = np.array([unit.shown([getattr(i, end) for i in intervals]) for end in ("low", "high")])
+            axes.fill_between(x, *np.where(np.isfinite(edges), edges, np.nan), color=colour, alpha=0.15, linewidth=0)
         y = unit.shown(scores.value_by_position)
         width = 2.6 if dash == "-" else 1.6  # so that lines that coincide can be told
         axes.plot(x, y, marker="o", linestyle=dash, linewidth=width, color=colour, label=plain(label), markersize=4)
@@ -90,6 +90,7 @@ def draw_line(
     """Draws means with their intervals as bars."""
     middle = unit.shown([i.value for i in intervals])
     ends = np.sort([unit.shown([i.low for i in intervals]), unit.shown([i.high for i in intervals])], axis=0)
+    ends = np.where(np.isfinite(ends), ends, middle)  # an infinite interval has no bar
     axes.errorbar(
         np.asarray(x) + shift,
         middle,

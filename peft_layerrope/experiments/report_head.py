@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 from ..errors import SearchError
 from ..plots import plot_factors_by_depth
@@ -116,12 +117,18 @@ def _findings(record: SearchRecord, against: list[str], unit: Unit) -> list[str]
 def _score_cells(row: Row, unit: Unit) -> list[str]:
     scores = row.test
     if scores.average_accuracy is None:
-        low, high = scores.average_loss_interval or (scores.average_loss, scores.average_loss)
-        return [unit.mean(Interval(-scores.average_loss, -high, -low))]
+        loss = _number(scores.average_loss, math.nan)
+        low, high = scores.average_loss_interval or (loss, loss)
+        return [unit.mean(Interval(-loss, -_number(high, math.inf), -_number(low, -math.inf)))]
     average = scores.average_accuracy
     worst = min(scores.accuracy_by_position or [average])
     mean = unit.mean(Interval(average, *(scores.average_accuracy_interval or (average, average))))
     return [mean, unit.value(worst), "" if scores.utilisation is None else unit.value(scores.utilisation)]
+
+
+def _number(value: float | None, otherwise: float) -> float:
+    """What was not finite is null in the record."""
+    return otherwise if value is None else value
 
 
 def _difference(row: Row, name: str, unit: Unit) -> str:

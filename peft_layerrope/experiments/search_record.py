@@ -23,6 +23,7 @@ _Text = Annotated[str, StringConstraints(max_length=200)]
 _Factors = Annotated[list[float], Field(min_length=1, max_length=MAX_LAYERS)]
 _Values = Annotated[list[float], Field(max_length=_MAX_POSITIONS)]
 _Pair = tuple[float, float]
+_OpenPair = tuple[float | None, float | None]  # an end that is not finite is null
 
 
 class _Checked(BaseModel):
@@ -39,7 +40,7 @@ class RowScores(_Checked):
     average_accuracy_interval: _Pair | None = None
     utilisation: float | None = None
     average_loss: float | None = None
-    average_loss_interval: _Pair | None = None
+    average_loss_interval: _OpenPair | None = None
 
 
 class Row(_Checked):
@@ -134,7 +135,7 @@ def _check(record: SearchRecord) -> None:
         raise SearchError(f"chosen={shown(record.chosen)} is no row of its table.")
     for row in record.table:
         scores = row.test
-        if scores.average_accuracy is None and scores.average_loss is None:
+        if scores.average_accuracy is None and "average_loss" not in scores.model_fields_set:
             raise SearchError(f"row {shown(row.name)} has neither an average_accuracy nor an average_loss.")
         curves = (scores.accuracy_by_position, scores.accuracy_intervals)
         if any(curve is not None and len(curve) != len(scores.positions) for curve in curves):

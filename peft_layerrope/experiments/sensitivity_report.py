@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -95,7 +96,8 @@ def plot_sensitivity(result: Sensitivity, path: str | Path, subtitle: str) -> No
         x = [result.layers.index(effect.layer) + shift for effect in effects]
         colour = _COLOURS[number % len(_COLOURS)]
         changes = [effect.log_prob_change for effect in effects]
-        error = [[c.value - c.low for c in changes], [c.high - c.value for c in changes]]
+        error = np.array([[c.value - c.low for c in changes], [c.high - c.value for c in changes]])
+        error[~np.isfinite(error)] = 0  # an infinite interval has no bar
         upper.errorbar(
             x,
             [c.value for c in changes],

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import SearchError
 from ..files.atomic import write_atomically, writing
 from ..files.run_lock import locked
+from ..files.strict_json import to_json
 from ..files.untrusted import UntrustedFileError, read_bytes, read_json_object
 from .rendering import to_markdown
 from .section import Section
@@ -74,7 +75,7 @@ def save_section(section: Section, folder: Path, asked: Mapping[str, Any] | None
             (folder / section.figure_file(figure)).write_bytes(figure.png)
         write_atomically(folder / f"{section.name}.md", to_markdown(section))
         content = {"asked": digest_of(asked or {}), **section.to_dict()}
-        write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(path, to_json(content, indent=2) + "\n")
     return path
 
 

@@ -14,7 +14,7 @@ from ..checks import is_number
 from ..comparison.contenders import Contender
 from ..errors import SearchError
 from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval, mean_interval
+from ..scoring.statistics import Interval, difference_interval, proportion_interval, rank_key
 from ..tasks import Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
@@ -93,7 +93,7 @@ def _section(
 
 def sweep_findings(scores: dict[float, PositionScores], changes: dict[float, Interval]) -> list[str]:
     """Says which factor is best, and what is lost from there to the largest one."""
-    best, largest = max(scores, key=lambda factor: scores[factor].utilisation()), max(scores)
+    best, largest = max(scores, key=lambda factor: rank_key(scores[factor].utilisation())), max(scores)
     if best == 1 or not changes[best].excludes_zero():
         lines = ["No uniform factor raises U beyond noise."]
     else:
@@ -104,7 +104,7 @@ def sweep_findings(scores: dict[float, PositionScores], changes: dict[float, Int
     if best == largest:
         return [*lines, f"That is the largest factor tried, so nothing is known of a loss beyond {largest:g}."]
     ends = {factor: Thirds.of(scores[factor]) for factor in (best, largest)}
-    drops = {part: mean_interval(getattr(ends[largest], part) - getattr(ends[best], part)) for part in _PARTS}
+    drops = {part: difference_interval(getattr(ends[largest], part) - getattr(ends[best], part)) for part in _PARTS}
     text = ", ".join(f"{part} {ACCURACY.change_in_words(drop)}" for part, drop in drops.items())
     lost = drops["last"].high < 0
     verdict = "Lost in the tail" if lost else "No loss in the tail beyond noise"
@@ -113,7 +113,7 @@ def sweep_findings(scores: dict[float, PositionScores], changes: dict[float, Int
 
 def _lines(scores: dict[float, PositionScores], measured: str) -> SectionFigure:
     figure, (axes,) = new_figure()
-    middle = [mean_interval(Thirds.of(of_one).middle) for of_one in scores.values()]
+    middle = [proportion_interval(Thirds.of(of_one).middle) for of_one in scores.values()]
     ends = [of_one.intervals() for of_one in scores.values()]
     lines = {"first": [i[0] for i in ends], "middle": middle, "last": [i[-1] for i in ends]}
     shift = 0.004 * (max(scores) - min(scores))  # so that bars do not hide each other

@@ -136,7 +136,7 @@ def _heat_map(
     shown = np.array([[gains[label][cell].value for cell in cells] for label in labels])
     for unit in set(units.values()):  # accuracies and losses do not share a scale of colours
         columns = [column for column, cell in enumerate(cells) if units[cell] == unit]
-        shown[:, columns] /= max(np.abs(shown[:, columns]).max(), 1e-9)
+        shown[:, columns] /= max(np.nanmax(np.abs(shown[:, columns]), initial=0), 1e-9)
     figure, (axes,) = new_figure(height=1.6 + 0.7 * len(labels))
     axes.imshow(shown, cmap="PuOr", vmin=-1.6, vmax=1.6, aspect="auto")
     for row, label in enumerate(labels):

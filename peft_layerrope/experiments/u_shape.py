@@ -8,7 +8,7 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
 from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval, mean_interval
+from ..scoring.statistics import Interval, difference_interval
 from ..tasks import Task
 from ..tuner.sites import trained_window
 from .figures import draw_positions, legend_below, new_figure, to_png
@@ -48,7 +48,7 @@ def run_u_shape(
         scores = measure(model, split, [Contender(NO_SCALING)], f"{NAME}, {length} tokens", part)[NO_SCALING]
         curves[label] = scores
         ends = Thirds.of(scores)
-        gaps[label] = mean_interval(ends.middle - ends.first), mean_interval(ends.middle - ends.last)
+        gaps[label] = difference_interval(ends.middle - ends.first), difference_interval(ends.middle - ends.last)
         findings.append(f"{label}: {describe_shape(*gaps[label])}.")
         by_position.append(_position_table(label, scores))
     rows = [

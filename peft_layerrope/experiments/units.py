@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..scoring.scores import DEFAULT_WEIGHTS, PositionScores
+from ..scoring.scores import DEFAULT_WEIGHTS, PositionScores, paired_interval, perplexity
 from ..scoring.statistics import Interval, mean_interval
 from ..tasks import Measure
 
@@ -36,8 +36,9 @@ class Unit:
         return f"{self.scale * score:.{self.digits}f}"
 
     def mean(self, interval: Interval) -> str:
-        """A mean with half the width of its symmetric interval."""
-        return f"{self.value(interval.value)} ± {self._half(interval)}"
+        """A mean with its interval."""
+        low, high = sorted(self.scale * v for v in (interval.low, interval.high))
+        return f"{self.value(interval.value)} [{low:.{self.digits}f}, {high:.{self.digits}f}]"
 
     def change(self, interval: Interval) -> str:
         """A difference with half the width of its symmetric interval."""
@@ -54,7 +55,8 @@ class Unit:
         return self.scale * np.asarray(scores, dtype=np.float64)
 
     def _half(self, interval: Interval) -> str:
-        return f"{abs(self.scale) * (interval.high - interval.low) / 2:.{self.digits}f}"
+        half = max(interval.high - interval.value, interval.value - interval.low)  # one end may be cut at ±1
+        return f"{abs(self.scale) * half:.{self.digits}f}"
 
 
 ACCURACY = Unit("accuracy", "%", "points", 100, 1)
@@ -76,7 +78,7 @@ def verdict(subject: str, other: str, difference: Interval, unit: Unit) -> str:
 
 def utilisation_difference(scores: PositionScores, other: PositionScores) -> Interval:
     """U of `scores` minus that of `other` on the same examples, paired; minus the mean loss where that is measured."""
-    return mean_interval(scores.utilisation_by_group() - other.utilisation_by_group())
+    return paired_interval(scores.utilisation_by_group(), other.utilisation_by_group(), scores.measure)
 
 
 def log_prob_difference(scores: PositionScores, other: PositionScores) -> Interval:
@@ -99,7 +101,7 @@ class Thirds:
         return cls(values[:, 0], values[:, 1:-1].mean(axis=1), values[:, -1])
 
 
-_INTERVALS = "±: 95 % interval over contexts; differences (Δ) are paired."
+_INTERVALS = "Brackets and ±: 95 % intervals over contexts; differences (Δ) are paired."
 _WEIGHTS = ", ".join(f"{weight:g}" for weight in DEFAULT_WEIGHTS)
 U_LEGEND = (
     f"U: context utilisation of the accuracies in % (weights {_WEIGHTS} for first, middle and last). {_INTERVALS}"
@@ -107,8 +109,8 @@ U_LEGEND = (
 AVERAGE_LEGEND = f"Accuracy is right answers in %, mean over all positions. {_INTERVALS}"
 SCORE_LEGEND = f"Accuracy is right answers in %. Middle: the mean over all inner positions; {U_LEGEND}"
 LOSS_LEGEND = (
-    "Loss in nats per token and its exponential, the perplexity; less is better. ±: 95 % interval over texts; "
-    "differences (Δ) are paired."
+    "Loss in nats per token and its exponential, the perplexity; less is better. Brackets and ±: 95 % intervals "
+    "over texts; differences (Δ) are paired."
 )
 
 
@@ -126,7 +128,7 @@ def score_cells(scores: PositionScores) -> tuple[str, ...]:
     """One contender's scores, for a table."""
     unit, average = unit_of(scores.measure), scores.average()
     if scores.measure == "loss":
-        return unit.mean(average), f"{math.exp(-average.value):.2f}"
+        return unit.mean(average), f"{perplexity(-average.value):.2f}"
     ends = Thirds.of(scores)
     return (
         *(unit.value(float(part.mean())) for part in (ends.first, ends.middle, ends.last)),

@@ -16,6 +16,7 @@ from ..cards.merge import CARD_NAME, has_own_text, merge_data, merged, read_card
 from ..demo import DEMO_NAME
 from ..errors import AdapterMismatchError, LayerRopeError
 from ..files.plain_yaml import parse_yaml
+from ..files.strict_json import to_json
 from ..loading import load_adapter_config
 from ..public_names import is_local_path, is_machine_path, last_component, public_name
 from ..tuner.artifacts import check_weights_file
@@ -149,7 +150,7 @@ def _rewrite_json(path: Path, changes: dict[str, Any]) -> None:
     values = _parsed(path, json.loads, path.read_text(encoding="utf-8"))
     clean = _without_paths({**values, **changes})
     if clean != values:
-        path.write_text(json.dumps(clean, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(to_json(clean, indent=2) + "\n", encoding="utf-8")
 
 
 def _parsed(path: Path, parse: Any, text: str) -> dict[str, Any]:

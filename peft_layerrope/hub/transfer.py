@@ -22,6 +22,7 @@ from peft.utils import CONFIG_NAME
 from .._version import __version__
 from ..cards.merge import CARD_NAME
 from ..errors import LayerRopeError
+from ..files.strict_json import to_json
 from ..tuner.config import LayerRopeConfig
 from .errors import NotLoggedInError, PullTargetError, check_repo_id, hub_errors
 from .folder import PUBLISHED, address_card, check_adapter_folder, stage
@@ -141,7 +142,7 @@ def pull(
         shutil.rmtree(gathered)  # complete and bad: asking again would find the same
         raise
     record = {"repo_id": repo_id, "commit": commit, "sha256": _digests(gathered)}
-    (gathered / PULL_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (gathered / PULL_RECORD).write_text(to_json(record, indent=2) + "\n")
     _move_into_place(gathered, target)
     return Path(local_dir)
 

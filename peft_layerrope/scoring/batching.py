@@ -144,8 +144,8 @@ def _takes_masks_by_layer_type(model: nn.Module, windows: dict[str, int | None])
         if is_out_of_memory(error):
             raise
         return False
-    expected = model(input_ids=ids, position_ids=places, use_cache=False).logits
-    return torch.allclose(found.float(), expected.float(), atol=float(0.1 * expected.float().std()))
+    expected = model(input_ids=ids, position_ids=places, use_cache=False).logits.float()
+    return bool((found.float() - expected).abs().max() <= 0.1 * expected.std())  # False where they are not numbers
 
 
 def _packed_rows(split: Split, same_length: bool) -> list[list[int]]:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
+from ..errors import TaskError
 from ..tasks import Split
-from .batching import Batch
+from ..tuner.sites import embedding_table
+from .batching import Batch, make_batches
 from .scores import PositionScores
 
 _JUDGED_AT_ONCE = 4096  # rows of logits in float32: a long text of a large vocabulary would fill the memory
@@ -28,6 +31,28 @@ def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     if logits.shape[1] != len(batch.columns):  # a model that does not know `logits_to_keep` returns every column
         logits = logits[:, batch.columns]
     return logits[batch.rows, batch.kept]
+
+
+def check_finite(model: nn.Module, split: Split, batch_tokens: int) -> None:
+    """Runs the first example of a split, whose scores must be numbers: no figure can be made of others.
+
+    Raises:
+        TaskError: no token of its answer has a finite log-probability. The message names the dtype, and the
+            weights that hold NaN if any do.
+    """
+    first = next(example for example in split.examples if example.position == 0)
+    alone = replace(split, positions=split.positions[:1], examples=(first,))
+    with torch.inference_mode():
+        for batch in make_batches(model, alone, batch_tokens, packed=False):
+            if judge_tokens(answer_logits(model, batch), batch.gold)[0].isfinite().any():
+                return
+    dtype = str(embedding_table(model).dtype).removeprefix("torch.")
+    broken = [name for name, weights in model.named_parameters() if weights.isnan().any()]
+    reason = f"its numbers leave the range of {dtype}"
+    if broken:
+        reason = f"NaN stands in {broken[0]}" + (f" and {len(broken) - 1} more weights" if len(broken) > 1 else "")
+    other = " or ".join(name for name in ("bfloat16", "float32") if name != dtype)
+    raise TaskError(f"the model gives no finite score in {dtype}: {reason}. Use --dtype {other}, or other weights.")
 
 
 def judge(
@@ -60,12 +85,13 @@ def judge_tokens(logits: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor
     """Judges single tokens: logits of shape `(N, vocabulary)` against token ids of shape `(N,)`.
 
     Returns:
-        Shape `(N,)` each: log-probability of the gold token in nats, float32; and whether it is the most probable.
+        Shape `(N,)` each: log-probability of the gold token in nats, float32; and whether it is the most probable,
+        which it never is where the log-probability is not a number.
     """
     log_probs, right = [], []
     for part, ids in zip(logits.split(_JUDGED_AT_ONCE), gold.split(_JUDGED_AT_ONCE), strict=True):
         log_probs.append(part.float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1))
-        right.append(part.argmax(-1) == ids)
+        right.append((part.argmax(-1) == ids) & ~log_probs[-1].isnan())
     return torch.cat(log_probs), torch.cat(right)
 
 

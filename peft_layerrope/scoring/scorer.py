@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..adapted import keeping_modes
 from ..checks import check_callable, whole_number
 from ..errors import TaskError
 from ..tasks import Example, Split, SplitName, Task
@@ -28,7 +29,7 @@ from .context_cache import (
     shares_contexts,
 )
 from .generation import AnswerWriter, Written, judge_written, prompt_batches
-from .judging import ScoreSheet, answer_logits, judge_tokens
+from .judging import ScoreSheet, answer_logits, check_finite, judge_tokens
 from .memory import with_halving
 from .scores import PositionScores
 
@@ -68,6 +69,19 @@ class Scorer:
         self.batch_tokens = whole_number("batch_tokens", batch_tokens, 1)
         self.num_tokens = 0
         self._cache_contexts = cache_contexts
+        self._is_checked = False
+
+    def check(self, split: Split) -> None:
+        """Checks, once for a scorer, that the model can score a split; the first scores do so too.
+
+        Raises:
+            TaskError: a token id is outside the model's vocabulary, or the model gives no finite score.
+        """
+        check_vocabulary(self.model, split)
+        if not self._is_checked:
+            with keeping_modes(self.model):
+                self._halving(lambda: check_finite(self.model, split, self.batch_tokens))
+            self._is_checked = True
 
     def score(self, split: Split, *, progress: Progress | None = None, packed: bool | None = None) -> PositionScores:
         """Scores every example of `split` by the likelihood of its answer.
@@ -79,10 +93,10 @@ class Scorer:
                 instead of through the KV cache; all three ways give the same scores up to rounding.
 
         Raises:
-            TaskError: a token id is outside the model's vocabulary.
+            TaskError: see [`check`].
             NotEnoughMemoryError: memory does not suffice for a single row.
         """
-        check_vocabulary(self.model, split)
+        self.check(split)
         sheet = ScoreSheet(split)
         if packed is None and self._caches(split):
             self._halving(lambda: self._ask_contexts(split.examples, progress, sheet=sheet))
@@ -113,6 +127,7 @@ class Scorer:
         scored = len(split.examples[0].answer_ids)
         start = split.max_tokens - scored
         bounds = [bucket * scored // num_buckets for bucket in range(num_buckets + 1)]
+        self.check(split)
         tokens = self._halving(lambda: self._token_log_probs(split, scored, progress))
         log_probs = np.add.reduceat(tokens, bounds[:-1], axis=1) / np.diff(bounds)
         positions = tuple(start + bound for bound in bounds[:-1])
@@ -152,7 +167,7 @@ class Scorer:
 
     def _answers(self, split: Split, progress: Progress | None, sheet: ScoreSheet | None = None) -> list[Written]:
         """What is written for each example. With a sheet the teacher-forced scores go into it."""
-        check_vocabulary(self.model, split)
+        self.check(split)
         writer, cached = AnswerWriter(self.model, split), self._caches(split)
 
         def write(writer: AnswerWriter, examples: Sequence[Example], **options: Any) -> list[Written]:

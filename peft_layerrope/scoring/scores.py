@@ -11,11 +11,13 @@ import numpy as np
 
 from ..errors import TaskError
 from ..tasks import MEASURES, Measure
-from .statistics import Interval, mean_interval, wilson_interval
+from .statistics import Interval, difference_interval, mean_interval, proportion_interval, wilson_interval
 
 DEFAULT_WEIGHTS = (0.8, 1.0, 1.2)
 """λ_first, λ_middle, λ_last of context utilisation. The paper's values are not public; these are ours: in the
 paper's order, and close enough to each other that no single position decides."""
+
+_LARGEST_LOSS = 700  # nats
 
 Objective = Literal["log_prob", "accuracy"]
 """What context utilisation is taken of."""
@@ -145,7 +147,7 @@ class PositionScores:
 
     def average(self) -> Interval:
         """Accuracy (or minus the loss) averaged over all positions, with a 95 % interval over groups."""
-        return mean_interval(self.average_by_group)
+        return (mean_interval if self.measure == "loss" else proportion_interval)(self.average_by_group)
 
     def intervals(self) -> list[Interval]:
         """At each position, accuracy with its 95 % Wilson interval, or minus the loss with a t-interval."""
@@ -188,7 +190,7 @@ class PositionScores:
                 f"cannot pair {self.measure} of shape {self.correct.shape} with {other.measure} of shape "
                 f"{other.correct.shape}."
             )
-        return mean_interval(self.average_by_group - other.average_by_group)
+        return paired_interval(self.average_by_group, other.average_by_group, self.measure)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers for a JSON report."""
@@ -200,7 +202,7 @@ class PositionScores:
                 "loss_intervals": [[-_short(i.high), -_short(i.low)] for i in self.intervals()],
                 "average_loss": -_short(average.value),
                 "average_loss_interval": [-_short(average.high), -_short(average.low)],
-                "perplexity": _short(math.exp(-average.value)),
+                "perplexity": _short(perplexity(-average.value)),
             }
         plain = {
             "positions": list(self.positions),
@@ -250,6 +252,22 @@ class PositionScores:
         first = parts[0]
         written = WrittenAnswers.joined([p.written for p in parts]) if first.written is not None else None
         return cls(first.positions, correct, log_prob, first.measure, written)
+
+
+def paired_interval(values: np.ndarray, other: np.ndarray, measure: Measure) -> Interval:
+    """Returns a mean paired difference, with its 95 % interval over groups.
+
+    Args:
+        values: shape `(groups,)`: see [`PositionScores.values`], averaged or weighted over positions.
+        other: the same groups' of another contender, or at other positions.
+        measure: what they are.
+    """
+    return (mean_interval if measure == "loss" else difference_interval)(np.subtract(values, other))
+
+
+def perplexity(loss: float) -> float:
+    """Returns the exponential of a loss in nats; infinite where it is too large for a float."""
+    return math.exp(loss) if not loss > _LARGEST_LOSS else math.inf
 
 
 def _short(value: float) -> float:

@@ -21,7 +21,7 @@ def bootstrap_choice(
 
     Args:
         measurements: each vector's utilisation by context; those with fewer than `num_groups`, given up early by
-            racing, take no part.
+            racing, and those with values that are not finite take no part.
         chosen: the vector that was chosen.
         num_groups: contexts of the search split.
         draws: how many times to draw.
@@ -32,7 +32,9 @@ def bootstrap_choice(
         `chosen_behind_winner`, mean and 95th percentile of the winner's utilisation minus that of `chosen`;
         `factors_5_50_95`, for each layer the percentiles of the winner's factor.
     """
-    vectors = [vector for vector, values in measurements.items() if len(values) == num_groups]
+    vectors = [
+        vector for vector, values in measurements.items() if len(values) == num_groups and np.isfinite(values).all()
+    ]
     values = np.array([measurements[vector] for vector in vectors])
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=draws)

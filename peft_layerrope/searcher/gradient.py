@@ -61,6 +61,9 @@ class GradientSteps:
         space: allowed factors; the steps stay inside its range, and what is returned is rounded to its grid.
         weights: λ_first, λ_middle, λ_last.
         batch_tokens: tokens per forward and backward pass.
+
+    Attributes:
+        is_finite: whether every gradient was.
     """
 
     def __init__(
@@ -79,9 +82,10 @@ class GradientSteps:
         self._share = _position_shares(split, weights)
         self._layers = find_stack(model.get_base_model()).layers
         self._batches: list[Batch] = []
+        self.is_finite = True
 
     def climb(self, start: Factors, steps: int, on_step: Callable[[], Any] | None = None) -> list[Factors]:
-        """Takes `steps` steps of Adam's direction with a falling length.
+        """Takes `steps` steps of Adam's direction with a falling length, up to a gradient that is not finite.
 
         Args:
             start: where to begin.
@@ -98,7 +102,11 @@ class GradientSteps:
         for step in range(steps):
             share = 1 - step / max(steps - 1, 1) * 2 / 3
             optimiser.param_groups[0]["lr"] = FIRST_STEP * (grid.max_factor - grid.min_factor) * share
-            values.grad = -self._gradient(values)
+            gradient = self._gradient(values)
+            if not gradient.isfinite().all():  # Adam would never forget it
+                self.is_finite = False
+                break
+            values.grad = -gradient
             optimiser.step()
             with torch.no_grad():
                 values.clamp_(grid.min_factor, grid.values[-1])

@@ -101,11 +101,14 @@ class Measurement:
 
 def clearly_worse(values: Sequence[float], rival: Sequence[float]) -> bool:
     """Whether a vector has lost its race: a one-sided paired t-test over the groups seen by both, at `RACE_LEVEL`.
+    One whose values are not all finite has lost.
 
     Args:
         values: its utilisation on the first groups.
         rival: that of the best vector so far, on at least these groups.
     """
+    if not np.isfinite(values).all():
+        return True
     if len(values) < MIN_RACE_GROUPS:
         return False
     gap = np.asarray(values) - np.asarray(rival)[: len(values)]

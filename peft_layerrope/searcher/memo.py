@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+from ..scoring.statistics import rank_key
 from .evaluator import Evaluator
 from .grid import Factors
 from .guards import Guards, constrained
@@ -92,15 +94,17 @@ class Memo:
         return vector in self.known and self.known[vector].is_complete(self.plan)
 
     def is_feasible(self, vector: Factors) -> bool:
-        """Whether the vector was measured in full and keeps to the guards."""
-        return self.is_complete(vector) and self._violation(vector) == 0
+        """Whether the vector was measured in full, with finite scores, and keeps to the guards."""
+        return self.is_complete(vector) and math.isfinite(self.raw_fitness(vector)) and self._violation(vector) == 0
 
     def raw_fitness(self, vector: Factors) -> float:
         """Mean utilisation on the groups seen, without penalty."""
         return self.known[vector].fitness(self.plan)
 
     def fitness(self, vector: Factors, rival: Factors | None = None) -> float:
-        """Fitness under the guards. Of a vector that was given up: the rival's plus the mean gap so far."""
+        """Fitness under the guards; minus infinity where scores are not finite. Of a vector that was given up: the
+        rival's plus the mean gap so far.
+        """
         if not self.is_complete(vector):
             return self._estimate(vector, rival)
         score = constrained(
@@ -108,7 +112,7 @@ class Memo:
             lambda individual: self._violation(tuple(individual)),
             self.raw_fitness(self.unscaled),
         )
-        return score(Individual(vector))[0]
+        return rank_key(score(Individual(vector))[0])
 
     def _estimate(self, vector: Factors, rival: Factors) -> float:
         """The rival's fitness plus the mean gap at the look at which the vector lost, which is negative."""
@@ -116,7 +120,7 @@ class Memo:
         lost = next((heat for heat in looks if self._loses(vector, rival, heat)), looks[-1])
         values = Measurement(self.known[vector].heats[: lost + 1]).values(self.plan)
         best = self.known[rival].values(self.plan)
-        return float(best.mean() + (values - best[: len(values)]).mean())
+        return rank_key(best.mean() + (values - best[: len(values)]).mean())
 
     def _violation(self, vector: Factors) -> float:
         return self._guards.violation(self.known[vector], self.known[self.unscaled], self.plan)

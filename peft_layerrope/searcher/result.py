@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from .. import plots, report
 from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT, HeldOut, model_card
 from ..cards.merge import CardError, save_card
 from ..files.atomic import replacing_files
+from ..files.strict_json import to_json
 from ..public_names import public_name
 from ..scoring.preflight import Preflight
 from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval
+from ..scoring.statistics import Interval, rank_key
 from ..tasks import Measure
 from ..tuner.artifacts import save_adapter
 from ..tuner.config import LayerRopeConfig
@@ -229,8 +229,8 @@ class SearchResult:
         unreadable = None
         with replacing_files(folder, last=CONFIG_NAME) as staging:
             save_adapter(config, staging)
-            (staging / REPORT_NAME).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
-            (staging / TIMING_NAME).write_text(json.dumps(self.timing, indent=2) + "\n")
+            (staging / REPORT_NAME).write_text(to_json(self.to_dict(), indent=2) + "\n")
+            (staging / TIMING_NAME).write_text(to_json(self.timing, indent=2) + "\n")
             plots.plot_by_position(self.curves_to_plot(), staging / ACCURACY_PLOT, self.subtitle())
             plots.plot_factors_by_depth(
                 self.table[self.chosen].factors,
@@ -262,7 +262,7 @@ class SearchResult:
     def better_control(self) -> str | None:
         """The shared-factor control that is better on the search split; None if there are none."""
         controls = [name for name in (ALONE, FIRST_REST) if name in self.table]
-        return max(controls, key=lambda name: self.table[name].fitness, default=None)
+        return max(controls, key=lambda name: rank_key(self.table[name].fitness), default=None)
 
     def remarks(self, with_time: bool = True) -> list[str]:
         """Returns what a reader should know beside the table: cost, guards, edges, and how sure the choice is."""
@@ -276,7 +276,10 @@ class SearchResult:
             f"guards on the search split: {self._tail()}{_short(guards)}",
         ]
         if self.settings.takes_gradient_steps and not counts["gradient_steps"]:
-            lines.append("note: gradient steps were left out: memory did not suffice for a backward pass.")
+            lines.append(
+                "note: gradient steps were left out: memory did not suffice for a backward pass, or its gradient was "
+                "not finite; the log says which."
+            )
         if with_time:
             asked, ran = self.timing["layer_tokens_asked"], self.timing["layer_tokens_run"]
             seconds = sum(self.timing["seconds"].values())
@@ -301,8 +304,8 @@ class SearchResult:
         """Says so where the likelihood, which the search climbs, ranks the rows otherwise than the written answers."""
         if any(row.scores.written is None or row.scores.written.forced is None for row in self.table):
             return []
-        best = max(self.table, key=lambda row: row.scores.average().value)
-        likeliest = max(self.table, key=lambda row: row.scores.log_prob.mean())
+        best = max(self.table, key=lambda row: rank_key(row.scores.average().value))
+        likeliest = max(self.table, key=lambda row: rank_key(row.scores.log_prob.mean()))
         if best.factors == likeliest.factors:
             return []
         return [f'note: held out, "{likeliest.label}" is likeliest, but "{best.label}" writes the most right answers.']

@@ -11,21 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .._version import __version__
-from ..adapted import adapted
+from ..adapted import adapted, keeping_modes
 from ..demo import DEMO_NAME
 from ..errors import NotEnoughMemoryError, SearchError
 from ..files.atomic import write_atomically
 from ..files.run_lock import locked
+from ..files.strict_json import to_json
 from ..fingerprint import library_versions, model_fingerprint
 from ..messages import named
 from ..public_names import public_name
 from ..scoring.preflight import Preflight, preflight
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
+from ..scoring.statistics import rank_key
 from ..tasks import PromptTask, Task
 from ..tasks.base import check_task
 from ..tuner.config import LayerRopeConfig
@@ -169,10 +172,12 @@ def _prepared(
         raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
     space = settings.space(tuple(find_stack(model).key_sources))
     data = make_data(model, task, settings)
+    scorer = Scorer(model, batch_tokens=settings.batch_tokens)
     kept = Path(folder) if folder is not None else None
     found = None
     if look and isinstance(task, PromptTask):
-        found = _preflight(model, task, settings, kept, resume, progress)
+        with keeping_modes(model):
+            found = _preflight(scorer, task, settings, kept, resume, progress)
         if not settings.anyway:
             found.check()
         data = make_data(model, task, settings, found)
@@ -185,19 +190,18 @@ def _prepared(
         "threads": torch.get_num_threads(),
         "device": embedding_table(model).device.type,
     }
-    with (
-        adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model,
-        locked(kept, LOCK_NAME) if kept is not None else nullcontext(),
-    ):
-        state = RunState(kept, identity, resume)
-        if kept is not None and found is not None:
-            write_atomically(kept / PREFLIGHT_NAME, json.dumps(found.to_plain(), ensure_ascii=False) + "\n")
-        with audience_of(progress) as audience:
-            yield _Run(peft_model, settings, space, data, state, audience, found)
+    with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
+        scorer.check(data.search)
+        with locked(kept, LOCK_NAME) if kept is not None else nullcontext():
+            state = RunState(kept, identity, resume)
+            if kept is not None and found is not None:
+                write_atomically(kept / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
+            with audience_of(progress) as audience:
+                yield _Run(peft_model, settings, space, data, state, audience, found, scorer)
 
 
 def _preflight(
-    model: nn.Module,
+    scorer: Scorer,
     task: PromptTask,
     settings: SearchSettings,
     folder: Path | None,
@@ -216,7 +220,6 @@ def _preflight(
         "validation": settings.validation_groups,
         "test": settings.test_groups,
     }
-    scorer = Scorer(model, batch_tokens=settings.batch_tokens)
     # somebody's own progress is entered once, for the search itself
     with audience_of(progress if isinstance(progress, bool) else False) as audience:
         audience.stage("preflight", len(wanted))
@@ -250,8 +253,10 @@ class _Run:
         state: RunState,
         audience: SearchProgress,
         found: Preflight | None,
+        scorer: Scorer,
     ) -> None:
         self.model = model
+        self.scorer = scorer
         self.preflight = found
         self.settings = settings
         self.space = space
@@ -323,7 +328,12 @@ class _Run:
             self.local.forget()
             started = time.perf_counter()
             for heat in range(len(self.heats)):
-                self.local.measure([self._unscaled()], heat)
+                found = self.local.measure([self._unscaled()], heat)[0]
+                if not np.isfinite(found.values).all():
+                    raise SearchError(
+                        f"{np.sum(~np.isfinite(found.values))} of {len(found.values)} contexts have no finite score on "
+                        "the unscaled model, by which all others are judged: use another --dtype, or shorter prompts."
+                    )
                 self.audience.advance()
             seconds = _since(started)
             self.local.forget()
@@ -387,7 +397,7 @@ class _Run:
             candidates.append(climb(start.factors, view, self.space, settings.refine_evaluations))
         with self._stage("choice on the validation split", len(candidates)):
             scores = self._scores("validation", [found.factors for found in candidates])
-            chosen = max(candidates, key=lambda found: self._utilisation(scores[found.factors]))
+            chosen = max(candidates, key=lambda found: rank_key(self._utilisation(scores[found.factors])))
         return Candidate(REFINED, chosen.factors, chosen.fitness, view.evaluations)
 
     def _gradient(self, curve: Found, view: BudgetView) -> Found:
@@ -405,6 +415,8 @@ class _Run:
             except NotEnoughMemoryError as error:  # a backward pass takes far more of it; the coordinate steps do not
                 self.state.log("skipped", stage="gradient steps", reason=str(error))
                 path = []
+            if not steps.is_finite:
+                self.state.log("ended", stage="gradient steps", reason="the gradient is not finite")
             self.state.add_gradient_path(path)
         visited = self.state.gradient_path
         if not visited:
@@ -458,11 +470,11 @@ class _Run:
 
     def _written(self, vectors: Sequence[Factors]) -> dict[Factors, PositionScores]:
         """Scores of the answers that the model writes with each vector, in this process."""
-        scorer = Scorer(self.model, batch_tokens=self.local.batch_tokens)
+        self.scorer.model, self.scorer.batch_tokens = self.model, self.local.batch_tokens
         found = {}
         for vector in vectors:
             self.model.base_model.set_layer_factors(vector)
-            found[vector] = scorer.measure(self.data.test)
+            found[vector] = self.scorer.measure(self.data.test)
         return found
 
     def _assemble(

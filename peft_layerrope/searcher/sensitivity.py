@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..adapted import adapted
+from ..adapted import adapted, keeping_modes
 from ..checks import is_number
 from ..errors import SearchError
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
-from ..scoring.scores import DEFAULT_WEIGHTS
-from ..scoring.statistics import Interval, mean_interval
-from ..tasks import SPLIT_NAMES, PromptTask, Split, SplitName, Task
+from ..scoring.scores import DEFAULT_WEIGHTS, paired_interval
+from ..scoring.statistics import Interval, mean_interval, rank_key
+from ..tasks import SPLIT_NAMES, Measure, PromptTask, Split, SplitName, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window
 from .evaluator import ModelEvaluator
@@ -103,7 +103,7 @@ class Sensitivity:
 
     def best_factor(self, layer: int) -> float:
         """Returns the factor with the highest U of the gold log-probability; 1.0 where every other one lowers it."""
-        best = max(self.of_layer(layer), key=lambda effect: effect.log_prob_change.value)
+        best = max(self.of_layer(layer), key=lambda effect: rank_key(effect.log_prob_change.value))
         return best.factor if best.log_prob_change.value > 0 else 1.0
 
     def layers_worth_searching(self) -> tuple[int, ...]:
@@ -270,12 +270,15 @@ def sensitivity(
     space = FactorSpace(settings.grid, _checked_layers(layers, key_sources), key_sources)
     data = task.split(split, num_groups)
     check_vocabulary(model, data)
+    scorer = Scorer(model, batch_tokens=batch_tokens)
     if isinstance(task, PromptTask):
-        found = preflight(Scorer(model, batch_tokens=batch_tokens), task, wanted={split: num_groups})
+        with keeping_modes(model):
+            found = preflight(scorer, task, wanted={split: num_groups})
         found.check()
         data = with_targets(data, found, task)
 
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
+        scorer.check(data)
         measured = _Measured(peft_model, data, settings)
         measured.run(space, tried, progress)
     unscaled = measured.values[_unscaled(space)]
@@ -285,7 +288,7 @@ def sensitivity(
         accuracy=_mean(unscaled.accuracy),
         log_prob=_mean(unscaled.log_prob),
         effects=tuple(
-            _effect(layer, value, measured.values[_one_scaled(space, layer, value)], unscaled)
+            _effect(layer, value, measured.values[_one_scaled(space, layer, value)], unscaled, data.measure)
             for layer in space.scaled_layers
             for value in tried
         ),
@@ -357,13 +360,13 @@ def _one_scaled(space: FactorSpace, layer: int, factor: float) -> Factors:
     return space.tie([factor if i == layer else 1.0 for i in range(space.num_layers)])
 
 
-def _effect(layer: int, factor: float, scaled: _Values, unscaled: _Values) -> LayerEffect:
+def _effect(layer: int, factor: float, scaled: _Values, unscaled: _Values, measure: Measure) -> LayerEffect:
     return LayerEffect(
         layer,
         factor,
         _mean(scaled.accuracy),
         _mean(scaled.log_prob),
-        mean_interval(np.subtract(scaled.accuracy, unscaled.accuracy)),
+        paired_interval(scaled.accuracy, unscaled.accuracy, measure),
         mean_interval(np.subtract(scaled.log_prob, unscaled.log_prob)),
     )
 

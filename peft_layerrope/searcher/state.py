@@ -8,6 +8,7 @@ and the random state of each generation are kept as well, and compared on the wa
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ import numpy as np
 from ..errors import SearchError
 from ..files.atomic import write_atomically, writing
 from ..files.kept_state import kept_state
+from ..files.strict_json import to_json
 from ..scoring.scores import PositionScores
 from .grid import Factors
 from .measurement import HeatScores, Measurement
@@ -43,7 +45,7 @@ class RunState:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], resume: bool = False) -> None:
         self._folder = folder
-        self._identity = json.loads(json.dumps(identity))
+        self._identity = json.loads(to_json(identity))
         self._measured: dict[Factors, str] = {}  # as JSON text, so that saving does not format everything again
         self._scored: dict[tuple[str, Factors], str] = {}
         self._generations: list[str] = []
@@ -74,7 +76,7 @@ class RunState:
         for vector, measured in new.items():
             self.measurements[vector] = measured
             heats = [[list(heat.values), list(heat.tail)] for heat in measured.heats]
-            self._measured[vector] = json.dumps([list(vector), heats])
+            self._measured[vector] = to_json([list(vector), heats])
             self.log("measured", factors=list(vector), heats=len(heats), last_mean=float(np.mean(heats[-1][0])))
         self._save()
 
@@ -82,7 +84,7 @@ class RunState:
         """Keeps full scores on a split other than the search split."""
         for vector, found in scores.items():
             self.scores[split, vector] = found
-            self._scored[split, vector] = json.dumps([split, list(vector), *found.to_plain()])
+            self._scored[split, vector] = to_json([split, list(vector), *found.to_plain()])
             self.log("scored", split=split, factors=list(vector), value=float(found.values.mean()))
         self._save()
 
@@ -92,7 +94,7 @@ class RunState:
         Raises:
             SearchError: they differ: the run is not reproducible here.
         """
-        text = json.dumps([stage, population, random_state])
+        text = to_json([stage, population, random_state])
         if self._replayed < len(self._generations):
             if self._generations[self._replayed] != text:
                 raise SearchError(
@@ -113,7 +115,7 @@ class RunState:
     def log(self, event: str, **values: Any) -> None:
         """Appends a line to `log.jsonl`, for people and tools that follow the run."""
         if self._folder is not None:
-            line = json.dumps({"time": round(time.time(), 3), "event": event, **values}, ensure_ascii=False)
+            line = to_json({"time": round(time.time(), 3), "event": event, **values})
             path = self._folder / LOG_NAME
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
@@ -128,29 +130,34 @@ class RunState:
         }
         body = ",\n".join(f'"{name}": [{_lines(items)}]' for name, items in parts.items())
         path = self.gradient_path
-        head = json.dumps({"format": _FORMAT, "identity": self._identity, "gradient_path": path})[1:-1]
+        head = to_json({"format": _FORMAT, "identity": self._identity, "gradient_path": path})[1:-1]
         write_atomically(self._folder / STATE_NAME, f"{{{head},\n{body}}}\n")
 
     def _load(self, path: Path) -> None:
         with kept_state(path, _FORMAT, self._identity, "search", SearchError) as content:
             for factors, heats in content["measurements"]:
                 vector = tuple(map(float, factors))
-                parts = tuple(HeatScores(tuple(values), tuple(tail)) for values, tail in heats)
+                parts = tuple(HeatScores(_numbers(values), _numbers(tail)) for values, tail in heats)
                 self.measurements[vector] = Measurement(parts)
-                self._measured[vector] = json.dumps([factors, heats])
+                self._measured[vector] = to_json([factors, heats])
             for split, factors, *plain in content["scores"]:
                 key = split, tuple(map(float, factors))
                 self.scores[key] = PositionScores.from_plain(plain)
-                self._scored[key] = json.dumps([split, factors, *plain])
+                self._scored[key] = to_json([split, factors, *plain])
             path_taken = content["gradient_path"]
             if path_taken is not None:
                 self.gradient_path = [tuple(map(float, vector)) for vector in path_taken]
-            self._generations = [json.dumps(generation) for generation in content["generations"]]
+            self._generations = [to_json(generation) for generation in content["generations"]]
         log = self._folder / LOG_NAME
         if log.exists():  # a line that was being written at the kill is dropped
             with writing(log):
                 os.truncate(log, log.read_bytes().rfind(b"\n") + 1)  # which needs no room
         self.log("resumed", measurements=len(self.measurements))
+
+
+def _numbers(values: Iterable[float | None]) -> tuple[float, ...]:
+    """What was not finite is null in JSON."""
+    return tuple(math.nan if value is None else float(value) for value in values)
 
 
 def _lines(items: Iterable[str]) -> str:

@@ -263,4 +263,4 @@ def test_a_report_on_running_text_skips_what_needs_positions(tmp_path, quick_rep
         assert f"not run: {name}:" in result.stderr
     halves = load_section(adapter / "report", "halves")
     assert halves.tables[0].header[2] == "loss"
-    assert "2.000 ± 0.100" in (adapter / "report.html").read_text()
+    assert "2.000 [1.900, 2.100]" in (adapter / "report.html").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from experiment_helpers import scores_of
+from scipy import stats
 
 from peft_layerrope import PositionScores
 from peft_layerrope.experiments.units import (
@@ -54,8 +55,9 @@ def test_cells_match_their_header_for_both_measures():
     accuracy = scores_of([[1, 0, 0], [1, 1, 0]])
     assert len(score_cells(accuracy)) == len(score_header("accuracy"))
     assert score_cells(accuracy)[:3] == ("100.0", "50.0", "0.0")
-    loss = PositionScores((0, 9), np.zeros((2, 2), dtype=bool), np.array([[-1.0, -2.0], [-1.0, -2.0]]), "loss")
-    assert score_cells(loss) == ("1.500 ± 0.000", f"{np.exp(1.5):.2f}")
+    loss = PositionScores((0, 9), np.zeros((2, 2), dtype=bool), np.array([[-1.0, -2.0], [-1.2, -2.2]]), "loss")
+    low, high = stats.ttest_1samp([1.5, 1.7], 0).confidence_interval(0.95)
+    assert score_cells(loss) == (f"1.600 [{low:.3f}, {high:.3f}]", f"{np.exp(1.6):.2f}")
     assert len(score_header("loss")) == 2
 
 

@@ -14,7 +14,7 @@ from peft_layerrope.experiments.halves import half_vectors
 from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.experiments.u_shape import describe_shape
 from peft_layerrope.experiments.units import utilisation_difference
-from peft_layerrope.scoring.statistics import Interval, mean_interval
+from peft_layerrope.scoring.statistics import Interval, difference_interval
 from peft_layerrope.searcher.sensitivity import sensitivity
 
 UP, DOWN, FLAT = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.0, -0.1, 0.1)
@@ -27,10 +27,10 @@ def test_u_shape_compares_the_middle_with_both_ends(demo_model, demo_tokenizer):
     for task, (label, found) in zip(tasks, section.data["scores"].items(), strict=True):
         scores = by_hand(demo_model, task, groups=8)
         assert found == scores.to_dict()
-        gap = mean_interval(scores.correct[:, 1:-1].mean(axis=1) - scores.correct[:, 0])
+        gap = difference_interval(scores.correct[:, 1:-1].mean(axis=1) - scores.correct[:, 0])
         assert section.data["middle_minus_first"][label]["value"] == pytest.approx(gap.value, abs=1e-6)
         assert section.data["middle_minus_first"][label]["low"] == pytest.approx(gap.low, abs=1e-6)
-        gap = mean_interval(scores.correct[:, 1:-1].mean(axis=1) - scores.correct[:, -1])
+        gap = difference_interval(scores.correct[:, 1:-1].mean(axis=1) - scores.correct[:, -1])
         assert section.data["middle_minus_last"][label]["value"] == pytest.approx(gap.value, abs=1e-6)
 
 

@@ -19,7 +19,6 @@ from peft_layerrope.scoring.judging import judge
 from peft_layerrope.scoring.memory import with_halving
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import utilisation
-from peft_layerrope.scoring.statistics import mean_interval, wilson_interval
 
 
 def random_split(groups: int = 5, lengths: tuple[int, ...] = (20, 31, 26)) -> Split:
@@ -174,24 +173,18 @@ def test_utilisation_errors(scores, weights, message):
         utilisation(scores, weights)
 
 
-def test_intervals_match_textbook_formulas():
-    k, n, z = 37, 80, stats.norm.ppf(0.975)
-    centre = (k / n + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(k / n * (1 - k / n) / n + z**2 / (4 * n**2))
-    interval = wilson_interval(k, n)
-    assert (interval.low, interval.high) == pytest.approx((centre - half, centre + half))
-    values = [0.1, 0.4, 0.2, 0.5]
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert (mean_interval(values).low, mean_interval(values).high) == pytest.approx((low, high))
-
-
 def test_paired_difference_is_by_group():
     shape = (30, 4)
     rng = np.random.default_rng(0)
     a = PositionScores((0, 1, 2, 3), rng.random(shape) < 0.7, np.zeros(shape))
     b = PositionScores((0, 1, 2, 3), rng.random(shape) < 0.5, np.zeros(shape))
-    test = stats.ttest_rel(a.correct.mean(1), b.correct.mean(1))
-    gap, reference = a.paired_difference(b), test.confidence_interval(0.95)
+    gap = a.paired_difference(b)
+    assert gap.value == pytest.approx(a.correct.mean() - b.correct.mean())
+    same = PositionScores((0, 1, 2, 3), a.correct & b.correct, a.log_prob)  # one that follows the other
+    assert same.paired_difference(b).high - same.paired_difference(b).low < gap.high - gap.low
+    losses = [PositionScores((0, 1, 2, 3), s.correct, rng.standard_normal(shape), "loss") for s in (a, b)]
+    test = stats.ttest_rel(*(s.log_prob.mean(1) for s in losses))
+    gap, reference = losses[0].paired_difference(losses[1]), test.confidence_interval(0.95)
     assert (gap.low, gap.high) == pytest.approx((reference.low, reference.high))
     assert a.paired_difference(a).value == 0
     with pytest.raises(TaskError, match="cannot pair accuracy"):
