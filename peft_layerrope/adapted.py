@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,9 @@ from .tuner.config import LayerRopeConfig
 def adapted(model: nn.Module, config: LayerRopeConfig) -> Iterator[PeftModel]:
     """Injects an adapter; afterwards the model is as it was found, each module's train or eval mode included."""
     modes = [(module, module.training) for module in model.modules()]
-    peft_model = get_peft_model(model, config)
+    with warnings.catch_warnings():  # a model may have a fine-tune of its own beside quantised weights, and keeps it
+        warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+        peft_model = get_peft_model(model, config)
     try:
         yield peft_model
     finally:

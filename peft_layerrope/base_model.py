@@ -204,7 +204,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
     """
     name, where = _place(source)
-    with model_errors(source):
+    with _model_errors(source):
         return AutoConfig.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
 
 
@@ -223,7 +223,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
             f"cannot load tokenizer {name!r}: the folder has no tokenizer files, such as tokenizer.json; pass "
             "tokenizer (--tokenizer), a folder or Hub id that has them."
         )
-    with model_errors(source):
+    with _model_errors(source):
         return AutoTokenizer.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
 
 
@@ -247,7 +247,7 @@ def load_base(source: ModelSource) -> PreTrainedModel:
         arguments["quantization_config"] = quantizations.GgufConfig(dequantize=True)
     if source.device_map is not None or source.is_quantized:  # quantised weights cannot be moved afterwards
         arguments["device_map"] = source.device_map or {"": device}
-    with model_errors(source):
+    with _model_errors(source):
         config = AutoConfig.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
         auto_class = next((c for c in _AUTO_CLASSES if type(config) in c._model_mapping), AutoModelForCausalLM)
         model = auto_class.from_pretrained(name, **arguments)
@@ -322,6 +322,8 @@ def _place(source: ModelSource) -> tuple[str, dict[str, Any]]:
     else:
         check_present("model", name)
     folder = Path(name, source.subfolder or "")
+    if Path(name).is_dir() and not folder.is_dir():
+        raise LayerRopeError(f"cannot load model {name!r}: it has no subfolder {source.subfolder!r}.")
     if gguf is not None and folder.is_dir():
         _check_gguf(folder / gguf)
     elif folder.is_dir() and not (folder / "config.json").is_file():
@@ -362,14 +364,18 @@ def _check_dtype(field: str, name: str) -> None:
         raise InvalidConfigError(f"{field}={name!r} is unknown, expected auto, float32, bfloat16 or float16.")
 
 
+# ImportError: a tokenizer wants a package. RuntimeError: tensors of other shapes, or bitsandbytes on this device.
+_LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
+
+
 @contextmanager
-def model_errors(source: ModelSource) -> Iterator[None]:
+def _model_errors(source: ModelSource) -> Iterator[None]:
     """Turns what loading a model, its config or its tokenizer raises into a LayerRopeError of one line."""
+    is_gguf = "gguf_file" in _place(source)[1]
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError, LookupError, TypeError) as error:
-        # ImportError: a tokenizer wants a package; the last three: a damaged GGUF, or bitsandbytes on this device
-        if isinstance(error, MemoryError) or "out of memory" in str(error):
+    except (Exception if is_gguf else _LOADING_ERRORS) as error:  # of a damaged GGUF the reader raises what it likes
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
-        name = source.model or demo_model_path()
-        raise LayerRopeError(f"cannot load model {name!r}: {one_line(error)}") from error
+        reason = f"{one_line(error)}{' (damaged, or a kind of GGUF that transformers does not read)' * is_gguf}"
+        raise LayerRopeError(f"cannot load model {source.model or demo_model_path()!r}: {reason}.") from error

@@ -86,14 +86,14 @@ def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
         except (RuntimeError, KeyError) as error:  # tensors of other shapes
             first = str(error).strip().splitlines()
             raise LayerRopeError(f"cannot load adapter {adapter!r}: {' '.join(first[:2])}") from error
-    for warning in caught:
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     missing = any("missing adapter keys" in str(warning.message) for warning in caught)
     if missing or _unused_weights(peft_model, adapter):
         raise LayerRopeError(
             f"cannot load adapter {adapter!r}: its weights do not fit this model's layers; it is an adapter of another "
             "model."
         )
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return peft_model
 
 

@@ -113,7 +113,7 @@ class PromptEncoder:
 
     def _check_template(self) -> None:
         """Renders once: what cannot work is to be told before any long work."""
-        unknown = next((name for name in self._args if name not in self._template), None)
+        unknown = next((n for n in self._args if not re.search(rf"\b{re.escape(n)}\b", self._template)), None)
         if unknown is not None:
             raise TaskError(
                 f"chat_template_args: the tokenizer's chat template has no variable {shown(unknown)}, so it would do "
