@@ -374,7 +374,7 @@ def _model_errors(source: ModelSource) -> Iterator[None]:
     is_gguf = "gguf_file" in _place(source)[1]
     try:
         yield
-    except (Exception if is_gguf else _LOADING_ERRORS) as error:  # of a damaged GGUF the reader raises what it likes
+    except Exception if is_gguf else _LOADING_ERRORS as error:  # of a damaged GGUF the reader raises what it likes
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise
         reason = f"{one_line(error)}{' (damaged, or a kind of GGUF that transformers does not read)' * is_gguf}"

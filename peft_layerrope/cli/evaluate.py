@@ -111,7 +111,9 @@ def evaluate_command(
     Example: `layerrope evaluate --adapter demo-adapter --baseline none --baseline yarn:2`
 
     Example: `layerrope evaluate Qwen/Qwen3-8B --task multi_doc_qa --data nq-open-20_total_documents_gold_at_0.jsonl.gz
-    --chat-template --adapter my-adapter --output comparison`
+    --adapter my-adapter --output comparison`
+
+    Example: `layerrope evaluate model-q4_k_m.gguf`, `layerrope evaluate Qwen/Qwen3-8B --model-args load_in_4bit=true`
 
     Example: `layerrope evaluate Qwen/Qwen3-8B --task perplexity --data book.txt --length 8192 --adapter my-adapter`
 

@@ -51,7 +51,9 @@ def lines_of(done) -> list[dict]:
 def test_prompts_are_the_tasks_own_and_need_no_weights(model, file):
     arguments = ("prompts", str(model), "--task", "kv_retrieval", "--data", str(file))
     task = KeyValueRetrieval(tiny_bpe(chat=True), data=file)
-    wanted = [{"prompt": task.as_sent(p), "answers": [*p.answers], "position": p.position} for p in task.prompts("test", 4)]
+    wanted = [
+        {"prompt": task.as_sent(p), "answers": [*p.answers], "position": p.position} for p in task.prompts("test", 4)
+    ]
     assert lines_of(run(*arguments, "--limit", "20")) == wanted
     assert lines_of(run(*arguments, "--limit", "7")) == wanted[:7]
     one = lines_of(run(*arguments, "--position", "3", "--limit", "4", "--split", "search", "--seed", "5"))

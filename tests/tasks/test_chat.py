@@ -73,7 +73,10 @@ def test_the_template_is_in_use_where_there_is_one():
         resolved = with_chat(TaskSpecification("kv_retrieval", 300), chat)
         assert (resolved.chat_template, resolved.chat_date) == (expected, None)
     off = KeyValueRetrieval(tiny_bpe(chat=True), num_keys=5, num_positions=3, chat_template=False)
-    assert off.split("test", 2).examples == KeyValueRetrieval(tiny_bpe(), num_keys=5, num_positions=3).split("test", 2).examples
+    assert (
+        off.split("test", 2).examples
+        == KeyValueRetrieval(tiny_bpe(), num_keys=5, num_positions=3).split("test", 2).examples
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,9 @@ def test_the_template_is_in_use_where_there_is_one():
 def test_the_answer_begins_where_the_template_ends(settings, end):
     """With thinking turned off that is after the closed block; and there it is scored."""
     tokenizer = with_template(QWEN3)
-    task = KeyValueRetrieval(tokenizer, keys="words", num_keys=5, num_positions=3, system_prompt="Be brief.", **settings)
+    task = KeyValueRetrieval(
+        tokenizer, keys="words", num_keys=5, num_positions=3, system_prompt="Be brief.", **settings
+    )
     prompt, example = task.prompts("test", 1)[0], task.split("test", 1).examples[0]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": prompt.text}]
     args = settings.get("chat_template_args", {})
