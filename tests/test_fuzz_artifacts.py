@@ -44,8 +44,8 @@ from typer.testing import CliRunner
 
 import peft_layerrope
 from peft_layerrope import LayerRopeError, SearchError, restore_baked, verify
-from peft_layerrope.cli import app
 from peft_layerrope.base_model import ModelSource, load_base
+from peft_layerrope.cli import app
 from peft_layerrope.loading import load_adapter, load_adapter_config
 from peft_layerrope.searcher.specification import SearchSpecification, read_specification
 from peft_layerrope.tuner.tables import LayerScaling

@@ -38,8 +38,8 @@ from peft_layerrope import (
     use_adapter,
     verify,
 )
-from peft_layerrope.cli import app
 from peft_layerrope.base_model import ModelSource, load_base
+from peft_layerrope.cli import app
 from peft_layerrope.tuner.artifacts import FACTORS_KEY, save_adapter
 from peft_layerrope.tuner.rotary import LayerRopeLayer
 
