@@ -365,7 +365,7 @@ def _check_dtype(field: str, name: str) -> None:
 
 
 # ImportError: a tokenizer wants a package. RuntimeError: tensors of other shapes, or bitsandbytes on this device.
-_LOADING_ERRORS = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
+_EXPECTED = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
 
 
 @contextmanager
@@ -374,8 +374,8 @@ def _model_errors(source: ModelSource) -> Iterator[None]:
     is_gguf = "gguf_file" in _place(source)[1]
     try:
         yield
-    except Exception if is_gguf else _LOADING_ERRORS as error:  # of a damaged GGUF the reader raises what it likes
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    except Exception as error:  # of a damaged GGUF the reader raises what it likes
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or not (is_gguf or isinstance(error, _EXPECTED)):
             raise
         reason = f"{one_line(error)}{' (damaged, or a kind of GGUF that transformers does not read)' * is_gguf}"
         raise LayerRopeError(f"cannot load model {source.model or demo_model_path()!r}: {reason}.") from error

@@ -12,8 +12,8 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,6 +23,7 @@ from .files.untrusted import MAX_BYTES, UntrustedFileError, read_json_object
 from .messages import named, one_line, shown
 from .public_names import is_machine_path
 from .tuner.config import LayerRopeConfig
+from .tuner.injection import has_other_tuner_layers
 from .tuner.registration import LAYER_ROPE
 
 
@@ -79,15 +80,20 @@ def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
     Raises:
         LayerRopeError: it cannot be loaded, or its weights are not those of this model's layers.
     """
+    if has_other_tuner_layers(model):
+        raise LayerRopeError(
+            f"cannot load adapter {adapter!r}: it would take the place of the fine-tune that this model has beside its "
+            "quantised weights."
+        )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             peft_model = load_adapter(model, adapter)
+            found = peft_model.load_adapter(adapter, "default")  # once more: this one tells what fits nowhere
         except (RuntimeError, KeyError) as error:  # tensors of other shapes
             first = str(error).strip().splitlines()
             raise LayerRopeError(f"cannot load adapter {adapter!r}: {' '.join(first[:2])}") from error
-    missing = any("missing adapter keys" in str(warning.message) for warning in caught)
-    if missing or _unused_weights(peft_model, adapter):
+    if found.missing_keys or found.unexpected_keys:
         raise LayerRopeError(
             f"cannot load adapter {adapter!r}: its weights do not fit this model's layers; it is an adapter of another "
             "model."
@@ -95,13 +101,6 @@ def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return peft_model
-
-
-def _unused_weights(peft_model: PeftModel, adapter: str) -> set[str]:
-    """Names in the weights file that the model has no place for; PEFT passes over them without a word."""
-    with safe_open(adapter_weights(adapter), framework="pt") as file:
-        names = set(file.keys())
-    return names - set(get_peft_model_state_dict(peft_model, save_embedding_layers=True))
 
 
 def adapter_identity(adapter: str, config: PeftConfig) -> dict[str, str]:

@@ -30,8 +30,8 @@ def keep_date(task: TaskSpecification, folder: Path) -> None:
     """
     path = folder / DATE_NAME
     with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
         if task.chat_date is None:
             path.unlink(missing_ok=True)
             return
+        folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, task.chat_date + "\n")

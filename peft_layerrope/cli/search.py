@@ -71,6 +71,8 @@ def search(
     """
     with plain_errors(debug):
         typed = model_settings(model, typed)
+        if typed.get("chat_template") is False:  # also of what a file says
+            typed = {"chat_template_args": None, "system_prompt": None, "chat_date": None} | typed
         if not guards:
             typed |= {"max_tail_drop": None, "max_short_rise": None}
         specification = changed(_asked_before(output, config, resume, typed), typed)
