@@ -11,9 +11,9 @@ import argparse
 import random
 from collections.abc import Iterator
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from peft_layerrope import Example, TokenTask, demo_model_path, search
+from peft_layerrope import Example, TokenTask, load_model, search
 from peft_layerrope.searcher.progress import SilentProgress
 from peft_layerrope.tasks.words import key_words, value_words
 
@@ -43,10 +43,11 @@ def my_examples(tokenizer: PreTrainedTokenizerBase, contexts: int) -> Iterator[E
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder for the adapter")
+    parser.add_argument("--model", help="Hub id, folder or GGUF file; default: the demo model")
     parser.add_argument("--contexts", type=int, default=80, help="shared out to search, validation and test")
     args = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(demo_model_path())
-    examples = list(my_examples(AutoTokenizer.from_pretrained(demo_model_path()), args.contexts))
+    model, tokenizer = load_model(args.model)  # also: dtype=, gguf_file=, load_in_4bit=True, peft="my-lora" ...
+    examples = list(my_examples(tokenizer, args.contexts))
     task = TokenTask(examples, POSITIONS, fractions=(0.2, 0.2, 0.6), name="my lists")
     groups = {"search_groups": args.contexts // 5, "validation_groups": args.contexts // 5}
     result = search(model, task, progress=Stages(), test_groups=args.contexts * 3 // 5, **groups)

@@ -14,6 +14,7 @@ from typing import Any
 
 from peft_layerrope.searcher.plan import planned_evaluations
 from peft_layerrope.searcher.specification import SearchSpecification, read_specification
+from peft_layerrope.tasks.specification import TaskSpecification
 
 FOLDER = Path(__file__).parent
 INDEX = FOLDER / "README.md"
@@ -43,9 +44,9 @@ are. `--dry-run` at the end of a command times one evaluation on your machine, a
 {recipes}
 
 Prompts are key-value retrieval in the public format, with UUIDs, and put into the chat template where it says "chat":
-vicuna's tokenizer has none, and Qwen3's lets the model think before it answers. "At most": distinct factor vectors, the
-controls' too, each on the search split; racing and shared layers make it less. Gradient steps need the activations of
-all layers at once, and are left out at 16,384 tokens.
+vicuna's tokenizer has none, and Qwen3's would let the model think before it answers. "At most": distinct factor
+vectors, the controls' too, each on the search split; racing and shared layers make it less. Gradient steps need the
+activations of all layers at once, and are left out at 16,384 tokens.
 """
 
 
@@ -94,10 +95,17 @@ def _recipe_row(folder: Path) -> str:
         f"`{facts['model']}`",
         f"{space.num_layers}, {len(space.scaled_layers)}",
         f"{config['max_position_embeddings']:,}",
-        f"{task.length:,} tokens, {task.num_positions} positions{', chat' if task.chat_template else ''}",
+        f"{task.length:,} tokens, {task.num_positions} positions{_chat(task)}",
         f"{vectors} × {settings.search_groups * task.num_positions} prompts",
         _command(folder),
     )
+
+
+def _chat(task: TaskSpecification) -> str:
+    if not task.chat_template:
+        return ""
+    arguments = ", ".join(f"`{name}={json.dumps(value)}`" for name, value in (task.chat_template_args or {}).items())
+    return f", chat with {arguments}" if arguments else ", chat"
 
 
 def _command(folder: Path) -> str:

@@ -20,6 +20,7 @@ from .tuner.adapter_context import use_adapter
 from .tuner.baking import restore_baked
 
 if TYPE_CHECKING:
+    from .base_model import load_model
     from .comparison.compare import Comparison, compare
     from .comparison.contenders import Contender, parse_baseline
     from .hub.transfer import pull, push_to_hub
@@ -64,6 +65,7 @@ _LAZY = {
     "compare": ".comparison.compare",
     "evaluate": ".scoring.scorer",
     "load_adapter": ".loading",
+    "load_model": ".base_model",
     "parse_baseline": ".comparison.contenders",
     "plan_search": ".searcher",
     "pull": ".hub.transfer",
@@ -104,6 +106,7 @@ __all__ = [
     "demo_model_path",
     "evaluate",
     "load_adapter",
+    "load_model",
     "parse_baseline",
     "plan_search",
     "pull",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,9 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 def adapted(model: nn.Module, config: LayerRopeConfig) -> Iterator[PeftModel]:
     """Injects an adapter; afterwards the model is as it was found, each module's train or eval mode included."""
     with keeping_modes(model):
-        peft_model = get_peft_model(model, config)
+        with warnings.catch_warnings():  # a fine-tune may stay beside quantised weights
+            warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+            peft_model = get_peft_model(model, config)
         try:
             yield peft_model
         finally:

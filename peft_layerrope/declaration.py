@@ -85,10 +85,11 @@ def spellings(kind: type, name: str) -> tuple[str, ...]:
 
 def as_options(settings: Any) -> list[tuple[str, Any]]:
     """Returns settings as options of the command line; those that have their defaults are left out."""
+    given = [(spellings(type(settings), f.name)[0], getattr(settings, f.name), f.default) for f in fields(settings)]
     return [
-        (spellings(type(settings), one.name)[0], getattr(settings, one.name))
-        for one in fields(settings)
-        if getattr(settings, one.name) != one.default
+        (f"--no-{name.removeprefix('--')}", True) if value is False else (name, value)
+        for name, value, default in given
+        if value != default
     ]
 
 

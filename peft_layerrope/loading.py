@@ -1,109 +1,41 @@
-"""Loads models, tokenizers and adapters, with errors a person can act on."""
+"""Loads adapters that may come from anybody, with errors a person can act on."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel
 
 from .errors import InvalidConfigError, LayerRopeError
 from .files.adapter_files import AdapterFiles
 from .files.untrusted import MAX_BYTES, UntrustedFileError, read_json_object
 from .messages import named, one_line, shown
-from .tuner.baked_record import BAKED_CONFIG_KEY
-from .tuner.baking import restore_baked
+from .public_names import is_machine_path
 from .tuner.config import LayerRopeConfig
+from .tuner.injection import has_other_tuner_layers
 from .tuner.registration import LAYER_ROPE
 
-_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
 
-
-def load_model(
-    name_or_path: str, *, device: str | None = None, dtype: str = "auto", revision: str | None = None
-) -> PreTrainedModel:
-    """Loads a language model, or a vision-language one, from the Hub or a folder, in `eval()` mode.
-
-    Never runs code from the repository (`trust_remote_code` stays off) and reads safetensors only. Factors baked
-    into it are applied.
-
-    Args:
-        name_or_path: Hub id or folder.
-        device: `"cpu"`, `"cuda"`, ...; default: a GPU when there is one.
-        dtype: `"auto"` or a torch dtype's name.
-        revision: branch, tag or commit on the Hub; default: `main`.
-
-    Raises:
-        InvalidConfigError: there is no such device or dtype.
-        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
+def check_present(kind: str, name: str) -> None:
+    """Raises LayerRopeError of a path, which cannot be a Hub id, where there is no folder: the Hub's rules for ids
+    would be said otherwise.
     """
-    device = _checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    _check_dtype(dtype)
-    with model_errors(name_or_path):
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-        auto_class = next((c for c in _AUTO_CLASSES if type(config) in c._model_mapping), AutoModelForCausalLM)
-        # by its name: only then does transformers look for the safetensors that the Hub made of other formats
-        model = auto_class.from_pretrained(name_or_path, revision=revision or "main", dtype=dtype, use_safetensors=True)
-    if getattr(model.config, BAKED_CONFIG_KEY, None) is not None:
-        restore_baked(model)  # saved after merge_and_unload(): its weights alone know nothing of the factors
-    return model.to(device).eval()
-
-
-def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer from the Hub or a folder.
-
-    Raises:
-        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
-    """
-    with model_errors(name_or_path):
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-
-
-def _checked_device(name: str) -> torch.device:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch: unknown, absent, not compiled in
-        raise InvalidConfigError(f"device={name!r} cannot be used: {one_line(error)}") from error
-    return torch.device(name)
-
-
-def _check_dtype(name: str) -> None:
-    dtype = getattr(torch, name, None)
-    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InvalidConfigError(f"dtype={name!r} is unknown, expected auto, float32, bfloat16 or float16.")
-
-
-def _check_present(kind: str, name: str) -> None:
-    """Of a path that cannot be a Hub id, the Hub's rules for ids would be said otherwise."""
     path = Path(name)
-    if (path.is_absolute() or path.parts[:1] in ((".",), ("..",)) or len(path.parts) > 2) and not path.is_dir():
-        raise LayerRopeError(f"cannot load {kind} {name!r}: there is no such folder.")
-
-
-@contextmanager
-def model_errors(name_or_path: str) -> Iterator[None]:
-    """Turns what loading a model, its config or its tokenizer raises into a LayerRopeError of one line."""
-    _check_present("model", name_or_path)
-    try:
-        yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: a tokenizer wants a package
-        raise LayerRopeError(f"cannot load model {name_or_path!r}: {one_line(error)}") from error
+    if path.is_file():
+        raise LayerRopeError(f"cannot load {kind} {name!r}: it is a file, expected a folder or a Hub id.")
+    if (is_machine_path(name) or name.endswith(".gguf") or len(path.parts) > 2) and not path.is_dir():
+        raise LayerRopeError(f"cannot load {kind} {name!r}: there is no such folder{' or file' * (kind == 'model')}.")
 
 
 def load_adapter(
@@ -140,6 +72,56 @@ def load_adapter(
         if kind is not LAYER_ROPE:
             _find_weights(files, kind)  # PEFT would fall back to a pickle
         return PeftModel.from_pretrained(model, adapter, adapter_name, **kwargs)
+
+
+def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
+    """Does what [`load_adapter`] does, and refuses an adapter of another base.
+
+    Raises:
+        LayerRopeError: it cannot be loaded, or its weights are not those of this model's layers.
+    """
+    if has_other_tuner_layers(model):
+        raise LayerRopeError(
+            f"cannot load adapter {adapter!r}: it would take the place of the fine-tune that this model has beside its "
+            "quantised weights."
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            peft_model = load_adapter(model, adapter)
+            found = peft_model.load_adapter(adapter, "default")  # once more: this one tells what fits nowhere
+        except (RuntimeError, KeyError) as error:  # tensors of other shapes
+            first = str(error).strip().splitlines()
+            raise LayerRopeError(f"cannot load adapter {adapter!r}: {' '.join(first[:2])}") from error
+    if found.missing_keys or found.unexpected_keys:
+        raise LayerRopeError(
+            f"cannot load adapter {adapter!r}: its weights do not fit this model's layers; it is an adapter of another "
+            "model."
+        )
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return peft_model
+
+
+def adapter_identity(adapter: str, config: PeftConfig) -> dict[str, str]:
+    """Returns what an adapter does as JSON values: its kind, and a SHA-256 of its settings and of its weights.
+
+    Args:
+        adapter: Hub id or folder.
+        config: its configuration.
+
+    Raises:
+        LayerRopeError: it has no weights file.
+    """
+    values = {k: v for k, v in config.to_dict().items() if k not in ("base_model_name_or_path", "inference_mode")}
+    with adapter_weights(adapter).open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
+    settings = hashlib.sha256(json.dumps(values, sort_keys=True, default=_plain).encode()).hexdigest()
+    return {"kind": config.peft_type.value, "config": settings, "weights": weights}
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def load_peft_config(adapter: str) -> PeftConfig:
@@ -187,7 +169,7 @@ def _find_weights(files: AdapterFiles, kind: PeftType) -> Path:
 def _adapter_errors(files: AdapterFiles) -> Iterator[PeftType]:
     """Yields the adapter's kind, from a look at its `adapter_config.json` before PEFT reads it whatever it is."""
     adapter = files.location
-    _check_present("adapter", adapter)
+    check_present("adapter", adapter)
     if files.folder.is_dir() and not (files.folder / CONFIG_NAME).is_file():
         raise LayerRopeError(f"{str(files.folder)!r} is not an adapter folder: it has no {CONFIG_NAME}.")
     try:

@@ -27,9 +27,13 @@ def shown_names(names: Sequence[Any], limit: int = 5) -> str:
 
 
 def one_line(error: Exception | str) -> str:
-    """Returns the first line of another library's message, cut short; the error's kind if it has none."""
+    """Returns the first line of another library's message, cut short; the error's kind if it has none. A line that ends
+    in a colon goes on with the next one.
+    """
     text = str(error).strip()[: 10 * _LONGEST]
-    line = (text.splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in text.splitlines()] or [type(error).__name__]
+    stop = next((i for i, line in enumerate(lines, start=1) if not line.endswith(":")), len(lines))
+    line = " ".join(lines[:stop])
     return _cut("".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line))
 
 

@@ -13,11 +13,14 @@ _CACHED_SNAPSHOT = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]
 def is_local_path(name: str) -> bool:
     """Whether a model's name is a path rather than an id of the Hub.
 
-    `owner/name` could be either; it counts as a path where it holds a model, as it does for transformers.
+    `owner/name` could be either; it counts as a path where it holds a model or an adapter, as it does for
+    transformers and PEFT.
     """
     if name == DEMO_NAME:  # in this project's own folder it would look like a path
         return False
-    return is_machine_path(name) or name.count("/") > 1 or "\\" in name or (Path(name) / "config.json").is_file()
+    folder = Path(name)
+    is_folder = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+    return is_machine_path(name) or name.count("/") > 1 or "\\" in name or is_folder or name.endswith(".gguf")
 
 
 def is_machine_path(text: str) -> bool:

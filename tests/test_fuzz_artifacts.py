@@ -44,8 +44,9 @@ from typer.testing import CliRunner
 
 import peft_layerrope
 from peft_layerrope import LayerRopeError, SearchError, restore_baked, verify
+from peft_layerrope.base_model import ModelSource, load_base
 from peft_layerrope.cli import app
-from peft_layerrope.loading import load_adapter, load_adapter_config, load_model
+from peft_layerrope.loading import load_adapter, load_adapter_config
 from peft_layerrope.searcher.specification import SearchSpecification, read_specification
 from peft_layerrope.tuner.tables import LayerScaling
 
@@ -539,9 +540,9 @@ def test_a_baked_checkpoint_on_disk(tmp_path):
     for record in ([], "x", 1, {}, {"layer_factors": [1.0]}, {**CONFIG, "factor": 2}, {**CONFIG, "layer_factors": {}}):
         path.write_text(json.dumps({**values, "layer_rope": record}))
         with pytest.raises(LayerRopeError, match=r"layer_rope|layer_factors has"):
-            load_model(str(tmp_path), device="cpu")
+            load_base(ModelSource(str(tmp_path), device="cpu"))
     path.write_text(json.dumps({**values, "layer_rope": CONFIG}))
-    check_measured(load_model(str(tmp_path), device="cpu"), CONFIG)
+    check_measured(load_base(ModelSource(str(tmp_path), device="cpu")), CONFIG)
 
 
 LETTERS = "abcdefghijklmno"
@@ -706,7 +707,13 @@ def _violations(source: str) -> Iterator[str]:
 
 
 # A search's own worker process unpacks the model that the search packed for it; no file is read.
-ALLOWED = {"searcher/ray_actor.py: torch.load()", "searcher/ray_actor.py: weights_only=False"}
+ALLOWED = {
+    "searcher/ray_actor.py: torch.load()",
+    "searcher/ray_actor.py: weights_only=False",
+    # off unless it is typed: see tests/test_base_model.py
+    "base_model.py: trust_remote_code=source.trust_remote_code",
+    "base_model.py: 'trust_remote_code'",
+}
 
 
 def test_the_package_runs_no_code_from_files():

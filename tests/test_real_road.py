@@ -35,9 +35,8 @@ SETTINGS = {
 
 
 def task_of(tokenizer, num_keys: int = 4, max_new_tokens: int = 12, **settings) -> KeyValueRetrieval:
-    return KeyValueRetrieval(
-        tokenizer, num_keys=num_keys, num_positions=3, keys="syllables", max_new_tokens=max_new_tokens, **settings
-    )
+    settings |= {"num_positions": 3, "keys": "syllables", "max_new_tokens": max_new_tokens, "chat_template": False}
+    return KeyValueRetrieval(tokenizer, num_keys=num_keys, **settings)
 
 
 def by_plain_generate(model, tokenizer, prompt: str, max_new_tokens: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -59,6 +60,7 @@ class HeldOut:
         table: the comparison with simpler choices, in Markdown.
         remarks: sentences that belong to it: cost, guards, edges of the range.
         differences: the adapter's average minus that of others, by their label.
+        base: how the base model was loaded, as `describe_loading` tells it.
     """
 
     scores: PositionScores
@@ -67,6 +69,7 @@ class HeldOut:
     table: str
     remarks: Sequence[str] = ()
     differences: Mapping[str, Interval] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
 
 
 def model_card(
@@ -86,8 +89,8 @@ def model_card(
     """
     base_model = public_name(base_model)
     sections = [
-        _head(base_model, config),
-        _use(base_model),
+        _head(base_model, config, held_out),
+        _use(base_model, held_out.base if held_out is not None else {}),
         *([_results(held_out, files)] if held_out is not None else []),
         _plots(held_out, files),
         _limits(config, held_out),
@@ -163,9 +166,10 @@ def _eval_results(held_out: HeldOut) -> list[EvalResult]:
     ]
 
 
-def _head(base_model: str, config: LayerRopeConfig) -> str:
+def _head(base_model: str, config: LayerRopeConfig, held_out: HeldOut | None) -> str:
     factors = config.layer_factors or []
     rows = {
+        **(_searched_on(held_out.base, held_out.task) if held_out is not None else {}),
         "`rope_type`": f"`{config.rope_type}`: {_ROPE_TYPES[config.rope_type]}",
         "`factor`": f"{config.factor:g}" if config.rope_type != "default" else "",
         "`layer_factors`": format_factors(factors) + (" for every layer" if len(set(factors)) == 1 else ""),
@@ -182,6 +186,26 @@ switched and taken off at any time, also beside a LoRA.
 | | |
 | --- | --- |
 {table}"""
+
+
+def _searched_on(base: Mapping[str, Any], task: Mapping[str, Any]) -> dict[str, str]:
+    """How the base was loaded and prompted when the factors were chosen: rows of the table."""
+    tune = base.get("peft")
+    rows = {"loaded as": ", ".join(f"`{name}={_code(value)}`" for name, value in base.items() if name != "peft")}
+    if tune is not None:
+        how = "merged" if tune["merged"] else "active beside quantised weights"
+        rows["fine-tune"] = f"{tune['kind']} `{_code(tune['name'])}`, {how}, SHA-256 `{tune['weights'][:16]}`"
+    if task.get("chat_template"):
+        names = {"chat_template_args": "with", "system_prompt": "system prompt", "chat_date": "date"}
+        parts = [f"{text} `{_code(task[name])}`" for name, text in names.items() if task.get(name)]
+        rows["prompts"] = ", ".join(["chat template", *parts])
+    return rows
+
+
+def _code(value: Any) -> str:
+    """A value inside backticks and a table's cell."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return " ".join(text.replace("`", "'").replace("|", "/").split())
 
 
 _ROPE_TYPES = {
@@ -207,11 +231,21 @@ def _tokens(number: int | None) -> str:
     return "" if number is None else f"{number:,} tokens"
 
 
-def _use(base_model: str) -> str:
+def _use(base_model: str, loaded: Mapping[str, Any]) -> str:
     base = _base_expression(base_model)
+    given = {name: value["name"] if name == "peft" else value for name, value in loaded.items()}
+    if set(given) <= {"dtype"}:
+        note = ""
+    else:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        note = f"""
+
+The factors were searched on `model, tokenizer = peft_layerrope.load_model({base}, {arguments})`: take that in place of
+`AutoModelForCausalLM.from_pretrained(base)` below."""
     return f"""## Use
 
-It needs the package `peft-layerrope`. `import peft_layerrope`, once per process, tells PEFT about this adapter type.
+It needs the package `peft-layerrope`. `import peft_layerrope`, once per process, tells PEFT about this adapter
+type.{note}
 
 ```py
 import peft_layerrope

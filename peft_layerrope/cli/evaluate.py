@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import PreTrainedModel
 
 from .. import __version__
+from ..base_model import describe_loading, load_tokenizer
 from ..comparison.compare import Comparison, compare
 from ..comparison.contenders import BASELINES, Contender, parse_baseline
 from ..comparison.report import (
@@ -38,7 +39,8 @@ from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
 from ..tasks import PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
 from .app import app, err, out, plain_errors, resumable
-from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of, with_difficulty
+from .inputs import build_task, display_name, load, resolve_task, window_of, with_difficulty
+from .kept_date import keep_date, with_kept_date
 from .options import (
     Compute,
     ComputeOptions,
@@ -109,7 +111,9 @@ def evaluate_command(
     Example: `layerrope evaluate --adapter demo-adapter --baseline none --baseline yarn:2`
 
     Example: `layerrope evaluate Qwen/Qwen3-8B --task multi_doc_qa --data nq-open-20_total_documents_gold_at_0.jsonl.gz
-    --chat-template --adapter my-adapter --output comparison`
+    --adapter my-adapter --output comparison`
+
+    Example: `layerrope evaluate model-q4_k_m.gguf`, `layerrope evaluate Qwen/Qwen3-8B --model-args load_in_4bit=true`
 
     Example: `layerrope evaluate Qwen/Qwen3-8B --task perplexity --data book.txt --length 8192 --adapter my-adapter`
 
@@ -120,23 +124,26 @@ def evaluate_command(
     `--resume` goes on with them.
     """
     with plain_errors(debug):
-        specification, compute = TaskSpecification(**asked), Compute(**computing)
+        specification = TaskSpecification(**asked)
         contenders = _contenders(adapter or [], baseline or [])
         _check_options(output, resume, overwrite)
         check_file(json_output, "--json")
         check_plot(plot)
-        tokenizer = tokenizer_of(model)
-        specification = resolve_task(specification, window_of(model), is_demo=model is None)
+        compute = Compute.of(model, computing)
+        source = compute.source
+        tokenizer = load_tokenizer(source)
+        specification = with_kept_date(specification, output, resume)
+        specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
         loaded = None
         if specification.difficulty is not None:
-            loaded = load(model, compute.device, compute.dtype)
+            loaded = load(source)
             specification = with_difficulty(specification, tokenizer, loaded, compute.batch_tokens)
         built = build_task(specification, tokenizer)
         examples = built.split(split.value, groups)
         if buckets is not None and examples.measure != "loss":
             raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
         if loaded is None:
-            loaded = load(model, compute.device, compute.dtype)
+            loaded = load(source)
         found = None
         if isinstance(built, PromptTask):
             found = _preflight(loaded, built, split.value, groups, compute.batch_tokens)
@@ -149,6 +156,7 @@ def evaluate_command(
                 stack.enter_context(locked(output, _LOCK_NAME))
                 if overwrite:
                     _clear(output)
+                keep_date(specification, output)
             with _progress() as progress:
                 comparison = compare(
                     loaded,
@@ -162,10 +170,11 @@ def evaluate_command(
                     progress=progress,
                 )
             try:
-                _print(comparison, display_name(model), found.remarks() if found is not None else [])
+                _print(comparison, display_name(source.model), found.remarks() if found is not None else [])
             finally:  # also where nobody reads what is printed
                 name = public_name(loaded.config._name_or_path)
-                content = {"model": name, "version": __version__, **comparison.to_dict()}
+                base = describe_loading(loaded)
+                content = {"model": name, "base": base, "version": __version__, **comparison.to_dict()}
                 if found is not None:
                     content["preflight"] = found.describe()
                 if json_output is not None:

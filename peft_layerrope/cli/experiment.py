@@ -17,7 +17,7 @@ from ..experiments.search_record import RECORD_NAME, read_record
 from ..loading import load_adapter_config
 from ..searcher import FactorGrid, SearchSettings
 from ..tasks import Task
-from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
+from ..tasks.specification import TASK_NAMES, TaskName
 from ..tuner.config import LayerRopeConfig
 from .app import app, err
 from .experiment_run import AdapterOption, AdaptersOption, GroupsOption, Run, experiment, experiment_app
@@ -200,6 +200,5 @@ def _parse_cell(text: str) -> tuple[TaskName, int | None]:
 
 
 def _cell_task(run: Run, name: TaskName, length: int | None) -> Task:
-    asked = run.specification
-    specification = asked if asked.name == name else TaskSpecification(name, asked.length, task_seed=asked.task_seed)
+    specification = run.specification.of_task(name)
     return run.make_task(specification) if length is None else task_of_length(run.make_task, specification, length)

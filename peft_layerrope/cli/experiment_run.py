@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base_model import load_tokenizer
 from ..declaration import declared, option
 from ..errors import SearchError
 from ..experiments.commands import command_line
@@ -25,7 +26,8 @@ from ..tasks import Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.sites import trained_window
 from .app import INTERRUPTED, err, out, plain_errors
-from .inputs import build_task, load, resolve_task, tokenizer_of
+from .inputs import build_task, load, resolve_task
+from .kept_date import keep_date, with_kept_date
 from .options import (
     Compute,
     ComputeOptions,
@@ -96,7 +98,6 @@ class Run:
     """One call of an experiment's command. The model is loaded when it is first asked for."""
 
     name: str
-    model_option: str | None
     asked: TaskSpecification
     kept: Kept
     compute: Compute
@@ -105,12 +106,12 @@ class Run:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model, without an adapter."""
-        return load(self.model_option, self.compute.device, self.compute.dtype)
+        return load(self.compute.source)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
-        return tokenizer_of(self.model_option)
+        return load_tokenizer(self.compute.source)
 
     @cached_property
     def window(self) -> int | None:
@@ -120,7 +121,8 @@ class Run:
     @cached_property
     def specification(self) -> TaskSpecification:
         """The task that was asked for, nothing left open."""
-        return resolve_task(self.asked, self.window, is_demo=self.model_option is None)
+        asked = with_kept_date(self.asked, self.kept.output, self.kept.resume)
+        return resolve_task(asked, self.window, self.compute.source.model is None, self.tokenizer)
 
     @cached_property
     def task(self) -> Task:
@@ -148,7 +150,8 @@ class Run:
             err.print(f"written: {self.kept.output / self.name}.json, .md and plots", highlight=False, soft_wrap=True)
 
     def _kept(self, folder: Path, experiment: Callable[[Measuring], Section]) -> Section:
-        asked = {"command": self.command, "model": model_fingerprint(self.model), "dtype": self.compute.dtype}
+        asked = {"command": self.command, "model": model_fingerprint(self.model), "dtype": self.compute.source.dtype}
+        keep_date(self.specification, folder)
         return kept_section(folder, self.name, asked, self.kept.resume, lambda work: self._made(experiment, work))
 
     def _made(self, experiment: Callable[[Measuring], Section], work: Path | None = None) -> Section:
@@ -175,9 +178,9 @@ def experiment(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
             **own: Any,
         ) -> None:
             with plain_errors(debug):
-                kept, compute = Kept(**keeping), Compute(**computing)
-                run = Run(name, model, TaskSpecification(**asked), kept, compute, _repeated(name, context))
+                specification, kept = TaskSpecification(**asked), Kept(**keeping)
                 kept.check(name)
+                run = Run(name, specification, kept, Compute.of(model, computing), _repeated(name, context))
                 function(run=run, **own)
 
         own = parameters_of(function)
@@ -193,7 +196,10 @@ def _repeated(name: str, context: typer.Context) -> str:
     """The command line that repeats this call: what differs from the defaults."""
     model = context.params["model"]
     options = [
-        (option.opts[0], context.params[option.name])
+        # of a switch that is off by default the other spelling turns it off
+        (option.secondary_opts[0], True)
+        if context.params[option.name] is False and option.secondary_opts
+        else (option.opts[0], context.params[option.name])
         for option in context.command.params
         if option.name not in ("model", *_NOT_PART_OF_THE_RESULT) and context.params[option.name] != option.default
     ]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base_model import ModelSource, describe_loading, load_base, load_config
 from ..demo import demo_model_path
 from ..errors import TaskError
-from ..loading import load_model, load_tokenizer, model_errors
+from ..public_names import public_name
 from ..scoring.preflight import find_difficulty
 from ..scoring.scorer import Scorer
 from ..tasks import PromptTask, Task
-from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task
+from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task, with_chat
 from .app import err
 
 DEMO_LENGTH_FACTOR = 2  # the demo is searched beyond its window, which is what it repairs
@@ -23,50 +24,60 @@ def display_name(model: str | None) -> str:
     return "demo model" if model is None else model
 
 
-def load(model: str | None, device: str | None = None, dtype: str = "auto") -> PreTrainedModel:
-    """Loads a model, or the demo model."""
-    return load_model(model or demo_model_path(), device=device, dtype=dtype)
+def load(source: ModelSource) -> PreTrainedModel:
+    """Loads a model, and says so where its fine-tune names another base."""
+    model = load_base(source)
+    trained_on = describe_loading(model).get("peft", {}).get("trained_on")
+    name = public_name(source.model or demo_model_path())
+    if trained_on not in (None, name):
+        err.print(
+            f"note: peft={source.peft} was trained on {trained_on}, and is put onto {name}.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return model
 
 
-def tokenizer_of(model: str | None) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer, or the demo model's."""
-    return load_tokenizer(model or demo_model_path())
-
-
-def resolve_task(task: TaskSpecification, window: int | None, is_demo: bool) -> TaskSpecification:
-    """Returns the specification with the task and its length filled in; says so if that is beyond the window.
+def resolve_task(
+    task: TaskSpecification, window: int | None, is_demo: bool, tokenizer: PreTrainedTokenizerBase
+) -> TaskSpecification:
+    """Returns the specification with nothing left open; says so if its length is beyond the window.
 
     Args:
         task: what was asked for.
         window: the model's trained window; None if its config does not say.
         is_demo: whether the model is the demo model.
+        tokenizer: the model's.
 
     Raises:
-        TaskError: neither length nor window is known, or a setting that the resolved task does not have.
+        TaskError: neither length nor window is known, a setting that the resolved task does not have, or a chat
+            template that does not work.
     """
-    task = with_defaults(task, window, is_demo)
+    task = with_defaults(task, window, is_demo, tokenizer)
     if window is not None and task.length > window:
         err.print(f"prompts of {task.length} tokens are {task.length / window:g}× the model's window of {window}.")
     return task
 
 
-def with_defaults(task: TaskSpecification, window: int | None, is_demo: bool) -> TaskSpecification:
+def with_defaults(
+    task: TaskSpecification, window: int | None, is_demo: bool, tokenizer: PreTrainedTokenizerBase
+) -> TaskSpecification:
     """Does [`resolve_task`]'s work without a word."""
     if window is None and task.length is None:
         raise TaskError("the model's config names no trained window (max_position_embeddings): pass --length.")
     length = task.length if task.length is not None else window * (DEMO_LENGTH_FACTOR if is_demo else 1)
-    return replace(task, name=task.name or ("kv_words" if is_demo else DEFAULT_TASK), length=length)
+    task = replace(task, name=task.name or ("kv_words" if is_demo else DEFAULT_TASK), length=length)
+    return with_chat(task, tokenizer)
 
 
-def window_of(model: str | None) -> int | None:
+def window_of(source: ModelSource) -> int | None:
     """Returns a model's trained window from its config alone; None if that does not say.
 
     Raises:
         LayerRopeError: the config cannot be loaded.
     """
-    source = model or demo_model_path()
-    with model_errors(source):
-        config = AutoConfig.from_pretrained(source)
+    config = load_config(source)
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import field
 from enum import StrEnum
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic import Field
 
-from ..declaration import declarations, declared, default_of, spellings
-from ..errors import SearchError
+from ..base_model import ModelSource, check_source, parse_model_args
+from ..declaration import changed, declarations, declared, default_of, spellings
+from ..errors import InvalidConfigError, SearchError
+from ..messages import shown
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..searcher.settings import BatchTokens
-from ..searcher.specification import Device, Dtype
 from ..tasks import SPLIT_NAMES
 from ..tasks.specification import TaskSpecification
 
@@ -69,9 +72,9 @@ def _spelled(kind: type, name: str, also: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _typed_as(annotation: Any) -> Any:
-    """A tuple of any length is typed as one text, which its field reads."""
+    """A tuple of any length, and a mapping, are typed as one text, which their field reads."""
     parts = get_args(annotation)
-    if get_origin(annotation) is tuple and parts[-1] is Ellipsis:
+    if get_origin(annotation) is dict or (get_origin(annotation) is tuple and parts[-1] is Ellipsis):
         return str
     return _typed_as(parts[0]) | None if type(None) in parts else annotation
 
@@ -147,7 +150,7 @@ SplitChoice = StrEnum("SplitChoice", {name: name for name in SPLIT_NAMES})
 
 task_option = partial(typer.Option, rich_help_panel="Task")
 
-ModelArgument = Annotated[str | None, typer.Argument(help="Hub id or folder. Default: the demo model.")]
+ModelArgument = Annotated[str | None, typer.Argument(help=declarations(ModelSource)["model"].description)]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -157,10 +160,57 @@ class Compute:
     """How a model is loaded and run."""
 
     batch_tokens: BatchTokens = DEFAULT_BATCH_TOKENS
-    device: Device = None
-    dtype: Dtype = "auto"
+    source: Annotated[ModelSource, Field(description="The model.")] = field(default_factory=ModelSource)
+
+    @classmethod
+    def of(cls, model: str | None, typed: Typed) -> Compute:
+        """Makes them of what was typed, after a look at whether the model can be loaded.
+
+        Raises:
+            LayerRopeError: a value that cannot work, or a model that cannot be loaded.
+        """
+        made = changed(cls(), model_settings(model, typed))
+        check_source(made.source)
+        return made
+
+
+MODEL_ARGS = Parameter(
+    "model_args",
+    Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None,
+        typer.Option(
+            "--model-args",
+            help="How the model is loaded, key=value,key=value as lm-eval spells it: "
+            f"{', '.join(name for name in declarations(ModelSource) if name != 'model')}. peft is a fine-tune of "
+            "yours, put onto the base before anything else.",
+            rich_help_panel="Model",
+        ),
+    ],
+)
+
+
+def model_settings(model: str | None, typed: Typed) -> Typed:
+    """Returns what was typed with the model, and with the arguments of `--model-args` by their names.
+
+    Raises:
+        InvalidConfigError: an unknown argument, or one that contradicts an option.
+    """
+    given = {name: value for name, value in typed.items() if name != MODEL_ARGS.name}
+    if model is not None:
+        given["model"] = model
+    arguments = parse_model_args(typed.get(MODEL_ARGS.name) or "")
+    ModelSource(**arguments)
+    for name, value in arguments.items():
+        if given.get(name, value) != value:
+            raise InvalidConfigError(
+                f"model_args: {name}={shown(value)} contradicts {shown(given[name])}, given beside."
+            )
+        given[name] = value
+    return given
 
 
 TaskOptions = Annotated[Typed, options_of(TaskSpecification)]
-ComputeOptions = Annotated[Typed, options_of(Compute)]
-LoadOptions = Annotated[Typed, options_of(Compute, "device", "dtype")]
+ComputeOptions = Annotated[Typed, (*options_of(Compute), MODEL_ARGS)]
+LoadOptions = Annotated[Typed, (*options_of(ModelSource), MODEL_ARGS)]

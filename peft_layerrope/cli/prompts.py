@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..base_model import load_tokenizer
 from ..errors import TaskError
 from ..files.strict_json import to_json
 from ..scoring.preflight import preflight, with_targets
@@ -14,7 +15,7 @@ from ..scoring.scorer import Scorer
 from ..tasks import PromptTask, SplitName, Task
 from ..tasks.specification import TaskSpecification
 from .app import app, err, plain_errors
-from .inputs import build_task, load, tokenizer_of, window_of, with_defaults
+from .inputs import build_task, load, window_of, with_defaults
 from .options import (
     Compute,
     ComputeOptions,
@@ -64,10 +65,13 @@ def prompts_command(
     with plain_errors(debug):
         if targets and position is not None:
             raise TaskError(f"--targets shows the task's own positions: leave --position {position} out.")
-        specification = with_defaults(TaskSpecification(**asked), window_of(model), is_demo=model is None)
+        compute = Compute.of(model, computing)
+        source, specification = compute.source, TaskSpecification(**asked)
         if specification.name == "perplexity":
             raise TaskError("--task perplexity has no prompts: it scores running text.")
-        built = build_task(specification, tokenizer_of(model))
+        tokenizer = load_tokenizer(source)
+        specification = with_defaults(specification, window_of(source), source.model is None, tokenizer)
+        built = build_task(specification, tokenizer)
         wanted = built.positions if position is None else (position,)
         num_groups = -(-limit // len(wanted))
         if "length" in asked:
@@ -77,20 +81,19 @@ def prompts_command(
             text = built.as_sent(prompt) if isinstance(built, PromptTask) else prompt.text
             lines.append({"prompt": text, "answers": list(prompt.answers), "position": prompt.position})
         if targets:
-            compute = Compute(**computing)
-            found = _targets(built, model, compute, split.value, num_groups)
+            found = _targets(built, compute, split.value, num_groups)
             lines = [line | target for line, target in zip(lines, found, strict=False)]
         for line in lines:
             typer.echo(to_json(line))
 
 
-def _targets(task: Task, model: str | None, compute: Compute, split: SplitName, groups: int) -> list[dict[str, Any]]:
+def _targets(task: Task, compute: Compute, split: SplitName, groups: int) -> list[dict[str, Any]]:
     """Of each example of a split what the model writes before its answer, and the answer's tokens; on stderr what was
     found out.
     """
     if not isinstance(task, PromptTask):
         raise TaskError(f"--targets: {task.name} has no written answers to learn from.")
-    scorer = Scorer(load(model, compute.device, compute.dtype), batch_tokens=compute.batch_tokens)
+    scorer = Scorer(load(compute.source), batch_tokens=compute.batch_tokens)
     found = preflight(scorer, task, wanted={split: groups})
     for line in found.remarks():
         err.print(line, highlight=False, markup=False)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..declaration import spellings
+from ..base_model import ModelSource, check_source, format_model_args, load_tokenizer
+from ..declaration import changed, spellings
 from ..demo import DEMO_NAME
 from ..errors import SearchError
 from ..experiments.commands import command_line
@@ -26,11 +27,21 @@ from ..tasks.specification import TASK_NAMES, TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
 from .app import app, err, out, plain_errors, resumable
-from .inputs import build_task, load, resolve_task, tokenizer_of
-from .options import Compute, ComputeOptions, DebugOption, Typed, options_of, takes_settings
+from .inputs import build_task, load, resolve_task
+from .options import (
+    MODEL_ARGS,
+    Compute,
+    ComputeOptions,
+    DebugOption,
+    Typed,
+    model_settings,
+    options_of,
+    takes_settings,
+)
 from .output import check_output
 
 _SPECIFICATION_NAME, _LOCK_NAME = "search.yaml", "report.lock"
+_NOT_TAKEN = ("device", "trust_remote_code")
 _LONGEST = 64  # times the trained window: more is a damaged or hostile file
 
 
@@ -70,18 +81,19 @@ def report_command(
     Example: `layerrope report demo-adapter --quick --format md --output demo.md`
     """
     with plain_errors(debug):
-        compute, output = Compute(**computing), output or folder / f"report.{kind.value}"
+        output = output or folder / f"report.{kind.value}"
         record, config = read_record(folder), load_adapter_config(str(folder))
         _check(record, config, folder, output)
         sections = output.with_suffix("")
         check_free(sections, _LOCK_NAME)
         check_output(sections, resume, overwrite)
-        source = model or (None if record.model == DEMO_NAME else record.model)
-        specification = _changed(_specification(folder, record), asked)
-        tokenizer, loaded = tokenizer_of(source), load(source, compute.device, compute.dtype)
+        searched = _searched(folder, record)
+        compute = _compute(searched, model, computing)
+        specification = _changed(searched.task, asked)
+        tokenizer, loaded = load_tokenizer(compute.source), load(compute.source)
         factor_vector(loaded, config)
         window = trained_window(loaded)
-        specification = resolve_task(specification, window, is_demo=source is None)
+        specification = resolve_task(specification, window, compute.source.model is None, tokenizer)
         if window is not None and specification.length > _LONGEST * window:
             raise SearchError(
                 f"{folder}: prompts of {specification.length} tokens are more than {_LONGEST}× the model's window of "
@@ -89,7 +101,8 @@ def report_command(
             )
         request = ReportRequest(
             model=loaded,
-            model_option=source,
+            model_option=compute.source.model,
+            model_args=format_model_args(compute.source),
             adapter=str(folder),
             config=config,
             grid=record.grid,
@@ -100,8 +113,16 @@ def report_command(
             quick=quick,
         )
         request.task()  # a task that cannot be made stops here
-        options = [("--model", model), ("--also", list(also or [])), ("--groups", groups), ("--quick", quick)]
+        options = [
+            ("--model", model),
+            ("--model-args", computing.get(MODEL_ARGS.name)),
+            ("--also", list(also or [])),
+            ("--groups", groups),
+            ("--quick", quick),
+        ]
         options += [(spellings(TaskSpecification, name)[0], value) for name, value in asked.items()]
+        own = [name for name in ("dtype", "tokenizer", "gguf_file") if name in computing]
+        options += [(spellings(ModelSource, name)[0], computing[name]) for name in own]
         command = command_line(["report", str(folder)], options)
         with resumable("the same command and --resume."), locked(sections, _LOCK_NAME):
             with RichProgress(err) as audience:
@@ -123,21 +144,35 @@ def _check(record: SearchRecord, config: LayerRopeConfig, folder: Path, output: 
         raise SearchError(f"--output {output} is a folder, expected a file such as report.html.")
 
 
-def _specification(folder: Path, record: SearchRecord) -> TaskSpecification:
-    """The task that was searched on; a file that it read is named by whoever asks for the report."""
+def _compute(searched: SearchSpecification, model: str | None, computing: Typed) -> Compute:
+    """The searched model, loaded as it was then, changed by what was typed. The file may be a stranger's: whether code
+    of the model may run has to be typed.
+    """
+    known = {f.name: getattr(searched, f.name) for f in fields(ModelSource) if f.name not in _NOT_TAKEN}
+    compute = changed(Compute(), known | model_settings(model, computing))
+    check_source(compute.source)
+    return compute
+
+
+def _searched(folder: Path, record: SearchRecord) -> SearchSpecification:
+    """The search that is reported on; a file that its task read is named by whoever asks for the report."""
     path = folder / _SPECIFICATION_NAME
     if path.is_file():
-        found = SearchSpecification.of(read_specification(path), str(path)).task
-        found = replace(found, length=found.length or record.task.length)
-        return replace(found, data=None) if found.data is not None else found
+        found = SearchSpecification.of(read_specification(path), str(path))
+        task = replace(found.task, length=found.task.length or record.task.length, data=None)
+        return replace(found, model=_model_of(record), task=task)
     if record.task.name not in TASK_NAMES:
         raise SearchError(f"{folder}: the search's task {record.task.name!r} is not one of {', '.join(TASK_NAMES)}.")
     positions = len(record.task.positions) if record.task.name != "perplexity" else None
-    return TaskSpecification(record.task.name, record.task.length, positions or None, record.task.seed)
+    task = TaskSpecification(record.task.name, record.task.length, positions or None, record.task.seed)
+    return SearchSpecification(model=_model_of(record), task=task)
+
+
+def _model_of(record: SearchRecord) -> str | None:
+    return None if record.model == DEMO_NAME else record.model
 
 
 def _changed(specification: TaskSpecification, changes: Typed) -> TaskSpecification:
-    """Another task has none of the settings of the one that was searched on but length and seed."""
-    if changes.get("name", specification.name) != specification.name:
-        specification = TaskSpecification(length=specification.length, task_seed=specification.task_seed)
-    return replace(specification, **changes)
+    """Another task has few of the settings of the one that was searched on."""
+    name = changes.get("name", specification.name)
+    return replace(specification.of_task(name) if name is not None else specification, **changes)

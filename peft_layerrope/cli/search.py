@@ -14,10 +14,10 @@ import typer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .. import report
+from ..base_model import check_source, load_tokenizer
 from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT
 from ..declaration import changed
-from ..demo import demo_model_path
-from ..errors import LayerRopeError
+from ..errors import LayerRopeError, SearchError
 from ..files.atomic import writing
 from ..files.run_lock import FolderInUseError, check_free, locked
 from ..searcher import SearchResult, plan_search
@@ -26,8 +26,8 @@ from ..searcher.result import REPORT_NAME, TIMING_NAME
 from ..searcher.specification import SearchSpecification, read_specification
 from ..searcher.state import LOCK_NAME, LOG_NAME, STATE_NAME
 from .app import app, err, out, plain_errors, resumable, shell_word
-from .inputs import build_task, load, resolve_task, tokenizer_of, window_of, with_difficulty
-from .options import DebugOption, ModelArgument, Typed, options_of, takes_settings
+from .inputs import build_task, load, resolve_task, window_of, with_difficulty
+from .options import MODEL_ARGS, DebugOption, ModelArgument, Typed, model_settings, options_of, takes_settings
 from .output import check_output
 
 _run_option = partial(typer.Option, rich_help_panel="Running")
@@ -43,7 +43,7 @@ def search(
     *,
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the report, the plots and the state.")],
     model: ModelArgument = None,
-    typed: Annotated[Typed, options_of(SearchSpecification)],
+    typed: Annotated[Typed, (*options_of(SearchSpecification), MODEL_ARGS)],
     guards: Annotated[bool, typer.Option(help="Keep to these limits.", rich_help_panel="Guards")] = True,
     config: Annotated[
         Path | None, _run_option(help="A search.yaml to repeat; options given beside it go first.")
@@ -70,22 +70,24 @@ def search(
     search), two plots, and `run/` with the state and `log.jsonl`, a line for every evaluation.
     """
     with plain_errors(debug):
-        if model is not None:
-            typed["model"] = model
+        typed = model_settings(model, typed)
+        if typed.get("chat_template") is False:  # also of what a file says
+            typed = {"chat_template_args": None, "system_prompt": None, "chat_date": None} | typed
         if not guards:
             typed |= {"max_tail_drop": None, "max_short_rise": None}
-        specification = changed(_asked_before(output, config, resume), typed)
+        specification = changed(_asked_before(output, config, resume, typed), typed)
         if not dry_run:
             check_free(output / RUN_FOLDER, _COMMAND_LOCK)
         check_output(output, resume, overwrite)
+        check_source(specification)
         pool = _workers(workers, ray_address, specification)
-        tokenizer = tokenizer_of(specification.model)
-        window = window_of(specification.model)
-        task = resolve_task(specification.task, window, is_demo=specification.model is None)
+        tokenizer = load_tokenizer(specification)
+        window = window_of(specification)
+        task = resolve_task(specification.task, window, specification.model is None, tokenizer)
         specification = replace(specification, task=task)
         if task.difficulty is None:
             built = build_task(task, tokenizer)  # what cannot work is refused before the model is loaded
-        loaded = load(specification.model, specification.device, specification.dtype)
+        loaded = load(specification)
         if task.difficulty is not None:
             task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
             specification, built = replace(specification, task=task), build_task(task, tokenizer)
@@ -131,12 +133,20 @@ def _forgotten_if_refused(output: Path, resume: bool) -> Iterator[None]:
         raise
 
 
-def _asked_before(output: Path, config: Path | None, resume: bool) -> SearchSpecification:
-    """What the file says, or the defaults."""
+def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed) -> SearchSpecification:
+    """What the file says, or the defaults. A file may be a stranger's, so it alone has no code run."""
     saved = output / SPECIFICATION_NAME
     if config is None and resume and saved.exists():
         config = saved
-    return SearchSpecification() if config is None else SearchSpecification.of(read_specification(config), str(config))
+    if config is None:
+        return SearchSpecification()
+    asked = SearchSpecification.of(read_specification(config), str(config))
+    if asked.trust_remote_code and "trust_remote_code" not in typed:
+        raise SearchError(
+            f"{config} has trust_remote_code, by which code of {asked.model} would run: add --model-args "
+            "trust_remote_code=true if you trust it, or trust_remote_code=false."
+        )
+    return asked
 
 
 def _workers(count: int, address: str | None, specification: SearchSpecification) -> AbstractContextManager[Any]:
@@ -148,9 +158,8 @@ def _workers(count: int, address: str | None, specification: SearchSpecification
     return RayWorkers(
         max(count, 1),
         address=address,
-        model_source=specification.model or demo_model_path(),
+        model_source=specification,
         device=specification.device,
-        dtype=specification.dtype,
     )
 
 

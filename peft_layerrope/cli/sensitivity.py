@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..base_model import load_tokenizer
 from ..experiments.sensitivity_report import plot_sensitivity, sensitivity_table
 from ..files.atomic import writing
 from ..searcher import SearchSettings
@@ -14,8 +15,9 @@ from ..searcher.grid import parse_layers
 from ..searcher.sensitivity import DEFAULT_FACTORS, sensitivity
 from ..tasks.specification import TaskSpecification
 from .app import app, out, plain_errors
-from .inputs import build_task, display_name, load, resolve_task, tokenizer_of, window_of
+from .inputs import build_task, display_name, load, resolve_task, window_of
 from .options import (
+    Compute,
     DebugOption,
     JsonOption,
     LoadOptions,
@@ -61,10 +63,11 @@ def sensitivity_command(
         check_file(json_output, "--json")
         check_plot(plot)
         specification = TaskSpecification(**asked)
-        tokenizer = tokenizer_of(model)
-        specification = resolve_task(specification, window_of(model), is_demo=model is None)
+        source = Compute.of(model, loading).source
+        tokenizer = load_tokenizer(source)
+        specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
         built = build_task(specification, tokenizer)
-        loaded = load(model, **loading)
+        loaded = load(source)
         result = sensitivity(
             loaded,
             built,
@@ -74,7 +77,7 @@ def sensitivity_command(
             **measured,
         )
         try:
-            out.print(sensitivity_table(result, f"{display_name(model)}: {result.subtitle()}"))
+            out.print(sensitivity_table(result, f"{display_name(source.model)}: {result.subtitle()}"))
             for line in result.advice():
                 out.print(line, highlight=False)
         finally:  # also where nobody reads what is printed

@@ -11,7 +11,7 @@ from ..loading import load_adapter, load_adapter_config
 from ..verification import verify
 from .app import app, out, plain_errors
 from .inputs import display_name, load
-from .options import DebugOption, JsonOption, LoadOptions, ModelArgument, takes_settings
+from .options import Compute, DebugOption, JsonOption, LoadOptions, ModelArgument, takes_settings
 from .output import check_file, write_json
 
 
@@ -40,11 +40,12 @@ def verify_command(
     """
     with plain_errors(debug):
         check_file(json_output, "--json")
-        loaded = load(model, **loading)
+        source = Compute.of(model, loading).source
+        loaded = load(source)
         subject = load_adapter(loaded, adapter) if adapter is not None else loaded
         result = verify(subject, load_adapter_config(adapter) if adapter is not None else None)
         if json_output is not None:
             write_json(json_output, result.to_dict())
-        name = display_name(model)
+        name = display_name(source.model)
         out.print(report.verification_table(result, f"{name} + {adapter}" if adapter else name))
         result.raise_for_mismatch()

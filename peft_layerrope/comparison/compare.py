@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..base_model import describe_loading
 from ..checks import check_callable, whole_number
 from ..errors import TaskError
 from ..fingerprint import library_versions, model_fingerprint
@@ -133,6 +134,7 @@ def compare(
         "dtype": str(embedding_table(model).dtype),
         "device": embedding_table(model).device.type,
         "model": model_fingerprint(model),
+        "base": describe_loading(model),
         "split": split.describe(),
         "answers": hashlib.sha256(repr([e.answers for e in split.examples]).encode()).hexdigest()[:16],
         "judged": judged,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +12,8 @@ from peft import PeftConfig
 from torch import nn
 
 from ..adapted import adapted
-from ..errors import InvalidConfigError, LayerRopeError, TaskError
-from ..loading import adapter_weights, load_adapter, load_peft_config
+from ..errors import InvalidConfigError, TaskError
+from ..loading import adapter_identity, adapter_weights, load_peft_config, put_on
 from ..messages import named
 from ..public_names import last_component
 from ..tuner.artifacts import check_weights_file
@@ -104,12 +101,7 @@ class Contender:
         config = _checked_adapter(self.adapter)
         if isinstance(config, LayerRopeConfig):
             return {"kind": "layer_rope", **_scaling(config)}
-        values = {k: v for k, v in config.to_dict().items() if k not in ("base_model_name_or_path", "inference_mode")}
-        return {
-            "kind": config.peft_type.value,
-            "config": _sha256(json.dumps(values, sort_keys=True, default=_plain).encode()),
-            "weights": _sha256(adapter_weights(self.adapter).read_bytes()),
-        }
+        return adapter_identity(self.adapter, config)
 
 
 def parse_baseline(text: str) -> Contender:
@@ -173,7 +165,7 @@ def contending(model: nn.Module, contender: Contender) -> Iterator[nn.Module]:
             return
         config = contender.layer_rope(len(find_stack(model).layers))
         if config is None:
-            yield _with_weights(model, contender.adapter)
+            yield put_on(model, contender.adapter)  # `as_found` takes it off again
             return
         with adapted(model, config) as peft_model:
             yield peft_model
@@ -191,29 +183,5 @@ def _checked_adapter(adapter: str) -> PeftConfig:
     return config
 
 
-def _with_weights(model: nn.Module, adapter: str) -> nn.Module:
-    """Loads an adapter of another method; `as_found` takes it off again."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            peft_model = load_adapter(model, adapter)
-        except (RuntimeError, KeyError) as error:  # tensors of other shapes
-            first = str(error).strip().splitlines()
-            raise LayerRopeError(f"cannot load adapter {adapter!r}: {' '.join(first[:2])}") from error
-    for warning in caught:
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-    if any("missing adapter keys" in str(warning.message) for warning in caught):
-        raise LayerRopeError(f"cannot load adapter {adapter!r}: its weights do not fit this model's layers.")
-    return peft_model
-
-
 def _scaling(config: LayerRopeConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _SCALING_FIELDS}
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable
 from enum import Enum
@@ -16,7 +17,8 @@ def command_line(words: Iterable[str], options: Iterable[tuple[str, Any]]) -> st
 
     Args:
         words: the command and its arguments.
-        options: names and values; None and False are left out, True is a flag, a list repeats its option.
+        options: names and values; None and False are left out, True is a flag, a list repeats its option, a mapping is
+            JSON.
     """
     parts = ["layerrope", *map(shareable, words)]
     for name, value in options:
@@ -37,4 +39,6 @@ def shareable(text: str) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, Enum):
         return str(value.value)
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
     return f"{value:g}" if isinstance(value, float) else str(value)

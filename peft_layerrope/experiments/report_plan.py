@@ -38,6 +38,7 @@ class ReportRequest:
     Attributes:
         model: without an adapter.
         model_option: the model as it was named on the command line; None: the demo model.
+        model_args: how it is loaded, as `--model-args` takes it; None: as usual.
         adapter: its folder, as it was named.
         config: its configuration.
         grid: the factors that its search could choose from.
@@ -58,6 +59,7 @@ class ReportRequest:
     others: Sequence[str] = ()
     num_groups: int | None = None
     quick: bool = False
+    model_args: str | None = None
 
     def groups(self, default: int) -> int:
         """Contexts of an experiment."""
@@ -228,7 +230,8 @@ def _command(request: ReportRequest, step: Step) -> str:
     is_own = step.name == layer_sensitivity.NAME  # a command that is older than the experiments
     words = [step.name] if is_own else ["experiment", step.name]
     words += [request.model_option] if request.model_option is not None else []
-    return command_line(words, [*step.options, *as_options(request.specification), ("--groups", step.groups)])
+    own = [("--model-args", request.model_args), *step.options]
+    return command_line(words, [*own, *as_options(request.specification), ("--groups", step.groups)])
 
 
 def _asked(request: ReportRequest, step: Step) -> dict[str, Any]:

@@ -171,6 +171,6 @@ def _without_paths(value: Any, key: str | None = None) -> Any:
         return [_without_paths(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    if key == "model":
+    if key in ("model", "tokenizer", "peft"):
         return public_name(value)
     return last_component(value) if is_machine_path(value) else value

@@ -15,8 +15,8 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import resolve_max_length
 from transformers import AutoConfig
 
+from ..base_model import ModelSource, load_tokenizer
 from ..errors import TaskError
-from ..loading import load_tokenizer
 from ..tasks import metrics
 from ..tasks.records import read_records
 
@@ -59,7 +59,8 @@ def check_length(prompts: Sequence[str], model_args: dict[str, Any], max_gen_tok
     if not isinstance(name, str) or model_args.get("trust_remote_code"):
         return
     revision = model_args.get("revision")
-    tokenizer = load_tokenizer(model_args.get("tokenizer") or name, revision=revision)
+    own = model_args.get("tokenizer")
+    tokenizer = load_tokenizer(ModelSource(own or name, revision=None if own else revision))
     config = AutoConfig.from_pretrained(name, revision=revision)
     limit = model_args.get("max_length") or resolve_max_length(config, tokenizer)
     longest = max(map(len, tokenizer(list(prompts))["input_ids"]))

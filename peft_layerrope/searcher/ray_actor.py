@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
 
-from ..loading import load_model
+from ..base_model import ModelSource, load_base
 from ..tuner.sites import find_stack
 from .evaluator import ModelEvaluator
 from .grid import Factors
@@ -62,8 +62,11 @@ class Actor:
 
 
 def _load(spec: dict[str, Any]) -> nn.Module:
-    if isinstance(spec["source"], str):
-        return load_model(spec["source"], device=spec["device"], dtype=spec["dtype"])
+    source = spec["source"]
+    if isinstance(source, str):
+        source = ModelSource(source, dtype=spec["dtype"])
+    if isinstance(source, ModelSource):
+        return load_base(source if source.device_map is not None else replace(source, device=spec["device"]))
     return spec["source"]().to(spec["device"])
 
 

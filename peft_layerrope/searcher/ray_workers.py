@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base_model import ModelSource
 from ..checks import is_integer, is_number
 from ..errors import SearchError
 from ..messages import named, one_line
@@ -38,8 +39,8 @@ class RayWorkers:
         num_workers: how many processes, each with its own copy of the model and its own store of shared layers.
         address: of a Ray cluster, as for `ray.init`; default: the Ray that is running in this process or that
             `RAY_ADDRESS` names, else one of its own on this machine.
-        model_source: where each worker loads the model: a Hub id or folder that every node can read, or a function
-            that returns the model. Default: this process sends its own copy through Ray's object store.
+        model_source: where each worker loads the model: a Hub id or folder that every node can read, a `ModelSource`,
+            or a function that returns the model. Default: this process sends its own copy through Ray's object store.
         device: of the workers' models; default: the kind this process's model is on.
         dtype: a torch dtype's name, for a `model_source` that is a name; default: that of this process's model.
         threads_per_worker: CPU threads of each; default: as many as this process has, because sums are split by
@@ -67,7 +68,7 @@ class RayWorkers:
         self,
         num_workers: int,
         address: str | None = None,
-        model_source: str | Callable[[], nn.Module] | None = None,
+        model_source: str | ModelSource | Callable[[], nn.Module] | None = None,
         *,
         device: str | None = None,
         dtype: str | None = None,

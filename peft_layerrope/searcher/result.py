@@ -127,6 +127,7 @@ class SearchResult:
         chosen: name of the table's row that `config` holds.
         control_points: the curve's four `(x, y)` points; None if no curve was searched or is known.
         model_name: name of the base model, free of local paths.
+        base: how the base model was loaded: its dtype, and what was asked for beside.
         model_window: the model's trained window in tokens; None if its config does not say.
         task: the task's description.
         splits: descriptions of the search, validation, test and short-prompt split.
@@ -147,6 +148,7 @@ class SearchResult:
     chosen: str
     control_points: list[list[float]] | None
     model_name: str
+    base: dict[str, Any]
     model_window: int | None
     task: dict[str, Any]
     splits: list[dict[str, Any]]
@@ -167,6 +169,7 @@ class SearchResult:
             "searcher": "peft_layerrope",
             "searcher_version": self.config.searcher_version,
             "model": public_name(self.model_name),
+            "base": self.base,
             "model_window": self.model_window,
             "task": self.task,
             "splits": self.splits,
@@ -256,6 +259,7 @@ class SearchResult:
             report.markdown_table(self.table, self.better_control),
             self.remarks(with_time=False),
             {f'"{self.table[name].label}"': self.table.difference(self.chosen, name) for name in others},
+            self.base,
         )
 
     @property

@@ -17,6 +17,7 @@ from torch import nn
 
 from .._version import __version__
 from ..adapted import adapted, keeping_modes
+from ..base_model import describe_loading
 from ..demo import DEMO_NAME
 from ..errors import NotEnoughMemoryError, SearchError
 from ..files.atomic import write_atomically
@@ -186,6 +187,7 @@ def _prepared(
         "task": task.describe(),
         "splits": [split.describe() for split in data.all],
         "model": model_fingerprint(model),
+        "base": describe_loading(model),
         "versions": library_versions(),
         "threads": torch.get_num_threads(),
         "device": embedding_table(model).device.type,
@@ -502,6 +504,7 @@ class _Run:
             chosen=chosen.name,
             control_points=curve.control_points,
             model_name=name,
+            base=describe_loading(self.model.get_base_model()),
             model_window=trained_window(self.model),
             task=task.describe(),
             splits=[split.describe() for split in self.data.all],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,8 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from .._version import __version__
-from ..declaration import converted, declared, option
+from ..base_model import ModelSource
+from ..declaration import converted, declared
 from ..errors import SearchError
 from ..files.atomic import write_atomically
 from ..files.plain_yaml import parse_yaml
@@ -24,20 +24,10 @@ from .settings import SearchSettings
 _MAX_BYTES = 1_000_000
 
 
-_model = partial(option, panel="Model")
-
-
-Device = Annotated[str | None, _model("cpu, cuda ... Default: a GPU if there is one.")]
-Dtype = Annotated[str, _model("auto, float32, bfloat16 ...")]
-
-
 @declared(SearchError)
-class SearchSpecification:
-    """A search, as a file can hold it."""
+class SearchSpecification(ModelSource):
+    """A search, as a file can hold it: which model and how it is loaded, the task, and the settings."""
 
-    model: Annotated[str | None, Field(description="Hub id or folder. Default: the demo model.")] = None
-    device: Device = None
-    dtype: Dtype = "auto"
     task: Annotated[TaskSpecification, Field(description="Where the examples come from.")] = field(
         default_factory=TaskSpecification
     )

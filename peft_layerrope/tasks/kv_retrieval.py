@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -76,7 +76,10 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
         num_positions: gold positions, spread evenly from the first pair to the last; default: 5.
         positions: the gold positions themselves, instead.
         seed: base seed.
-        chat_template: put prompts into the tokenizer's chat template.
+        chat_template: put prompts into the tokenizer's chat template; None: where it has one.
+        chat_template_args: variables of the template, such as `{"enable_thinking": False}`.
+        system_prompt: a message of the system before the prompt.
+        chat_date: `YYYY-MM-DD`, what the template writes as today's date; None: today.
         max_new_tokens: tokens that a written answer may have; default: 100.
 
     Raises:
@@ -107,7 +110,10 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
         num_positions: int | None = None,
         positions: Sequence[int] | None = None,
         seed: int = 0,
-        chat_template: bool = False,
+        chat_template: bool | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
+        system_prompt: str | None = None,
+        chat_date: str | None = None,
         max_new_tokens: int | None = None,
     ) -> None:
         if keys is not None and (data is not None or keys not in KEY_STYLES):
@@ -118,6 +124,7 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
         if positions is not None and num_positions is not None:
             raise TaskError("pass either num_positions or positions, got both.")
         check_seed(seed)
+        encoder = PromptEncoder(tokenizer, chat_template, chat_template_args, system_prompt, chat_date)
         if length is not None:
             check_length(length)
         if num_keys is not None:
@@ -132,15 +139,14 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
         elif num_keys is None:
             if length is None:
                 raise TaskError("pass num_keys or length, which says how many pairs fit, or data.")
-            num_keys = _fitting(PromptEncoder(tokenizer, chat_template), self.keys, length, seed)
+            num_keys = _fitting(encoder, self.keys, length, seed)
         super().__init__(
-            tokenizer,
+            encoder,
             num_items=num_keys,
             num_positions=DEFAULT_NUM_POSITIONS if num_positions is None else num_positions,
             positions=positions,
             seed=seed,
             length=length,
-            chat_template=chat_template,
             max_new_tokens=max_new_tokens,
             splits=splits,
         )
@@ -166,7 +172,7 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
             length=length,
             num_positions=len(self.positions) if len(self.positions) >= 3 else None,
             seed=self.seed,
-            chat_template=self.chat_template,
+            **self.encoder.settings(),
             max_new_tokens=self.judge.max_new_tokens,
             **settings,
         )

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checks import whole_number
 from ..errors import TaskError
 from .base import SPLIT_NAMES, Split, SplitName, check_request, check_seed
+from .encoding import PromptEncoder
 from .metrics import normalised
 from .prompts import ASKED_EVERYWHERE, GOLD_MOVES, Prompt, PromptTask, check_positions
 from .records import cut_into_splits, data_path, read_records
@@ -92,7 +93,10 @@ class MultiDocumentQA(PromptTask[Question | Context]):
         positions: the gold positions themselves, instead.
         seed: base seed.
         length: the most tokens that a prompt with its answer may have; None: no limit.
-        chat_template: put prompts into the tokenizer's chat template.
+        chat_template: put prompts into the tokenizer's chat template; None: where it has one.
+        chat_template_args: variables of the template, such as `{"enable_thinking": False}`.
+        system_prompt: a message of the system before the prompt.
+        chat_date: `YYYY-MM-DD`, what the template writes as today's date; None: today.
         max_new_tokens: tokens that a written answer may have; default: 100.
 
     Raises:
@@ -115,12 +119,16 @@ class MultiDocumentQA(PromptTask[Question | Context]):
         positions: Sequence[int] | None = None,
         seed: int = 0,
         length: int | None = None,
-        chat_template: bool = False,
+        chat_template: bool | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
+        system_prompt: str | None = None,
+        chat_date: str | None = None,
         max_new_tokens: int | None = None,
     ) -> None:
         if positions is not None and num_positions is not None:
             raise TaskError("pass either num_positions or positions, got both.")
         check_seed(seed)
+        encoder = PromptEncoder(tokenizer, chat_template, chat_template_args, system_prompt, chat_date)
         self.data = data_path(data)
         questions = read_questions(self.data)
         in_file = 1 + len(questions[0].others)
@@ -135,13 +143,12 @@ class MultiDocumentQA(PromptTask[Question | Context]):
                 positions = range(num_documents)
         splits = cut_into_splits([question.gold for question in questions], seed, str(self.data))
         super().__init__(
-            tokenizer,
+            encoder,
             num_items=num_documents,
             num_positions=num_positions,
             positions=positions,
             seed=seed,
             length=length,
-            chat_template=chat_template,
             max_new_tokens=max_new_tokens,
             splits={name: [questions[i] for i in numbers] for name, numbers in splits.items()},
         )
@@ -249,7 +256,7 @@ class MultiDocumentQA(PromptTask[Question | Context]):
             num_positions=len(self.positions) if len(self.positions) >= 3 else None,
             seed=self.seed,
             length=length,
-            chat_template=self.chat_template,
+            **self.encoder.settings(),
             max_new_tokens=self.judge.max_new_tokens,
         )
         task._answerable = self._answerable

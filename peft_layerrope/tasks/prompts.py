@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar, Generic, TypeVar
 
-from transformers import PreTrainedTokenizerBase
-
 from ..checks import whole_number, whole_numbers
 from ..errors import TaskError
 from .base import Example, Split, SplitName, check_length, check_request, check_seed, spread_positions
@@ -57,18 +55,17 @@ class PromptTask(ABC, Generic[Source]):
     last token.
 
     Args:
-        tokenizer: any transformers tokenizer.
+        encoder: of the prompts.
         num_items: items of a context.
         num_positions: gold positions, spread evenly from the first item to the last.
         positions: the gold positions themselves, instead.
         seed: base seed.
         length: the most tokens that a prompt with its answer may have; None: no limit.
-        chat_template: see [`PromptEncoder`].
         max_new_tokens: tokens that a written answer may have; None: 100.
         splits: the contexts of each split, where they come from a file.
 
     Raises:
-        TaskError: positions that the context does not have, or no chat template.
+        TaskError: positions that the context does not have.
     """
 
     name: ClassVar[str]
@@ -81,27 +78,25 @@ class PromptTask(ABC, Generic[Source]):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        encoder: PromptEncoder,
         *,
         num_items: int,
         num_positions: int,
         positions: Sequence[int] | None,
         seed: int,
         length: int | None,
-        chat_template: bool,
         max_new_tokens: int | None = None,
         splits: Mapping[SplitName, Sequence[Source]] | None = None,
     ) -> None:
         check_seed(seed)
         length = check_length(length) if length is not None else None
         self._splits = splits
-        self.tokenizer = tokenizer
+        self.encoder = encoder
+        self.tokenizer = tokenizer = encoder.tokenizer
         self.num_items = num_items
         self.seed = seed
         self.length = length
-        self.chat_template = chat_template
         self.judge = Judge(self.metric, tokenizer, MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens)
-        self._encoder = PromptEncoder(tokenizer, chat_template)
         if positions is None:
             positions = spread_positions(num_items, whole_number("num_positions", num_positions))
         self.positions = whole_numbers("positions", positions)
@@ -182,7 +177,7 @@ class PromptTask(ABC, Generic[Source]):
     def _encoded(self, name: SplitName, positions: tuple[int, ...], prompts: Sequence[Prompt], protocol: str) -> Split:
         groups: dict[int, list[tuple[Prompt, EncodedPrompt]]] = {}
         for prompt in prompts:
-            encoded = self._encoder.encode(prompt.text, prompt.answers[0], prompt.gold)
+            encoded = self.encoder.encode(prompt.text, prompt.answers[0], prompt.gold)
             groups.setdefault(prompt.group, []).append((prompt, encoded))
         examples = []
         for members in groups.values():
@@ -208,7 +203,7 @@ class PromptTask(ABC, Generic[Source]):
 
     def as_sent(self, prompt: Prompt) -> str:
         """Returns the text that is tokenised: the prompt, in the chat template if there is to be one."""
-        return self._encoder.in_template(prompt.text) if self.chat_template else prompt.text
+        return self.encoder.in_template(prompt.text) if self.encoder.uses_chat else prompt.text
 
     def shortened(self, length: int) -> PromptTask[Source]:
         """Returns the same task with fewer items, so that its first prompts have at most `length` tokens.
@@ -217,7 +212,7 @@ class PromptTask(ABC, Generic[Source]):
             TaskError: the length has no room for the positions.
         """
         sample = self.prompts("search", 1)
-        tokens = max(len(self._encoder.encode(p.text, p.answers[0], None).prompt_ids) for p in sample)
+        tokens = max(len(self.encoder.encode(p.text, p.answers[0], None).prompt_ids) for p in sample)
         num_items = min(self.num_items, self.num_items * length // tokens)
         while num_items >= len(self.positions):
             task = self.resized(num_items, length)
@@ -237,7 +232,7 @@ class PromptTask(ABC, Generic[Source]):
             self.size_setting: self.num_items,
             "positions": list(self.positions),
             "seed": self.seed,
-            "chat_template": self.chat_template,
+            **self.encoder.describe(),
             "max_new_tokens": self.judge.max_new_tokens,
         }
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
+from pydantic import BeforeValidator
 from transformers import PreTrainedTokenizerBase
 
 from ..declaration import declared, option
 from ..errors import TaskError
+from ..messages import one_line, shown
 from .base import MAX_LENGTH, Task
+from .encoding import PromptEncoder
 from .kv_retrieval import KeyValueRetrieval
 from .kv_words import KeyValueWords
 from .multi_doc_qa import MultiDocumentQA
@@ -22,16 +26,31 @@ TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 DEFAULT_TASK: TaskName = "kv_retrieval"
 KeyStyle = Literal["uuid", "words", "syllables"]
 
+_CHAT = ("chat_template", "chat_template_args", "system_prompt", "chat_date")
+_WRITTEN = (*_CHAT, "max_new_tokens")
 _SETTINGS: dict[TaskName, tuple[str, ...]] = {
     "kv_words": ("num_positions",),
-    "kv_retrieval": ("num_positions", "data", "num_keys", "keys", "difficulty", "chat_template", "max_new_tokens"),
-    "multi_doc_qa": ("num_positions", "data", "num_documents", "difficulty", "chat_template", "max_new_tokens"),
+    "kv_retrieval": ("num_positions", "data", "num_keys", "keys", "difficulty", *_WRITTEN),
+    "multi_doc_qa": ("num_positions", "data", "num_documents", "difficulty", *_WRITTEN),
     "perplexity": ("data", "stride"),
 }
 """What each task knows beside its length and seed."""
 
 
 _task = partial(option, panel="Task")
+
+
+def _json_object(value: Any) -> Any:
+    """What is typed as text is JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise TaskError(f"chat_template_args={shown(value)} is no JSON: {one_line(error)}.") from error
+    if not isinstance(found, dict):
+        raise TaskError(f"chat_template_args={shown(value)} must be a JSON object of names and values.")
+    return found
 
 
 @declared(TaskError)
@@ -86,7 +105,19 @@ class TaskSpecification:
         _task("auto: as many pairs or documents as leave the unscaled model between 40 and 90 % right answers."),
     ] = None
     stride: Annotated[int | None, _task("Tokens of each perplexity window that are scored. Default: all.", ge=1)] = None
-    chat_template: Annotated[bool, _task("Put prompts into the tokenizer's chat template.")] = False
+    chat_template: Annotated[
+        bool | None, _task("Put prompts into the tokenizer's chat template. Default: where it has one.")
+    ] = None
+    chat_template_args: Annotated[
+        dict[str, Any] | None,
+        BeforeValidator(_json_object),
+        _task("Variables of the chat template, as JSON: '{\"enable_thinking\": false}' turns Qwen3's thinking off."),
+    ] = None
+    system_prompt: Annotated[str | None, _task("A message of the system before each prompt.", min_length=1)] = None
+    chat_date: Annotated[
+        str | None,
+        _task("YYYY-MM-DD, for a chat template that writes the date. Default: today, and kept with the results."),
+    ] = None
     max_new_tokens: Annotated[
         int | None, _task("Tokens that a written answer may have. Default: 100.", ge=1, le=MAX_LENGTH)
     ] = None
@@ -97,15 +128,26 @@ class TaskSpecification:
         known = ("name", "length", "task_seed", *_SETTINGS[self.name])
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in known and value != field.default:
+            if field.name not in known and value is not False and value != field.default:
                 raise TaskError(
                     f"{field.name}={value!r} is no setting of {self.name}, which has {', '.join(known[1:])}."
                 )
+        if self.chat_template is False and any(getattr(self, name) is not None for name in _CHAT[1:]):
+            raise TaskError(f"chat_template=False contradicts {', '.join(_CHAT[1:])}: leave it out, or them.")
         size = self.num_keys if self.name == "kv_retrieval" else self.num_documents
         if self.difficulty is not None and size is not None:
             raise TaskError(
                 "difficulty='auto' finds the number of pairs or documents: leave num_keys, num_documents out."
             )
+
+    def of_task(self, name: TaskName) -> TaskSpecification:
+        """Returns the specification; where it is of another task than `name`, of that one, with the length, the seed,
+        and what is said of the chat template where that one has written prompts.
+        """
+        if name == self.name:
+            return self
+        chat = {setting: getattr(self, setting) for setting in _CHAT if setting in _SETTINGS[name]}
+        return TaskSpecification(name, self.length, task_seed=self.task_seed, **chat)
 
 
 def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBase, window: int | None) -> Task:
@@ -144,7 +186,7 @@ def _kv_retrieval(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -
         keys=task.keys,
         num_positions=task.num_positions,
         seed=task.task_seed,
-        chat_template=task.chat_template,
+        **_chat(task),
         max_new_tokens=task.max_new_tokens,
     )
 
@@ -159,7 +201,7 @@ def _multi_doc_qa(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -
         num_positions=task.num_positions,
         seed=task.task_seed,
         length=task.length,
-        chat_template=task.chat_template,
+        **_chat(task),
         max_new_tokens=task.max_new_tokens,
     )
 
@@ -168,6 +210,22 @@ def _perplexity(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> 
     if task.data is None:
         raise TaskError("perplexity needs data: a text, .jsonl, .json or .npy file, or datasets:NAME[:SPLIT].")
     return Perplexity.from_source(task.data, tokenizer, length=task.length, stride=task.stride, seed=task.task_seed)
+
+
+def with_chat(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> TaskSpecification:
+    """Returns the specification with everything about the chat template filled in for a tokenizer, the date too: it
+    gives the same prompts on any day. Of a task without written prompts it is returned as it is.
+
+    Raises:
+        TaskError: the chat template is missing or fails, or its arguments cannot work.
+    """
+    if "chat_template" not in _SETTINGS[task.name or DEFAULT_TASK]:
+        return task
+    return replace(task, **PromptEncoder(tokenizer, **_chat(task)).settings())
+
+
+def _chat(task: TaskSpecification) -> dict[str, Any]:
+    return {name: getattr(task, name) for name in _CHAT}
 
 
 def _given(**settings: Any) -> dict[str, Any]:

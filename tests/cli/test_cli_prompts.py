@@ -50,13 +50,15 @@ def lines_of(done) -> list[dict]:
 
 def test_prompts_are_the_tasks_own_and_need_no_weights(model, file):
     arguments = ("prompts", str(model), "--task", "kv_retrieval", "--data", str(file))
-    task = KeyValueRetrieval(tiny_bpe(), data=file)
-    wanted = [{"prompt": p.text, "answers": [*p.answers], "position": p.position} for p in task.prompts("test", 4)]
+    task = KeyValueRetrieval(tiny_bpe(chat=True), data=file)
+    wanted = [
+        {"prompt": task.as_sent(p), "answers": [*p.answers], "position": p.position} for p in task.prompts("test", 4)
+    ]
     assert lines_of(run(*arguments, "--limit", "20")) == wanted
     assert lines_of(run(*arguments, "--limit", "7")) == wanted[:7]
     one = lines_of(run(*arguments, "--position", "3", "--limit", "4", "--split", "search", "--seed", "5"))
     other = KeyValueRetrieval(tiny_bpe(), data=file, seed=5).prompts("search", 4, [3])
-    assert [(line["prompt"], line["position"]) for line in one] == [(p.text, 3) for p in other]
+    assert [(line["prompt"], line["position"]) for line in one] == [(task.as_sent(p), 3) for p in other]
 
 
 def test_the_demo_models_task_needs_no_argument():
@@ -66,9 +68,9 @@ def test_the_demo_models_task_needs_no_argument():
     assert line["position"] == 0
 
 
-def test_the_chat_template_is_shown_on_request(model, file):
+def test_the_chat_template_is_in_use_unless_it_is_turned_off(model, file):
     arguments = ("prompts", str(model), "--data", str(file), "--limit", "1")
-    plain, chat = lines_of(run(*arguments)), lines_of(run(*arguments, "--chat-template"))
+    plain, chat = lines_of(run(*arguments, "--no-chat-template")), lines_of(run(*arguments))
     assert chat[0]["prompt"] == f"<|bos|><|user|>{plain[0]['prompt']}<|end|><|assistant|>"
 
 
@@ -109,7 +111,7 @@ def test_help_teaches_with_an_example():
     ],
 )
 def test_default_task_and_length(asked, is_demo, name, length):
-    found = with_defaults(asked, 256, is_demo)
+    found = with_defaults(asked, 256, is_demo, tiny_bpe())
     assert (found.name, found.length) == (name, length)
 
 
@@ -133,7 +135,10 @@ def test_a_search_records_its_task_and_is_repeated_by_it(model, file, tmp_path):
         "num_documents": None,
         "difficulty": None,
         "stride": None,
-        "chat_template": False,
+        "chat_template": True,
+        "chat_template_args": None,
+        "system_prompt": None,
+        "chat_date": None,
         "max_new_tokens": None,
     }
     assert run("search", "--config", str(first / "search.yaml"), "--output", str(second)).exit_code == 0

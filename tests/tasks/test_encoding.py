@@ -87,5 +87,5 @@ class Changed:
     def __call__(self, *args: object, **kwargs: object) -> object:
         return self._tokenizer(*args, **kwargs)
 
-    def apply_chat_template(self, *args: object, **kwargs: object) -> object:
-        return self._tokenizer.apply_chat_template(*args, chat_template=self._changes["chat_template"], **kwargs)
+    def get_chat_template(self) -> str:
+        return self._changes["chat_template"]

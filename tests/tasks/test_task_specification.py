@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import fields
 
 import numpy as np
@@ -22,12 +23,16 @@ OTHER_VALUES = {
     "stride": 8,
     "difficulty": "auto",
     "chat_template": True,
+    "chat_template_args": {"enable_thinking": False},
+    "system_prompt": "Be brief.",
+    "chat_date": "2024-07-26",
     "max_new_tokens": 30,
 }
+CHAT = {"chat_template", "chat_template_args", "system_prompt", "chat_date"}
 KNOWN = {
     "kv_words": {"num_positions"},
-    "kv_retrieval": {"num_positions", "data", "num_keys", "keys", "difficulty", "chat_template", "max_new_tokens"},
-    "multi_doc_qa": {"num_positions", "data", "num_documents", "difficulty", "chat_template", "max_new_tokens"},
+    "kv_retrieval": {"num_positions", "data", "num_keys", "keys", "difficulty", *CHAT, "max_new_tokens"},
+    "multi_doc_qa": {"num_positions", "data", "num_documents", "difficulty", *CHAT, "max_new_tokens"},
     "perplexity": {"data", "stride"},
 }
 
@@ -46,7 +51,7 @@ def test_a_setting_that_the_task_does_not_have_is_refused(name, setting):
         TaskSpecification(name, length=9, task_seed=4, **{setting: value})
     else:
         with pytest.raises(
-            TaskError, match=f"{setting}={value!r} is no setting of {name}, which has length, task_seed"
+            TaskError, match=re.escape(f"{setting}={value!r} is no setting of {name}, which has length, task_seed")
         ):
             TaskSpecification(name, **{setting: value})
 
@@ -132,6 +137,9 @@ def test_what_is_missing_is_named(specification, message):
         ({"task_seed": -1}, "task_seed=-1 must"),
         ({"task_seed": True}, "task_seed=True must"),
         ({"chat_template": "yes"}, "chat_template='yes' must"),
+        ({"chat_template_args": "{"}, "chat_template_args='{' is no JSON"),
+        ({"chat_template_args": "[1]"}, "chat_template_args='[1]' must"),
+        ({"name": "kv_retrieval", "chat_template": False, "system_prompt": "x"}, "chat_template=False contradicts"),
         ({"positions": 5}, "positions is unknown; did you mean num_positions?"),
     ],
 )

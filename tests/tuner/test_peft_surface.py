@@ -38,8 +38,8 @@ from peft_layerrope import (
     use_adapter,
     verify,
 )
+from peft_layerrope.base_model import ModelSource, load_base
 from peft_layerrope.cli import app
-from peft_layerrope.loading import load_model
 from peft_layerrope.tuner.artifacts import FACTORS_KEY, save_adapter
 from peft_layerrope.tuner.rotary import LayerRopeLayer
 
@@ -413,7 +413,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _lends_and_switches(folders: Path, scratch: Path, short: torch.Tensor) -> nn.Module:
-    model = load_adapter(load_model(str(folders / "base"), device="cpu"), folders / "two")
+    model = load_adapter(load_base(ModelSource(str(folders / "base"), device="cpu")), folders / "two")
     model.load_adapter(folders / "one", "other")
     model.set_adapter("other")
     with model.disable_adapter(), use_adapter(model, "default"):
@@ -429,7 +429,7 @@ def _saves_and_loads(folders: Path, scratch: Path, short: torch.Tensor) -> nn.Mo
 
 def _bakes(folders: Path, scratch: Path, short: torch.Tensor) -> nn.Module:
     get_peft_model(build("llama"), config()).merge_and_unload().save_pretrained(scratch)
-    return load_model(str(scratch), device="cpu")
+    return load_base(ModelSource(str(scratch), device="cpu"))
 
 
 def _injects_and_saves_in_full(folders: Path, scratch: Path, short: torch.Tensor) -> nn.Module:

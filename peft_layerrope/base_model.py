@@ -1,0 +1,381 @@
+"""The base model: where it lies, how it is loaded, and the fine-tune that is put onto it before anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import quantization_config as quantizations
+
+from .declaration import declared, option
+from .demo import demo_model_path
+from .errors import InvalidConfigError, LayerRopeError
+from .loading import adapter_identity, adapter_weights, check_present, load_peft_config, put_on
+from .messages import one_line, shown
+from .public_names import is_machine_path, public_name
+from .tuner.baked_record import BAKED_CONFIG_KEY
+from .tuner.baking import restore_baked
+from .tuner.config import LayerRopeConfig
+from .tuner.sites import embedding_table
+
+_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
+_VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
+_RECORD = "_layerrope_loading"
+_LM_EVAL_NAMES = {"pretrained": "model"}
+_GGUF_MAGIC = b"GGUF"
+
+_model = partial(option, panel="Model")
+
+
+@declared(InvalidConfigError)
+class ModelSource:
+    """Which model, and how it is loaded. What is no option of its own is a key of `--model-args`.
+
+    Raises:
+        InvalidConfigError: an unknown name, a value that cannot work, or two that contradict each other.
+    """
+
+    model: Annotated[str | None, Field(description="Hub id, folder or GGUF file. Default: the demo model.")] = None
+    device: Annotated[str | None, _model("cpu, cuda ... Default: a GPU if there is one.")] = None
+    dtype: Annotated[str, _model("auto, float32, bfloat16 ...")] = "auto"
+    tokenizer: Annotated[str | None, _model("Hub id or folder of the tokenizer. Default: the model's own.")] = None
+    gguf_file: Annotated[
+        str | None, _model("A GGUF file in the model's folder or repository; its weights are unpacked.")
+    ] = None
+    revision: Annotated[str | None, Field(description="Branch, tag or commit on the Hub.")] = None
+    subfolder: Annotated[str | None, Field(description="Of the model's folder or repository.")] = None
+    attn_implementation: Annotated[str | None, Field(description="eager, sdpa, flash_attention_2 ...")] = None
+    device_map: Annotated[str | None, Field(description="auto, cpu, cuda:1 ..., instead of device.")] = None
+    load_in_4bit: Annotated[bool, Field(description="Quantise by bitsandbytes.")] = False
+    load_in_8bit: Annotated[bool, Field(description="Quantise by bitsandbytes.")] = False
+    bnb_4bit_quant_type: Annotated[Literal["fp4", "nf4"] | None, Field(description="Default: fp4.")] = None
+    bnb_4bit_compute_dtype: Annotated[str | None, Field(description="Default: float32.")] = None
+    trust_remote_code: Annotated[bool, Field(description="Run code from the model's repository.")] = False
+    peft: Annotated[
+        str | None, Field(description="Hub id or folder of a LoRA, or another adapter, that belongs to the base.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InvalidConfigError("load_in_4bit and load_in_8bit contradict each other: pass one of them.")
+        if self.is_quantized and (self.gguf_file or str(self.model).endswith(".gguf")):
+            raise InvalidConfigError("load_in_4bit, load_in_8bit: a GGUF file is quantised already; leave one out.")
+        if self.device is not None and self.device_map is not None:
+            raise InvalidConfigError(
+                f"device={self.device!r} and device_map={self.device_map!r} both say where the model goes: pass one."
+            )
+        if not self.load_in_4bit and (self.bnb_4bit_quant_type or self.bnb_4bit_compute_dtype):
+            raise InvalidConfigError("bnb_4bit_quant_type, bnb_4bit_compute_dtype: pass load_in_4bit=true with them.")
+        if self.gguf_file is not None and (self.model is None or self.model.endswith(".gguf")):
+            raise InvalidConfigError(
+                f"gguf_file={self.gguf_file!r} is a file in a folder or repository: name that as the model."
+            )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether bitsandbytes is to quantise the weights."""
+        return self.load_in_4bit or self.load_in_8bit
+
+
+def load_model(model: str | None = None, **model_args: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a language model, or the language model's half of a vision-language one, with its tokenizer.
+
+    Reads safetensors and GGUF files only. Factors that were baked into the model are applied.
+
+    Args:
+        model: Hub id, folder, or a GGUF file. Default: the demo model.
+        **model_args: by the names that lm-eval gives them:
+            `device` (default: a GPU when there is one), or `device_map`;
+            `dtype` (`"auto"` or a torch dtype's name);
+            `tokenizer` (Hub id or folder; default: the model's own);
+            `gguf_file` (of the model's folder or repository; its weights are unpacked into `dtype`);
+            `revision`, `subfolder`, `attn_implementation` (as of `from_pretrained`);
+            `load_in_4bit` or `load_in_8bit` (by bitsandbytes), `bnb_4bit_quant_type`, `bnb_4bit_compute_dtype`;
+            `trust_remote_code` (False unless given);
+            `peft` (Hub id or folder of your own LoRA, or another adapter but LAYER_ROPE: it is merged into the
+            weights, or stays beside them, active, where those are quantised).
+
+    Returns:
+        The model, in `eval()` mode, and its tokenizer.
+
+    Raises:
+        InvalidConfigError: an unknown name, a value that cannot work, or two that contradict each other.
+        LayerRopeError: something cannot be loaded; the message gives the reason in one line.
+
+    Example:
+    ```py
+    >>> model, tokenizer = load_model("Qwen/Qwen3-8B", dtype="bfloat16", peft="my-lora")
+    ```
+    """
+    source = ModelSource(model, **model_args)
+    check_source(source)
+    tokenizer = load_tokenizer(source)
+    return load_base(source), tokenizer
+
+
+def parse_model_args(text: str) -> dict[str, Any]:
+    """Reads arguments as lm-eval spells them, `key=value,key=value`: fields of [`ModelSource`], not checked yet.
+
+    Raises:
+        InvalidConfigError: a part without a value, or a key that is given twice.
+    """
+    values: dict[str, Any] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, sign, value = part.partition("=")
+        name = _LM_EVAL_NAMES.get(name, name)
+        if not sign or not value:
+            raise InvalidConfigError(f"model_args: {shown(part)} has no value, expected key=value,key=value.")
+        if name in values:
+            raise InvalidConfigError(f"model_args: {shown(name)} is given twice.")
+        values[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return values
+
+
+def format_model_args(source: ModelSource) -> str | None:
+    """Returns how a model is loaded as [`parse_model_args`] reads it, without its name, its device, and the folders of
+    this machine; None where all is as usual.
+    """
+    given = {
+        field.name: getattr(source, field.name)
+        for field in fields(ModelSource)
+        if field.name not in ("model", "device") and getattr(source, field.name) != field.default
+    }
+    texts = {name: public_name(value) if is_machine_path(str(value)) else value for name, value in given.items()}
+    return ",".join(f"{name}={str(value).lower() if value is True else value}" for name, value in texts.items()) or None
+
+
+def check_source(source: ModelSource) -> None:
+    """Looks whether a model can be loaded, as far as that is known without loading it.
+
+    Raises:
+        InvalidConfigError: there is no such device or dtype here, or a package is missing.
+        LayerRopeError: there is no such file or folder, it is something else, or the fine-tune is no adapter that can
+            be put under a LAYER_ROPE one.
+    """
+    _checked_device(source)
+    _check_dtype("dtype", source.dtype)
+    if source.bnb_4bit_compute_dtype is not None:
+        _check_dtype("bnb_4bit_compute_dtype", source.bnb_4bit_compute_dtype)
+    if source.is_quantized and find_spec("bitsandbytes") is None:
+        raise InvalidConfigError("load_in_4bit, load_in_8bit need bitsandbytes: pip install bitsandbytes.")
+    _place(source)
+    if source.tokenizer is not None:
+        check_present("tokenizer", source.tokenizer)
+    if source.peft is not None:
+        config = load_peft_config(source.peft)
+        if isinstance(config, LayerRopeConfig):
+            raise InvalidConfigError(
+                f"peft={source.peft!r} is a LAYER_ROPE adapter, expected a fine-tune: pass it as an adapter."
+            )
+        if config.is_prompt_learning:
+            raise InvalidConfigError(
+                f"peft={source.peft!r} is a {config.peft_type.value} adapter: its virtual tokens would shift every "
+                "position."
+            )
+        adapter_weights(source.peft)
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """Loads a model's config, from its `config.json` or its GGUF file.
+
+    Raises:
+        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
+    """
+    name, where = _place(source)
+    with _model_errors(source):
+        return AutoConfig.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Loads a model's tokenizer.
+
+    Raises:
+        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
+    """
+    name, where = _place(source)
+    if source.tokenizer is not None:
+        name, where = source.tokenizer, {}
+    folder = Path(name, where.get("subfolder") or "")
+    if folder.is_dir() and "gguf_file" not in where and not any(any(folder.glob(kind)) for kind in _VOCABULARIES):
+        raise LayerRopeError(
+            f"cannot load tokenizer {name!r}: the folder has no tokenizer files, such as tokenizer.json; pass "
+            "tokenizer (--tokenizer), a folder or Hub id that has them."
+        )
+    with _model_errors(source):
+        return AutoTokenizer.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
+
+
+def load_base(source: ModelSource) -> PreTrainedModel:
+    """Loads a model with its fine-tune, in `eval()` mode.
+
+    Raises:
+        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
+    """
+    device = _checked_device(source)
+    name, where = _place(source)
+    arguments: dict[str, Any] = {"dtype": source.dtype, "trust_remote_code": source.trust_remote_code, **where}
+    if source.attn_implementation is not None:
+        arguments["attn_implementation"] = source.attn_implementation
+    if source.is_quantized:
+        arguments["quantization_config"] = _bitsandbytes(source)
+    if "gguf_file" not in where:
+        # the revision by its name: only then does transformers look for the safetensors that the Hub made of others
+        arguments |= {"use_safetensors": True, "revision": source.revision or "main"}
+    elif hasattr(quantizations, "GgufConfig"):  # newer transformers may leave weights packed, older ones never do
+        arguments["quantization_config"] = quantizations.GgufConfig(dequantize=True)
+    if source.device_map is not None or source.is_quantized:  # quantised weights cannot be moved afterwards
+        arguments["device_map"] = source.device_map or {"": device}
+    with _model_errors(source):
+        config = AutoConfig.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
+        auto_class = next((c for c in _AUTO_CLASSES if type(config) in c._model_mapping), AutoModelForCausalLM)
+        model = auto_class.from_pretrained(name, **arguments)
+    if getattr(model.config, BAKED_CONFIG_KEY, None) is not None:
+        restore_baked(model)  # saved after merge_and_unload(): its weights alone know nothing of the factors
+    if "device_map" not in arguments:
+        model = model.to(device)
+    fine_tune = {}
+    if source.peft is not None:
+        model, fine_tune = _fine_tuned(model, source.peft, merge=not source.is_quantized)
+    setattr(model, _RECORD, _given(source) | fine_tune)
+    return model.eval()
+
+
+def describe_loading(model: nn.Module) -> dict[str, Any]:
+    """Returns how a model was loaded as JSON values, for a report: its dtype, and of one that [`load_model`] loaded
+    everything that was asked for. Names are free of this machine's paths.
+    """
+    known = getattr(model, _RECORD, {})
+    return {"dtype": str(embedding_table(model).dtype).removeprefix("torch."), **known}
+
+
+def _given(source: ModelSource) -> dict[str, Any]:
+    """What a model depends on, where it is not the default; not the device."""
+    _, where = _place(source)
+    known = {
+        "gguf_file": Path(where["gguf_file"]).name if "gguf_file" in where else None,
+        "tokenizer": public_name(source.tokenizer) if source.tokenizer is not None else None,
+        "load_in_4bit": source.load_in_4bit or None,
+        "load_in_8bit": source.load_in_8bit or None,
+        "trust_remote_code": source.trust_remote_code or None,
+    }
+    for field in ("revision", "subfolder", "attn_implementation", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"):
+        known[field] = getattr(source, field)
+    return {field: value for field, value in known.items() if value is not None}
+
+
+def _fine_tuned(model: PreTrainedModel, adapter: str, merge: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with the adapter in its weights, or beside them; and what the adapter is."""
+    config: PeftConfig = load_peft_config(adapter)
+    trained_on = config.base_model_name_or_path
+    tuned = put_on(model, adapter)
+    if merge:
+        try:
+            model = tuned.merge_and_unload(safe_merge=True)
+        except (AttributeError, NotImplementedError, ValueError) as error:  # a method that cannot; weights of NaN
+            raise LayerRopeError(f"peft={adapter!r} cannot be merged into the model: {one_line(error)}") from error
+    else:  # merging would quantise once more
+        model = tuned.get_base_model()
+    vars(model).pop("peft_config", None)  # else PEFT takes it for a model that has had no adapter of ours
+    known = {
+        "name": public_name(adapter),
+        "trained_on": public_name(trained_on) if trained_on else None,
+        "merged": merge,
+        **adapter_identity(adapter, config),
+    }
+    return model, {"peft": known}
+
+
+def _bitsandbytes(source: ModelSource) -> BitsAndBytesConfig:
+    asked = {"bnb_4bit_quant_type": source.bnb_4bit_quant_type, "bnb_4bit_compute_dtype": source.bnb_4bit_compute_dtype}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return BitsAndBytesConfig(load_in_4bit=source.load_in_4bit, load_in_8bit=source.load_in_8bit, **given)
+
+
+def _place(source: ModelSource) -> tuple[str, dict[str, Any]]:
+    """The name for `from_pretrained`, and the arguments that say where the files lie."""
+    name, gguf = source.model or demo_model_path(), source.gguf_file
+    path = Path(name)
+    if name.endswith(".gguf") and path.is_file():
+        name, gguf = str(path.parent), path.name
+    else:
+        check_present("model", name)
+    folder = Path(name, source.subfolder or "")
+    if Path(name).is_dir() and not folder.is_dir():
+        raise LayerRopeError(f"cannot load model {name!r}: it has no subfolder {source.subfolder!r}.")
+    if gguf is not None and folder.is_dir():
+        _check_gguf(folder / gguf)
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        if (folder / CONFIG_NAME).is_file():
+            raise LayerRopeError(
+                f"{name!r} is the folder of an adapter: name its base model as the model, and pass this as an adapter "
+                "(--adapter), or as peft (--model-args peft=FOLDER) if it is a fine-tune to be worked on."
+            )
+        there = next(iter(sorted(folder.glob("*.gguf"))), None)
+        hint = f"; for {there.name} in it, name that file as the model" if there is not None else ""
+        raise LayerRopeError(f"cannot load model {name!r}: the folder has no config.json{hint}.")
+    where = {"revision": source.revision, "subfolder": source.subfolder, "gguf_file": gguf}
+    return name, {key: value for key, value in where.items() if value is not None}
+
+
+def _check_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_GGUF_MAGIC))
+    except OSError as error:
+        raise LayerRopeError(f"cannot load model {str(path)!r}: {error.strerror}.") from error
+    if start != _GGUF_MAGIC:
+        raise LayerRopeError(f"cannot load model {str(path)!r}: it is no GGUF file, it begins with {shown(start)}.")
+
+
+def _checked_device(source: ModelSource) -> torch.device:
+    name = source.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch: unknown, absent, not compiled in
+        raise InvalidConfigError(f"device={name!r} cannot be used: {one_line(error)}") from error
+    return torch.device(name)
+
+
+def _check_dtype(field: str, name: str) -> None:
+    dtype = getattr(torch, name, None)
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidConfigError(f"{field}={name!r} is unknown, expected auto, float32, bfloat16 or float16.")
+
+
+# ImportError: a tokenizer wants a package. RuntimeError: tensors of other shapes, or bitsandbytes on this device.
+_EXPECTED = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
+
+
+@contextmanager
+def _model_errors(source: ModelSource) -> Iterator[None]:
+    """Turns what loading a model, its config or its tokenizer raises into a LayerRopeError of one line."""
+    is_gguf = "gguf_file" in _place(source)[1]
+    try:
+        yield
+    except Exception as error:  # of a damaged GGUF the reader raises what it likes
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or not (is_gguf or isinstance(error, _EXPECTED)):
+            raise
+        reason = f"{one_line(error)}{' (damaged, or a kind of GGUF that transformers does not read)' * is_gguf}"
+        raise LayerRopeError(f"cannot load model {source.model or demo_model_path()!r}: {reason}.") from error
