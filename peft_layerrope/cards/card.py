@@ -183,10 +183,14 @@ switched and taken off at any time, also beside a LoRA.
 {table}"""
 
 
+_ON_TOP = (
+    "on top of the model's own rotary embedding; sliding layers that have a table of their own are scaled by their "
+    "factors alone"
+)
 _ROPE_TYPES = {
     "default": "on top of the model's own rotary embedding",
-    "linear": "Position Interpolation",
-    "dynamic": "Dynamic-NTK",
+    "linear": f"Position Interpolation {_ON_TOP}",
+    "dynamic": f"Dynamic-NTK {_ON_TOP}",
 }
 
 
