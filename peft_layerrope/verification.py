@@ -258,7 +258,7 @@ def _record(
     `precise` holds, by the `id` of their first tensor, what is to be noted in the place of tables.
     """
     record = [_Received() for _ in stack.layers]
-    precise = precise or {}
+    precise = {} if precise is None else precise  # filled while the model runs
     trying = False  # while a layer is run again to see whether it minds its table
 
     def note(layer: int, value: Any, name: str = "") -> None:
