@@ -1,12 +1,13 @@
 """Measures each layer's factor from the rotation that the layer receives in a forward pass.
 
-Two passes on a dozen tokens: one with the model's own rotary embeddings put back, one as the model stands. Both
-times the table is read where a layer gets it; angles come from its `cos` and `sin`. What an adapter says is used
+Two passes on a dozen tokens: one with the model's own rotary embeddings put back, in float32, one as the model stands.
+Both times the table is read where a layer gets it; angles come from its `cos` and `sin`. What an adapter says is used
 only to say what was expected.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from .errors import InvalidConfigError, LayerRopeError
 from .messages import named
 from .tuner.baked_record import BAKED_CONFIG_KEY, baked_config
 from .tuner.config import LayerRopeConfig
+from .tuner.frequencies import own_frequencies, rope_type_reaches, without_memory
 from .tuner.model import LayerRopeModel
 from .tuner.rotary import BakedLayerRope, LayerRopeLayer
 from .tuner.sites import DecoderStack, find_stack, model_type, text_config
@@ -32,6 +34,7 @@ _PROMPT_TOKENS = 12
 _ARGUMENT = "position_embeddings"  # transformers' name for what a decoder layer is handed
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 2e-2  # relative; half precision keeps sines to 8 or 11 bits
 _SMALLEST, _SMALLEST_HALF = 1e-9, 1e-4  # angles that can be told from 0
+_ANGLE_TOLERANCE, _HALF_ANGLE_TOLERANCE = 1e-4, 8e-3  # in radians, up to the prompt's last token
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,19 @@ def verify(
         )
     rotation = _Rotation.of(expected, model)
     arguments = dict(inputs) if inputs is not None else probe_inputs(model, rotation.probe_length)
-    with _evaluating(model), torch.no_grad():
-        with _own_rotaries(stack):
-            base = _record(model, arguments, stack)
+    with _evaluating(model), torch.no_grad(), without_memory(model):
+        with _own_rotaries(stack, model) as precise:
+            base = _record(model, arguments, stack, precise=precise)
         received = _record(model, arguments, stack, base)
-    checks = [_check(layer, rotation, factors[layer], base[layer], received[layer]) for layer in range(len(factors))]
+    kind, layer_types = text_config(model).model_type, _layer_types(model, len(factors))
+
+    def rotation_of(table: str) -> _Rotation:
+        return rotation if rope_type_reaches(kind, table) else _PLAIN_ROTATION
+
+    checks = []
+    for layer, (factor, own, scaled) in enumerate(zip(factors, base, received, strict=True)):
+        tables = [(rotation_of(name or layer_types[layer]), table) for name, table in own.tables]
+        checks.append(_check(layer, tables, factor, own, scaled))
     return Verification(model_type(model), expected.rope_type, tuple(checks))
 
 
@@ -165,6 +176,9 @@ def probe_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]:
         inputs["position_ids"] = positions
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if length is not None and "decoder_position_ids" in inspect.signature(base.forward).parameters:
+            inputs["decoder_position_ids"] = positions
     return inputs
 
 
@@ -209,23 +223,46 @@ class _Rotation:
         return float((alpha - 1) / self.growth)
 
 
+_PLAIN_ROTATION = _Rotation("default", 1.0, 0.0, None)
+"""Of the tables that a rope type does not reach."""
+
+
+def _layer_types(model: nn.Module, num_layers: int) -> list[str]:
+    """Each layer's type, where the types have tables of their own; else empty."""
+    config = text_config(model)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if not any(isinstance(entries, dict) for entries in parameters.values()):
+        return [""] * num_layers
+    return list(config.layer_types)
+
+
 @dataclass
 class _Received:
     """What one layer got in a forward pass."""
 
     value: Any = None  # as handed over, for use in place of one that was not opened
-    tables: list[Any] = field(default_factory=list)  # (cos, sin), or one complex tensor; several with a dict of them
+    tables: list[tuple[str, Any]] = field(default_factory=list)  # names, of several ones, and (cos, sin) or a complex
     unopened: bool = False
     ran: bool = False
     rotates: bool = False  # whether the layer's output depends on its table
 
 
 def _record(
-    model: nn.Module, inputs: dict[str, Any], stack: DecoderStack, base: list[_Received] | None = None
+    model: nn.Module,
+    inputs: dict[str, Any],
+    stack: DecoderStack,
+    base: list[_Received] | None = None,
+    precise: Mapping[int, Any] | None = None,
 ) -> list[_Received]:
-    """Runs the model and returns what each layer received. `base` is an earlier run's, on the model's own rotary."""
+    """Runs the model and returns what each layer received. `base` is an earlier run's, on the model's own rotary;
+    `precise` holds, by the `id` of their first tensor, what is to be noted in the place of tables.
+    """
     record = [_Received() for _ in stack.layers]
+    precise = {} if precise is None else precise  # filled while the model runs
     trying = False  # while a layer is run again to see whether it minds its table
+
+    def note(layer: int, value: Any, name: str = "") -> None:
+        record[layer].tables += [(name, precise.get(id(_parts(t)[0]), t)) for name, t in _tables_in(value, name)]
 
     def on_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         nonlocal trying
@@ -236,7 +273,7 @@ def _record(
             mine.unopened = True
             return _with_table(args, kwargs, value, base[layer].value) if base else None
         mine.value = value
-        mine.tables += _tables_in(value)
+        note(layer, value)
         if base is not None and value is not None:
             trying = True
             # tried with the model's own table: one that does not rotate at all is the same turned back
@@ -249,9 +286,9 @@ def _record(
             trying = False
         return None
 
-    def on_rotary(layer: int, output: Any) -> None:
+    def on_rotary(layer: int, kwargs: dict, output: Any) -> None:
         if not trying:
-            record[layer].tables += _tables_in(output)
+            note(layer, output, kwargs.get("layer_type") or "")
             record[layer].rotates = True
 
     handles = [
@@ -259,7 +296,9 @@ def _record(
         for i, layer in enumerate(stack.layers)
     ]
     handles += [
-        site.rotary.register_forward_hook(lambda m, a, output, i=site.layer_idx: on_rotary(i, output))
+        site.rotary.register_forward_hook(
+            lambda m, a, kwargs, output, i=site.layer_idx: on_rotary(i, kwargs, output), with_kwargs=True
+        )
         for site in stack.sites
         if site.layer_idx is not None
     ]
@@ -285,12 +324,12 @@ def _with_table(args: tuple, kwargs: dict, old: Any, new: Any) -> tuple[tuple, d
     return tuple(new if value is old else value for value in args), kwargs
 
 
-def _tables_in(value: Any) -> Iterator[Any]:
+def _tables_in(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
-        for part in value.values():
-            yield from _tables_in(part)
+        for key, part in value.items():
+            yield from _tables_in(part, str(key))
     elif isinstance(value, (tuple, list, torch.Tensor)):
-        yield value
+        yield name, value
 
 
 def _turned_back(value: Any) -> Any:
@@ -305,35 +344,43 @@ def _first_tensor(output: Any) -> torch.Tensor:
 
 
 def _angles(table: Any) -> np.ndarray:
-    """Each dimension's angle in the table's second row, float64."""
-    row = [part[..., 1, :].reshape(-1, part.shape[-1])[0] for part in _parts(table)]
-    if len(row) == 1:
-        return row[0].cpu().to(torch.complex128).angle().numpy()
-    cos, sin = (part.cpu().double().numpy() for part in row)
+    """The angles of each row and dimension, `(S, r)`, float64, from -pi to pi."""
+    rows = [part.reshape(-1, *part.shape[-2:])[0].cpu() for part in _parts(table)]
+    if len(rows) == 1:
+        return rows[0].to(torch.complex128).angle().numpy()
+    cos, sin = (part.double().numpy() for part in rows)
     return np.arctan2(sin, cos)
+
+
+def _wrapped(angles: np.ndarray) -> np.ndarray:
+    return np.abs((angles + np.pi) % (2 * np.pi) - np.pi)
 
 
 def _parts(table: Any) -> list[torch.Tensor]:
     return [table] if isinstance(table, torch.Tensor) else list(table)
 
 
-def _check(layer: int, rotation: _Rotation, factor: float, base: _Received, received: _Received) -> LayerCheck:
-    expected = rotation.factor * factor
+def _check(
+    layer: int, tables: list[tuple[_Rotation, Any]], factor: float, base: _Received, received: _Received
+) -> LayerCheck:
+    expected = factor * (tables[0][0].factor if tables else 1.0)
 
     def result(status: str, measured: float | None = None, note: str = "") -> LayerCheck:
         return LayerCheck(layer, expected, measured, status, note)
 
     if received.unopened:
         return result(MISMATCH, note="its hook is missing: it was handed the tables of all layers unopened")
-    if not base.tables or not received.rotates:
+    if not tables or not received.rotates:
         return result(NO_ROTATION, note="" if received.ran else "the layer does not run on text alone")
     measured, close = [], []
-    for own, scaled in zip(base.tables, received.tables, strict=True):
+    for (rotation, own), (_, scaled) in zip(tables, received.tables, strict=True):
         if _parts(own)[0].shape[-2] < 2:
             continue  # a table of one position says nothing
-        angles, scaled_angles = _angles(own), _angles(scaled)
-        distinct = np.unique(angles.round(12))[::-1]
-        depths = np.searchsorted(-distinct, -angles.round(12)) / max(len(distinct) - 1, 1)
+        own_angles, all_scaled_angles = _angles(own), _angles(scaled)
+        angles, scaled_angles = own_angles[1], all_scaled_angles[1]
+        distinct, times = np.unique(angles.round(12), return_counts=True)
+        distinct, pairs = distinct[::-1], len(angles) // times[-1]  # a part of them may have no rotation at all
+        depths = np.searchsorted(-distinct, -angles.round(12)) / max(pairs - 1, 1)
         is_half = _parts(scaled)[0].element_size() < 4
         expected_angles = angles / rotation.expected_ratios(factor, depths)
         usable = (np.minimum(angles, expected_angles) > (_SMALLEST_HALF if is_half else _SMALLEST)) & (
@@ -342,27 +389,50 @@ def _check(layer: int, rotation: _Rotation, factor: float, base: _Received, rece
         usable &= expected_angles < 3  # a larger one has gone round
         if not usable.any():
             return result(MISMATCH, note="its rotation is too slow or too fast to be measured")
+        # Further on, small differences have grown: in half precision the second row alone would hide them.
+        places = np.arange(len(own_angles))[:, None]
+        following = (_wrapped(own_angles - places * angles) < _ANGLE_TOLERANCE).all(axis=-1)
+        seen = usable | ((angles >= 0) & (angles < 1.001)).all()  # else the second row is not at position 1
+        off = _wrapped(all_scaled_angles - places * expected_angles)[following][:, seen]
         with np.errstate(divide="ignore"):  # a layer that does not rotate at all
             ratios, depths = angles[usable] / scaled_angles[usable], depths[usable]
         tolerance = _HALF_TOLERANCE if is_half else _TOLERANCE
         measured.append(rotation.measured_factor(ratios, depths))
         close.append(np.allclose(ratios, rotation.expected_ratios(factor, depths), rtol=tolerance, atol=0))
+        close.append(off.max() < (_HALF_ANGLE_TOLERANCE if is_half else _ANGLE_TOLERANCE))
     if not measured:
         return result(NO_ROTATION, note="no table of more than one position")
     return result(OK if all(close) else MISMATCH, measured[0])
 
 
 @contextmanager
-def _own_rotaries(stack: DecoderStack) -> Iterator[None]:
-    """The model's own rotary embeddings in the places of our wrappers, for a while."""
+def _own_rotaries(stack: DecoderStack, model: nn.Module) -> Iterator[dict[int, Any]]:
+    """The model's own rotary embeddings in their places, for a while, with frequencies that no cast has rounded.
+
+    Yields:
+        What they have answered, in float32: by the `id` of the first tensor of each answer.
+    """
+    precise: dict[int, Any] = {}
+    answers = []  # kept, so that no `id` is used twice
+
+    def on_answer(rotary: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        kwargs = {name: value.float() if name == "x" else value for name, value in kwargs.items()}
+        args = (args[0].float(), *args[1:]) if args else args
+        answers.append(output)
+        precise[id(_parts(output)[0])] = rotary.forward(*args, **kwargs)
+
     standing = [site.rotary for site in stack.sites]
     for site, module in zip(stack.sites, standing, strict=True):
-        if isinstance(module, LayerRopeLayer):
-            site.replace(module.base_layer)
-        elif isinstance(module, BakedLayerRope):
-            site.replace(module.rotary)
+        rotary = getattr(module, "base_layer", module) if not isinstance(module, BakedLayerRope) else module.rotary
+        own = copy.deepcopy(rotary)
+        for name, inv_freq in own_frequencies(rotary, model).items():
+            own._buffers[name] = inv_freq
+            if hasattr(own, original := name.removesuffix("inv_freq") + "original_inv_freq"):
+                setattr(own, original, inv_freq.clone())
+        own.register_forward_hook(on_answer, with_kwargs=True)
+        site.replace(own)
     try:
-        yield
+        yield precise
     finally:
         for site, module in zip(stack.sites, standing, strict=True):
             site.replace(module)

@@ -208,10 +208,14 @@ def _code(value: Any) -> str:
     return " ".join(text.replace("`", "'").replace("|", "/").split())
 
 
+_ON_TOP = (
+    "on top of the model's own rotary embedding; sliding layers that have a table of their own are scaled by their "
+    "factors alone"
+)
 _ROPE_TYPES = {
     "default": "on top of the model's own rotary embedding",
-    "linear": "Position Interpolation",
-    "dynamic": "Dynamic-NTK",
+    "linear": f"Position Interpolation {_ON_TOP}",
+    "dynamic": f"Dynamic-NTK {_ON_TOP}",
 }
 
 

@@ -25,7 +25,8 @@ from ..scoring.statistics import Interval
 from ..tasks import Split
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table, find_stack
-from .contenders import Contender, contending
+from .contenders import ROPE_TYPES, Contender, contending
+from .rope_scaling import describe_scaling
 from .state import comparing_in
 
 MAX_PARTS = 10
@@ -201,10 +202,16 @@ def _described(model: nn.Module, contenders: Sequence[Contender]) -> dict[str, d
     for contender in contenders:
         with contending(model, contender):
             described[contender.label] = contender.identity()
-        if contender.kind not in ("none", "yarn"):
-            config = contender.layer_rope(len(find_stack(model).layers))
-            if config is not None:
-                described[contender.label]["layer_factors"] = config.layer_factors
+        config = contender.layer_rope(len(find_stack(model).layers))
+        if config is not None:
+            described[contender.label]["layer_factors"] = config.layer_factors
+        if config is not None:
+            scaling = describe_scaling(model, config.rope_type, "on top of")
+        elif contender.kind in ROPE_TYPES:
+            scaling = describe_scaling(model, contender.kind, "in place of")
+        else:
+            scaling = describe_scaling(model, "default", "with")
+        described[contender.label] |= {"scaling": scaling} if scaling else {}
     return described
 
 

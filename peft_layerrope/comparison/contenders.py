@@ -20,7 +20,7 @@ from ..tuner.artifacts import check_weights_file
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
 from .as_found import as_found
-from .yarn import yarn_rotary
+from .rope_scaling import scaled_rotaries
 
 NO_SCALING = "no scaling"
 BASELINES = {
@@ -34,6 +34,8 @@ BASELINES = {
 """What [`parse_baseline`] knows, each with an example."""
 
 _NUMBERS = {"none": 0, "first_and_rest": 2}  # all others take one
+ROPE_TYPES = ("linear", "dynamic", "yarn")
+"""Baselines that are transformers' own scalings."""
 _SCALING_FIELDS = ("rope_type", "factor", "layer_factors", "original_max_position_embeddings", "target_length")
 
 
@@ -80,8 +82,6 @@ class Contender:
         elif self.kind == "first_and_rest":
             first, rest = self.numbers
             config = LayerRopeConfig(layer_factors=[first] + [rest] * (num_layers - 1))
-        elif self.kind in ("linear", "dynamic"):
-            config = LayerRopeConfig(rope_type=self.kind, factor=self.numbers[0], layer_factors=[1.0] * num_layers)
         elif self.kind == "adapter":
             config = _checked_adapter(self.adapter)
         # a new one: PEFT writes the base model's name into it
@@ -108,11 +108,11 @@ def parse_baseline(text: str) -> Contender:
     """Reads a baseline, such as `"linear:2"`.
 
     - `none`: the model as it is.
-    - `uniform:S`: every layer's positions divided by S.
-    - `first_and_rest:A,B`: layer 0's by A, all others' by B.
-    - `linear:F`: Position Interpolation with factor F.
-    - `dynamic:F`: Dynamic-NTK with factor F.
-    - `yarn:F`: transformers' YaRN with factor F.
+    - `uniform:S`: every layer's positions divided by S, on top of a scaling that the model has of its own.
+    - `first_and_rest:A,B`: layer 0's by A, all others' by B, likewise.
+    - `linear:F`, `dynamic:F`, `yarn:F`: transformers' Position Interpolation, Dynamic-NTK or YaRN with factor F, as a
+      model has it whose config says so: in place of a scaling of its own, and in families with a table for
+      full-attention layers and one for sliding ones on the first only.
 
     Raises:
         TaskError: it is none of these.
@@ -132,6 +132,8 @@ def parse_baseline(text: str) -> Contender:
     label = NO_SCALING if kind == "none" else f"{kind}:{','.join(f'{number:g}' for number in numbers)}"
     contender = Contender(label, kind, numbers)
     try:
+        if kind in ROPE_TYPES:
+            LayerRopeConfig(rope_type="linear", factor=numbers[0])  # for the range of factors
         contender.layer_rope(2)
     except InvalidConfigError as error:
         raise TaskError(f"baseline {text!r}: {error}") from error
@@ -158,9 +160,9 @@ def contending(model: nn.Module, contender: Contender) -> Iterator[nn.Module]:
         if contender.kind == "none":
             yield model
             return
-        if contender.kind == "yarn":
-            site, rotary = yarn_rotary(model, contender.numbers[0])
-            site.replace(rotary)
+        if contender.kind in ROPE_TYPES:
+            for site, rotary in scaled_rotaries(model, contender.kind, contender.numbers[0]):
+                site.replace(rotary)
             yield model
             return
         config = contender.layer_rope(len(find_stack(model).layers))

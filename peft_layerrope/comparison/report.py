@@ -45,12 +45,13 @@ def describe_task(task: Mapping[str, Any]) -> str:
 
 
 def describe_setting(comparison: Comparison) -> str:
-    """Writes what was measured in one line: task, split, and how it was judged."""
+    """Writes what was measured in one line: task, split, how it was judged, and what a scaling's name does not say."""
     split, unit = comparison.split, "windows" if comparison.measure == "loss" else "contexts"
     held = f"{split['name']} split, {split['groups']} {unit}, up to {split['max_tokens']} tokens"
     if "protocol" in split:
         held += f", {split['protocol']}"
-    return f"{describe_task(comparison.task)}; {held}; {describe_judge(comparison.judged)}"
+    scalings = [f"{label}: {what['scaling']}" for label, what in comparison.contenders.items() if what.get("scaling")]
+    return "; ".join([describe_task(comparison.task), held, describe_judge(comparison.judged), *scalings])
 
 
 def describe_judge(judged: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..scoring.batching import rotation_depends_on_length
+from ..tuner.frequencies import without_memory
 from ..tuner.sites import find_stack, model_type, text_config
 
 EAGER = "eager"
@@ -63,7 +64,7 @@ class AttentionReader:
         if not self.whole:
             cache = self._model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
             ids = ids[:, -1:]
-        with _eager(self._model), _recorded(self._stack.layers) as rows:
+        with _eager(self._model), without_memory(self._model), _recorded(self._stack.layers) as rows:
             self._model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
         return [None if row is None else _as_long_as(row, len(prompt)) for row in rows]
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from ..errors import LayerRopeError, UnsupportedModelError
 from ..tuner.config import LayerRopeConfig
-from ..tuner.rotary import inv_freq_names
+from ..tuner.frequencies import inv_freq_names
 from ..tuner.sites import DecoderStack, find_stack
 from .shrink import FamilyNotBuilt, build_tiny, tiny_inputs
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..errors import TaskError, UnsupportedModelError
 from ..tasks import Example, Split
-from ..tuner.rotary import BakedLayerRope, LayerRopeLayer, inv_freq_names, is_length_dependent
+from ..tuner.frequencies import is_length_dependent
+from ..tuner.rotary import BakedLayerRope, LayerRopeLayer
 from ..tuner.sites import embedding_table, model_type
 from .memory import is_out_of_memory
 
@@ -99,7 +100,7 @@ def rotation_depends_on_length(model: nn.Module) -> bool:
         scaling = module.active_scaling() if isinstance(module, (LayerRopeLayer, BakedLayerRope)) else None
         if scaling is not None and scaling.depends_on_length:
             return True
-        if inv_freq_names(module) and is_length_dependent(module):
+        if is_length_dependent(module):
             return True
     return False
 

@@ -19,6 +19,7 @@ from ..checks import check_callable, whole_number
 from ..errors import TaskError
 from ..tasks import Example, Split, SplitName, Task
 from ..tasks.base import check_task
+from ..tuner.frequencies import without_memory
 from .batching import attends_fully, check_vocabulary, make_batches, rotation_depends_on_length
 from .context_cache import (
     ContextBatch,
@@ -191,7 +192,8 @@ class Scorer:
         def sized(batch_tokens: int) -> object:
             self.batch_tokens = batch_tokens
             self.model.eval()
-            return attempt()
+            with without_memory(self.model):
+                return attempt()
 
         return with_halving(sized, self.batch_tokens)[0]
 

@@ -43,10 +43,6 @@ class _TensorScaling(LayerScaling):
     def factors_on(self, device: torch.device) -> torch.Tensor:
         return self.factors.to(device)
 
-    def scale(self, inv_freq: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
-        # a length-dependent rotary may have refreshed its frequencies while the model was scored, in inference mode
-        return super().scale(inv_freq.clone() if inv_freq.is_inference() else inv_freq, position_ids)
-
     @property
     def is_constant(self) -> bool:
         return False

@@ -6,8 +6,7 @@ from torch import nn
 
 from ..errors import LayerRopeError
 from .baked_record import baked_config, record_baked
-from .injection import prove_sites, register_hooks, scaling_for
-from .proof import tables_can_be_stacked
+from .injection import prove_sites, register_hooks, rotary_traits, scaling_for
 from .rotary import BakedLayerRope
 from .sites import DecoderStack, find_stack, text_config
 from .tables import LayerScaling
@@ -20,10 +19,10 @@ def bake(model: nn.Module, stack: DecoderStack, scaling: LayerScaling) -> None:
         register_hooks(stack)
     for site in stack.sites:
         if wrappers:
-            original, stackable = site.rotary.base_layer, site.rotary.stackable
+            original, traits = site.rotary.base_layer, site.rotary.traits
         else:
-            original, stackable = site.rotary, tables_can_be_stacked(site.rotary)
-        site.replace(BakedLayerRope(original, site.layer_idx, stackable, scaling))
+            original, traits = site.rotary, rotary_traits(site, model)
+        site.replace(BakedLayerRope(original, site.layer_idx, traits, scaling))
     for wrapper in wrappers:
         wrapper.thaw()  # the layers' hooks stay: they serve the baked modules too
     record_baked(model.config, scaling)

@@ -40,9 +40,12 @@ class LayerRopeConfig(PeftConfig):
 
     Args:
         rope_type (`str`, defaults to `"default"`):
-            transformers' names: `"default"` divides each layer's positions by its factor, on top of whatever
-            rotary embedding the model has; `"linear"` is Position Interpolation, by `factor` times the layer's
-            factor; `"dynamic"` is Dynamic-NTK with that product as its factor.
+            transformers' names: `"default"` divides each layer's positions by its factor; `"linear"` is Position
+            Interpolation, by `factor` times the layer's factor; `"dynamic"` is Dynamic-NTK with that product as its
+            factor. Where sliding layers have a table of their own (Gemma 3), `"linear"` and `"dynamic"` are the
+            full-attention layers', as with transformers' `rope_scaling`, and the sliding ones are scaled as with
+            `"default"`. All act on top of whatever rotary embedding the model has, a scaling of its own (llama3,
+            YaRN) included, and take the place of none.
         factor (`float`, defaults to 1.0):
             Global factor of `"linear"` and `"dynamic"` (target length / trained length).
         layer_factors (`list[float]`, *optional*):

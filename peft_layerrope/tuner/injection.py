@@ -11,9 +11,10 @@ from torch import nn
 from ..errors import AdapterMismatchError
 from .baked_record import record_baked
 from .config import LayerRopeConfig
+from .frequencies import inv_freq_names, is_length_dependent, layer_type_of, own_frequencies, rope_type_reaches
 from .proof import prove_rotary_scales, tables_can_be_stacked
-from .rotary import LayerRopeLayer, is_length_dependent
-from .sites import DecoderStack, model_type, trained_window
+from .rotary import LayerRopeLayer, RotaryTraits
+from .sites import DecoderStack, RotarySite, model_type, text_config, trained_window
 from .tables import LayerScaling, LayerTableHook
 
 
@@ -21,8 +22,8 @@ def scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack) 
     """Returns what `config` asks of the model's layers, after checking that they can bear it.
 
     Raises:
-        AdapterMismatchError: wrong number of factors; different ones for layers that share keys; `dynamic` where the
-            model's own rope depends on the length or names no trained window.
+        AdapterMismatchError: wrong number of factors; different ones for layers that share keys; a rope type where it
+            reaches no layer; `dynamic` where the model's own rope depends on the length or names no trained window.
     """
     num_layers = len(stack.layers)
     factors = config.resolved_layer_factors(num_layers)
@@ -36,10 +37,20 @@ def scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack) 
                 f"layer {layer} of {model_type(model)} attends to keys that layer {source} has rotated (a shared KV "
                 f"cache), so both need the same factor: got {factors[layer]} and {factors[source]}."
             )
+    if config.rope_type != "default" and not any(reached_tables(site, model) for site in stack.sites):
+        raise AdapterMismatchError(
+            f"rope_type={config.rope_type!r} scales what full-attention layers rotate by, and those of "
+            f"{model_type(model)} do not rotate: use rope_type='default'."
+        )
     if config.rope_type == "dynamic" and any(is_length_dependent(site.rotary) for site in stack.sites):
         raise AdapterMismatchError(
             "rope_type='dynamic' on a model whose own rope_type is 'dynamic' or 'longrope': both depend on the length. "
             "Use rope_type='default', or set the model's own rope_parameters to 'default'."
+        )
+    if config.rope_type == "dynamic" and not all(_in_falling_order(site, model) for site in stack.sites):
+        raise AdapterMismatchError(
+            f"rope_type='dynamic' stretches frequencies by their place, and {model_type(model)} keeps them in another "
+            "order: use rope_type='default' or 'linear'."
         )
     window = config.original_max_position_embeddings or trained_window(model)
     if window is None and config.rope_type == "dynamic":
@@ -55,7 +66,7 @@ def wrap(stack: DecoderStack, model: nn.Module) -> None:
     prove_sites(stack, model)
     other_tuner = has_other_tuner_layers(model)
     for site in stack.sites:
-        site.replace(LayerRopeLayer(site.rotary, site.layer_idx, tables_can_be_stacked(site.rotary)))
+        site.replace(LayerRopeLayer(site.rotary, site.layer_idx, rotary_traits(site, model)))
     keeper = stack.wrappers()[0]
     keeper.hook_handles = register_hooks(stack)
     keeper.record = partial(record_baked, model.config)
@@ -69,6 +80,25 @@ def prove_sites(stack: DecoderStack, model: nn.Module) -> None:
     """Raises UnsupportedModelError unless scaling takes effect on each rotary of the live module."""
     for site in stack.sites:
         prove_rotary_scales(site.rotary, model_type(model))
+
+
+def reached_tables(site: RotarySite, model: nn.Module) -> frozenset[str]:
+    """Returns the names of the frequency vectors at a site that an adapter's rope type scales."""
+    kind, names = text_config(model).model_type, inv_freq_names(getattr(site.rotary, "base_layer", site.rotary))
+    return frozenset(name for name in names if rope_type_reaches(kind, layer_type_of(name) or site.name))
+
+
+def rotary_traits(site: RotarySite, model: nn.Module) -> RotaryTraits:
+    """Finds out what scaling the rotary embedding of `model` at `site`, the family's own, needs to know."""
+    rotary = site.rotary
+    return RotaryTraits(own_frequencies(rotary, model), reached_tables(site, model), tables_can_be_stacked(rotary))
+
+
+def _in_falling_order(site: RotarySite, model: nn.Module) -> bool:
+    rotary = site.rotary
+    wrapped = isinstance(rotary, LayerRopeLayer)
+    frequencies = rotary.traits.frequencies if wrapped else own_frequencies(rotary, model)
+    return all(bool((inv_freq.diff() <= 0).all()) for inv_freq in frequencies.values())
 
 
 def register_hooks(stack: DecoderStack) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .rotary import inv_freq_names
+from .frequencies import inv_freq_names
 from .tables import family_table, map_table, split_tables, stacked_tables
 
 # What a family's code raises when it is not called the way it expects.

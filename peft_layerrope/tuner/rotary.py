@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,31 +20,10 @@ from torch import nn
 
 from ..errors import LayerRopeError
 from .adapter_choice import NO_CHOICE, chosen
+from .frequencies import frequencies_at, is_length_dependent
 from .tables import BANK_BYTES, LayerScaling, TableBank, TablesOnDemand, family_table, stacked_tables
 
-LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
-"""transformers' types whose forward decorator rewrites `inv_freq` by length."""
-
 _refreshing = threading.Lock()  # one for all modules: a lock of their own could be neither copied nor pickled
-
-
-def inv_freq_names(rotary: nn.Module) -> list[str]:
-    """Returns the names of a module's frequency vectors: `inv_freq`, or one per layer type; none if it has none."""
-    return [
-        name
-        for name, buffer in rotary.named_buffers(recurse=False)
-        if name.endswith("inv_freq")
-        and not name.endswith("original_inv_freq")
-        and buffer.ndim == 1
-        and buffer.is_floating_point()
-    ]
-
-
-def is_length_dependent(rotary: nn.Module) -> bool:
-    """Whether transformers rewrites the module's frequencies by length, for any of its layer types."""
-    rope_type = getattr(rotary, "rope_type", "default")
-    rope_types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
-    return any(name in LENGTH_DEPENDENT_ROPE_TYPES for name in rope_types)
 
 
 def _one_at_a_time(rotary: nn.Module) -> AbstractContextManager[Any]:
@@ -51,33 +31,48 @@ def _one_at_a_time(rotary: nn.Module) -> AbstractContextManager[Any]:
     return nullcontext() if torch.compiler.is_compiling() or not is_length_dependent(rotary) else _refreshing
 
 
-class _RotaryShell(nn.Module):
-    """What the tuner layer and the baked module share: a rotary module kept in float32, and its tables.
+@dataclass(frozen=True)
+class RotaryTraits:
+    """What injection found out about a rotary module.
 
-    Args:
-        layer_idx: the decoder layer that the rotary sits in; None when the decoder layers share it.
+    Attributes:
+        frequencies: its own, by name: see [`own_frequencies`].
+        reached: the names of those that an adapter's rope type scales; a layer's factor scales all.
         stackable: whether [`stacked_tables`] was proven to give the family's own tables.
     """
 
-    def __init__(self, layer_idx: int | None, stackable: bool) -> None:
+    frequencies: dict[str, torch.Tensor]
+    reached: frozenset[str]
+    stackable: bool
+
+    def on(self, device: torch.device) -> RotaryTraits:
+        """Returns the same on a device; `meta`, which would lose the values, leaves them where they are."""
+        if device.type == "meta" or all(value.device == device for value in self.frequencies.values()):
+            return self
+        return replace(self, frequencies={name: value.to(device) for name, value in self.frequencies.items()})
+
+
+class _RotaryShell(nn.Module):
+    """What the tuner layer and the baked module share: a rotary module, its frequencies in float32, and its tables.
+
+    Args:
+        layer_idx: the decoder layer that the rotary sits in; None when the decoder layers share it.
+        traits: what injection found out about the rotary.
+    """
+
+    def __init__(self, layer_idx: int | None, traits: RotaryTraits) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.stackable = stackable
-        self._pairs: int | None = None  # of the widest frequency vector, looked up once and not at every token
-        self._scaled: dict[Any, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self.traits = traits
+        self._scaled: dict[Any, torch.Tensor] = {}
 
     def _original(self) -> nn.Module:
         raise NotImplementedError
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        """Moves like any module, but keeps the frequencies' dtype: `.to(torch.bfloat16)` would round them."""
-        rotary = self._original()
-        before = {name: buffer for name, buffer in rotary.named_buffers(recurse=False) if buffer.is_floating_point()}
+        """Moves and casts like any module. Only the frequencies that we scale are moved and not cast."""
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = getattr(rotary, name)
-            if after.dtype != buffer.dtype:
-                rotary._buffers[name] = buffer.to(after.device)
+        self.traits = self.traits.on(next(self._original().buffers()).device)
         self._scaled.clear()
         return self
 
@@ -102,19 +97,19 @@ class _RotaryShell(nn.Module):
         """
         rotary = self._original()
         length_dependent = is_length_dependent(rotary)
-        current = {}
+        frequencies = self.traits.on(x.device).frequencies
         if length_dependent:
-            with _one_at_a_time(rotary):
-                rotary(x, position_ids, *args, **kwargs)  # transformers refreshes the frequencies in here
-                # Copied: tables made later must not see what another request's length makes of them.
-                current = {name: getattr(rotary, name).clone() for name in inv_freq_names(rotary)}
+            frequencies = frequencies_at(rotary, frequencies, position_ids)
         cacheable = scaling.is_constant and not length_dependent
 
-        def rows(name: str, inv_freq: torch.Tensor) -> torch.Tensor:
-            inv_freq = current.get(name, inv_freq)
-            if cacheable and not torch.compiler.is_compiling():  # asked here: a layer may be compiled on its own
-                return self._cached_rows(scaling, name, inv_freq, x.device)
-            return scaling.scale(inv_freq.to(x.device), position_ids)
+        def rows(name: str, _: torch.Tensor) -> torch.Tensor:
+            reached = name in self.traits.reached
+            if not cacheable or torch.compiler.is_compiling():  # asked here: a layer may be compiled on its own
+                return scaling.scale(frequencies[name], position_ids, reached)
+            key = (scaling, name, x.device)
+            if key not in self._scaled:
+                self._scaled[key] = scaling.scale(frequencies[name], None, reached)
+            return self._scaled[key]
 
         def make(pick: Callable[[torch.Tensor], torch.Tensor]) -> Any:
             return family_table(rotary, lambda name, v: pick(rows(name, v)), x, position_ids, *args, **kwargs)
@@ -122,7 +117,7 @@ class _RotaryShell(nn.Module):
         if self.layer_idx is not None:
             number = scaling.index[self.layer_idx]
             return make(lambda rows: rows[number])
-        if not self.stackable or self._bank_bytes(scaling, x, position_ids) > BANK_BYTES:
+        if not self.traits.stackable or self._bank_bytes(scaling, x, position_ids) > BANK_BYTES:
             # Not the tensor itself: it is the first layer's input, and where layers are compiled one by one, that
             # sameness would have the hook compiled again for the others.
             x = x.detach()
@@ -134,22 +129,9 @@ class _RotaryShell(nn.Module):
         """Upper bound of the size of all tables: cos and sin for each frequency, twice."""
         if torch.compiler.is_compiling():
             return 0  # a size read inside a graph would fix it; and compiled code need not keep what it can fuse
-        rotary = self._original()
-        if self._pairs is None:
-            self._pairs = max(getattr(rotary, name).shape[0] for name in inv_freq_names(rotary))
+        pairs = max(inv_freq.shape[0] for inv_freq in self.traits.frequencies.values())
         tokens = position_ids.shape[-1] * position_ids.shape[-2]
-        return len(scaling.distinct) * tokens * 4 * self._pairs * x.element_size()
-
-    def _cached_rows(
-        self, scaling: LayerScaling, name: str, inv_freq: torch.Tensor, device: torch.device
-    ) -> torch.Tensor:
-        """The scaled frequencies `(U, r / 2)` on `device`, made once for each scaling and state of the frequencies."""
-        version = 0 if inv_freq.is_inference() else inv_freq._version
-        cached = self._scaled.get((scaling, name, device))
-        if cached is None or cached[0] is not inv_freq or cached[1] != version:
-            cached = (inv_freq, version, scaling.scale(inv_freq.to(device), None))
-            self._scaled[scaling, name, device] = cached
-        return cached[2]
+        return len(scaling.distinct) * tokens * 4 * pairs * x.element_size()
 
 
 class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
@@ -159,8 +141,8 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
     dict nor a LoRA's file sees them. At most one LAYER_ROPE adapter is active at a time.
     """
 
-    def __init__(self, base_layer: nn.Module, layer_idx: int | None, stackable: bool) -> None:
-        super().__init__(layer_idx, stackable)
+    def __init__(self, base_layer: nn.Module, layer_idx: int | None, traits: RotaryTraits) -> None:
+        super().__init__(layer_idx, traits)
         self.base_layer = base_layer
         self.scalings: dict[str, LayerScaling] = {}
         self.hook_handles: list[Any] = []  # of the decoder layers' hooks; the first wrapper of a model keeps them
@@ -299,8 +281,8 @@ class BakedLayerRope(_RotaryShell):
     Has no attribute called `base_layer`, by which PEFT would take it for a tuner layer and unwrap it.
     """
 
-    def __init__(self, rotary: nn.Module, layer_idx: int | None, stackable: bool, scaling: LayerScaling) -> None:
-        super().__init__(layer_idx, stackable)
+    def __init__(self, rotary: nn.Module, layer_idx: int | None, traits: RotaryTraits, scaling: LayerScaling) -> None:
+        super().__init__(layer_idx, traits)
         self.rotary = rotary
         self.scaling = scaling
 

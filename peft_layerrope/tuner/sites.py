@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..errors import UnsupportedModelError
-from .rotary import BakedLayerRope, LayerRopeLayer, inv_freq_names
+from .frequencies import inv_freq_names
+from .rotary import BakedLayerRope, LayerRopeLayer
 
 _UNSCALABLE = {
     "diffusion_gemma": "its decoder attends to keys that an encoder with a rotary embedding of its own has rotated, so "

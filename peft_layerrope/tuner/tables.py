@@ -73,11 +73,16 @@ class LayerScaling:
         """Whether the scaled frequencies are the same at every call, and may be kept."""
         return not self.depends_on_length
 
-    def scale(self, inv_freq: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    def scale(self, inv_freq: torch.Tensor, position_ids: torch.Tensor | None, reached: bool = True) -> torch.Tensor:
         """Returns the frequencies for each distinct factor, shape `(U, r / 2)`; see [`scale_inv_freq`].
 
-        `position_ids` may be None where [`depends_on_length`] is false.
+        Args:
+            inv_freq: shape `(r / 2,)`, float32.
+            position_ids: int64; may be None where [`depends_on_length`] is false.
+            reached: whether the rope type concerns this table; on any other a layer's factor acts as in `default`.
         """
+        if not reached:
+            return scale_inv_freq(inv_freq, self.factors_on(inv_freq.device))
         return scale_inv_freq(
             inv_freq,
             self.factors_on(inv_freq.device),

@@ -151,13 +151,11 @@ def test_generate_with_and_without_cache_agree():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_keeps_float32_frequencies(dtype, long_ids):
     model = roped(build_model("llama"), FACTORS)
-    frequencies = rotary_of(model).base_layer.inv_freq.clone()
     received = record_tables(model)
     logits(model, long_ids)
     exact = [cos.clone() for cos, _ in received]
     received.clear()
     model.to(dtype)
-    assert torch.equal(rotary_of(model).base_layer.inv_freq, frequencies)
     logits(model, long_ids)
     for (cos, _), expected in zip(received, exact, strict=True):
         assert cos.dtype == dtype
