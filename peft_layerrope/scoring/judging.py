@@ -38,7 +38,7 @@ def check_finite(model: nn.Module, split: Split, batch_tokens: int) -> None:
 
     Raises:
         TaskError: no token of its answer has a finite log-probability. The message names the dtype, and the
-            weights that hold NaN if any do.
+            weights that are not finite if any are.
     """
     first = next(example for example in split.examples if example.position == 0)
     alone = replace(split, positions=split.positions[:1], examples=(first,))
@@ -47,12 +47,15 @@ def check_finite(model: nn.Module, split: Split, batch_tokens: int) -> None:
             if judge_tokens(answer_logits(model, batch), batch.gold)[0].isfinite().any():
                 return
     dtype = str(embedding_table(model).dtype).removeprefix("torch.")
-    broken = [name for name, weights in model.named_parameters() if weights.isnan().any()]
-    reason = f"its numbers leave the range of {dtype}"
+    # there is no isfinite() for one-byte floats, and nothing to look at on the meta device
+    weights = {name: w for name, w in model.named_parameters() if w.dtype.itemsize > 1 and not w.is_meta}
+    broken = [name for name, values in weights.items() if not values.isfinite().all()]
+    reason, advice = f"its numbers leave the range of {dtype}", "use"
     if broken:
-        reason = f"NaN stands in {broken[0]}" + (f" and {len(broken) - 1} more weights" if len(broken) > 1 else "")
+        more = f" and {len(broken) - 1} more weights" if len(broken) > 1 else ""
+        reason, advice = f"NaN or infinity stands in {broken[0]}{more}", "use another copy of the weights, or"
     other = " or ".join(name for name in ("bfloat16", "float32") if name != dtype)
-    raise TaskError(f"the model gives no finite score in {dtype}: {reason}. Use --dtype {other}, or other weights.")
+    raise TaskError(f"the model gives no finite score in {dtype}: {reason}; {advice} --dtype {other}.")
 
 
 def judge(
