@@ -18,6 +18,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +30,10 @@ from rich.table import Table
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_layerrope import KeyValueRetrieval, LayerRopeConfig, MultiDocumentQA, Split
+from peft_layerrope import Example, KeyValueRetrieval, LayerRopeConfig, MultiDocumentQA, Split
 from peft_layerrope.scoring.preflight import preflight, prepared, with_targets
 from peft_layerrope.scoring.scorer import Scorer
+from peft_layerrope.tasks.targets import Target
 
 RESAMPLES = 2000
 
@@ -48,10 +50,14 @@ def varied_vectors(num_layers: int) -> dict[str, tuple[float, ...]]:
     return {name: tuple(round(float(value), 2) for value in vector) for name, vector in vectors.items()}
 
 
-def with_openings(split: Split) -> Split:
-    """The same examples with their openings scored too."""
-    examples = (replace(e, opening_ids=(), answer_ids=e.opening_ids + e.answer_ids) for e in split.examples)
-    return replace(split, examples=tuple(examples))
+def with_openings(split: Split, own: Mapping[str, Target], scored: bool) -> Split:
+    """The same examples with their openings scored, or given."""
+
+    def target(example: Example) -> Target:
+        opening, answer = own.get(example.question, Target(example.opening_ids, example.answer_ids))
+        return Target((), opening + answer) if scored else Target(opening, answer)
+
+    return replace(split, examples=tuple(replace(e, **target(e)._asdict()) for e in split.examples))
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
@@ -100,6 +106,7 @@ def main() -> None:
     split = with_targets(prepared(task, found).split("search", arguments.groups), found, task)
     console.print(f"split: {split.num_groups} contexts, up to {split.max_tokens} tokens, {split.protocol}")
 
+    own = found.targets.own
     whole = Scorer(base, cache_contexts=False)
     costs = {"each context once": timed(scorer, split), "each prompt whole": timed(whole, split, packed=False)}
     costs["targets and preflight, once"] = learnt
@@ -110,7 +117,8 @@ def main() -> None:
     for name, vector in vectors.items():
         model = get_peft_model(base, LayerRopeConfig(layer_factors=list(vector)))
         scorer.model = model
-        scores, whole_target = scorer.generate(split), scorer.score(with_openings(split))
+        scores = scorer.generate(with_openings(split, own, scored=False))
+        whole_target = scorer.score(with_openings(split, own, scored=True))
         base = model.unload()
         written.append(scores.correct.mean(1))
         gold.append(scores.log_prob.mean(1))
