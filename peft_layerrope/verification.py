@@ -426,9 +426,8 @@ def _own_rotaries(stack: DecoderStack, model: nn.Module) -> Iterator[dict[int, A
         rotary = getattr(module, "base_layer", module) if not isinstance(module, BakedLayerRope) else module.rotary
         own = copy.deepcopy(rotary)
         for name, inv_freq in own_frequencies(rotary, model).items():
-            own._buffers[name] = inv_freq
-            if hasattr(own, original := name.removesuffix("inv_freq") + "original_inv_freq"):
-                setattr(own, original, inv_freq.clone())
+            setattr(own, name, inv_freq)
+            setattr(own, name.removesuffix("inv_freq") + "original_inv_freq", inv_freq.clone())
         own.register_forward_hook(on_answer, with_kwargs=True)
         site.replace(own)
     try:

@@ -118,9 +118,7 @@ def test_the_right_rotary_embeddings_are_found(model_type, rotaries):
 
 
 def test_scaling_that_does_nothing_is_found_out(monkeypatch):
-    monkeypatch.setattr(
-        LayerScaling, "scale", lambda self, inv_freq, position_ids: inv_freq.expand(len(self.distinct), -1)
-    )
+    monkeypatch.setattr(LayerScaling, "scale", lambda self, inv_freq, *_: inv_freq.expand(len(self.distinct), -1))
     trial = try_family("llama")
     assert trial.status == WRONG
     assert trial.reason.startswith("b: with all factors 2")

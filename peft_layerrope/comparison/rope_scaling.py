@@ -120,9 +120,8 @@ def _built(rotary: nn.Module, model: nn.Module) -> nn.Module:
     frequencies = own_frequencies(rotary, model)
     rotary.to_empty(device="cpu")
     for name, inv_freq in frequencies.items():
-        rotary._buffers[name] = inv_freq
-        rotary._buffers[name.removesuffix("inv_freq") + "original_inv_freq"] = inv_freq.clone()
-        rotary._non_persistent_buffers_set.add(name.removesuffix("inv_freq") + "original_inv_freq")
+        setattr(rotary, name, inv_freq)
+        setattr(rotary, name.removesuffix("inv_freq") + "original_inv_freq", inv_freq.clone())
     return rotary
 
 

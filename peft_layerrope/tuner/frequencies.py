@@ -98,11 +98,11 @@ def _stated_frequencies(rotary: nn.Module, model: nn.Module) -> dict[str, torch.
     name, float32 on the CPU. NaN where the model's code does not.
     """
     blank = copy.copy(rotary)
-    blank._parameters = {}
-    blank._buffers = {
-        name: torch.full(buffer.shape, torch.nan, dtype=torch.float32, device="cpu")
-        for name, buffer in rotary.named_buffers(recurse=False)
-    }
+    blank._parameters, blank._buffers = {}, dict(rotary._buffers)
+    for own in (blank.__dict__, blank._buffers):  # every tensor is one of its own, for that code writes into them
+        for name, value in own.items():
+            if isinstance(value, torch.Tensor):
+                own[name] = torch.full(value.shape, torch.nan, dtype=torch.float32, device="cpu")
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     owners = [owner for owner in models if any(module is rotary for module in owner.modules())]
     if owners:

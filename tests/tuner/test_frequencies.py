@@ -214,6 +214,17 @@ def test_of_every_kind_of_family_a_cast_is_undone(model_type, dtype):
         assert all(torch.equal(found[name], frequencies[name]) for name in found)
 
 
+def test_a_module_whose_original_is_the_same_tensor(ids):
+    model = build_model("llama")
+    rotary = model.model.rotary_emb
+    del rotary._buffers["original_inv_freq"]
+    rotary.original_inv_freq = rotary.inv_freq  # as some versions and some custom code have it
+    before = rotary.inv_freq.clone()
+    rotary.inv_freq.mul_(0.7)
+    assert torch.equal(own_frequencies(rotary, model)["inv_freq"], before * 0.7)
+    assert torch.equal(rotary.inv_freq, before * 0.7)
+
+
 def test_verify_sees_a_factor_that_was_rounded_away(monkeypatch):
     model = roped(build_model("llama").to(torch.bfloat16), [1.002] * NUM_LAYERS)
     assert verify(model).ok
