@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from .errors import InvalidConfigError, LayerRopeError
 from .files.adapter_files import AdapterFiles
 from .files.untrusted import MAX_BYTES, UntrustedFileError, read_json_object
-from .messages import named, one_line, shown
+from .messages import named, one_line, shown, shown_names
 from .public_names import is_machine_path
 from .tuner.config import LayerRopeConfig
 from .tuner.injection import has_other_tuner_layers
@@ -91,16 +91,18 @@ def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
             peft_model = load_adapter(model, adapter)
             found = peft_model.load_adapter(adapter, "default")  # once more: this one tells what fits nowhere
         except (RuntimeError, KeyError) as error:  # tensors of other shapes
-            first = str(error).strip().splitlines()
-            raise LayerRopeError(f"cannot load adapter {adapter!r}: {' '.join(first[:2])}") from error
+            raise _misfit(adapter, one_line(error)) from error
     if found.missing_keys or found.unexpected_keys:
-        raise LayerRopeError(
-            f"cannot load adapter {adapter!r}: its weights do not fit this model's layers; it is an adapter of another "
-            "model."
-        )
+        raise _misfit(adapter, shown_names([*found.missing_keys, *found.unexpected_keys], 1))
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return peft_model
+
+
+def _misfit(adapter: str, reason: str) -> LayerRopeError:
+    return LayerRopeError(
+        f"cannot load adapter {adapter!r}: its weights do not fit this model's layers: it is another model's ({reason})."
+    )
 
 
 def adapter_identity(adapter: str, config: PeftConfig) -> dict[str, str]:

@@ -340,7 +340,7 @@ EVALUATE = [
     ("--baseline none:1", USAGE, "baseline 'none:1' is unknown"),
     ("--baseline none --baseline none", USAGE, "no scaling is given twice"),
     ("--adapter {R}/nowhere", FAILED, "nowhere': there is no such folder"),
-    ("--adapter {R}/file", FAILED, "file': there is no such folder"),
+    ("--adapter {R}/file", FAILED, "file': it is a file"),
     ("--adapter {R}/no_config", FAILED, "no adapter_config.json"),
     ("--adapter {R}/no_tensors", FAILED, "adapter_model.safetensors"),
     ("--adapter {R}/not_json", FAILED, "adapter_config.json"),
