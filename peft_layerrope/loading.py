@@ -101,7 +101,8 @@ def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
 
 def _misfit(adapter: str, reason: str) -> LayerRopeError:
     return LayerRopeError(
-        f"cannot load adapter {adapter!r}: its weights do not fit this model's layers: it is another model's ({reason})."
+        f"cannot load adapter {adapter!r}: its weights do not fit this model's layers, it is of another model: "
+        f"{reason.rstrip('.')}."
     )
 
 
