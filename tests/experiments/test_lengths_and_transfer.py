@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from experiment_helpers import FACTORS, GROUPS, by_hand, short_task
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from peft_layerrope import LayerRopeConfig
+from peft_layerrope import LayerRopeConfig, demo_model_path
 from peft_layerrope.comparison.contenders import NO_SCALING, Contender
 from peft_layerrope.errors import TaskError
 from peft_layerrope.experiments import Line, matched_baselines, run_extrapolation, run_transfer
@@ -31,7 +32,6 @@ def test_extrapolation_scores_each_contender_at_each_length(demo_model, demo_tok
     lines = [*matched_baselines(), Line.fixed(Contender.of_adapter(adapter))]
     section = run_extrapolation(demo_model, tasks, lines, num_groups=GROUPS)
     assert list(section.data["scores"]) == ["192", "384"]
-    ones = [1.0] * 6
     for length, task in tasks.items():
         found = section.data["scores"][str(length)]
         plain = by_hand(demo_model, task)
@@ -41,8 +41,10 @@ def test_extrapolation_scores_each_contender_at_each_length(demo_model, demo_tok
             assert found[PI] == found[NTK] == plain.to_dict()
         else:
             for label, rope_type in ((PI, "linear"), (NTK, "dynamic")):
-                matched = by_hand(demo_model, task, ones, rope_type=rope_type, factor=length / 256)
-                assert found[label] == matched.to_dict()
+                config = AutoConfig.from_pretrained(demo_model_path())
+                config.rope_parameters |= {"rope_type": rope_type, "factor": length / 256}
+                matched = AutoModelForCausalLM.from_pretrained(demo_model_path(), config=config)
+                assert found[label] == by_hand(matched, task).to_dict()
         gap = by_hand(demo_model, task, FACTORS).paired_difference(plain)
         gain = section.data["average_minus_baseline"][str(length)]["mine"]
         assert gain["value"] == pytest.approx(gap.value, abs=1e-6)
