@@ -25,6 +25,7 @@ from ..searcher import search as run_search
 from ..searcher.result import REPORT_NAME, TIMING_NAME
 from ..searcher.specification import SearchSpecification, read_specification
 from ..searcher.state import LOCK_NAME, LOG_NAME, STATE_NAME
+from ..tuner.sites import embedding_table
 from .app import app, err, out, plain_errors, resumable, shell_word
 from .inputs import build_task, load, resolve_task, window_of, with_difficulty
 from .options import MODEL_ARGS, DebugOption, ModelArgument, Typed, model_settings, options_of, takes_settings
@@ -88,6 +89,9 @@ def search(
         if task.difficulty is None:
             built = build_task(task, tokenizer)  # what cannot work is refused before the model is loaded
         loaded = load(specification)
+        on_cpu = embedding_table(loaded).device.type == "cpu"
+        if specification.load_in_4bit and on_cpu and specification.search.takes_gradient_steps:
+            raise SearchError("bitsandbytes passes no gradient through 4 bits on a CPU: pass --gradient-steps 0.")
         if task.difficulty is not None:
             task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
             specification, built = replace(specification, task=task), build_task(task, tokenizer)
