@@ -34,7 +34,7 @@ from ..files.run_lock import check_free, locked
 from ..files.strict_json import to_json
 from ..public_names import public_name
 from ..report import position_table
-from ..scoring.preflight import Preflight, preflight, with_targets
+from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, with_targets
 from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
 from ..tasks import PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
@@ -134,6 +134,7 @@ def evaluate_command(
         tokenizer = load_tokenizer(source)
         specification = with_kept_date(specification, output, resume)
         specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
+        resumed = resume and (output / SCORES_NAME).exists()
         loaded = None
         if specification.difficulty is not None:
             loaded = load(source)
@@ -146,7 +147,10 @@ def evaluate_command(
             loaded = load(source)
         found = None
         if isinstance(built, PromptTask):
-            found = _preflight(loaded, built, split.value, groups, compute.batch_tokens)
+            if resumed and (output / PREFLIGHT_NAME).exists():  # of the same targets, however this machine rounds
+                found = Preflight.load(output / PREFLIGHT_NAME)
+            else:
+                found = _preflight(loaded, built, split.value, groups, compute.batch_tokens)
             examples = with_targets(examples, found, built)
         if teacher_forced:
             examples = replace(examples, judge=None)
@@ -157,6 +161,8 @@ def evaluate_command(
                 if overwrite:
                     _clear(output)
                 keep_date(specification, output)
+                if found is not None:
+                    write_atomically(output / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
             with _progress() as progress:
                 comparison = compare(
                     loaded,
@@ -166,7 +172,7 @@ def evaluate_command(
                     num_buckets=buckets if buckets is not None else DEFAULT_BUCKETS,
                     batch_tokens=compute.batch_tokens,
                     folder=output,
-                    resume=resume and (output / SCORES_NAME).exists(),
+                    resume=resumed,
                     progress=progress,
                 )
             try:
@@ -190,7 +196,7 @@ def _clear(output: Path) -> None:
     """Removes an earlier comparison, which nobody is to take for the new one."""
     discard_comparison(output)
     with writing(output):
-        for name in (_JSON_NAME, _MARKDOWN_NAME):
+        for name in (_JSON_NAME, _MARKDOWN_NAME, PREFLIGHT_NAME):
             (output / name).unlink(missing_ok=True)
 
 

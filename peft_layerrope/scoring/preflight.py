@@ -4,8 +4,10 @@ middle to mend?
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from .generation import Written, judge_written
 from .scorer import Scorer
 from .scores import PositionScores
 
+PREFLIGHT_NAME = "preflight.json"
+"""What the unscaled model wrote, kept for a run that may be resumed; it holds texts, and is never pushed."""
 PREFLIGHT_GROUPS = 8
 """Contexts of the search split that the unscaled model is asked."""
 FLOOR, CEILING = 0.05, 0.98
@@ -120,6 +124,18 @@ class Preflight:
         values = {name: tuple(v) if isinstance(v := plain[name], list) else v for name in _PLAIN}
         targets = Targets.from_plain(plain["targets"]) if plain["targets"] is not None else None
         return cls(PositionScores.from_plain(plain["scores"]), targets, tuple(plain["samples"]), **values)
+
+    @classmethod
+    def load(cls, path: Path) -> Preflight:
+        """Reads one that was kept as JSON.
+
+        Raises:
+            TaskError: it cannot be read.
+        """
+        try:
+            return cls.from_plain(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TaskError(f"{path} cannot be read ({error!r}): start again with --overwrite.") from error
 
     def describe(self) -> dict[str, Any]:
         """Returns plain values for a report; no texts."""

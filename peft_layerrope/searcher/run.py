@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from ..files.strict_json import to_json
 from ..fingerprint import library_versions, model_fingerprint
 from ..messages import named
 from ..public_names import public_name
-from ..scoring.preflight import Preflight, preflight
+from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
 from ..scoring.statistics import rank_key
@@ -65,9 +64,6 @@ from .settings import SearchSettings
 from .space import FactorSpace
 from .state import LOCK_NAME, RunState
 from .strategies import run_strategy
-
-PREFLIGHT_NAME = "preflight.json"
-"""What the unscaled model wrote, in the folder of the state; it holds texts, and is never pushed."""
 
 Distribute = Callable[[ModelEvaluator], Evaluator]
 """Given the evaluator of this process, returns one that has the work done elsewhere; see `ray_workers`."""
@@ -213,10 +209,7 @@ def _preflight(
     """What the unscaled model writes; of a search that is resumed, what it wrote then."""
     path = folder / PREFLIGHT_NAME if folder is not None else None
     if resume and path is not None and path.exists():
-        try:
-            return Preflight.from_plain(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SearchError(f"{path} cannot be read ({error!r}): start again with --overwrite.") from error
+        return Preflight.load(path)
     wanted = {
         "search": settings.search_groups,
         "validation": settings.validation_groups,

@@ -192,6 +192,17 @@ def test_interrupted_and_resumed_it_writes_the_same(adapter, tmp_path, monkeypat
     assert loaded(killed / "evaluation.json")["task"]["seed"] == 1
 
 
+def test_what_the_unscaled_model_wrote_is_kept_for_resuming(tmp_path, monkeypatch):
+    arguments = ("evaluate", *ASKED, "--output", str(tmp_path / "out"))
+    with monkeypatch.context() as patched:
+        interrupted_at(1, patched)
+        assert run(*arguments).exit_code == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "preflight", lambda *_, **__: pytest.fail("asked again"))
+        assert run(*arguments, "--resume").exit_code == 0
+    assert loaded(tmp_path / "out" / "evaluation.json")["preflight"]
+
+
 def test_resume_begins_where_there_is_nothing_yet(tmp_path):
     assert run("evaluate", *TINY, "--output", str(tmp_path / "out"), "--resume").exit_code == 0
     assert (tmp_path / "out" / "scores.json").exists()
