@@ -47,8 +47,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=80, help="shared out to search, validation and test")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)  # also: dtype=, gguf_file=, load_in_4bit=True, peft="my-lora" ...
-    examples = list(my_examples(tokenizer, args.contexts))
-    task = TokenTask(examples, POSITIONS, fractions=(0.2, 0.2, 0.6), name="my lists")
+    task = TokenTask(list(my_examples(tokenizer, args.contexts)), POSITIONS, fractions=(0.2, 0.2, 0.6), name="my lists")
     groups = {"search_groups": args.contexts // 5, "validation_groups": args.contexts // 5}
     result = search(model, task, progress=Stages(), test_groups=args.contexts * 3 // 5, **groups)
     for row in result.table:  # held out

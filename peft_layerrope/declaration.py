@@ -109,7 +109,7 @@ def converted(
     """Returns our error for pydantic's: one line with the setting's name, its value and what was expected.
 
     Args:
-        wrong: what pydantic found; an error of ours among it, of a check of our own, is kept.
+        wrong: what pydantic found; an error of ours among it, of a check of our own, is kept, unless there is a source.
         kind: what was to be made.
         error: of this class.
         source: the file that the values are from.
@@ -118,7 +118,7 @@ def converted(
     first = next((one for one in found if one["type"] == "unexpected_keyword_argument"), found[0])
     own = first.get("ctx", {}).get("error")
     if isinstance(own, LayerRopeError):
-        error, text = type(own), str(own)
+        error, text = type(own) if source is None else error, str(own)
     else:
         text = _told(first, kind)
     return error(text if source is None else f"{source}: {text}")
