@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import FAMILIES, NUM_LAYERS, VOCAB, WINDOW, build_model, logits
+from conftest import FAMILIES, IS_OLDER, NUM_LAYERS, VOCAB, WINDOW, build_model, logits
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from reference import hand_patched
 from safetensors.torch import load_file, save_file
@@ -224,6 +224,8 @@ def test_a_scaling_that_changes_more_than_the_rotation_is_refused(baseline):
     ],
 )
 def test_yarn_is_refused_where_it_would_do_nothing_or_fail(family, message):
+    if IS_OLDER and family == "bamba":
+        pytest.skip("in transformers 5.0 bamba's frequencies follow its rope type")
     with pytest.raises(LayerRopeError, match=message), contending(build_tiny(family), parse_baseline("yarn:2")):
         pytest.fail("was put on")
 

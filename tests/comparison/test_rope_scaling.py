@@ -99,7 +99,7 @@ def tiny(model_type: str) -> PreTrainedModel:
     return rebuilt(build_tiny(model_type), lambda text: setattr(text, "max_position_embeddings", 8))
 
 
-def with_rope_type(rope_type: str, factor: float, tables: list[str] | None):
+def with_rope_type(rope_type: str, factor: float, tables: list[str]):
     def change(text) -> None:
         for entries in [text.rope_parameters[table] for table in tables] if tables else [text.rope_parameters]:
             own = entries["rope_type"]  # "proportional" has a factor of its own
@@ -123,8 +123,9 @@ def test_families_with_several_tables(model_type, rope_type):
     if model_type not in model_types():
         pytest.skip(f"this version of transformers has no {model_type}")
     model = tiny(model_type)
-    inputs, tables = tiny_inputs(model), SCALED_TABLES.get(model_type)
+    inputs = tiny_inputs(model)
     parameters = model.config.get_text_config(decoder=True).rope_parameters
+    tables = [table for table in SCALED_TABLES.get(model_type, ()) if table in parameters]  # olmo3 once had one for all
     if rope_type != "linear" and tables and parameters[tables[0]]["rope_type"] == "proportional":
         with pytest.raises(TaskError, match="cannot be put onto"), contending(model, parse_baseline(f"{rope_type}:2")):
             pytest.fail("was put on")
@@ -149,6 +150,8 @@ def test_the_tables_are_those_that_the_familys_config_class_gives_a_rope_scaling
     assert [table for table in types if rope_type_reaches(text.model_type, table)] == [
         table for table in types if table in SCALED_TABLES[model_type]
     ]
+    if text.model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers does not know {text.model_type} by its name")
     asked = CONFIG_MAPPING[text.model_type](rope_scaling={"rope_type": "linear", "factor": 2.0}).rope_parameters
     scaled = {name for name, entries in asked.items() if isinstance(entries, dict) and entries.get("factor") == 2.0}
     if scaled:  # a few classes ignore it
@@ -159,6 +162,9 @@ def test_the_tables_are_those_that_the_familys_config_class_gives_a_rope_scaling
 @pytest.mark.parametrize("own", [None, *OWN])
 @pytest.mark.parametrize("build", [gemma3, None], ids=["gemma3", "llama"])
 def test_a_baseline_replaces_a_scaling_of_the_models_own(build, own, rope_type, long_ids):
+    if IS_OLDER and build is not None and "yarn" in (own, rope_type):
+        pytest.skip("transformers 5.0 builds no model with YaRN on one of two tables")
+
     def made(name: str | None, **settings: object) -> PreTrainedModel:
         entries = {"rope_type": name, **settings} if name else {}
         if build is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import NUM_LAYERS, WINDOW, build_model, logits
+from conftest import IS_OLDER, NUM_LAYERS, WINDOW, build_model, logits
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -203,6 +203,8 @@ def test_injection_in_inference_mode_leaves_a_gradient_possible(ids):
 )
 @pytest.mark.parametrize("dtype", HALVES)
 def test_of_every_kind_of_family_a_cast_is_undone(model_type, dtype):
+    if IS_OLDER and model_type == "recurrent_gemma":
+        pytest.skip("transformers 5.0 has no code that makes its frequencies again")
     if model_type not in model_types():
         pytest.skip(f"this version of transformers has no {model_type}")
     model = build_tiny(model_type)
