@@ -98,7 +98,11 @@ def _stated_frequencies(rotary: nn.Module, model: nn.Module) -> dict[str, torch.
     name, float32 on the CPU. NaN where the model's code does not.
     """
     blank = copy.copy(rotary)
-    blank._parameters, blank._buffers = {}, dict(rotary._buffers)
+    blank._buffers = dict(rotary._buffers)
+    blank._parameters = {  # a family with learned ones writes into them too
+        name: nn.Parameter(torch.zeros(parameter.shape, device="cpu"), requires_grad=False)
+        for name, parameter in rotary.named_parameters(recurse=False)
+    }
     for own in (blank.__dict__, blank._buffers):  # every tensor is one of its own, for that code writes into them
         for name, value in own.items():
             if isinstance(value, torch.Tensor):
