@@ -46,6 +46,16 @@ NUM_LAYERS = 4
 VOCAB = 99
 WINDOW = 64
 
+
+def length_dependent_ropes(window: int) -> dict[str, dict]:
+    """`rope_parameters` of transformers' types whose frequencies follow the length, for a trained window in tokens."""
+    scaled = {"short_factor": [1.0] * 8, "long_factor": [1.0 + i / 4 for i in range(8)]}
+    return {
+        "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+        "longrope": {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": window, **scaled},
+    }
+
+
 _COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 64,

@@ -12,6 +12,7 @@ from conftest import VOCAB, build_model, logits
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_contenders import trained_lora
+from tiny_gguf import write_gguf
 from tiny_tokenizer import tiny_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -331,43 +332,11 @@ def test_evaluate_and_search_on_a_fine_tune(folder, lora, tmp_path):
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory) -> Path:
     """A tiny Qwen2 in a GGUF file, written without transformers; with its twin, of the same weights, in `model`."""
-    gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     tokenizer = tiny_bpe(chat=True)
     model = build_model("qwen2", vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=False)
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    config, writer = model.config, gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(len(tokenizer))
-    tokens = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(tokens["vocab"], key=tokens["vocab"].get))
-    writer.add_token_types([3] * 4 + [1] * (len(tokenizer) - 4))
-    writer.add_token_merges([" ".join(pair) for pair in tokens["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "model.layers": "blk",
-    }  # fmt: skip
-    for name, tensor in model.state_dict().items():
-        for theirs, its in names.items():
-            name = name.replace(theirs, its)
-        writer.add_tensor(name, tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(path, model, tokenizer)
     model.save_pretrained(path.parent / "twin")
     tokenizer.save_pretrained(path.parent / "twin")
     return path

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_model
-from fakes import NO_GUARDS, Formula, TaskWithShortPrompts, minus_distance, space_of, token_task
+from fakes import NO_GUARDS, SMALL_SEARCH, Formula, TaskWithShortPrompts, minus_distance, space_of, token_task
 from test_search_record import record_values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -38,7 +38,7 @@ from peft_layerrope.files.strict_json import to_json
 from peft_layerrope.scoring.judging import judge
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import WrittenAnswers
-from peft_layerrope.searcher import FactorGrid, Guards
+from peft_layerrope.searcher import Guards
 from peft_layerrope.searcher.bootstrap import bootstrap_choice
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.gradient import GradientSteps
@@ -48,19 +48,7 @@ from peft_layerrope.searcher.sensitivity import sensitivity
 from peft_layerrope.searcher.state import LOG_NAME, STATE_NAME, RunState
 from peft_layerrope.searcher.strategies import run_strategy
 
-SMALL = {
-    "population": 6,
-    "generations": 2,
-    "gradient_steps": 3,
-    "refine_evaluations": 12,
-    "search_groups": 4,
-    "validation_groups": 4,
-    "test_groups": 6,
-    "short_groups": 3,
-    "grid": FactorGrid(1.0, 2.0, 0.25),
-    "bootstrap": 20,
-    "progress": False,
-}
+SMALL = {**SMALL_SEARCH, "bootstrap": 20}
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 

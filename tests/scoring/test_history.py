@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_LAYERS, VOCAB, build_model, logits
+from conftest import NUM_LAYERS, VOCAB, build_model, length_dependent_ropes, logits
 from peft import get_peft_model
 from test_losses import windows
 from test_scorer import one_by_one, random_split
@@ -22,16 +22,7 @@ from peft_layerrope.searcher.evaluator import ModelEvaluator
 
 BELOW = 16  # the trained window; all prompts are longer
 LONG = torch.randint(1, VOCAB, (1, 120), generator=torch.Generator().manual_seed(0))
-ROPES = {
-    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
-    "longrope": {
-        "rope_type": "longrope",
-        "factor": 4.0,
-        "original_max_position_embeddings": BELOW,
-        "short_factor": [1.0] * 8,
-        "long_factor": [1.0 + i / 4 for i in range(8)],
-    },
-}
+ROPES = length_dependent_ropes(BELOW)
 
 
 @pytest.fixture(params=ROPES)

@@ -15,6 +15,19 @@ from peft_layerrope.searcher.space import FactorSpace
 
 NO_GUARDS = Guards(None, None)
 ONE_HEAT = Heats((1,))
+SMALL_SEARCH = {
+    "population": 6,
+    "generations": 2,
+    "gradient_steps": 3,
+    "refine_evaluations": 12,
+    "search_groups": 4,
+    "validation_groups": 4,
+    "test_groups": 6,
+    "short_groups": 3,
+    "grid": FactorGrid(1.0, 2.0, 0.25),
+    "progress": False,
+}
+"""Of `search`: every stage, on a task of a few tokens."""
 
 
 class Formula:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import IS_OLDER, NUM_LAYERS, VOCAB, build_model, logits
-from fakes import TaskWithShortPrompts, token_task
+from fakes import SMALL_SEARCH, TaskWithShortPrompts, token_task
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from scipy import stats
@@ -36,19 +36,7 @@ from peft_layerrope.searcher.progress import SilentProgress
 from peft_layerrope.searcher.run import _Run
 from peft_layerrope.tuner.sites import find_stack
 
-SMALL = {
-    "population": 6,
-    "generations": 2,
-    "gradient_steps": 3,
-    "refine_evaluations": 12,
-    "search_groups": 4,
-    "validation_groups": 4,
-    "test_groups": 6,
-    "short_groups": 3,
-    "grid": FactorGrid(1.0, 2.0, 0.25),
-    "share_mib": 8,
-    "progress": False,
-}
+SMALL = {**SMALL_SEARCH, "share_mib": 8}
 ROWS = ["none", "uniform", "first_layers_alone", "first_and_rest", "line", "random", "curve", "refined"]
 
 

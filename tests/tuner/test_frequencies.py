@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import IS_OLDER, NUM_LAYERS, WINDOW, build_model, logits
+from conftest import IS_OLDER, NUM_LAYERS, WINDOW, build_model, length_dependent_ropes, logits
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -22,16 +22,7 @@ from peft_layerrope.tuner.tables import LayerScaling
 SMALL = [1.002, 1.01, 1.0, 1.3]  # bfloat16 makes 1 of the first, and 1.0078 of the second
 HALVES = [torch.bfloat16, torch.float16]
 
-SCALED = {
-    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
-    "longrope": {
-        "rope_type": "longrope",
-        "factor": 4.0,
-        "original_max_position_embeddings": WINDOW,
-        "short_factor": [1.0] * 8,
-        "long_factor": [1.0 + i / 4 for i in range(8)],
-    },
-}
+SCALED = length_dependent_ropes(WINDOW)
 
 
 def roped(model: nn.Module, factors: list[float] | None = None, **fields: object) -> nn.Module:
