@@ -10,17 +10,20 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations, zip_longest
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .base import Example, Split
+from .base import Example, Split, SplitName
 from .metrics import Judge
 
 MIN_SAMPLES = 3
 """Right answers that an opening is learnt from, at least."""
 MIN_SHARE = 0.5
-"""Share of the right answers that must begin with it and be written by its tokens."""
+"""Share of the right answers that must begin with one of the openings and be written by its tokens."""
+MIN_REPEATS = 2
+"""Right answers that must begin with an opening."""
 
 _QUESTION = "{question}"
 _ANCHOR = 8  # last tokens of the prompt, after which an opening is tokenised
@@ -58,15 +61,18 @@ class Targets:
     """What is known of how a model answers.
 
     Attributes:
-        opening: text that stands before every answer, `{question}` in it for what is asked; None where each question
-            has an opening of its own.
+        openings: texts that stand before the answers, the most common first, `{question}` in them for what is asked;
+            none where each question has an opening of its own.
         own: by question, its target.
-        num_samples: right answers that the opening was learnt from, or questions that were tried.
-        num_agreeing: how many of them the opening fits, or have a target.
+        chosen: by split, for each of its examples which of the openings the unscaled model begins with there; the
+            first one where nothing is chosen.
+        num_samples: right answers that the openings were learnt from, or questions that were tried.
+        num_agreeing: how many of them one of the openings fits, or have a target.
     """
 
-    opening: str | None = None
+    openings: tuple[str, ...] = ()
     own: Mapping[str, Target] = field(default_factory=dict)
+    chosen: Mapping[SplitName, tuple[int, ...]] = field(default_factory=dict)
     num_samples: int = 0
     num_agreeing: int = 0
 
@@ -74,23 +80,60 @@ class Targets:
         """Returns the split with its targets. A common opening is given and not scored; a question's own is scored with
         its answer. An example whose question has none keeps its answer, after the common opening if there is one.
         """
-        examples = tuple(self._applied(example, tokenizer) for example in split.examples)
+        chosen = self.chosen.get(split.name, ())
+        examples = tuple(
+            self._applied(example, number, tokenizer)
+            for example, number in zip_longest(split.examples, chosen[: len(split.examples)], fillvalue=0)
+        )
         return replace(split, examples=examples, targets=self.describe())
 
-    def _applied(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
+    def _applied(self, example: Example, number: int, tokenizer: PreTrainedTokenizerBase) -> Example:
         if example.question in self.own:
             opening_ids, answer_ids = self.own[example.question]
             # Scored together they rank factors a little more as written answers do: benchmarks/real_measurement.py.
             return replace(example, answer_ids=opening_ids + answer_ids)
-        if self.opening is not None:
-            return replace(example, **rendered(self.opening, example, tokenizer)._asdict())
+        if self.openings:
+            return replace(example, **rendered(self.openings[number], example, tokenizer)._asdict())
         return example
 
+    def num_telling(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> int:
+        """Returns how many tokens of an answer tell which of the openings it begins with: 0 where there is but one."""
+        if len(self.openings) < 2:
+            return 0
+        return max(
+            1 + _common(one, other)
+            for example in examples
+            for one, other in combinations(self._whole(example, tokenizer), 2)
+        )
+
+    def choosing(self, split: Split, written: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> Targets:
+        """Returns these targets with the openings that a split's answers begin with.
+
+        Args:
+            split: what was asked.
+            written: first token ids of each answer, [`num_telling`] of them or more.
+            tokenizer: the model's.
+        """
+        numbers = tuple(
+            self._begun(example, ids, tokenizer) for example, ids in zip(split.examples, written, strict=True)
+        )
+        return replace(self, chosen={**self.chosen, split.name: numbers})
+
+    def _begun(self, example: Example, written: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
+        """Which opening these tokens begin with: the longest that they do not contradict, else the most common."""
+        openings = [rendered(opening, example, tokenizer).opening_ids for opening in self.openings]
+        fitting = [i for i, ids in enumerate(openings) if _common(ids, written) == min(len(ids), len(written))]
+        return max(fitting, key=lambda i: len(openings[i]), default=0)
+
+    def _whole(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+        """The example's answer after each opening."""
+        return [sum(rendered(opening, example, tokenizer), ()) for opening in self.openings]
+
     def describe(self) -> dict[str, Any]:
-        """Returns opening, counts and a hash, for a report; no texts of questions or answers."""
-        digest = hashlib.sha256(repr((self.opening, sorted(self.own.items()))).encode())
+        """Returns openings, counts and a hash, for a report; no texts of questions or answers."""
+        digest = hashlib.sha256(repr((self.openings, sorted(self.own.items()), sorted(self.chosen.items()))).encode())
         return {
-            "opening": self.opening if self.opening is not None else "each question's own, scored with the answer",
+            "openings": list(self.openings) or "each question's own, scored with the answer",
             "samples": self.num_samples,
             "agreeing": self.num_agreeing,
             "hash": digest.hexdigest()[:16],
@@ -99,19 +142,21 @@ class Targets:
     def to_plain(self) -> dict[str, Any]:
         """Returns everything as JSON values; see [`from_plain`]."""
         own = {question: [list(part) for part in target] for question, target in self.own.items()}
-        return {"opening": self.opening, "own": own, "samples": self.num_samples, "agreeing": self.num_agreeing}
+        counts = {"samples": self.num_samples, "agreeing": self.num_agreeing}
+        return {"openings": list(self.openings), "own": own, "chosen": dict(self.chosen), **counts}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Targets:
         """The inverse of [`to_plain`]."""
         own = {question: Target(tuple(o), tuple(a)) for question, (o, a) in plain["own"].items()}
-        return cls(plain["opening"], own, plain["samples"], plain["agreeing"])
+        chosen = {name: tuple(numbers) for name, numbers in plain["chosen"].items()}
+        return cls(tuple(plain["openings"]), own, chosen, plain["samples"], plain["agreeing"])
 
 
-def common_opening(
+def common_openings(
     examples: Sequence[Example], targets: Sequence[Target | None], tokenizer: PreTrainedTokenizerBase
 ) -> Targets | None:
-    """Learns one opening from a few answers.
+    """Learns from a few answers what a model writes before one.
 
     Args:
         examples: what was asked.
@@ -119,18 +164,21 @@ def common_opening(
         tokenizer: the model's.
 
     Returns:
-        The most common opening, or None: there are fewer than `MIN_SAMPLES` right answers, or in less than `MIN_SHARE`
+        The most common openings, or None: there are fewer than `MIN_SAMPLES` right answers, or in less than `MIN_SHARE`
         of them opening and answer are written by just the tokens that [`rendered`] gives.
     """
     right = [(example, target) for example, target in zip(examples, targets, strict=True) if target is not None]
     if len(right) < MIN_SAMPLES:
         return None
-    openings = Counter(_pattern(tokenizer.decode(t.opening_ids), example.question) for example, t in right)
-    opening, _ = openings.most_common(1)[0]
-    agreeing = sum(rendered(opening, example, tokenizer) == target for example, target in right)
+    patterns = Counter(_pattern(tokenizer.decode(t.opening_ids), example.question) for example, t in right)
+    fitting = Counter(
+        pattern for example, target in right for pattern in patterns if rendered(pattern, example, tokenizer) == target
+    )
+    openings = tuple(pattern for pattern, count in fitting.most_common() if count >= MIN_REPEATS)
+    agreeing = sum(fitting[opening] for opening in openings)
     if agreeing < MIN_SHARE * len(right):
         return None
-    return Targets(opening, num_samples=len(right), num_agreeing=agreeing)
+    return Targets(openings, num_samples=len(right), num_agreeing=agreeing)
 
 
 def rendered(opening: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Target:
