@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +15,14 @@ from .. import report
 from ..base_model import check_source, load_tokenizer
 from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT
 from ..declaration import changed
-from ..errors import LayerRopeError, SearchError
+from ..errors import SearchError
 from ..files.atomic import writing
-from ..files.run_lock import FolderInUseError, check_free, locked
+from ..runs import RUN_FOLDER, check_free, locked
 from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
+from ..searcher.plan import Plan
 from ..searcher.result import REPORT_NAME, TIMING_NAME
 from ..searcher.specification import SearchSpecification, read_specification
-from ..searcher.state import LOCK_NAME, LOG_NAME, STATE_NAME
 from ..tuner.sites import embedding_table
 from .app import app, err, out, plain_errors, resumable, shell_word
 from .inputs import build_task, load, resolve_task, window_of, with_difficulty
@@ -33,8 +31,7 @@ from .output import check_output
 
 _run_option = partial(typer.Option, rich_help_panel="Running")
 
-SPECIFICATION_NAME, RUN_FOLDER = "search.yaml", "run"
-_COMMAND_LOCK = "search.lock"  # of the state, the specification and the result; `LOCK_NAME` is of the state alone
+SPECIFICATION_NAME = "search.yaml"
 _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT)
 
 
@@ -42,7 +39,7 @@ _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACC
 @takes_settings
 def search(
     *,
-    output: Annotated[Path, typer.Option(help="Folder for the adapter, the report, the plots and the state.")],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, the report, the plots and the journal.")],
     model: ModelArgument = None,
     typed: Annotated[Typed, (*options_of(SearchSpecification), MODEL_ARGS)],
     guards: Annotated[bool, typer.Option(help="Keep to these limits.", rich_help_panel="Guards")] = True,
@@ -68,7 +65,7 @@ def search(
     Example: `layerrope search --output my-adapter --resume` goes on where a search was interrupted.
 
     The folder gets the adapter, its card with the held-out table, `search.json`, `search.yaml` (which repeats the
-    search), two plots, and `run/` with the state and `log.jsonl`, a line for every evaluation.
+    search), two plots, and `run/journal.jsonl`, a line for all that was measured together.
     """
     with plain_errors(debug):
         typed = model_settings(model, typed)
@@ -78,7 +75,7 @@ def search(
             typed |= {"max_tail_drop": None, "max_short_rise": None}
         specification = changed(_asked_before(output, config, resume, typed), typed)
         if not dry_run:
-            check_free(output / RUN_FOLDER, _COMMAND_LOCK)
+            check_free(output)
         check_output(output, resume, overwrite)
         check_source(specification)
         pool = _workers(workers, ray_address, specification)
@@ -98,43 +95,31 @@ def search(
         if dry_run:
             out.print(report.plan_table(plan_search(loaded, built, specification.search)))
             return
-        folder = output / RUN_FOLDER
-        how_to_go_on = f"layerrope search --output {shell_word(output)} --resume"
-        with _forgotten_if_refused(output, resume), resumable(how_to_go_on), locked(folder, _COMMAND_LOCK):
-            if not resume:
-                _clear(output)
-            if not (resume and (output / SPECIFICATION_NAME).exists()):  # other settings are refused, and not noted
-                specification.save(output / SPECIFICATION_NAME)
-            with pool as distribute:
-                result = run_search(
-                    loaded,
-                    built,
-                    specification.search,
-                    folder=folder,
-                    resume=resume and (folder / STATE_NAME).exists(),
-                    on_plan=lambda plan: err.print(report.plan_line(plan), highlight=False),
-                    distribute=distribute,
-                )
+
+        with ExitStack() as stack:
+
+            def begun(plan: Plan) -> None:
+                if not resume:
+                    _clear(output)
+                if not (resume and (output / SPECIFICATION_NAME).exists()):  # its owner may have written in it
+                    specification.save(output / SPECIFICATION_NAME)
+                stack.enter_context(resumable(f"layerrope search --output {shell_word(output)} --resume"))
+                err.print(report.plan_line(plan), highlight=False)
+
+            stack.enter_context(locked(output))
+            distribute = stack.enter_context(pool)
+            result = run_search(
+                loaded,
+                built,
+                specification.search,
+                folder=output / RUN_FOLDER,
+                resume=resume,
+                overwrite=overwrite,
+                on_plan=begun,
+                distribute=distribute,
+            )
             result.save(output)
         _print_result(result, output)
-
-
-@contextmanager
-def _forgotten_if_refused(output: Path, resume: bool) -> Iterator[None]:
-    """Takes back what was written for a search that was refused before its first evaluation."""
-    try:
-        yield
-    except FolderInUseError:  # what is there is somebody else's
-        raise
-    except LayerRopeError:
-        run = output / RUN_FOLDER
-        if not resume and not (run / STATE_NAME).exists():
-            (output / SPECIFICATION_NAME).unlink(missing_ok=True)
-            (run / LOG_NAME).unlink(missing_ok=True)
-            for folder in (run, output):
-                with suppress(OSError):  # not empty: there was something before; or gone already
-                    folder.rmdir()
-        raise
 
 
 def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed) -> SearchSpecification:
@@ -168,16 +153,12 @@ def _workers(count: int, address: str | None, specification: SearchSpecification
 
 
 def _clear(output: Path) -> None:
-    """Removes an earlier search with its result, which nobody is to take for the new one's. The card stays: its owner
-    may have written in it.
+    """Removes the result of an earlier search, which nobody is to take for the new one's. The card stays: its owner may
+    have written in it.
     """
-    folder = output / RUN_FOLDER
-    with locked(folder, LOCK_NAME), writing(output):
+    with writing(output):
         for name in _RESULTS:
             (output / name).unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if path.name not in (LOCK_NAME, _COMMAND_LOCK):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _print_result(result: SearchResult, output: Path) -> None:
