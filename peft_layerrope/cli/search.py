@@ -20,6 +20,7 @@ from ..files.atomic import writing
 from ..runs import RUN_FOLDER, check_free, locked
 from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
+from ..searcher.gradient_run import GradientPlan
 from ..searcher.plan import Plan
 from ..searcher.result import REPORT_NAME, TIMING_NAME
 from ..searcher.specification import SearchSpecification, read_specification
@@ -93,18 +94,24 @@ def search(
             task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
             specification, built = replace(specification, task=task), build_task(task, tokenizer)
         if dry_run:
-            out.print(report.plan_table(plan_search(loaded, built, specification.search)))
+            plan = plan_search(loaded, built, specification.search)
+            out.print(plan.sentence() if isinstance(plan, GradientPlan) else report.plan_table(plan))
             return
 
         with ExitStack() as stack:
 
-            def begun(plan: Plan) -> None:
+            def begun(plan: Plan | GradientPlan) -> None:
                 if not resume:
                     _clear(output)
+                asked = specification
+                if isinstance(plan, GradientPlan):  # from here on the clock decides nothing
+                    settled = {"steps": plan.schedule.steps, "test_groups": plan.test_groups}
+                    asked = replace(asked, search=replace(asked.search, **settled))
                 if not (resume and (output / SPECIFICATION_NAME).exists()):  # its owner may have written in it
-                    specification.save(output / SPECIFICATION_NAME)
+                    asked.save(output / SPECIFICATION_NAME)
                 stack.enter_context(resumable(f"layerrope search --output {shell_word(output)} --resume"))
-                err.print(report.plan_line(plan), highlight=False)
+                line = plan.sentence() if isinstance(plan, GradientPlan) else report.plan_line(plan)
+                err.print(line, highlight=False)
 
             stack.enter_context(locked(output))
             distribute = stack.enter_context(pool)
@@ -164,7 +171,7 @@ def _clear(output: Path) -> None:
 def _print_result(result: SearchResult, output: Path) -> None:
     out.print()
     out.print(report.choice_table(result.table))
-    out.print(report.comparison_table(result.table, f"Held out: {result.subtitle()}", result.better_control))
+    out.print(report.comparison_table(result.table, f"Held out: {result.subtitle()}", result.against))
     for line in result.remarks():
         out.print(line, highlight=False)
     out.print(f"adapter, report and plots: {output}", highlight=False)

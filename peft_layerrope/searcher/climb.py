@@ -16,10 +16,12 @@ LEARNING_RATE, LAST_SHARE = 0.05, 0.3
 BETAS = (0.8, 0.95)
 FIRST_PRICE = 10.0
 """Nats of the targets' log-probability that one nat of divergence costs in the first step."""
-PRICE_RATE = 0.3
-"""How fast the price follows the divergence: it grows by this exponent where that is twice the bound."""
+PRICE_RATE = 0.1
+"""How fast the price follows the divergence: it grows by this exponent in a step where that is twice the bound."""
 PRICE_RANGE = (1.0, 1000.0)
-AVERAGED_SHARE = 0.5
+_MOST_EXCESS = 2.0  # a single window of text may say anything
+_MEMORY = 0.6  # share of the divergence's running mean that a step keeps
+AVERAGED_SHARE = 0.25
 """Share of the steps, the last ones, whose vectors are averaged."""
 
 
@@ -74,8 +76,9 @@ def climb(
     max_divergence: float | None,
     limits: tuple[float, float],
 ) -> Iterator[Step]:
-    """Maximizes fitness minus the price of the divergence, which rises while the divergence is above its bound and
-    falls while it is below.
+    """Maximizes fitness minus the price of the divergence. The price is proportional to the divergence, so that the
+    vector does not swing about the bound; and it rises while the divergence is above its bound and falls while it is
+    below.
 
     Args:
         family: what may be chosen from.
@@ -91,19 +94,23 @@ def climb(
     """
     values = torch.tensor(family.nearest(start), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([values], lr=LEARNING_RATE, betas=BETAS)
-    price = FIRST_PRICE if max_divergence is not None else 0.0
+    price, share_of_bound = FIRST_PRICE, 0.0
     for number in range(steps):
         log_factors = np.clip(family.log_factors(values.detach().numpy()), *limits)
         fitness, harm = slopes(number, log_factors)
         if not (fitness.is_finite and harm.is_finite):  # Adam would never forget it
             return
-        yield Step(log_factors, fitness.value, harm.value, price)
+        if max_divergence is not None:
+            seen = harm.value / max_divergence
+            share_of_bound = seen if number == 0 else _MEMORY * share_of_bound + (1 - _MEMORY) * seen
+        paid = price * share_of_bound
+        yield Step(log_factors, fitness.value, harm.value, paid)
         share = 1 - (1 - LAST_SHARE) * number / max(steps - 1, 1)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * share
-        values.grad = torch.from_numpy(family.basis.T @ (price * harm.gradient - fitness.gradient))
+        values.grad = torch.from_numpy(family.basis.T @ (paid * harm.gradient - fitness.gradient))
         optimizer.step()
         if max_divergence is not None:
-            excess = min(harm.value / max_divergence, 3.0) - 1
+            excess = min(share_of_bound - 1, _MOST_EXCESS)
             price = min(max(price * math.exp(PRICE_RATE * excess), PRICE_RANGE[0]), PRICE_RANGE[1])
 
 

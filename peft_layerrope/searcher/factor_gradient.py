@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,40 +94,29 @@ class FactorGradient:
 
     def of_divergence(self, window: Sequence[int], positions: Sequence[int], log_factors: np.ndarray) -> Slope:
         """Of the divergence from the unscaled model on a window of ordinary text; see `ordinary_text`."""
-        with torch.no_grad(), self._scaled_by(torch.ones(len(log_factors))):
+        with torch.no_grad(), self.scaled_by(torch.ones(len(log_factors))):
             unscaled = window_logits(self._model, window, positions)
         return self._slope(lambda: divergence(unscaled, window_logits(self._model, window, positions)), log_factors)
 
     def _slope(self, value: Callable[[], torch.Tensor], log_factors: np.ndarray) -> Slope:
         leaf = torch.tensor(log_factors, dtype=torch.float32, requires_grad=True)
-        with self._scaled_by(leaf.exp()), recomputing(self._stack.layers):
+        with self.scaled_by(leaf.exp()), recomputing(self._stack.layers):
             result = value()
             (gradient,) = torch.autograd.grad(result, leaf)
         return Slope(float(result.detach()), gradient.double().numpy())
 
-    def _scaled_by(self, factors: torch.Tensor) -> _Scaled:
-        scaling = scaling_for(self._model.peft_config[self._name], self._base, self._stack)
-        settings = (scaling.rope_type, scaling.factor, scaling.layer_factors)
-        window = (scaling.original_max_position_embeddings, scaling.target_length)
-        new = _TensorScaling(*settings, *window, factors=factors)
-        return _Scaled(self._wrappers, self._name, scaling, new)
-
-
-@dataclass(frozen=True)
-class _Scaled:
-    """Context in which the wrappers of an adapter have another scaling."""
-
-    wrappers: Sequence[LayerRopeLayer]
-    name: str
-    before: LayerScaling
-    during: LayerScaling
-
-    def __enter__(self) -> None:
-        self._set(self.during)
-
-    def __exit__(self, *exc: object) -> None:
-        self._set(self.before)
+    @contextmanager
+    def scaled_by(self, factors: torch.Tensor) -> Iterator[None]:
+        """Context in which the layers are scaled by a tensor, of shape `(num_layers,)`."""
+        before = scaling_for(self._model.peft_config[self._name], self._base, self._stack)
+        settings = (before.rope_type, before.factor, before.layer_factors)
+        window = (before.original_max_position_embeddings, before.target_length)
+        self._set(_TensorScaling(*settings, *window, factors=factors))
+        try:
+            yield
+        finally:
+            self._set(before)
 
     def _set(self, scaling: LayerScaling) -> None:
-        for wrapper in self.wrappers:
-            wrapper.set_scaling(self.name, scaling)
+        for wrapper in self._wrappers:
+            wrapper.set_scaling(self._name, scaling)

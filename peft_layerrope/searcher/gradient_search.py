@@ -19,7 +19,7 @@ from ..scoring.preflight import Preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
 from ..scoring.statistics import Interval, mean_interval, rank_key
-from ..tasks import PromptTask, Split, Task
+from ..tasks import PromptTask, Split, SplitName, Task
 from .climb import (
     Family,
     Step,
@@ -34,23 +34,15 @@ from .factor_gradient import FactorGradient, Slope
 from .grid import Factors
 from .ordinary_text import Windows, divergences, losses, scored_positions, window_logits
 from .progress import SearchProgress
-from .schedule import CONTEXTS_PER_STEP, Rates, Schedule
+from .result import BOUNDED, DECAY, FIRST_REST, NONE, PER_LAYER, UNIFORM
+from .schedule import CONTEXTS_PER_STEP, UNIFORM_VALUES, Rates, Schedule
 from .settings import SearchSettings
 from .space import FactorSpace
 from .verdict import Harm, choose
 
-NONE, UNIFORM, BOUNDED, FIRST_REST, DECAY, PER_LAYER = (
-    "none",
-    "uniform",
-    "uniform_bounded",
-    "first_and_rest",
-    "decay",
-    "per_layer",
-)
 SIMPLEST_FIRST = (NONE, BOUNDED, FIRST_REST, DECAY, PER_LAYER)
 """What may be the result. `UNIFORM` knows no bound: it is shown beside them."""
 UNIFORM_RANGE = (0.4, 2.5)
-_COARSE_VALUES = 15
 _PROBE = 0.1  # log-factor at which the divergence of a uniform factor is measured to find where it meets the bound
 _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
 _DIGITS = 2
@@ -140,6 +132,16 @@ class GradientSearch:
         self._search: Split | None = None
         self.seconds: dict[str, float] = {}
 
+    @property
+    def scaled_layers(self) -> tuple[int, ...]:
+        """Layers that are free."""
+        return self._space.scaled_layers
+
+    @property
+    def search_split(self) -> Split:
+        """All contexts that are searched on, once the search has begun."""
+        return self._search
+
     def rates(self, split: Split) -> Rates:
         """Times the unscaled model on one context, after a first pass that makes everything ready."""
         one, unscaled = split.part(0, 1), np.zeros(self._space.num_layers)
@@ -161,18 +163,15 @@ class GradientSearch:
             validation: contexts to choose by.
         """
         self._take_contexts(found, schedule)
-        results = {NONE: Found(self._rounded(np.zeros(self._space.num_layers)), float("nan"), 1)}
-        results |= self._uniform(schedule)
+        results = self._uniform(schedule)
         start = sum(schedule.rounds)
         sources, layers = self._space.key_sources, self._space.scaled_layers
-        best = max((NONE, BOUNDED), key=lambda name: rank_key(results[name].fitness))
+        origin = np.log(results[BOUNDED].factors)  # which may be the unscaled model's
         for name, family, steps in (
             (FIRST_REST, first_and_rest_family(sources, layers), schedule.control_steps),
             (DECAY, decay_family(sources, layers), schedule.control_steps),
             (PER_LAYER, per_layer_family(sources, layers), schedule.steps),
         ):
-            # two numbers begin where one number got to; a factor for each layer begins at the unscaled model
-            origin = np.log(results[best].factors) if name != PER_LAYER else np.zeros(self._space.num_layers)
             results[name] = self._climbed(name, family, origin, steps, start)
             start += steps * CONTEXTS_PER_STEP
         scores = self._validated(results, validation)
@@ -183,13 +182,10 @@ class GradientSearch:
 
     def _take_contexts(self, found: Preflight | None, schedule: Schedule) -> None:
         """Makes the search split: as many contexts as there are, drawn with replacement where they are too few."""
-        task, wanted = self._task, schedule.search_contexts
-        if isinstance(task, PromptTask):
-            if found is not None:
-                task = prepared(task, found)
-                if found.answerable is not None:
-                    wanted = min(wanted, _OWN_TARGET_CONTEXTS)
-            wanted = task.available("search", wanted)
+        task = self._task
+        if isinstance(task, PromptTask) and found is not None:
+            task = prepared(task, found)
+        wanted = contexts_to_ask(task, schedule.search_contexts)
         split = task.split("search", wanted)
         self._search = with_targets(split, found, task) if found is not None else split
         rng, contexts = np.random.default_rng(self._settings.seed), list(range(wanted))
@@ -231,12 +227,17 @@ class GradientSearch:
     def _uniform(self, schedule: Schedule) -> dict[str, Found]:
         """The best uniform factor of a wide range, and the best of those that keep to the bound."""
         family = uniform_family(self._space.key_sources, self._space.scaled_layers)
-        wide = np.linspace(*np.log(UNIFORM_RANGE), _COARSE_VALUES)
+        wide = np.linspace(*np.log(UNIFORM_RANGE), UNIFORM_VALUES)
         races = {UNIFORM: wide, BOUNDED: self._bounded_values(family)}
-        results = {}
+        unscaled = self._rounded(np.zeros(self._space.num_layers))
+        fitness = self._once(
+            "raced", "unscaled", lambda: self._by_context(unscaled, self._part(0, sum(schedule.rounds)))
+        )
+        results = {NONE: Found(unscaled, float(np.mean(fitness)), 1)}
         for name, values in races.items():
             vectors = list(dict.fromkeys(self._rounded(family.log_factors(np.array([value]))) for value in values))
-            with self._stage(f"race: {name}", len(schedule.rounds)):
+            counts = [-(-len(vectors) // 2**number) for number in range(len(schedule.rounds))]
+            with self._stage(f"race: {name}", sum(counts)):
                 results[name] = self._raced(vectors, schedule.rounds)
         return results
 
@@ -251,7 +252,7 @@ class GradientSearch:
                 log_factors = family.log_factors(np.array([value]))
                 kept = self._once("text", f"{value}", lambda at=log_factors: _plain(self._of_text(0, at)))
                 ends.append(value * min(np.sqrt(bound / max(kept[0], 1e-9)), 10.0))
-        return [share * end for end in ends for share in (1.0, 2 / 3, 1 / 3)] + [0.0]
+        return [share * end for end in ends for share in (1.0, 0.5)] + [0.0]
 
     def _raced(self, vectors: Sequence[Factors], rounds: Sequence[int]) -> Found:
         """Scores vectors on more and more contexts; after each round the better half goes on."""
@@ -300,7 +301,18 @@ class GradientSearch:
             raise SearchError(f"{name}: the gradient is not finite at its first step; use another --dtype.")
         last = steps[len(steps) // 2 :]
         fitness = float(np.mean([step.fitness for step in last]))
-        return Found(self._rounded(averaged(steps)), fitness, len(steps), tuple(steps))
+        return Found(self._rounded(self._within_bound(name, averaged(steps))), fitness, len(steps), tuple(steps))
+
+    def _within_bound(self, name: str, log_factors: np.ndarray) -> np.ndarray:
+        """Log-factors made smaller together until the divergence on the windows for gradients is within its bound; it
+        grows about with their square.
+        """
+        bound = self._settings.max_harm
+        if bound is None:
+            return log_factors
+        windows = self._windows[: len(self._windows) // 2]
+        kept = self._once("text", name, lambda: self._measured_harm(self._rounded(log_factors), windows)[0][0])
+        return log_factors * min(1.0, np.sqrt(bound / max(_number(kept), 1e-9)))
 
     def _of_text(self, number: int, log_factors: np.ndarray) -> Slope:
         """The divergence on one of the windows for gradients."""
@@ -322,17 +334,18 @@ class GradientSearch:
 
     def _harm(self, results: Mapping[str, Found]) -> dict[str, Harm]:
         harm: dict[str, Harm] = {}
+        windows = self._windows[len(self._windows) // 2 :]
         with self._stage("what they do to ordinary text", len(results)):
             for name, found in results.items():
-                kept = self._once("harm", f"{found.factors}", lambda at=found.factors: self._measured_harm(at))
+                kept = self._once("harm", f"{found.factors}", lambda at=found.factors: self._measured_harm(at, windows))
                 harm[name] = Harm(*(Interval(*map(_number, part)) for part in kept))
         return harm
 
     @torch.inference_mode()
-    def _measured_harm(self, factors: Factors) -> list[list[float]]:
-        """On the windows that no gradient was taken on: divergence and rise of the loss, with their intervals."""
+    def _measured_harm(self, factors: Factors, windows: Windows) -> list[list[float]]:
+        """Divergence and rise of the loss on windows of text, with their intervals."""
         found: list[list[np.ndarray]] = [[], []]
-        for window in self._windows[len(self._windows) // 2 :]:
+        for window in windows:
             positions = list(range(len(window) - 1))
             logits = []
             for vector in (self._rounded(np.zeros(self._space.num_layers)), factors):
@@ -343,6 +356,18 @@ class GradientSearch:
             found[1].append((after - before).double().cpu().numpy())
         intervals = [mean_interval(np.concatenate(parts)) for parts in found]
         return [[interval.value, interval.low, interval.high] for interval in intervals]
+
+
+def contexts_to_ask(task: Task, wanted: int) -> int:
+    """Returns how many different contexts of the search split there are for a search that wants so many."""
+    if isinstance(task, PromptTask) and task.without_distractors("search", 0, 1, gold=True) is not None:
+        wanted = min(wanted, _OWN_TARGET_CONTEXTS)
+    return available(task, "search", wanted)
+
+
+def available(task: Task, split: SplitName, wanted: int) -> int:
+    """Returns how many contexts a split has, at least 1 and at most `wanted`; all that are, where a task cannot say."""
+    return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted
 
 
 def _timed(passed: Callable[[], Any]) -> float:

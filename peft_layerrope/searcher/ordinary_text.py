@@ -157,7 +157,7 @@ def divergence(unscaled: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
 
 
 def divergences(unscaled: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
-    """Returns the same for each position: shape `(positions,)`, float32."""
+    """Returns the same for each position: shape `(positions,)`, float32. Rounding may leave it a little below 0."""
     parts = []
     for before, after in zip(unscaled.split(_SCORED), scaled.split(_SCORED), strict=True):  # rows in float32 are large
         expected = before.float().log_softmax(-1)

@@ -14,31 +14,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._version import __version__
 from ..adapted import adapted, keeping_modes
 from ..base_model import describe_loading
-from ..demo import DEMO_NAME
 from ..errors import NotEnoughMemoryError, SearchError
 from ..files.atomic import write_atomically, writing
 from ..files.strict_json import to_json
 from ..fingerprint import library_versions, model_fingerprint
 from ..messages import named
-from ..public_names import public_name
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
 from ..scoring.statistics import rank_key
 from ..tasks import PromptTask, Task
 from ..tasks.base import check_task
-from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table, find_stack, trained_window
 from . import controls
 from .bootstrap import bootstrap_choice
+from .config_of import adapter_config, model_name
 from .controls import Candidate, best_of
 from .coordinates import climb
 from .evaluator import Evaluator, ModelEvaluator
 from .found import Found, Generation
 from .gradient import STEP_COST, GradientSteps
+from .gradient_run import GradientPlan, plan_by_gradients, search_by_gradients
 from .grid import Factors
 from .measurement import Heats, Measurement, plan_heats
 from .memo import BudgetView, Memo
@@ -77,7 +75,7 @@ def search(
     folder: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    on_plan: Callable[[Plan], None] | None = None,
+    on_plan: Callable[[Plan | GradientPlan], None] | None = None,
     distribute: Distribute | None = None,
     **overrides: Any,
 ) -> SearchResult:
@@ -125,6 +123,10 @@ def search(
     ```
     """
     settings = _settings(settings, overrides)
+    if settings.algorithm == "gradient":
+        kept = Path(folder) if folder is not None else None
+        watched = {"progress": progress, "folder": kept, "on_plan": on_plan}
+        return search_by_gradients(model, task, settings, **watched, resume=resume, overwrite=overwrite)
     with _prepared(model, task, settings, progress, folder, resume, overwrite) as run:
         run.time_one_evaluation()
         run.begin()
@@ -134,9 +136,13 @@ def search(
         return run.result(task, model_name(model))
 
 
-def plan_search(model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any) -> Plan:
+def plan_search(
+    model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any
+) -> Plan | GradientPlan:
     """Returns what [`search`] with these arguments would cost, after one timed evaluation. Writes nothing."""
     settings = _settings(settings, overrides)
+    if settings.algorithm == "gradient":
+        return plan_by_gradients(model, task, settings)
     with _prepared(model, task, settings, progress=False, folder=None, look=False) as run:
         run.time_one_evaluation()
         return run.plan
@@ -224,11 +230,6 @@ def _preflight(
             audience.note(text.removeprefix("preflight: "))
 
         return preflight(scorer, task, num_groups=settings.preflight_groups, wanted=wanted, tell=tell)
-
-
-def model_name(model: nn.Module) -> str:
-    """Returns the model's Hub id, or a name without the path for one loaded from a folder."""
-    return public_name(model.config._name_or_path or type(model).__name__)
 
 
 def _since(started: float) -> float:
@@ -503,7 +504,14 @@ class _Run:
             draws = settings.search_groups, settings.bootstrap, settings.seed
             bootstrap = bootstrap_choice(measurements, chosen.factors, *draws)
         return SearchResult(
-            config=self._config(chosen.factors, curve.control_points, name),
+            config=adapter_config(
+                self.model,
+                settings,
+                chosen.factors,
+                name,
+                control_points=curve.control_points,
+                scaled_layers=list(self.space.scaled_layers),
+            ),
             table=table,
             settings=self.settings,
             chosen=chosen.name,
@@ -551,15 +559,3 @@ class _Run:
             "short_tokens": self.data.short.max_tokens if self.data.short is not None else None,
             "max_short_rise": self.settings.guards.max_short_rise,
         }
-
-    def _config(self, factors: Factors, control_points: list[list[float]] | None, name: str) -> LayerRopeConfig:
-        config = self.settings.adapter_config(
-            list(factors),
-            control_points=control_points,
-            scaled_layers=list(self.space.scaled_layers),
-            searcher_version=__version__,
-        )
-        if config.rope_type == "dynamic" and config.original_max_position_embeddings is None:
-            config.original_max_position_embeddings = trained_window(self.model)
-        config.base_model_name_or_path = DEMO_NAME if name == DEMO_NAME else self.model.config._name_or_path
-        return config

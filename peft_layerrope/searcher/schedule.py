@@ -8,8 +8,8 @@ from typing import Any
 CONTEXTS_PER_STEP = 3
 """Fresh contexts that a step's gradient is taken on."""
 MIN_STEPS, MAX_STEPS = 4, 400
-_UNIFORM_VALUES = 15  # factors of the coarse grid from one end of the range to the other
-_BOUNDED_VALUES = 7
+UNIFORM_VALUES = 11  # factors of the coarse grid from one end of the range to the other
+BOUNDED_VALUES = 5
 _FAMILIES = 2  # controls that are climbed: two numbers each
 _CHECKED_WINDOWS = 2
 
@@ -44,7 +44,7 @@ class Schedule:
     @property
     def control_steps(self) -> int:
         """Steps of each control of two numbers."""
-        return self.steps if self.full_controls else max(2, self.steps // 6)
+        return self.steps if self.full_controls else max(2, self.steps // 8)
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class Schedule:
         step = CONTEXTS_PER_STEP * rates.context_gradient + rates.text_gradient
         raced = sum(
             contexts * -(-values // 2**number)
-            for values in (_UNIFORM_VALUES, _BOUNDED_VALUES)
+            for values in (UNIFORM_VALUES, BOUNDED_VALUES)
             for number, contexts in enumerate(self.rounds)
         )
         finalists = _FAMILIES + 4  # beside them none, two uniform ones, and the per-layer vector

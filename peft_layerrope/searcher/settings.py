@@ -91,8 +91,12 @@ class SearchSettings:
         int | None, _search("gradient: steps on the factors of all layers, instead of --minutes.", ge=MIN_STEPS)
     ] = None
     full_controls: Annotated[
-        bool, _search("gradient: as many steps for each simpler choice of two numbers as for the factors of all layers.")
+        bool,
+        _search("gradient: as many steps for simpler choices of two numbers as for the factors of all layers."),
     ] = False
+    test_minutes: Annotated[
+        float, _search("gradient: time for the held-out test, which has at most --test-groups contexts.", gt=0)
+    ] = 20.0
     max_harm: Annotated[
         float | None,
         _search(
@@ -161,7 +165,9 @@ class SearchSettings:
     @property
     def takes_gradient_steps(self) -> bool:
         """Whether gradient steps are taken: exact matches have no gradient."""
-        return self.algorithm == "gradient" or self.refine and self.objective == "log_prob" and self.gradient_steps > 0
+        return self.algorithm == "gradient" or (
+            self.refine and self.objective == "log_prob" and self.gradient_steps > 0
+        )
 
     def adapter_config(self, layer_factors: list[float] | None = None, **provenance: Any) -> LayerRopeConfig:
         """Returns the adapter config that these settings and `layer_factors` make."""

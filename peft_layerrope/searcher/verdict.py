@@ -1,4 +1,4 @@
-"""Which of the vectors that were found is the result: the simplest that nothing under the bound is clearly better than."""
+"""Which of the vectors that were found is the result: of those under the bound the simplest that none clearly beats."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ class Harm:
 
     divergence: Interval
     loss_rise: Interval
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Returns plain values: each with its interval."""
+        return {
+            name: [round(value, 6) for value in (interval.value, interval.low, interval.high)]
+            for name, interval in (("divergence", self.divergence), ("loss_rise", self.loss_rise))
+        }
 
     def exceeds(self, bound: float | None) -> bool:
         """Whether the divergence is above a bound for sure."""
