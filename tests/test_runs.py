@@ -194,7 +194,9 @@ def test_of_another_run_the_first_difference_is_named(tmp_path, change, differen
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, len(ENTRIES)])
-@pytest.mark.parametrize("damaged", [b"", b"{", b"[]", b"null", b'{"kind": [], "key": 1, "value": 1}', b"\xff", b"\0\0"])
+@pytest.mark.parametrize(
+    "damaged", [b"", b"{", b"[]", b"null", b'{"kind": [], "key": 1, "value": 1}', b"\xff", b"\0\0"]
+)
 def test_a_line_that_is_damaged_is_refused(tmp_path, number, damaged):
     lines = filled(tmp_path).split(b"\n")
     (tmp_path / JOURNAL_NAME).write_bytes(b"\n".join([*lines[:number], damaged, *lines[number + 1 :]]))
