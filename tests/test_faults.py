@@ -299,15 +299,14 @@ def fill(disk: Path, leave: int = 0) -> None:
             file.truncate(file.tell() // 4096 * 4096 - leave)
 
 
-@pytest.mark.parametrize(("share", "leave"), [(0.0, 0), (0.5, 0), (0.7, 8192), (1.0, 0)])
-def test_a_disk_that_fills_up_during_the_search(whole, small_disk, share, leave):
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+def test_a_disk_that_fills_up_during_the_search(whole, small_disk, share):
     run_folder = small_disk / "run"
-    audience = Audience(max(1, round(share * (whole[2] - 1))), lambda: fill(small_disk, leave))
+    audience = Audience(max(1, round(share * (whole[2] - 1))), lambda: fill(small_disk))
     with pytest.raises(WriteError, match=rf"({JOURNAL_NAME}|run) cannot be written: No space left on device\.$"):
         run(run_folder, audience)
-    if not leave:
-        with pytest.raises(WriteError, match="No space left on device"):
-            run(run_folder, resume=True)
+    with pytest.raises(WriteError, match="No space left on device"):
+        run(run_folder, resume=True)
     (small_disk / "ballast").unlink()
     assert_resumes(run_folder, whole)
 

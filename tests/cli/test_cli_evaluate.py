@@ -193,10 +193,9 @@ def test_interrupted_and_resumed_it_writes_the_same(adapter, tmp_path, monkeypat
     (killed / "notes.txt").write_text("mine")
     (killed / "run" / "notes.txt").write_text("mine")
     before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    wrong = Contender.of_config("x", LayerRopeConfig(layer_factors=[2.0]))
     with monkeypatch.context() as patched:  # what is refused after the model was loaded
-        patched.setattr(
-            command, "_contenders", lambda *_: [Contender.of_config("x", LayerRopeConfig(layer_factors=[2]))]
-        )
+        patched.setattr(command, "_contenders", lambda *_: [wrong])
         assert run(*arguments, str(killed), "--overwrite").exit_code != 0
     assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
     again = run(*arguments, str(killed), "--overwrite", "--task-seed", "1")
