@@ -163,9 +163,10 @@ def test_no_lock_is_left_behind(tmp_path, command):
     assert not any(name.endswith(LOCK_NAME) for name in files(tmp_path))
 
 
-@pytest.mark.parametrize("command", [EVALUATE, SWEEP])
-def test_a_lock_that_a_killed_process_left_is_in_nobodys_way(tmp_path, command):
-    (tmp_path / LOCK_NAME).write_text("99999999")
+@pytest.mark.parametrize(("command", "folder"), [(EVALUATE, "."), (SWEEP, "run/sweep")])
+def test_a_lock_that_a_killed_process_left_is_in_nobodys_way(tmp_path, command, folder):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / folder / LOCK_NAME).write_text("99999999")
     assert run_command(*command.format(folder=tmp_path).split()).exit_code == 0
 
 
