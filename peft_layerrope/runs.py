@@ -59,8 +59,10 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
-            text = path.read_text(errors="replace") if path.exists() else ""
-            who = f"process {text}" if text.isdecimal() else "another process"
+            who = "another process"
+            with suppress(OSError):  # which is done by now, perhaps
+                text = path.read_text(errors="replace")
+                who = f"process {text}" if text.isdecimal() else who
             raise FolderInUseError(
                 f"{folder} is in use by {who}: wait until it is done, end it, or use another folder."
             ) from error

@@ -522,8 +522,8 @@ def test_an_extra_that_is_not_installed(package, command, status, resources, tmp
 @pytest.mark.parametrize(
     ("first", "other", "message"),
     [
-        ("evaluate --length 128 --groups 1 --positions 3 --output out", "--groups 2", "scores.json"),
-        ("evaluate --length 128 --groups 1 --positions 3 --output out", "--baseline linear:2", "scores.json"),
+        ("evaluate --length 128 --groups 1 --positions 3 --output out", "--groups 2", "journal.jsonl"),
+        ("evaluate --length 128 --groups 1 --positions 3 --output out", "--baseline linear:2", "journal.jsonl"),
         (f"search --output out {TINY_SEARCH} --no-controls --no-refine", "--seed 5", "seed was 0 there and is 5 now"),
     ],
 )

@@ -223,8 +223,9 @@ def test_two_processes_at_once_write_one_after_the_other(tmp_path):
                     with suppress(FolderInUseError), Journal(tmp_path, IDENTITY, resume=True) as journal:
                         fill(journal, [(str(os.getpid()), number, number) for number in (2 * done, 2 * done + 1)])
                         done += 1
-            finally:
                 os._exit(0)
+            finally:
+                os._exit(1)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     entries = content(tmp_path)
     assert len(entries) == 40

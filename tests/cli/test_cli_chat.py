@@ -54,6 +54,7 @@ def test_a_dated_measurement_is_resumed_on_another_day(command, model, tmp_path,
     done = run(*words)
     assert done.exit_code == 0, done.stderr
     results = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
+    assert results
     other_day("2025-01-02")
     for path in results:  # as after a kill before the end
         if path.name in ("evaluation.json", "sweep.json"):

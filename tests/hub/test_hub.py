@@ -111,7 +111,8 @@ def make_folder(path: Path, factors: list[float] = FACTORS, base_model: str = "o
     for name in ("accuracy_by_position.png", "factors_by_depth.png"):
         (path / name).write_bytes(b"\x89PNG" + bytes(range(256)))
     save_card(model_card(base_model, config, files=PUBLISHED), path)
-    for junk in ("timing.json", "search.json.partial", ".secret", "notes.txt", "adapter_model.bin", "run/state.json"):
+    private = ("timing.json", "search.json.partial", ".secret", ".lock", "notes.txt", "adapter_model.bin")
+    for junk in (*private, "journal.jsonl", "run/journal.jsonl"):
         (path / junk).parent.mkdir(exist_ok=True)
         (path / junk).write_text("private")
     (path / "run" / "plot.png").write_text("private")
