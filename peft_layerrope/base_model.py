@@ -258,9 +258,6 @@ def load_base(source: ModelSource) -> PreTrainedModel:
     fine_tune = {}
     if source.peft is not None:
         model, fine_tune = _fine_tuned(model, source.peft, merge=not source.is_quantized)
-    if source.is_quantized:
-        # while the model runs, bitsandbytes makes tensors of its parameters that may never ask for gradients
-        model.requires_grad_(False)
     setattr(model, _RECORD, _given(source) | fine_tune)
     return model.eval()
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .families import NOT_BUILT, REFUSED, SUPPORTED, WRONG, Trial
 from .scoring.scores import PositionScores, perplexity
-from .scoring.statistics import Interval
+from .scoring.statistics import Interval, rank_key
 from .tasks import Measure
 from .verification import MISMATCH, OK, Verification
 
@@ -284,6 +284,21 @@ def written_legend(scores: PositionScores) -> list[str]:
     lines = [meanings[name] for name in written_columns(scores)]
     tokens, cut_off = scores.written.num_tokens.mean(), scores.written.cut_off.mean()
     return [*lines, f"Answers have {tokens:.1f} tokens on average; {percent(cut_off)} % were cut off."]
+
+
+def fitness_remark(scores: Mapping[str, PositionScores]) -> list[str]:
+    """Returns a line where other answers are the likeliest, which a search climbs to, than are right the most often.
+
+    Args:
+        scores: by the name of what was scored, all on the same examples.
+    """
+    if any(each.written is None or each.written.forced is None for each in scores.values()):
+        return []
+    likeliest = max(scores, key=lambda name: rank_key(scores[name].log_prob.mean()))
+    best = max(scores, key=lambda name: scores[name].average().value)
+    if scores[likeliest].average().value == scores[best].average().value:
+        return []
+    return [f'note: the answers of "{likeliest}" are the likeliest, but "{best}" writes the most right ones.']
 
 
 def verification_table(verification: Verification, title: str) -> Table:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, build_model, logits
+from fakes import token_task
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_contenders import trained_lora
@@ -17,7 +18,15 @@ from tiny_tokenizer import tiny_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-from peft_layerrope import InvalidConfigError, LayerRopeConfig, LayerRopeError, load_model, search
+from peft_layerrope import (
+    InvalidConfigError,
+    LayerRopeConfig,
+    LayerRopeError,
+    compare,
+    load_model,
+    parse_baseline,
+    search,
+)
 from peft_layerrope.adapted import adapted
 from peft_layerrope.base_model import (
     ModelSource,
@@ -374,12 +383,16 @@ def test_quantised_weights_with_a_fine_tune_beside_them(bits, prompt, tmp_path):
     pytest.importorskip("bitsandbytes")
     folder, lora = tmp_path / "base", tmp_path / "lora"
     # four bits go by blocks of 64
-    base = build_model("llama", vocab_size=600, max_position_embeddings=512, hidden_size=64, intermediate_size=128)
+    base = build_model("qwen2", vocab_size=600, max_position_embeddings=512, intermediate_size=128).bfloat16()
     base.save_pretrained(folder)
     tiny_bpe(chat=True).save_pretrained(folder)
     trained_lora(lora, base)
     quantised = BitsAndBytesConfig(**{bits: True})
     by_hand = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised, device_map="cpu").eval()
+    asked = {name: (type(w), w.requires_grad, w.is_inference()) for name, w in by_hand.named_parameters()}
+    # while it runs for the first time, bitsandbytes replaces parameters: a comparison leaves ones that can be trained
+    compare(by_hand, token_task().split("test", 2), [parse_baseline("none"), parse_baseline("uniform:1.5")])
+    assert {name: (type(w), w.requires_grad, w.is_inference()) for name, w in by_hand.named_parameters()} == asked
     model, _ = load_model(str(folder), device="cpu", **{bits: True})
     assert torch.equal(logits(model, prompt), logits(by_hand, prompt))
     tuned, _ = load_model(str(folder), device="cpu", peft=str(lora), **{bits: True})

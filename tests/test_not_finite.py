@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +29,14 @@ from peft_layerrope import (
 from peft_layerrope.cli import app
 from peft_layerrope.comparison.compare import Comparison
 from peft_layerrope.comparison.contenders import Contender, parse_baseline
-from peft_layerrope.comparison.report import comparison_markdown, fitness_remark, summary_table
+from peft_layerrope.comparison.report import comparison_markdown, summary_table
 from peft_layerrope.errors import SearchError
 from peft_layerrope.experiments.report_head import held_out_section
 from peft_layerrope.experiments.search_record import read_record
 from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.experiments.units import utilisation_difference
 from peft_layerrope.files.strict_json import to_json
+from peft_layerrope.report import fitness_remark
 from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.scoring.judging import judge
 from peft_layerrope.scoring.scorer import Scorer
@@ -255,10 +257,22 @@ def test_a_contender_that_breaks_does_not_win_a_comparison_that_it_enters_first(
     assert not found.difference("good", "broken").excludes_zero() or measure == "accuracy"
     assert "good" in comparison_markdown(found)
     assert summary_table(found, "title").row_count == 3
-    remark = fitness_remark(found)
-    if measure == "accuracy":
-        assert remark is not None
-        assert remark.index("good") < remark.index("broken")
+
+
+@pytest.mark.parametrize(
+    ("scores", "named"),
+    [
+        ({"a": (-1.0, True), "b": (-2.0, False)}, ()),
+        ({"a": (-1.0, False), "b": (-2.0, True)}, ("a", "b")),
+        ({"a": (-1.0, True), "b": (-2.0, True)}, ()),  # both are right as often
+        ({"broken": (math.nan, True), "a": (-1.0, False)}, ("a", "broken")),
+        ({"broken": (math.nan, False), "a": (-2.0, False), "b": (-1.0, True)}, ()),
+    ],
+)
+def test_the_likeliest_answers_that_are_not_the_best_are_named(scores, named):
+    remarks = fitness_remark({name: scores_with(*values) for name, values in scores.items()})
+    assert [re.findall('"(.*?)"', remark) for remark in remarks] == ([list(named)] if named else [])
+    assert not fitness_remark({"none were written": PositionScores((0,), np.ones((2, 1), bool), np.zeros((2, 1)))})
 
 
 def test_a_sweep_does_not_choose_what_breaks():

@@ -21,7 +21,6 @@ from ..comparison.report import (
     by_position_tables,
     comparison_markdown,
     describe_setting,
-    fitness_remark,
     forced_by_position_tables,
     plot_comparison,
     summary_table,
@@ -31,7 +30,7 @@ from ..errors import TaskError
 from ..files.atomic import write_atomically, writing
 from ..files.strict_json import to_json
 from ..public_names import public_name
-from ..report import position_table
+from ..report import fitness_remark, position_table
 from ..runs import RUN_FOLDER, check_free, locked
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, with_targets
 from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
@@ -279,6 +278,5 @@ def _print(comparison: Comparison, name: str, remarks: list[str]) -> None:
     for table in (*tables, written_table(comparison)):
         if table is not None:
             out.print(table)
-    remark = fitness_remark(comparison)
-    if remark is not None:
-        out.print(remark, highlight=False, markup=False)
+    for line in fitness_remark(comparison.scores):
+        out.print(line, highlight=False, markup=False)

@@ -12,6 +12,7 @@ from rich.table import Table
 from ..plots import plot_by_position
 from ..report import (
     difference,
+    fitness_remark,
     markdown,
     percent,
     rich_table,
@@ -20,7 +21,6 @@ from ..report import (
     written_legend,
 )
 from ..scoring.scores import PositionScores, perplexity
-from ..scoring.statistics import rank_key
 from .compare import Comparison
 
 _ROOM, _GAP = 70, 2  # of 80 columns beside the positions; between two columns
@@ -31,8 +31,8 @@ ACCURACY_LEGEND = (
     "the accuracies. Brackets and ±: 95 % intervals over contexts; differences are paired, + is better."
 )
 LOSS_LEGEND = (
-    "loss: mean over the scored tokens, in nats; first, last: of the first and the last bucket. Brackets and ±: 95 % "
-    "intervals over windows; differences are paired, in nats of loss saved: + is better."
+    "loss: mean over the buckets, each of as many scored tokens up to one, in nats; first, last: of the first and the "
+    "last bucket. Brackets and ±: 95 % intervals over windows; differences are paired: nats of loss saved, + is better."
 )
 POSITION_LEGEND = "Accuracy in % by gold position, with 95 % Wilson intervals."
 BUCKET_LEGEND = "Loss in nats of the tokens from each position to the next, with 95 % intervals over windows."
@@ -93,21 +93,6 @@ def _written_cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
-def fitness_remark(comparison: Comparison) -> str | None:
-    """Says so where the likelihood, which a search climbs, ranks the contenders otherwise than the written answers."""
-    scores = comparison.scores
-    if len(scores) < 2 or any(s.written is None or s.written.forced is None for s in scores.values()):
-        return None
-    by_quality = sorted(scores, key=lambda label: -rank_key(scores[label].average().value))
-    by_fitness = sorted(scores, key=lambda label: -rank_key(scores[label].log_prob.mean()))
-    if by_quality == by_fitness:
-        return None
-    return (
-        f"note: likelihood ranks the contenders otherwise ({', '.join(by_fitness)}) than the written answers do "
-        f"({', '.join(by_quality)})."
-    )
-
-
 def forced_by_position_tables(comparison: Comparison, title: str) -> list[Table]:
     """Returns, where answers were written, the same by position for the teacher-forced pass; see
     [`by_position_tables`].
@@ -163,8 +148,7 @@ def comparison_markdown(comparison: Comparison) -> str:
         lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
         legend = " ".join(written_legend(comparison.scores[comparison.baseline])[:-1])
         parts += [markdown([[_escaped(cell) for cell in line] for line in lines]), legend]
-    remark = fitness_remark(comparison)
-    return "\n\n".join([*parts, *([remark] if remark else [])]) + "\n"
+    return "\n\n".join([*parts, *fitness_remark(comparison.scores)]) + "\n"
 
 
 def plot_comparison(comparison: Comparison, path: str | Path) -> None:

@@ -56,7 +56,7 @@ class AttentionReader:
         rows = self._rows(prompt)
         return torch.stack([rows[layer] for layer in layers])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _rows(self, prompt: Sequence[int]) -> list[torch.Tensor | None]:
         device = self._model.get_input_embeddings().weight.device
         ids = torch.tensor([list(prompt)], device=device)

@@ -124,7 +124,7 @@ def question_logits(model: nn.Module, contexts: ContextBatch, questions: Sequenc
     ).logits
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def can_cache_contexts(model: nn.Module) -> bool:
     """Whether a question asked of a context in the cache gets what the whole prompt gives, by a trial of a few tokens.
 

@@ -83,7 +83,7 @@ class AnswerWriter:
         mask = torch.cat([contexts.mask, mask.to(contexts.mask)], dim=-1)
         return self._write(examples, ids, mask, **contexts.cache)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _write(self, examples: Sequence[Example], ids: torch.Tensor, mask: torch.Tensor, **cache: Any) -> list[Written]:
         device = embedding_table(self._model).device
         until = _Settled(self._judge, examples, ids.shape[1], self._ends)

@@ -42,7 +42,7 @@ def check_finite(model: nn.Module, split: Split, batch_tokens: int) -> None:
     """
     first = next(example for example in split.examples if example.position == 0)
     alone = replace(split, positions=split.positions[:1], examples=(first,))
-    with torch.inference_mode():
+    with torch.no_grad():
         for batch in make_batches(model, alone, batch_tokens, packed=False):
             if judge_tokens(answer_logits(model, batch), batch.gold)[0].isfinite().any():
                 return

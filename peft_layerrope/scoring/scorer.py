@@ -208,7 +208,7 @@ class Scorer:
     def _count(self, tokens: int) -> None:
         self.num_tokens += tokens
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score_rows(self, split: Split, sheet: ScoreSheet, progress: Progress | None, packed: bool | None) -> None:
         batches = make_batches(self.model, split, self.batch_tokens, packed)
         for batch in progress(batches) if progress is not None else batches:
@@ -228,7 +228,7 @@ class Scorer:
             self._count(sum(len(found[index].ids) for index in batch))
         return [found[index] for index in range(len(examples))]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _ask_contexts(
         self,
         examples: Sequence[Example],
@@ -289,7 +289,7 @@ class Scorer:
         for start in range(0, len(rows), at_once):
             yield rows[start : start + at_once]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _token_log_probs(self, split: Split, scored: int, progress: Progress | None) -> np.ndarray:
         """Shape `(windows, scored)`, float64, in the order of the split's examples."""
         found = np.empty((len(split.examples), scored))

@@ -146,7 +146,7 @@ class ModelEvaluator:
             self._batches[heat] = make_batches(self._model, self._heats[heat], self.batch_tokens)
         return self._batches[heat]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score(self, vectors: Sequence[Factors], heat: int) -> dict[Factors, PositionScores]:
         order = sorted(set(vectors))  # neighbours share most, so a small store goes far
         sheets = {vector: ScoreSheet(self._heats[heat]) for vector in order}

@@ -294,7 +294,7 @@ class SearchResult:
         counts, guards = self.evaluations, self.guards
         lines = [
             *(self.preflight.remarks() if self.preflight is not None else []),
-            *self._rank_remark(),
+            *report.fitness_remark({row.label: row.scores for row in self.table}),
             f"cost: {counts['per_layer_search']} evaluations for the per-layer search (a gradient step counts as "
             f"{STEP_COST}), {counts['all_methods']} distinct factor vectors for all methods; "
             f"{counts['saved_by_memo']} more were known already and {counts['given_up_early']} given up early.",
@@ -328,16 +328,6 @@ class SearchResult:
                 "--min-factor/--max-factor may find better ones."
             )
         return lines
-
-    def _rank_remark(self) -> list[str]:
-        """Says so where the likelihood, which the search climbs, ranks the rows otherwise than the written answers."""
-        if any(row.scores.written is None or row.scores.written.forced is None for row in self.table):
-            return []
-        best = max(self.table, key=lambda row: rank_key(row.scores.average().value))
-        likeliest = max(self.table, key=lambda row: rank_key(row.scores.log_prob.mean()))
-        if best.factors == likeliest.factors:
-            return []
-        return [f'note: held out, "{likeliest.label}" is likeliest, but "{best.label}" writes the most right answers.']
 
     def _tail(self) -> str:
         if self._measure == "loss":

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, build_model
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from test_contenders import trained_lora
+from transformers import AutoModelForCausalLM
 
 from peft_layerrope import Example, SearchError, SearchSettings, TaskError, TokenTask, search
+from peft_layerrope.base_model import ModelSource
 from peft_layerrope.searcher.chunks import cut_into_chunks, shared_depth
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.ray_pool import Limits, WorkerPool
@@ -335,6 +338,29 @@ def test_the_result_is_that_of_one_process(cluster, second_node, alone, tmp_path
         found = run(workers)
     assert found.to_dict() == alone.to_dict()
     assert ray.is_initialized()  # it was not ours to shut down
+
+
+@pytest.mark.slow
+def test_workers_load_the_model_that_a_source_describes(cluster, tmp_path):
+    """With its fine-tune and in its dtype, as PEFT does by hand; a worker with another model would be refused."""
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    build_model("llama").save_pretrained(base)
+    trained_lora(lora, build_model("llama"))
+
+    def by_hand() -> torch.nn.Module:
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), lora)
+        return model.merge_and_unload(safe_merge=True).eval()
+
+    source = ModelSource(str(base), dtype="bfloat16", peft=str(lora))
+    with RayWorkers(2, model_source=source) as workers:
+        found = search(by_hand(), token_task(), **SMALL, distribute=workers)
+    assert found.to_dict() == search(by_hand(), token_task(), **SMALL).to_dict()
+    for other in (replace(source, peft=None), replace(source, dtype="float32")):
+        with (
+            RayWorkers(1, model_source=other) as workers,
+            pytest.raises(SearchError, match="differently from this process"),
+        ):
+            search(by_hand(), token_task(), **SMALL, distribute=workers)
 
 
 @pytest.mark.slow
