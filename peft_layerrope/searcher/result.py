@@ -287,14 +287,15 @@ class SearchResult:
 
     def remarks(self, with_time: bool = True) -> list[str]:
         """Returns what a reader should know beside the table: cost, guards, edges, and how sure the choice is."""
-        if self.notes:
-            verdict, *others = self.notes
-            before = self.preflight.remarks() if self.preflight is not None else []
-            return [verdict, *before, *self._rank_remark(), *others, *self._time_and_edges(with_time)]
-        counts, guards = self.evaluations, self.guards
-        lines = [
+        looked = [
             *(self.preflight.remarks() if self.preflight is not None else []),
             *report.fitness_remark({row.label: row.scores for row in self.table}),
+        ]
+        if self.notes:
+            return [self.notes[0], *looked, *self.notes[1:], *self._time_and_edges(with_time)]
+        counts, guards = self.evaluations, self.guards
+        lines = [
+            *looked,
             f"cost: {counts['per_layer_search']} evaluations for the per-layer search (a gradient step counts as "
             f"{STEP_COST}), {counts['all_methods']} distinct factor vectors for all methods; "
             f"{counts['saved_by_memo']} more were known already and {counts['given_up_early']} given up early.",
