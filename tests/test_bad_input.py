@@ -54,8 +54,8 @@ from peft_layerrope.tuner.artifacts import save_adapter
 USAGE, FAILED = 2, 1
 SEARCHED = Path(__file__).parents[1] / "hub_configs" / "demo-plain"
 TINY_SEARCH = (
-    "--length 128 --num-positions 3 --population 4 --generations 1 --refine-evaluations 2 --search-groups 2 "
-    "--validation-groups 2 --test-groups 2 --gradient-steps 1"
+    "--algorithm genetic --length 128 --num-positions 3 --population 4 --generations 1 --refine-evaluations 2 "
+    "--search-groups 2 --validation-groups 2 --test-groups 2 --gradient-steps 1"
 )
 PAIRS = [["a", "one"], ["b", "two"], ["c", "three"]]
 RECORD = {"ordered_kv_records": PAIRS, "key": "b", "value": "two"}

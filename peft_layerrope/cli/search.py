@@ -23,6 +23,7 @@ from ..searcher import search as run_search
 from ..searcher.gradient_run import GradientPlan
 from ..searcher.plan import Plan
 from ..searcher.result import REPORT_NAME, TIMING_NAME
+from ..searcher.settings import SearchSettings
 from ..searcher.specification import SearchSpecification, read_specification
 from ..tuner.sites import embedding_table
 from .app import app, err, out, plain_errors, resumable, shell_word
@@ -79,6 +80,8 @@ def search(
             check_free(output)
         check_output(output, resume, overwrite)
         check_source(specification)
+        if specification.search.algorithm == "gradient" and (workers or ray_address is not None):
+            raise SearchError("--algorithm gradient runs in one process: leave --workers and --ray-address out.")
         pool = _workers(workers, ray_address, specification)
         tokenizer = load_tokenizer(specification)
         window = window_of(specification)
@@ -89,7 +92,9 @@ def search(
         loaded = load(specification)
         on_cpu = embedding_table(loaded).device.type == "cpu"
         if specification.load_in_4bit and on_cpu and specification.search.takes_gradient_steps:
-            raise SearchError("bitsandbytes passes no gradient through 4 bits on a CPU: pass --gradient-steps 0.")
+            raise SearchError(
+                "bitsandbytes passes no gradient through 4 bits on a CPU: pass --algorithm genetic --gradient-steps 0."
+            )
         if task.difficulty is not None:
             task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
             specification, built = replace(specification, task=task), build_task(task, tokenizer)
@@ -135,7 +140,9 @@ def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed)
     if config is None and resume and saved.exists():
         config = saved
     if config is None:
-        return SearchSpecification()
+        given = typed.get("model") is not None
+        # of the demo, far beyond its trained window, gradients find little
+        return SearchSpecification(search=SearchSettings(algorithm="gradient" if given else "genetic"))
     asked = SearchSpecification.of(read_specification(config), str(config))
     if asked.trust_remote_code and "trust_remote_code" not in typed:
         raise SearchError(

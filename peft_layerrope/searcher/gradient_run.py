@@ -27,6 +27,7 @@ from ..tuner.sites import embedding_table, find_stack, trained_window
 from .config_of import adapter_config, model_name
 from .gradient_search import SIMPLEST_FIRST, GradientSearch, Outcome, available, contexts_to_ask
 from .ordinary_text import Windows, ordinary_windows
+from .plan import check_length
 from .progress import SearchProgress, audience_of
 from .result import LABELS, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .schedule import Rates, Schedule, schedule_for
@@ -148,6 +149,7 @@ class _Later:
 def _windows(model: nn.Module, task: Task, settings: SearchSettings) -> tuple[Windows, str]:
     probe = task.split("search", 1)
     check_vocabulary(model, probe)
+    check_length(settings, probe.max_tokens, trained_window(model))
     text = Path(settings.text) if settings.text is not None else None
     tokenizer = getattr(task, "tokenizer", None)
     # beyond the trained window the unscaled model is nothing to keep to

@@ -124,6 +124,8 @@ def search(
     """
     settings = _settings(settings, overrides)
     if settings.algorithm == "gradient":
+        if distribute is not None:
+            raise SearchError("algorithm='gradient' runs in one process: leave the workers out.")
         kept = Path(folder) if folder is not None else None
         watched = {"progress": progress, "folder": kept, "on_plan": on_plan}
         return search_by_gradients(model, task, settings, **watched, resume=resume, overwrite=overwrite)

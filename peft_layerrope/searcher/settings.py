@@ -81,9 +81,10 @@ class SearchSettings:
         _search(
             "gradient: Adam on a factor for each layer, on fresh contexts, with the change of ordinary text under a "
             "bound. genetic: the paper's, over curves. greedy moves single factors, from the best uniform one. Those "
-            "without generations may evaluate as many distinct vectors as all generations have members."
+            "without generations may evaluate as many distinct vectors as all generations have members. "
+            "For the demo model the default is genetic."
         ),
-    ] = "genetic"
+    ] = "gradient"
     minutes: Annotated[
         float, _search("gradient: time for everything but the held-out test. Decides --steps.", gt=0)
     ] = 20.0
@@ -149,6 +150,8 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         self.adapter_config()  # rope_type, factor and window, by the adapter's own rules
+        if self.algorithm == "gradient" and self.objective == "accuracy":
+            raise SearchError("algorithm='gradient' climbs the log-probability: objective='accuracy' has no gradient.")
         if self.algorithm == "greedy" and self.curve not in (None, "direct"):
             raise SearchError(f"algorithm='greedy' moves single layers: curve={self.curve!r} must be 'direct'.")
 
@@ -159,8 +162,10 @@ class SearchSettings:
 
     @property
     def factor_limits(self) -> tuple[float, float]:
-        """Smallest and largest factor of a search by gradients."""
-        return GRADIENT_LIMITS if self.grid == FactorGrid() else (self.grid.min_factor, self.grid.max_factor)
+        """Smallest and largest factor: the grid's, but where gradients are searched by and no grid is given."""
+        if self.algorithm == "gradient" and self.grid == FactorGrid():
+            return GRADIENT_LIMITS
+        return self.grid.min_factor, self.grid.values[-1]
 
     @property
     def takes_gradient_steps(self) -> bool:

@@ -18,6 +18,8 @@ from peft_layerrope.tuner.artifacts import save_adapter
 
 TINY_SEARCH = [
     *(
+        "--algorithm",
+        "genetic",
         "--length",
         "128",
         "--num-positions",

@@ -19,6 +19,7 @@ from peft_layerrope.searcher.space import FactorSpace
 NO_GUARDS = Guards(None, None)
 ONE_HEAT = Heats((1,))
 SMALL_SEARCH = {
+    "algorithm": "genetic",
     "population": 6,
     "generations": 2,
     "gradient_steps": 3,

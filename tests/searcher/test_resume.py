@@ -19,6 +19,7 @@ from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.progress import SilentProgress
 
 SMALL = {
+    "algorithm": "genetic",
     "population": 6,
     "generations": 2,
     "gradient_steps": 2,
