@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -88,7 +91,8 @@ def search(
             check_free(output)
         check_output(output, resume, overwrite)
         check_source(specification)
-        if specification.search.algorithm == "gradient" and (workers or ray_address is not None):
+        by_gradients = specification.search.algorithm == "gradient"
+        if by_gradients and (workers or ray_address is not None):
             raise SearchError("--algorithm gradient runs in one process: leave --workers and --ray-address out.")
         pool = _workers(workers, ray_address, specification)
         tokenizer = load_tokenizer(specification)
@@ -114,18 +118,13 @@ def search(
 
         with ExitStack() as stack:
 
-            def begun(plan: Plan | GradientPlan) -> None:
+            def begun(settled: SearchSettings) -> None:
                 if not resume:
                     _clear(output)
-                asked = specification
-                if isinstance(plan, GradientPlan):  # from here on the clock decides nothing
-                    settled = {"steps": plan.schedule.steps, "test_groups": plan.test_groups}
-                    asked = replace(asked, search=replace(asked.search, **settled))
+                asked = replace(specification, search=settled)  # the clock decides nothing any more
                 if not (resume and (output / SPECIFICATION_NAME).exists()):  # its owner may have written in it
                     asked.save(output / SPECIFICATION_NAME)
                 stack.enter_context(resumable(f"layerrope search --output {shell_word(output)} --resume"))
-                line = plan.sentence() if isinstance(plan, GradientPlan) else report.plan_line(plan)
-                err.print(line, highlight=False)
 
             stack.enter_context(locked(output))
             distribute = stack.enter_context(pool)
@@ -136,8 +135,10 @@ def search(
                 folder=output / RUN_FOLDER,
                 resume=resume,
                 overwrite=overwrite,
-                on_plan=begun,
+                on_plan=lambda plan: err.print(_sentence(plan), highlight=False),
+                on_begin=begun,
                 distribute=distribute,
+                enough=stack.enter_context(_first_interrupt()) if by_gradients else None,
             )
             result.save(output)
         _print_result(result, output)
@@ -159,6 +160,28 @@ def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed)
             "trust_remote_code=true if you trust it, or trust_remote_code=false."
         )
     return asked
+
+
+def _sentence(plan: Plan | GradientPlan) -> str:
+    return plan.sentence() if isinstance(plan, GradientPlan) else report.plan_line(plan)
+
+
+@contextmanager
+def _first_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yields what says whether Ctrl-C was pressed: once it means "enough", and a second time it stops."""
+    pressed = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+        err.print("Enough: finishing with what there is. Once more stops at once; --resume goes on.")
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _sized(specification: SearchSpecification, window: int | None) -> TaskSpecification:

@@ -84,6 +84,8 @@ def search_by_gradients(
     resume: bool,
     overwrite: bool,
     on_plan: Callable[[GradientPlan], Any] | None,
+    on_begin: Callable[[SearchSettings], Any] | None = None,
+    enough: Callable[[], bool] | None = None,
 ) -> SearchResult:
     """See [`search`]."""
     started = time.perf_counter()
@@ -94,9 +96,12 @@ def search_by_gradients(
         scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
         with audience_of(progress) as audience:
             kept = _Later()
-            engine = GradientSearch(peft_model, task, settings, space, windows, scorer, kept, audience)
+            asked = enough or (lambda: False)
+            engine = GradientSearch(peft_model, task, settings, space, windows, scorer, kept, audience, asked)
             plan = _plan(engine, task, settings, windows, time.perf_counter() - started)
             settings = replace(settings, steps=plan.schedule.steps, test_groups=plan.test_groups)
+            if on_plan is not None:
+                on_plan(plan)
             found = _looked(scorer, task, settings, plan.schedule, folder if resume else None, audience)
             splits = _splits(model, task, settings, plan.schedule, found)
             identity = {
@@ -115,8 +120,8 @@ def search_by_gradients(
                     write_atomically(folder / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
                 if journal.get("plan", "") is None:
                     journal.append("plan", "", plan.to_dict())
-                if on_plan is not None:
-                    on_plan(plan)
+                if on_begin is not None:
+                    on_begin(settings)
                 outcome = engine.run(found, plan.schedule, splits[0])
                 table = _held_out(peft_model, scorer, outcome, splits[1], journal, audience)
         return _result(peft_model, task, settings, plan, outcome, table, engine, found, splits, source, windows)
@@ -324,10 +329,11 @@ def _notes(
         f"divergence {harm.divergence.value:.4f} [{harm.divergence.low:.4f}, {harm.divergence.high:.4f}] nats, loss "
         f"{loss.value:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}] nats."
     )
-    schedule = plan.schedule
+    schedule, taken = plan.schedule, len(outcome.found[PER_LAYER].steps)
+    early = f" (ended early: {schedule.steps} were planned)" if taken < schedule.steps else ""
     cost = (
-        f"cost: {schedule.steps} gradient steps for a factor for each layer, {schedule.control_steps} for each simpler "
-        f"choice of two numbers, {outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
+        f"cost: {taken} gradient steps for a factor for each layer{early}, {schedule.control_steps} for each "
+        f"simpler choice of two numbers, {outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
     )
     return verdict, text, cost
 

@@ -105,6 +105,7 @@ class GradientSearch:
         scorer: of `model`.
         record: see [`Record`].
         audience: told what is done.
+        enough: asked before each gradient step but the first of a climb; once it says so, climbs end.
     """
 
     def __init__(
@@ -117,7 +118,9 @@ class GradientSearch:
         scorer: Scorer,
         record: Record,
         audience: SearchProgress,
+        enough: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._enough = enough
         self._model = model
         self._task = task
         self._settings = settings
@@ -290,6 +293,7 @@ class GradientSearch:
             )
             return _slope(kept[0]), _slope(kept[1])
 
+        ended = self._record.get("ended", name)
         with self._stage(f"gradient steps: {name}", count):
             for step in climb(
                 family, origin, count, slopes, max_divergence=self._settings.max_harm, limits=self._limits
@@ -297,6 +301,10 @@ class GradientSearch:
                 steps.append(step)
                 recent = [s.fitness for s in steps[-5:]]
                 self._audience.note(f"log-prob {np.mean(recent):.3f} · text {step.divergence:.4f}")
+                if len(steps) == ended or (ended is None and len(steps) < count and self._enough()):
+                    break
+        if len(steps) < count and ended is None:
+            self._record.append("ended", name, len(steps))
         if not steps:
             raise SearchError(f"{name}: the gradient is not finite at its first step; use another --dtype.")
         last = steps[len(steps) // 2 :]

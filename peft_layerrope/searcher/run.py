@@ -76,7 +76,9 @@ def search(
     resume: bool = False,
     overwrite: bool = False,
     on_plan: Callable[[Plan | GradientPlan], None] | None = None,
+    on_begin: Callable[[SearchSettings], None] | None = None,
     distribute: Distribute | None = None,
+    enough: Callable[[], bool] | None = None,
     **overrides: Any,
 ) -> SearchResult:
     """Searches one RoPE factor per layer (arXiv 2503.04355) and compares it with simpler choices.
@@ -101,9 +103,11 @@ def search(
         resume: go on from what is in `folder`, if there is something; the result is the uninterrupted run's, bit for
             bit on as many threads.
         overwrite: begin anew in `folder`; what is there is replaced once all is checked and one evaluation was timed.
-        on_plan: told what the search is going to cost, after one timed evaluation, when all is checked and the journal
-            has begun.
-        distribute: has the evaluations done elsewhere; see `ray_workers`.
+        on_plan: told what the search is going to cost, as soon as that is known.
+        on_begin: told the settings, with what the plan has settled, when all is checked and the journal has begun.
+        distribute: has the evaluations done elsewhere; see `ray_workers`. Not with gradients.
+        enough: with gradients, asked before each of their steps; once it says so, what was found so far is measured and
+            returned.
         **overrides: fields of `SearchSettings`, instead of `settings`.
 
     Returns:
@@ -133,13 +137,15 @@ def search(
         if distribute is not None:
             raise SearchError("algorithm='gradient' runs in one process: leave the workers out.")
         kept = Path(folder) if folder is not None else None
-        watched = {"progress": progress, "folder": kept, "on_plan": on_plan}
-        return search_by_gradients(model, task, settings, **watched, resume=resume, overwrite=overwrite)
+        watched = {"progress": progress, "folder": kept, "on_plan": on_plan, "on_begin": on_begin}
+        return search_by_gradients(model, task, settings, **watched, resume=resume, overwrite=overwrite, enough=enough)
     with _prepared(model, task, settings, progress, folder, resume, overwrite) as run:
         run.time_one_evaluation()
         run.begin()
         if on_plan is not None:
             on_plan(run.plan)
+        if on_begin is not None:
+            on_begin(settings)
         run.distribute(distribute)
         return run.result(task, model_name(model))
 

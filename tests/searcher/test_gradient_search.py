@@ -315,3 +315,18 @@ def test_a_search_that_goes_on_refuses_other_settings(tmp_path):
     search(build_model("llama"), token_task(length=14), **SMALL, folder=tmp_path)
     with pytest.raises(SearchError, match="max_harm"):
         search(build_model("llama"), token_task(length=14), **SMALL, max_harm=0.5, folder=tmp_path, resume=True)
+
+
+def test_enough_ends_the_climbs_and_keeps_what_they_found(tmp_path):
+    fields, asked = {**SMALL, "steps": 8}, []
+
+    def enough():
+        asked.append(None)
+        return len(asked) > 4
+
+    first = search(build_model("llama"), token_task(length=14), **fields, folder=tmp_path, enough=enough)
+    taken = len(first.to_dict()["history"])
+    assert 1 <= taken < 8
+    assert any(f"{taken} gradient steps" in line for line in first.remarks())
+    again = search(build_model("llama"), token_task(length=14), **fields, folder=tmp_path, resume=True)
+    assert again.to_dict() == first.to_dict()
