@@ -14,7 +14,7 @@ from .factor_gradient import Slope
 LEARNING_RATE, LAST_SHARE = 0.05, 0.3
 """Length of a step in a log-factor, and the share of it that the last step has."""
 BETAS = (0.8, 0.95)
-FIRST_PRICE = 10.0
+FIRST_PRICE = 20.0
 """Nats of the targets' log-probability that one nat of divergence costs in the first step."""
 PRICE_RATE = 0.1
 """How fast the price follows the divergence: it grows by this exponent in a step where that is twice the bound."""

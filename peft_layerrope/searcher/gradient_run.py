@@ -25,7 +25,7 @@ from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
 from ..tuner.sites import embedding_table, find_stack, trained_window
 from .config_of import adapter_config, model_name
-from .gradient_search import SIMPLEST_FIRST, GradientSearch, Outcome, available, contexts_to_ask
+from .gradient_search import SIMPLEST_FIRST, GradientSearch, Outcome, available, contexts_to_ask, densely_asked
 from .ordinary_text import Windows, ordinary_windows
 from .plan import check_length
 from .progress import SearchProgress, audience_of
@@ -163,7 +163,7 @@ def _windows(model: nn.Module, task: Task, settings: SearchSettings) -> tuple[Wi
 
 
 def _plan(engine: GradientSearch, task: Task, settings: SearchSettings, windows: Windows, spent: float) -> GradientPlan:
-    probe = task.split("search", 1)
+    probe = densely_asked(task, 1)
     rates = engine.rates(probe)
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     if settings.steps is None:

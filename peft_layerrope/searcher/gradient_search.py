@@ -19,7 +19,9 @@ from ..scoring.preflight import Preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
 from ..scoring.statistics import Interval, mean_interval, rank_key
-from ..tasks import PromptTask, Split, SplitName, Task
+from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task
+from ..tasks.base import spread_positions
+from ..tasks.prompts import ASKED_EVERYWHERE
 from .climb import (
     Family,
     Step,
@@ -45,6 +47,7 @@ SIMPLEST_FIRST = (NONE, BOUNDED, FIRST_REST, DECAY, PER_LAYER)
 UNIFORM_RANGE = (0.4, 2.5)
 _PROBE = 0.1  # log-factor at which the divergence of a uniform factor is measured to find where it meets the bound
 _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
+_DENSER = 3
 _DIGITS = 2
 
 
@@ -169,7 +172,7 @@ class GradientSearch:
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
         sources, layers = self._space.key_sources, self._space.scaled_layers
-        origin = np.log(results[BOUNDED].factors)  # which may be the unscaled model's
+        origin = np.zeros(self._space.num_layers)  # a race on few contexts may begin on the wrong side of it
         for name, family, steps in (
             (FIRST_REST, first_and_rest_family(sources, layers), schedule.control_steps),
             (DECAY, decay_family(sources, layers), schedule.control_steps),
@@ -189,7 +192,7 @@ class GradientSearch:
         if isinstance(task, PromptTask) and found is not None:
             task = prepared(task, found)
         wanted = contexts_to_ask(task, schedule.search_contexts)
-        split = task.split("search", wanted)
+        split = densely_asked(task, wanted)
         self._search = with_targets(split, found, task) if found is not None else split
         rng, contexts = np.random.default_rng(self._settings.seed), list(range(wanted))
         while len(contexts) < schedule.search_contexts:
@@ -371,6 +374,17 @@ def contexts_to_ask(task: Task, wanted: int) -> int:
     if isinstance(task, PromptTask) and task.without_distractors("search", 0, 1, gold=True) is not None:
         wanted = min(wanted, _OWN_TARGET_CONTEXTS)
     return available(task, "search", wanted)
+
+
+def densely_asked(task: Task, contexts: int) -> Split:
+    """Returns contexts of the search split, asked at three times as many positions where a context is run once for all
+    of its questions: they add little to it, and each says something of the factors.
+    """
+    if not isinstance(task, KeyValueRetrieval) or task.protocol("search") != ASKED_EVERYWHERE:
+        return task.split("search", contexts)
+    count = min(_DENSER * len(task.positions), task.num_items)
+    positions = {*task.positions, *spread_positions(task.num_items, max(3, count))}
+    return task.split("search", contexts, sorted(positions))
 
 
 def available(task: Task, split: SplitName, wanted: int) -> int:

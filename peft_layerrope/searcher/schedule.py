@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-CONTEXTS_PER_STEP = 3
+CONTEXTS_PER_STEP = 2
 """Fresh contexts that a step's gradient is taken on."""
 MIN_STEPS, MAX_STEPS = 4, 400
 UNIFORM_VALUES = 11  # factors of the coarse grid from one end of the range to the other

@@ -158,14 +158,20 @@ class PromptTask(ABC, Generic[Source]):
             found += [self._written(source, position, group) for position in wanted]
         return found
 
-    def split(self, name: SplitName, num_groups: int) -> Split:
+    def split(self, name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> Split:
         """Returns `num_groups` contexts of the named split, each asked at every position.
 
+        Args:
+            name: which split.
+            num_groups: independent contexts.
+            positions: gold positions other than the task's, ascending.
+
         Raises:
-            TaskError: the split is unknown or has fewer contexts, or a prompt with its answer is longer than the
-                limit; nothing is ever cut off.
+            TaskError: the split is unknown or has fewer contexts, a position is out of range, or a prompt with its
+                answer is longer than the limit; nothing is ever cut off.
         """
-        split = self._encoded(name, self.positions, self.prompts(name, num_groups), self.protocol(name))
+        wanted = self.positions if positions is None else tuple(positions)
+        split = self._encoded(name, wanted, self.prompts(name, num_groups, wanted), self.protocol(name))
         if self.length is not None and split.max_tokens > self.length:
             raise TaskError(
                 f"{self.name}, split {name!r}: its longest prompt has {split.max_tokens} tokens with its answer, more "

@@ -217,7 +217,7 @@ def test_a_schedule_fits_into_the_time_that_there_is():
     for seconds in (1200, 2400, 3600):
         schedule = schedule_for(seconds, rates)
         assert schedule.seconds(rates) <= seconds < Schedule(schedule.steps + 1).seconds(rates)
-        per_step = 3 * rates.context_gradient + rates.text_gradient
+        per_step = 2 * rates.context_gradient + rates.text_gradient
         controls = 2 * schedule.control_steps * per_step + 47 * schedule.rounds[0] * rates.context
         assert controls <= 0.3 * seconds
     assert schedule_for(1, rates).steps == MIN_STEPS

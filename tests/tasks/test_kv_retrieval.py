@@ -310,3 +310,16 @@ def test_describe_is_plain_and_names_no_folder(file):
     assert json.loads(json.dumps(described)) == described
     assert described["data"] == "kv.jsonl.gz"
     assert (described["num_keys"], described["positions"]) == (6, [0, 2, 5])
+
+
+def test_a_split_may_be_asked_at_other_positions():
+    task = KeyValueRetrieval(tiny_bpe(), num_keys=9, num_positions=3, keys="syllables", length=300)
+    usual, dense = task.split("search", 2), task.split("search", 2, [0, 2, 4, 8])
+    assert (dense.positions, len(dense.examples)) == ((0, 2, 4, 8), 8)
+    for example in usual.examples:
+        place = dense.positions.index(usual.positions[example.position])
+        same = next(e for e in dense.examples if (e.group, e.position) == (example.group, place))
+        assert same.prompt_ids == example.prompt_ids
+        assert same.answers == example.answers
+    with pytest.raises(TaskError, match="9"):
+        task.split("search", 1, [0, 9])
