@@ -13,7 +13,7 @@ from torch import nn
 from ._version import __version__
 from .tuner.frequencies import inv_freq_names, is_length_dependent
 
-_CHUNK = 2**15  # words of 32 bits, which stay in a processor's cache
+_CHUNK = 2**16  # words of 32 bits, which stay in a processor's cache
 _ODD = -0x61C8864680B583EB  # as a signed word, the usual multiplier of 64-bit hashing: 2**64 over the golden ratio
 
 
@@ -51,10 +51,10 @@ def _checksum(tensor: torch.Tensor) -> int:
         flat = nn.functional.pad(flat, (0, -flat.numel() % 4)).clone()
     words = flat.view(torch.int32)
     places = torch.arange(min(_CHUNK, words.numel()), device=words.device) * _ODD | 1
-    total = 0
+    wide, total = torch.empty_like(places), 0
     for chunk in words.split(_CHUNK):
         # in 64 bits, or little would be left of a word's upper bits; a GPU has no such `torch.dot`
-        pair = chunk.to(torch.int64), places[: chunk.numel()]
+        pair = wide[: chunk.numel()].copy_(chunk), places[: chunk.numel()]
         total = (total * _ODD + int(torch.dot(*pair) if words.is_cpu else torch.mul(*pair).sum())) % 2**64
     return total
 

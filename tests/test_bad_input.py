@@ -734,10 +734,10 @@ CALLS = {
         TaskError,
         "resume=True needs",
     ),
-    "compare: resume nothing": (
-        lambda m, t: compare(m, _words(t).split("test", 1), [NONE], resume=True, folder="nonesuch"),
+    "compare: resume without a folder": (
+        lambda m, t: compare(m, _words(t).split("test", 1), [NONE], resume=True),
         TaskError,
-        "nothing to resume",
+        "folder",
     ),
     "compare: adapter": (
         lambda m, t: compare(m, _words(t).split("test", 1), [Contender.of_adapter("/nonesuch")]),
@@ -769,10 +769,10 @@ CALLS = {
     "search: no model": (lambda m, t: search(None, _words(t)), UnsupportedModelError, "NoneType: not a"),
     "search: field": (lambda m, t: search(m, _words(t), nonesuch=1), SearchError, "nonesuch is unknown; did you"),
     "search: both": (lambda m, t: search(m, _words(t), SearchSettings(), seed=8), SearchError, "got both: seed"),
-    "search: resume nothing": (
-        lambda m, t: search(m, _words(t), resume=True, folder="nonesuch", progress=False),
+    "search: resume and overwrite": (
+        lambda m, t: search(m, _words(t), resume=True, overwrite=True, folder="nonesuch", progress=False),
         SearchError,
-        "nothing to",
+        "overwrite",
     ),
     "plan_search: no model": (
         lambda m, t: plan_search(OTHER, _words(t)),

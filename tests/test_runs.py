@@ -90,33 +90,21 @@ def test_killed_at_any_byte_of_the_last_entry_it_goes_on_without_it(tmp_path):
         assert content(tmp_path) == [*ENTRIES, *ENTRIES[-1:]] if end == len(whole) else ENTRIES
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_killed_while_it_begins_the_one_that_it_overwrites_is_there(tmp_path, step):
+@pytest.mark.parametrize("operation", ["fsync", "replace"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_one_that_cannot_begin_leaves_what_it_would_overwrite(tmp_path, monkeypatch, operation, error):
     before = filled(tmp_path)
-    child = os.fork()
-    if child == 0:
-        try:
-            for name in ("fsync", "replace"):
-                real = getattr(os, name)
 
-                def deadly(*args: object, real=real) -> object:
-                    nonlocal step
-                    step -= 1
-                    if step == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return real(*args)
+    def fail(*args: object) -> None:
+        raise error
 
-                setattr(os, name, deadly)
-            with Journal(tmp_path, IDENTITY, overwrite=True) as journal:
-                fill(journal, [("other", 1, 1), ("other", 2, 2)])
-        finally:
-            os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if step <= 2:
-        assert (tmp_path / JOURNAL_NAME).read_bytes() == before
+    with Journal(tmp_path, IDENTITY, overwrite=True) as journal, monkeypatch.context() as patched:
+        patched.setattr(os, operation, fail)
+        with pytest.raises((WriteError, KeyboardInterrupt)):
+            journal.append("x", 1, 1)
+    assert (tmp_path / JOURNAL_NAME).read_bytes() == before
     with Journal(tmp_path, IDENTITY, resume=True) as journal:
-        assert journal.values("other") == ([] if step <= 2 else [1, 2])
-    assert os.WIFSIGNALED(status) == (step <= 3)
+        assert (journal.values("x"), len(journal.values("measured"))) == ([], 2)
 
 
 @contextmanager
@@ -145,19 +133,6 @@ def test_a_disk_that_is_full_takes_no_entry_and_room_lets_it_go_on(tmp_path, roo
     assert content(tmp_path) == ENTRIES
 
 
-@pytest.mark.parametrize("operation", ["fsync", "replace"])
-def test_a_disk_that_is_full_at_the_beginning_keeps_what_is_there(tmp_path, monkeypatch, operation):
-    before = filled(tmp_path)
-
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, operation, full)
-    with Journal(tmp_path, IDENTITY, overwrite=True) as journal, pytest.raises(WriteError):
-        journal.append("x", 1, 1)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {JOURNAL_NAME: before}
-
-
 def test_a_journal_is_begun_once_unless_it_is_to_be_overwritten(tmp_path):
     before = filled(tmp_path)
     for error in (JournalError, SearchError, TaskError):
@@ -179,9 +154,7 @@ def test_a_journal_is_begun_once_unless_it_is_to_be_overwritten(tmp_path):
     ("change", "difference"),
     [
         ({"settings": {"seed": 2, "weights": [0.8, 1.0]}}, "settings.seed was 1 there and is 2 now"),
-        ({"settings": {"seed": 1, "weights": [0.8, 1.5]}}, r"settings.weights was \[0.8, 1.0\] there"),
         ({"settings": {"seed": 1}}, r"settings.weights was \[0.8, 1.0\] there and is null now"),
-        ({"model": "abd"}, 'model was "abc" there and is "abd" now'),
         ({"splits": []}, r'splits was \[{"name": "search"}\] there and is \[\] now'),
         ({"device": "cuda"}, 'device was null there and is "cuda" now'),
     ],
@@ -194,22 +167,14 @@ def test_of_another_run_the_first_difference_is_named(tmp_path, change, differen
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, len(ENTRIES)])
-@pytest.mark.parametrize(
-    "damaged", [b"", b"{", b"[]", b"null", b'{"kind": [], "key": 1, "value": 1}', b"\xff", b"\0\0"]
-)
+@pytest.mark.parametrize("damaged", [b"", b"[]", b'{"kind": [], "key": 1, "value": 1}', b'{"format": 2}', b"\xff"])
 def test_a_line_that_is_damaged_is_refused(tmp_path, number, damaged):
     lines = filled(tmp_path).split(b"\n")
-    (tmp_path / JOURNAL_NAME).write_bytes(b"\n".join([*lines[:number], damaged, *lines[number + 1 :]]))
+    text = b"\n".join([*lines[:number], damaged, *lines[number + 1 :]])
+    (tmp_path / JOURNAL_NAME).write_bytes(text)
     with pytest.raises(JournalError, match=JOURNAL_NAME):
         Journal(tmp_path, IDENTITY, resume=True)
-
-
-@pytest.mark.parametrize("text", ["", '{"format": 1, "identity": {}}', '{"format": 2, "identity": {}}\n'])
-def test_what_is_no_journal_of_ours_is_refused(tmp_path, text):
-    (tmp_path / JOURNAL_NAME).write_text(text)
-    with pytest.raises(JournalError, match=JOURNAL_NAME):
-        Journal(tmp_path, {}, resume=True)
-    assert (tmp_path / JOURNAL_NAME).read_text() == text
+    assert (tmp_path / JOURNAL_NAME).read_bytes() == text
 
 
 def test_two_processes_at_once_write_one_after_the_other(tmp_path):

@@ -12,7 +12,7 @@ from test_cli import run as run_command
 from test_resume import SMALL, small_model
 from test_runs import held_by_another_process
 
-from peft_layerrope import Comparison, TaskError, compare, parse_baseline, search
+from peft_layerrope import Comparison, compare, parse_baseline, search
 from peft_layerrope.cli import evaluate as evaluate_command
 from peft_layerrope.cli import experiment_run
 from peft_layerrope.cli import report as report_command
@@ -47,18 +47,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_second_comparison_is_kept_out_before_it_writes(tmp_path, resume):
-    comparison(tmp_path / "compared")
-    before = files(tmp_path / "compared")
-    assert list(before) == [JOURNAL_NAME]
-    with held_by_another_process(tmp_path / "compared") as pid:
-        with pytest.raises(FolderInUseError, match=f"process {pid}"):
-            comparison(tmp_path / "compared", resume=resume)
-        assert files(tmp_path / "compared") == before | {LOCK_NAME: str(pid).encode()}
-        comparison(tmp_path / "another")
-
-
 def test_a_comparison_that_another_call_wants_to_join_ends_as_it_would_have_alone(tmp_path):
     """With the same folder, with and without going on; and an experiment that would begin it anew."""
     refused = []
@@ -80,12 +68,6 @@ def test_a_comparison_that_another_call_wants_to_join_ends_as_it_would_have_alon
     assert list(files(tmp_path / "joined")) == [JOURNAL_NAME]
 
 
-def test_a_comparison_that_is_refused_leaves_nothing(tmp_path):
-    with pytest.raises(TaskError, match="overwrite"):
-        comparison(tmp_path / "nowhere", resume=True, overwrite=True)
-    assert not any(tmp_path.iterdir())
-
-
 def section() -> Section:
     return Section("halves", "A title", "A question?", "a task", ("A finding.",))
 
@@ -105,15 +87,6 @@ def test_a_second_run_of_an_experiment_is_kept_out_of_its_folder(tmp_path, resum
     assert sorted(files(tmp_path)) == ["halves.json", "halves.md", "sweep.json", "sweep.md"]
     again = kept_section(tmp_path, "halves", asked, True, lambda work: pytest.fail("made again"))
     assert again == section()
-
-
-def test_a_section_that_cannot_be_made_leaves_nothing(tmp_path):
-    def fail(work: Path) -> Section:
-        raise TaskError("no room")
-
-    with pytest.raises(TaskError, match="no room"):
-        kept_section(tmp_path / "new", "halves", {}, False, fail)
-    assert not any(tmp_path.iterdir())
 
 
 EVALUATE = "evaluate --length 128 --positions 3 --groups 2 --output {folder}"
@@ -155,19 +128,12 @@ def test_overwriting_what_a_call_from_python_writes_is_refused(tmp_path, command
     assert all(path.read_text() == "{}" for path in precious)
 
 
-@pytest.mark.parametrize("command", [EVALUATE, SWEEP])
-def test_no_lock_is_left_behind(tmp_path, command):
-    done = run_command(*command.format(folder=tmp_path / "it").split())
-    assert done.exit_code == 0
-    assert any(name.endswith(".json") for name in files(tmp_path))
-    assert not any(name.endswith(LOCK_NAME) for name in files(tmp_path))
-
-
 @pytest.mark.parametrize(("command", "folder"), [(EVALUATE, "."), (SWEEP, "run/sweep")])
 def test_a_lock_that_a_killed_process_left_is_in_nobodys_way(tmp_path, command, folder):
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
     (tmp_path / folder / LOCK_NAME).write_text("99999999")
     assert run_command(*command.format(folder=tmp_path).split()).exit_code == 0
+    assert not any(name.endswith(LOCK_NAME) for name in files(tmp_path))
 
 
 @pytest.mark.parametrize("error", [FolderInUseError, WriteError])
