@@ -31,7 +31,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(path)
     task = KeyValueWords(AutoTokenizer.from_pretrained(path), length=512, num_positions=5)
     sizes = {"search_groups": args.contexts, "test_groups": 2 * args.contexts, "generations": args.generations}
-    settings = SearchSettings(**sizes, controls=not args.no_controls)
+    settings = SearchSettings(algorithm="genetic", **sizes, controls=not args.no_controls)
     with RayWorkers(args.workers, address=args.address, model_source=path) as workers:
         result = search(model, task, settings, distribute=workers)
 

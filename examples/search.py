@@ -44,12 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder for the adapter")
     parser.add_argument("--model", help="Hub id, folder or GGUF file; default: the demo model")
+    parser.add_argument("--minutes", type=float, default=2.0, help="for everything but the held-out test")
     parser.add_argument("--contexts", type=int, default=80, help="shared out to search, validation and test")
     args = parser.parse_args()
     model, tokenizer = load_model(args.model)  # also: dtype=, gguf_file=, load_in_4bit=True, peft="my-lora" ...
     task = TokenTask(list(my_examples(tokenizer, args.contexts)), POSITIONS, fractions=(0.2, 0.2, 0.6), name="my lists")
-    groups = {"search_groups": args.contexts // 5, "validation_groups": args.contexts // 5}
-    result = search(model, task, progress=Stages(), test_groups=args.contexts * 3 // 5, **groups)
+    result = search(model, task, minutes=args.minutes, progress=Stages(), test_groups=args.contexts * 3 // 5)
     for row in result.table:  # held out
         print(f"{row.label:22}{row.scores.average().value:7.1%}   {' '.join(f'{f:g}' for f in row.factors)}")
     result.save(args.output)

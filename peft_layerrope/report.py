@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from rich import box
@@ -25,6 +25,7 @@ class Row(Protocol):
     fitness: float
     evaluations: int
     scores: PositionScores
+    harm: Any  # with `divergence` and `loss_rise`, each an `Interval`; or None
 
 
 class Comparison(Protocol):
@@ -81,6 +82,10 @@ def perplexity_with_interval(interval: Interval) -> str:
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
+_HARM_LEGEND = (
+    "KL, text loss: what the factors do to ordinary text, in nats: how far the distribution over next tokens moves, "
+    "and the rise of the loss."
+)
 TABLE_LEGEND = (
     "accuracy: {what} in %, mean over all gold positions; worst: at the worst position; U: context utilisation "
     "of the accuracies. Brackets and ±: 95 % intervals over contexts; differences are paired. Control: of "
@@ -111,10 +116,13 @@ def _score_cells(scores: PositionScores) -> list[str]:
     return [average, percent(scores.accuracy_by_position.min()), percent(scores.utilisation())]
 
 
-def _comparison_cells(table: Comparison, control: str | None) -> tuple[list[str], list[list[str]]]:
+_AGAINST = {"none": "vs none", "uniform": "vs uniform", "uniform_bounded": "vs uniform"}
+
+
+def _comparison_cells(table: Comparison, against: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the held-out scores: method, what [`_score_cells`] has, paired differences."""
     measure = _measure_of(table)
-    against = [name for name in ("uniform", control) if name in {row.name for row in table}]
+    against = [name for name in against if name in {row.name for row in table}]
     cells = []
     for row in table:
         line = [row.label, *_score_cells(row.scores)]
@@ -122,27 +130,36 @@ def _comparison_cells(table: Comparison, control: str | None) -> tuple[list[str]
             line.append("" if name == row.name else difference(table.difference(row.name, name), measure))
         cells.append(line)
     columns = ["loss", "perplexity"] if measure == "loss" else ["accuracy", "worst", "U"]
-    header = ["vs uniform" if name == "uniform" else "vs control" for name in against]
+    header = [_AGAINST.get(name, "vs control") for name in against]
     return ["method", *columns, *header], cells
 
 
 def _choice_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of what each method chose on the search split, and after how many tries."""
-    cells = [[row.label, str(row.evaluations), f"{row.fitness:.3f}", format_factors(row.factors)] for row in table]
-    return ["method", "tried", "fitness", "factors"], cells
-
-
-def comparison_table(table: Comparison, title: str, control: str | None = None) -> Table:
-    """Returns the held-out comparison as a rich table of at most 80 columns; `control` names the row to compare with,
-    beside the best uniform factor.
+    """Header and cells of what each method chose on the search split, after how many tries, and what it does to
+    ordinary text where that is known.
     """
-    return rich_table(title, _legend(table), *_comparison_cells(table, control), left=(0,))
+    harmed = any(row.harm is not None for row in table)
+    cells = []
+    for row in table:
+        fitness = "" if np.isnan(row.fitness) else f"{row.fitness:.3f}"
+        line = [row.label, str(row.evaluations), fitness]
+        if harmed:
+            line += [f"{row.harm.divergence.value:.4f}", f"{row.harm.loss_rise.value:+.4f}"]
+        cells.append([*line, format_factors(row.factors)])
+    return ["method", "tried", "fitness", *(["KL", "text loss"] if harmed else []), "factors"], cells
+
+
+def comparison_table(table: Comparison, title: str, against: Sequence[str] = ()) -> Table:
+    """Returns the held-out comparison as a rich table of at most 80 columns, compared with these rows."""
+    return rich_table(title, _legend(table), *_comparison_cells(table, against), left=(0,))
 
 
 def choice_table(table: Comparison) -> Table:
     """Returns what each method chose on the search split as a rich table."""
     title = "Chosen on the search split, from so many distinct factor vectors"
-    return rich_table(title, None, *_choice_cells(table), left=(0, 3))
+    header, cells = _choice_cells(table)
+    caption = _HARM_LEGEND if "KL" in header else None
+    return rich_table(title, caption, header, cells, left=(0, len(header) - 1))
 
 
 def rich_table(
@@ -181,16 +198,19 @@ def rich_table(
     return rendered
 
 
-def markdown_table(table: Comparison, control: str | None = None) -> str:
+def markdown_table(table: Comparison, against: Sequence[str] = ()) -> str:
     """Returns the held-out comparison with the factors in Markdown, for a model card."""
-    header, scores = _comparison_cells(table, control)
-    _, choices = _choice_cells(table)
+    header, scores = _comparison_cells(table, against)
+    names, choices = _choice_cells(table)
+    kept = [i for i, name in enumerate(names) if name not in ("method", "fitness")]
     lines = [
-        [*header, "tried", "factors"],
-        ["---", *["---:"] * len(header), "---"],
-        *([*score, choice[1], choice[3]] for score, choice in zip(scores, choices, strict=True)),
+        [*header, *(names[i] for i in kept)],
+        ["---", *["---:"] * (len(header) + len(kept) - 2), "---"],
+        *([*score, *(choice[i] for i in kept)] for score, choice in zip(scores, choices, strict=True)),
     ]
     tried = "tried: distinct factor vectors evaluated on the search split."
+    if "KL" in names:
+        tried = f"{tried} {_HARM_LEGEND}"
     return f"{markdown(lines)}\n\n{tried} {_legend(table)}"
 
 

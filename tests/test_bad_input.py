@@ -54,8 +54,8 @@ from peft_layerrope.tuner.artifacts import save_adapter
 USAGE, FAILED = 2, 1
 SEARCHED = Path(__file__).parents[1] / "hub_configs" / "demo-plain"
 TINY_SEARCH = (
-    "--length 128 --num-positions 3 --population 4 --generations 1 --refine-evaluations 2 --search-groups 2 "
-    "--validation-groups 2 --test-groups 2 --gradient-steps 1"
+    "--algorithm genetic --length 128 --num-positions 3 --population 4 --generations 1 --refine-evaluations 2 "
+    "--search-groups 2 --validation-groups 2 --test-groups 2 --gradient-steps 1"
 )
 PAIRS = [["a", "one"], ["b", "two"], ["c", "three"]]
 RECORD = {"ordered_kv_records": PAIRS, "key": "b", "value": "two"}
@@ -522,8 +522,8 @@ def test_an_extra_that_is_not_installed(package, command, status, resources, tmp
 @pytest.mark.parametrize(
     ("first", "other", "message"),
     [
-        ("evaluate --length 128 --groups 1 --positions 3 --output out", "--groups 2", "scores.json"),
-        ("evaluate --length 128 --groups 1 --positions 3 --output out", "--baseline linear:2", "scores.json"),
+        ("evaluate --length 128 --groups 1 --positions 3 --output out", "--groups 2", "journal.jsonl"),
+        ("evaluate --length 128 --groups 1 --positions 3 --output out", "--baseline linear:2", "journal.jsonl"),
         (f"search --output out {TINY_SEARCH} --no-controls --no-refine", "--seed 5", "seed was 0 there and is 5 now"),
     ],
 )

@@ -287,7 +287,18 @@ def test_code_of_a_model_runs_only_when_that_is_typed(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-FEW = ("--population", "4", "--generations", "0", "--gradient-steps", "1", "--refine-evaluations", "1")
+FEW = (
+    "--algorithm",
+    "genetic",
+    "--population",
+    "4",
+    "--generations",
+    "0",
+    "--gradient-steps",
+    "1",
+    "--refine-evaluations",
+    "1",
+)
 FEW += ("--search-groups", "2", "--validation-groups", "1", "--test-groups", "2", "--no-controls", "--anyway")
 FEW += ("--preflight-groups", "2", "--max-new-tokens", "8")
 
@@ -312,7 +323,14 @@ def test_evaluate_and_search_on_a_fine_tune(folder, lora, tmp_path):
     by_hand = search(
         tuned,
         KeyValueRetrieval(tiny_bpe(chat=True), keys="words", num_keys=5, num_positions=3, length=300, max_new_tokens=8),
-        **{"population": 4, "generations": 0, "gradient_steps": 1, "refine_evaluations": 1, "search_groups": 2},
+        **{
+            "algorithm": "genetic",
+            "population": 4,
+            "generations": 0,
+            "gradient_steps": 1,
+            "refine_evaluations": 1,
+            "search_groups": 2,
+        },
         **{"validation_groups": 1, "test_groups": 2, "controls": False, "anyway": True, "preflight_groups": 2},
         progress=False,
     )

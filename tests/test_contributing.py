@@ -105,6 +105,13 @@ def test_the_example_is_a_task(needle, demo_model):
 
 def test_the_example_can_be_searched(needle, demo_model):
     groups = {"search_groups": 1, "validation_groups": 1, "test_groups": 2}
-    few = {"population": 4, "generations": 0, "refine": False, "controls": False, "progress": False}
+    few = {
+        "algorithm": "genetic",
+        "population": 4,
+        "generations": 0,
+        "refine": False,
+        "controls": False,
+        "progress": False,
+    }
     result = search(demo_model, needle(range(6, demo_model.config.vocab_size)), **groups, **few)
     assert result.to_dict()["task"]["name"] == "needle"

@@ -37,6 +37,7 @@ from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.experiments.units import utilisation_difference
 from peft_layerrope.files.strict_json import to_json
 from peft_layerrope.report import fitness_remark
+from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.scoring.judging import judge
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import WrittenAnswers
@@ -46,8 +47,8 @@ from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.gradient import GradientSteps
 from peft_layerrope.searcher.measurement import HeatScores, Measurement, clearly_worse, plan_heats
 from peft_layerrope.searcher.memo import BudgetView, Memo
+from peft_layerrope.searcher.search_journal import SearchJournal
 from peft_layerrope.searcher.sensitivity import sensitivity
-from peft_layerrope.searcher.state import LOG_NAME, STATE_NAME, RunState
 from peft_layerrope.searcher.strategies import run_strategy
 
 SMALL = {**SMALL_SEARCH, "bootstrap": 20}
@@ -232,8 +233,8 @@ def test_a_gradient_that_is_not_finite_ends_the_steps(monkeypatch, tmp_path, goo
     result = search(build_model("llama"), TaskWithShortPrompts(), folder=tmp_path, **SMALL)
     assert len(taken) == good_steps + 1
     assert all(math.isfinite(factor) for factor in result.config.layer_factors)
-    events = [strict(line) for line in (tmp_path / LOG_NAME).read_text().splitlines()]
-    assert any("gradient" in event.get("reason", "") for event in events)
+    entries = [strict(line) for line in (tmp_path / JOURNAL_NAME).read_text().splitlines()]
+    assert any("gradient" in entry["value"]["reason"] for entry in entries if entry.get("kind") == "ended")
     assert (result.evaluations["gradient_steps"] > 0) == (good_steps > 0)
 
 
@@ -281,14 +282,14 @@ def test_a_sweep_does_not_choose_what_breaks():
     assert "factor 1.5" in sweep_findings(broken_first, changes)[0]
 
 
-def test_a_state_with_such_scores_is_read_back(tmp_path):
-    state = RunState(tmp_path, {})
-    state.add_measurements({NAN_AT: Measurement((HeatScores((math.nan, 1.0), (0.0, 1.0)),))})
-    state.add_scores("test", {NAN_AT: scores_with(-math.inf, False)})
-    strict((tmp_path / STATE_NAME).read_text())
-    again = RunState(tmp_path, {}, resume=True)
-    np.testing.assert_array_equal(again.measurements[NAN_AT].heats[0].values, (math.nan, 1.0))
-    assert np.isnan(again.scores["test", NAN_AT].log_prob).all()
+def test_a_journal_with_such_scores_is_read_back(tmp_path):
+    with SearchJournal(tmp_path, {}) as journal:
+        journal.add_measurements({NAN_AT: Measurement((HeatScores((math.nan, 1.0), (0.0, 1.0)),))})
+        journal.add_scores("test", {NAN_AT: scores_with(-math.inf, False)})
+    assert len([strict(line) for line in (tmp_path / JOURNAL_NAME).read_text().splitlines()]) == 3
+    with SearchJournal(tmp_path, {}, resume=True) as again:
+        np.testing.assert_array_equal(again.measurements[NAN_AT].heats[0].values, (math.nan, 1.0))
+        assert np.isnan(again.scores["test", NAN_AT].log_prob).all()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher import FactorGrid
 
 SETTINGS = {
+    "algorithm": "genetic",
     "search_groups": 2,
     "validation_groups": 1,
     "test_groups": 2,

@@ -34,7 +34,7 @@ def table() -> ResultTable:
 
 
 def test_markdown_table(table):
-    lines = report.markdown_table(table, "first_and_rest").splitlines()
+    lines = report.markdown_table(table, ("uniform", "first_and_rest")).splitlines()
     assert lines[0] == "| method | accuracy | worst | U | vs uniform | vs control | tried | factors |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5]]
     assert [row[0] for row in cells] == [
@@ -50,13 +50,15 @@ def test_markdown_table(table):
 
 
 def test_a_table_without_the_baselines_compares_with_nothing(table):
-    assert report.markdown_table(ResultTable(table.rows[2:])).startswith("| method | accuracy | worst | U | tried |")
+    assert report.markdown_table(ResultTable(table.rows[2:]), ("uniform",)).startswith(
+        "| method | accuracy | worst | U | tried |"
+    )
 
 
 def test_terminal_tables_fit_80_columns(table):
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(report.choice_table(table))
-    console.print(report.comparison_table(table, "Held out", "first_and_rest"))
+    console.print(report.comparison_table(table, "Held out", ("uniform", "first_and_rest")))
     console.print(report.position_table(table["refined"].scores, "demo"))
     text = console.export_text()
     assert "…" not in text
@@ -108,7 +110,7 @@ def losses() -> ResultTable:
 
 
 def test_a_search_by_loss_has_a_table_of_losses(losses):
-    lines = report.markdown_table(losses).splitlines()
+    lines = report.markdown_table(losses, ("uniform",)).splitlines()
     assert lines[0] == "| method | loss | perplexity | vs uniform | tried | factors |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
     mean = (2 + 1 + 3 + 2 + 2.5 + 1) / 6
@@ -121,7 +123,7 @@ def test_a_search_by_loss_has_a_table_of_losses(losses):
 
 def test_loss_tables_of_the_terminal(losses):
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.comparison_table(losses, "Held out"))
+    console.print(report.comparison_table(losses, "Held out", ("uniform",)))
     console.print(report.position_table(losses["uniform"].scores, "demo"))
     text = console.export_text()
     low, high = stats.ttest_1samp([2.0, 3.0, 2.5], 0).confidence_interval(0.95)

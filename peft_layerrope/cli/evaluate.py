@@ -26,16 +26,15 @@ from ..comparison.report import (
     summary_table,
     written_table,
 )
-from ..comparison.state import SCORES_NAME, discard_comparison
 from ..errors import TaskError
 from ..files.atomic import write_atomically, writing
-from ..files.run_lock import check_free, locked
 from ..files.strict_json import to_json
 from ..public_names import public_name
 from ..report import fitness_remark, position_table
+from ..runs import RUN_FOLDER, check_free, locked
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, with_targets
 from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
-from ..tasks import PromptTask, SplitName
+from ..tasks import MEASURES, PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
 from .app import app, err, out, plain_errors, resumable
 from .inputs import build_task, display_name, load, resolve_task, window_of, with_difficulty
@@ -55,7 +54,7 @@ from .output import check_file, check_output, check_plot, write_json
 
 _compared_option = partial(typer.Option, rich_help_panel="Compared")
 _run_option = partial(typer.Option, rich_help_panel="Running")
-_JSON_NAME, _MARKDOWN_NAME, _LOCK_NAME = "evaluation.json", "evaluation.md", "evaluation.lock"
+_JSON_NAME, _MARKDOWN_NAME, _PLOT_NAME = "evaluation.json", "evaluation.md", "{measure}_by_position.png"
 
 
 @app.command(name="evaluate")
@@ -133,7 +132,6 @@ def evaluate_command(
         tokenizer = load_tokenizer(source)
         specification = with_kept_date(specification, output, resume)
         specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
-        resumed = resume and (output / SCORES_NAME).exists()
         loaded = None
         if specification.difficulty is not None:
             loaded = load(source)
@@ -146,7 +144,7 @@ def evaluate_command(
             loaded = load(source)
         found = None
         if isinstance(built, PromptTask):
-            if resumed and (output / PREFLIGHT_NAME).exists():  # of the same targets, however this machine rounds
+            if resume and (output / PREFLIGHT_NAME).exists():  # of the same targets, however this machine rounds
                 found = Preflight.load(output / PREFLIGHT_NAME)
             else:
                 found = _preflight(loaded, built, split.value, groups, compute.batch_tokens)
@@ -156,13 +154,17 @@ def evaluate_command(
         with ExitStack() as stack:
             if output is not None:
                 stack.enter_context(resumable("the same command and --resume."))
-                stack.enter_context(locked(output, _LOCK_NAME))
-                if overwrite:
-                    _clear(output)
-                keep_date(specification, output)
-                if found is not None:
-                    write_atomically(output / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
-            with _progress() as progress:
+                stack.enter_context(locked(output))
+
+            def begun() -> None:
+                if output is not None:
+                    if overwrite:
+                        _clear(output)
+                    keep_date(specification, output)
+                    if found is not None:
+                        write_atomically(output / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
+
+            with _progress(begun) as progress:
                 comparison = compare(
                     loaded,
                     examples,
@@ -170,8 +172,9 @@ def evaluate_command(
                     task_description=built.describe(),
                     num_buckets=buckets if buckets is not None else DEFAULT_BUCKETS,
                     batch_tokens=compute.batch_tokens,
-                    folder=output,
-                    resume=resumed,
+                    folder=output / RUN_FOLDER if output is not None else None,
+                    resume=resume,
+                    overwrite=overwrite,
                     progress=progress,
                 )
             try:
@@ -192,16 +195,16 @@ def evaluate_command(
 
 
 def _clear(output: Path) -> None:
-    """Removes an earlier comparison, which nobody is to take for the new one."""
-    discard_comparison(output)
+    """Removes the result of an earlier comparison, which nobody is to take for the new one's."""
+    plots = [_PLOT_NAME.format(measure=measure) for measure in MEASURES]
     with writing(output):
-        for name in (_JSON_NAME, _MARKDOWN_NAME, PREFLIGHT_NAME):
+        for name in (_JSON_NAME, _MARKDOWN_NAME, PREFLIGHT_NAME, *plots):
             (output / name).unlink(missing_ok=True)
 
 
 def _save(comparison: Comparison, name: str, content: dict[str, Any], output: Path) -> None:
     """Writes the report last in JSON, so that where it is everything is."""
-    image = output / f"{comparison.measure}_by_position.png"
+    image = output / _PLOT_NAME.format(measure=comparison.measure)
     with writing(image):
         plot_comparison(comparison, image)
     write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
@@ -232,21 +235,22 @@ def _longer_name(contender: Contender) -> str:
 
 def _check_options(output: Path | None, resume: bool, overwrite: bool) -> None:
     if output is not None:
-        check_free(output, _LOCK_NAME)
+        check_free(output)
         check_output(output, resume, overwrite)
     elif resume or overwrite:
         raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, gone when it is done."""
+def _progress(begun: Callable[[], None]) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, gone when it is done; `begun` is called when it begins."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as progress:
         tasks = []
 
         def report(label: str, done: int, total: int) -> None:
             if not tasks:  # what an earlier run did says nothing of the speed
+                begun()
                 tasks.append(progress.add_task(label, total=total, completed=done))
             progress.update(tasks[0], description=label, completed=done)
 

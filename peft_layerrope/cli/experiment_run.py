@@ -18,9 +18,9 @@ from ..experiments.commands import command_line
 from ..experiments.measuring import Measuring
 from ..experiments.rendering import to_rich
 from ..experiments.section import Section
-from ..experiments.storage import kept_section, lock_name
-from ..files.run_lock import check_free
+from ..experiments.storage import kept_section, work_folder
 from ..fingerprint import model_fingerprint
+from ..runs import check_free
 from ..searcher.progress import RichProgress
 from ..tasks import Task
 from ..tasks.specification import TaskSpecification
@@ -82,11 +82,13 @@ class Kept:
             if self.resume or self.overwrite:
                 raise SearchError("--resume and --overwrite need an --output.")
             return
-        check_free(self.output, lock_name(name))
+        work = work_folder(self.output, name)
+        check_free(work)
         check_output(self.output, resume=False, overwrite=True)  # other experiments' results stay
         if self.resume and self.overwrite:
             raise SearchError("--resume keeps an earlier result and --overwrite replaces it: pass one of them.")
-        if not self.resume and not self.overwrite and any(self.output.glob(f"**/{name}*")):
+        found = (path for path in (*self.output.glob(f"{name}*"), *work.rglob("*")) if path.is_file())
+        if not self.resume and not self.overwrite and any(found):
             raise SearchError(
                 f"--output {self.output} holds a result of {name}; pass --resume to go on with it, --overwrite to "
                 "replace it."

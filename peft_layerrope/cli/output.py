@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import TaskError
 from ..files.atomic import writing
 from ..files.strict_json import to_json
+from ..runs import LOCK_NAME
 
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
@@ -19,7 +20,7 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
         raise TaskError("--resume keeps what is there and --overwrite replaces it: pass one of them.")
     if output.exists() and not output.is_dir():
         raise TaskError(f"--output {output} exists and is not a folder.")
-    if output.is_dir() and any(output.iterdir()) and not (overwrite or resume):
+    if not (overwrite or resume) and output.is_dir() and any(path.name != LOCK_NAME for path in output.iterdir()):
         raise TaskError(
             f"--output {output} is not empty; pass --resume to go on with what is in it, --overwrite to replace it."
         )

@@ -18,9 +18,9 @@ from ..experiments.measuring import factor_vector
 from ..experiments.report_page import write_report
 from ..experiments.report_plan import ReportRequest, run_steps
 from ..experiments.search_record import SearchRecord, read_record
-from ..files.run_lock import check_free, locked
 from ..loading import load_adapter_config
 from ..public_names import last_component
+from ..runs import check_free, locked
 from ..searcher.progress import RichProgress
 from ..searcher.specification import SearchSpecification, read_specification
 from ..tasks.specification import TASK_NAMES, TaskSpecification
@@ -40,7 +40,7 @@ from .options import (
 )
 from .output import check_output
 
-_SPECIFICATION_NAME, _LOCK_NAME = "search.yaml", "report.lock"
+_SPECIFICATION_NAME = "search.yaml"
 _NOT_TAKEN = ("device", "trust_remote_code")
 _LONGEST = 64  # times the trained window: more is a damaged or hostile file
 
@@ -85,7 +85,7 @@ def report_command(
         record, config = read_record(folder), load_adapter_config(str(folder))
         _check(record, config, folder, output)
         sections = output.with_suffix("")
-        check_free(sections, _LOCK_NAME)
+        check_free(sections)
         check_output(sections, resume, overwrite)
         searched = _searched(folder, record)
         compute = _compute(searched, model, computing)
@@ -124,7 +124,7 @@ def report_command(
         own = [name for name in ("dtype", "tokenizer", "gguf_file") if name in computing]
         options += [(spellings(ModelSource, name)[0], computing[name]) for name in own]
         command = command_line(["report", str(folder)], options)
-        with resumable("the same command and --resume."), locked(sections, _LOCK_NAME):
+        with resumable("the same command and --resume."), locked(sections):
             with RichProgress(err) as audience:
                 ran = run_steps(request, sections, batch_tokens=compute.batch_tokens, resume=resume, audience=audience)
             name = last_component(str(folder))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,14 +15,16 @@ from .. import report
 from ..base_model import check_source, load_tokenizer
 from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT
 from ..declaration import changed
-from ..errors import LayerRopeError, SearchError
+from ..errors import SearchError
 from ..files.atomic import writing
-from ..files.run_lock import FolderInUseError, check_free, locked
+from ..runs import RUN_FOLDER, check_free, locked
 from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
+from ..searcher.gradient_run import GradientPlan
+from ..searcher.plan import Plan
 from ..searcher.result import REPORT_NAME, TIMING_NAME
+from ..searcher.settings import SearchSettings
 from ..searcher.specification import SearchSpecification, read_specification
-from ..searcher.state import LOCK_NAME, LOG_NAME, STATE_NAME
 from ..tuner.sites import embedding_table
 from .app import app, err, out, plain_errors, resumable, shell_word
 from .inputs import build_task, load, resolve_task, window_of, with_difficulty
@@ -33,8 +33,7 @@ from .output import check_output
 
 _run_option = partial(typer.Option, rich_help_panel="Running")
 
-SPECIFICATION_NAME, RUN_FOLDER = "search.yaml", "run"
-_COMMAND_LOCK = "search.lock"  # of the state, the specification and the result; `LOCK_NAME` is of the state alone
+SPECIFICATION_NAME = "search.yaml"
 _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT)
 
 
@@ -42,7 +41,7 @@ _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACC
 @takes_settings
 def search(
     *,
-    output: Annotated[Path, typer.Option(help="Folder for the adapter, the report, the plots and the state.")],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter, the report, the plots and the journal.")],
     model: ModelArgument = None,
     typed: Annotated[Typed, (*options_of(SearchSpecification), MODEL_ARGS)],
     guards: Annotated[bool, typer.Option(help="Keep to these limits.", rich_help_panel="Guards")] = True,
@@ -68,7 +67,7 @@ def search(
     Example: `layerrope search --output my-adapter --resume` goes on where a search was interrupted.
 
     The folder gets the adapter, its card with the held-out table, `search.json`, `search.yaml` (which repeats the
-    search), two plots, and `run/` with the state and `log.jsonl`, a line for every evaluation.
+    search), two plots, and `run/journal.jsonl`, a line for all that was measured together.
     """
     with plain_errors(debug):
         typed = model_settings(model, typed)
@@ -78,9 +77,11 @@ def search(
             typed |= {"max_tail_drop": None, "max_short_rise": None}
         specification = changed(_asked_before(output, config, resume, typed), typed)
         if not dry_run:
-            check_free(output / RUN_FOLDER, _COMMAND_LOCK)
+            check_free(output)
         check_output(output, resume, overwrite)
         check_source(specification)
+        if specification.search.algorithm == "gradient" and (workers or ray_address is not None):
+            raise SearchError("--algorithm gradient runs in one process: leave --workers and --ray-address out.")
         pool = _workers(workers, ray_address, specification)
         tokenizer = load_tokenizer(specification)
         window = window_of(specification)
@@ -91,50 +92,46 @@ def search(
         loaded = load(specification)
         on_cpu = embedding_table(loaded).device.type == "cpu"
         if specification.load_in_4bit and on_cpu and specification.search.takes_gradient_steps:
-            raise SearchError("bitsandbytes passes no gradient through 4 bits on a CPU: pass --gradient-steps 0.")
+            raise SearchError(
+                "bitsandbytes passes no gradient through 4 bits on a CPU: pass --algorithm genetic --gradient-steps 0."
+            )
         if task.difficulty is not None:
             task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
             specification, built = replace(specification, task=task), build_task(task, tokenizer)
         if dry_run:
-            out.print(report.plan_table(plan_search(loaded, built, specification.search)))
+            plan = plan_search(loaded, built, specification.search)
+            out.print(plan.sentence() if isinstance(plan, GradientPlan) else report.plan_table(plan))
             return
-        folder = output / RUN_FOLDER
-        how_to_go_on = f"layerrope search --output {shell_word(output)} --resume"
-        with _forgotten_if_refused(output, resume), resumable(how_to_go_on), locked(folder, _COMMAND_LOCK):
-            if not resume:
-                _clear(output)
-            if not (resume and (output / SPECIFICATION_NAME).exists()):  # other settings are refused, and not noted
-                specification.save(output / SPECIFICATION_NAME)
-            with pool as distribute:
-                result = run_search(
-                    loaded,
-                    built,
-                    specification.search,
-                    folder=folder,
-                    resume=resume and (folder / STATE_NAME).exists(),
-                    on_plan=lambda plan: err.print(report.plan_line(plan), highlight=False),
-                    distribute=distribute,
-                )
+
+        with ExitStack() as stack:
+
+            def begun(plan: Plan | GradientPlan) -> None:
+                if not resume:
+                    _clear(output)
+                asked = specification
+                if isinstance(plan, GradientPlan):  # from here on the clock decides nothing
+                    settled = {"steps": plan.schedule.steps, "test_groups": plan.test_groups}
+                    asked = replace(asked, search=replace(asked.search, **settled))
+                if not (resume and (output / SPECIFICATION_NAME).exists()):  # its owner may have written in it
+                    asked.save(output / SPECIFICATION_NAME)
+                stack.enter_context(resumable(f"layerrope search --output {shell_word(output)} --resume"))
+                line = plan.sentence() if isinstance(plan, GradientPlan) else report.plan_line(plan)
+                err.print(line, highlight=False)
+
+            stack.enter_context(locked(output))
+            distribute = stack.enter_context(pool)
+            result = run_search(
+                loaded,
+                built,
+                specification.search,
+                folder=output / RUN_FOLDER,
+                resume=resume,
+                overwrite=overwrite,
+                on_plan=begun,
+                distribute=distribute,
+            )
             result.save(output)
         _print_result(result, output)
-
-
-@contextmanager
-def _forgotten_if_refused(output: Path, resume: bool) -> Iterator[None]:
-    """Takes back what was written for a search that was refused before its first evaluation."""
-    try:
-        yield
-    except FolderInUseError:  # what is there is somebody else's
-        raise
-    except LayerRopeError:
-        run = output / RUN_FOLDER
-        if not resume and not (run / STATE_NAME).exists():
-            (output / SPECIFICATION_NAME).unlink(missing_ok=True)
-            (run / LOG_NAME).unlink(missing_ok=True)
-            for folder in (run, output):
-                with suppress(OSError):  # not empty: there was something before; or gone already
-                    folder.rmdir()
-        raise
 
 
 def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed) -> SearchSpecification:
@@ -143,7 +140,9 @@ def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed)
     if config is None and resume and saved.exists():
         config = saved
     if config is None:
-        return SearchSpecification()
+        given = typed.get("model") is not None
+        # of the demo, far beyond its trained window, gradients find little
+        return SearchSpecification(search=SearchSettings(algorithm="gradient" if given else "genetic"))
     asked = SearchSpecification.of(read_specification(config), str(config))
     if asked.trust_remote_code and "trust_remote_code" not in typed:
         raise SearchError(
@@ -168,22 +167,18 @@ def _workers(count: int, address: str | None, specification: SearchSpecification
 
 
 def _clear(output: Path) -> None:
-    """Removes an earlier search with its result, which nobody is to take for the new one's. The card stays: its owner
-    may have written in it.
+    """Removes the result of an earlier search, which nobody is to take for the new one's. The card stays: its owner may
+    have written in it.
     """
-    folder = output / RUN_FOLDER
-    with locked(folder, LOCK_NAME), writing(output):
+    with writing(output):
         for name in _RESULTS:
             (output / name).unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if path.name not in (LOCK_NAME, _COMMAND_LOCK):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _print_result(result: SearchResult, output: Path) -> None:
     out.print()
     out.print(report.choice_table(result.table))
-    out.print(report.comparison_table(result.table, f"Held out: {result.subtitle()}", result.better_control))
+    out.print(report.comparison_table(result.table, f"Held out: {result.subtitle()}", result.against))
     for line in result.remarks():
         out.print(line, highlight=False)
     out.print(f"adapter, report and plots: {output}", highlight=False)

@@ -17,6 +17,7 @@ from ..checks import check_callable, whole_number
 from ..errors import TaskError
 from ..fingerprint import library_versions, model_fingerprint
 from ..messages import named
+from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.generation import check_judged
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, DEFAULT_BUCKETS, Scorer, aligned_windows, check_buckets
@@ -27,7 +28,6 @@ from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table, find_stack
 from .contenders import ROPE_TYPES, Contender, contending
 from .rope_scaling import describe_scaling
-from .state import comparing_in
 
 MAX_PARTS = 10
 """A split is scored in so many parts of whole groups, each kept as soon as it is there."""
@@ -102,6 +102,7 @@ def compare(
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     folder: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Scores every contender on the same examples. The model is as it was found afterwards.
@@ -115,9 +116,11 @@ def compare(
         task_description: the task's `describe()`, for the report.
         num_buckets: for windows of text.
         batch_tokens: tokens per forward pass; halved when memory runs out.
-        folder: keeps `scores.json`, from which an interrupted comparison goes on; None keeps nothing.
-        resume: go on with what is in `folder`; the result is the same as of one uninterrupted run.
-        progress: see `Progress`.
+        folder: keeps `journal.jsonl`, from which an interrupted comparison goes on; None keeps nothing.
+        resume: go on with what is in `folder`, if there is something; the result is the same as of one uninterrupted
+            run.
+        overwrite: begin anew in `folder`; what is there is replaced once all is checked.
+        progress: see `Progress`; first called when all is checked and the journal has begun.
 
     Raises:
         TaskError: contenders of one label, settings that cannot work, or a folder that does not fit.
@@ -146,24 +149,33 @@ def compare(
     scorer = Scorer(model, batch_tokens=batch_tokens)
     parts = _parts(aligned_windows(split) if split.measure == "loss" else split)
     total = len(parts) * len(contenders)
-    if not resume:  # before anything is written; who resumes may have nothing left to run
-        scorer.check(split)
-    with comparing_in(Path(folder) if folder is not None else None, identity, resume) as state:
+    scores = {}
+    with Journal(Path(folder) if folder is not None else None, identity, resume, overwrite) as journal:
         for index, contender in enumerate(contenders):
-            done = len(state.parts(contender.label))
-            if done == len(parts):
-                continue
-            scorer.model = model
-            scorer.check(split)  # as it is: a contender whose scores are not finite is shown with them
-            with contending(model, contender) as scorer.model:
-                for number in range(done, len(parts)):
-                    if progress is not None:
-                        progress(contender.label, index * len(parts) + number, total)
-                    state.add(contender.label, scorer.measure(parts[number], num_buckets=num_buckets))
+            found = _kept_parts(journal, contender.label)
+            if len(found) < len(parts):
+                scorer.model = model
+                scorer.check(split)  # as it is: a contender whose scores are not finite is shown with them
+                journal.append("contender", contender.label, {"kept": len(found), "of": len(parts)})
+                with contending(model, contender) as scorer.model:
+                    for number in range(len(found), len(parts)):
+                        if progress is not None:
+                            progress(contender.label, index * len(parts) + number, total)
+                        found.append(scorer.measure(parts[number], num_buckets=num_buckets))
+                        journal.append("part", [contender.label, number], found[number].to_plain())
+            scores[contender.label] = PositionScores.joined(found)
     if progress is not None:
         progress(contenders[-1].label, total, total)
-    scores = {contender.label: PositionScores.joined(state.parts(contender.label)) for contender in contenders}
     return Comparison(scores, described, dict(task_description or {}), split.describe(), judged)
+
+
+def _kept_parts(journal: Journal, label: str) -> list[PositionScores]:
+    """The parts that a contender was scored on so far, in order."""
+    found: list[PositionScores] = []
+    with journal.reading():
+        while (plain := journal.get("part", [label, len(found)])) is not None:
+            found.append(PositionScores.from_plain(plain))
+    return found
 
 
 def _check_types(split: Split, contenders: Sequence[Contender]) -> None:

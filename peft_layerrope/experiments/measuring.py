@@ -10,7 +10,6 @@ from torch import nn
 
 from ..comparison.compare import compare
 from ..comparison.contenders import Contender
-from ..comparison.state import SCORES_NAME, discard_comparison
 from ..errors import AdapterMismatchError, TaskError
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import PositionScores
@@ -29,7 +28,7 @@ class Measuring:
     Args:
         batch_tokens: tokens per forward pass; halved when memory runs out.
         folder: where finished parts are kept; None: nowhere.
-        resume: whether to go on with those in `folder`; else they are removed.
+        resume: whether to go on with those in `folder`; else they are replaced.
         audience: whom to tell how far it is.
     """
 
@@ -72,17 +71,15 @@ def measure(
         FolderInUseError: another run is at work in the same folder.
         LayerRopeError: a contender that cannot be put onto the model, before anything is scored.
     """
-    folder = measuring.folder
-    resume = measuring.resume and folder is not None and (folder / SCORES_NAME).exists()
-    if folder is not None and not resume:
-        discard_comparison(folder)
+    keeps = measuring.folder is not None
     found = compare(
         model,
         split,
         contenders,
         batch_tokens=measuring.batch_tokens,
-        folder=folder,
-        resume=resume,
+        folder=measuring.folder,
+        resume=keeps and measuring.resume,
+        overwrite=keeps and not measuring.resume,
         progress=_Told(name, measuring.audience),
     )
     return dict(found.scores)

@@ -13,8 +13,8 @@ from ..comparison.contenders import Contender
 from ..declaration import as_options
 from ..errors import LayerRopeError
 from ..files.atomic import WriteError
-from ..files.run_lock import FolderInUseError
 from ..fingerprint import model_fingerprint
+from ..runs import FolderInUseError
 from ..searcher.grid import FactorGrid
 from ..tasks import Task
 from ..tasks.specification import TaskSpecification

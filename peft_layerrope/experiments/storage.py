@@ -10,18 +10,18 @@ from typing import Any
 
 from ..errors import SearchError
 from ..files.atomic import write_atomically, writing
-from ..files.run_lock import locked
 from ..files.strict_json import to_json
 from ..files.untrusted import UntrustedFileError, read_bytes, read_json_object
+from ..runs import RUN_FOLDER, locked
 from .rendering import to_markdown
 from .section import Section
 
 _MAX_JSON, _MAX_PNG = 64 * 2**20, 16 * 2**20
 
 
-def lock_name(section_name: str) -> str:
-    """Returns the name of the lock of whoever makes a section; other sections may be made beside it."""
-    return f"{section_name}.lock"
+def work_folder(folder: Path, name: str) -> Path:
+    """Returns where a section's parts are kept, and locked; other sections may be made beside it."""
+    return folder / RUN_FOLDER / name
 
 
 def kept_section(
@@ -40,10 +40,11 @@ def kept_section(
         FolderInUseError: another run is making this section in `folder`.
         WriteError: a file cannot be written.
     """
-    with locked(folder, lock_name(name)):
+    work = work_folder(folder, name)
+    with locked(work):
         section = find_section(folder, name, asked) if resume else None
         if section is None:
-            section = make(folder / "run" / f"{name}-{digest_of(asked)}")
+            section = make(work / digest_of(asked))
             save_section(section, folder, asked)
         return section
 

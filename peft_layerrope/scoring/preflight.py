@@ -169,7 +169,7 @@ def preflight(
         wanted: contexts by split for which targets are going to be needed. Where each question has an opening of its
             own, the unscaled model is asked them with the gold item alone (default: those of the search split): of the
             search split until so many questions are answered, of the others all. Where the model opens its answers in
-            several ways, it writes the beginning of each.
+            several ways, each of them is scored.
         tell: told what is done.
 
     Raises:
@@ -232,13 +232,12 @@ def _own_targets(
 
 
 def _chosen(targets: Targets, scorer: Scorer, task: PromptTask, wanted: Mapping[SplitName, int]) -> Targets:
-    """The targets with what the unscaled model begins each answer with, where it has several ways."""
+    """The targets with what the unscaled model most probably begins each answer with, where it has several ways."""
     for name, count in wanted.items():
         split = task.split(name, count)
-        tokens = targets.num_telling(split.examples, task.tokenizer)
-        if tokens:
-            written = scorer.write(split, max_new_tokens=tokens)
-            targets = targets.choosing(split, [answer.ids for answer in written], task.tokenizer)
+        beginnings = targets.beginnings(split, task.tokenizer)
+        if beginnings is not None:
+            targets = targets.choosing(split, scorer.score(beginnings).log_prob)
     return targets
 
 

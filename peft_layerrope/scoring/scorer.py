@@ -134,15 +134,8 @@ class Scorer:
         positions = tuple(start + bound for bound in bounds[:-1])
         return PositionScores(positions, np.zeros(log_probs.shape, dtype=bool), log_probs, "loss")
 
-    def write(
-        self, split: Split, *, max_new_tokens: int | None = None, progress: Progress | None = None
-    ) -> list[Written]:
+    def write(self, split: Split, *, progress: Progress | None = None) -> list[Written]:
         """Has the model write an answer to every example, greedily, until nothing can change the judge's mind.
-
-        Args:
-            split: what to ask.
-            max_new_tokens: the most that is written; default: as the judge says.
-            progress: see [`Progress`].
 
         Returns:
             What was written, in the order of the split's examples.
@@ -150,7 +143,7 @@ class Scorer:
         Raises:
             TaskError: running text, examples without the answers that the judge needs, or a model that cannot write.
         """
-        return self._answers(split, progress, max_new_tokens=max_new_tokens)
+        return self._answers(split, progress)
 
     def generate(self, split: Split, *, progress: Progress | None = None) -> PositionScores:
         """Judges what the model writes; see [`write`].
@@ -173,18 +166,10 @@ class Scorer:
             return self.bucket_losses(split, num_buckets, progress=progress)
         return (self.score if split.judge is None else self.generate)(split, progress=progress)
 
-    def _answers(
-        self,
-        split: Split,
-        progress: Progress | None,
-        sheet: ScoreSheet | None = None,
-        max_new_tokens: int | None = None,
-    ) -> list[Written]:
+    def _answers(self, split: Split, progress: Progress | None, sheet: ScoreSheet | None = None) -> list[Written]:
         """What is written for each example. With a sheet the teacher-forced scores go into it."""
         self.check(split)
         writer, cached = AnswerWriter(self.model, split), self._caches(split)
-        if max_new_tokens is not None:
-            writer = writer.limited(max_new_tokens)
 
         def write(writer: AnswerWriter, examples: Sequence[Example], **options: Any) -> list[Written]:
             ask = self._ask_contexts if cached else self._write_rows

@@ -5,7 +5,7 @@ is differentiable in the factors, and a dozen steps replace many evaluations.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,10 +16,8 @@ from ..scoring.judging import answer_logits, judge
 from ..scoring.memory import recomputing, with_halving
 from ..scoring.scores import DEFAULT_WEIGHTS
 from ..tasks import Split
-from ..tuner.injection import scaling_for
-from ..tuner.rotary import LayerRopeLayer
 from ..tuner.sites import find_stack
-from ..tuner.tables import LayerScaling
+from .factor_gradient import FactorGradient
 from .grid import Factors
 from .space import FactorSpace
 
@@ -28,24 +26,6 @@ STEP_COST = 3
 
 FIRST_STEP = 0.1
 """Largest change of a factor in the first step, as a share of the grid's range; it falls linearly to a third."""
-
-
-@dataclass(frozen=True, eq=False)
-class _TensorScaling(LayerScaling):
-    """A scaling whose factors are a tensor with a gradient, one row for each layer."""
-
-    factors: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "distinct", self.layer_factors)
-        object.__setattr__(self, "index", tuple(range(len(self.layer_factors))))
-
-    def factors_on(self, device: torch.device) -> torch.Tensor:
-        return self.factors.to(device)
-
-    @property
-    def is_constant(self) -> bool:
-        return False
 
 
 class GradientSteps:
@@ -76,6 +56,7 @@ class GradientSteps:
         self._space = space
         self._batch_tokens = batch_tokens
         self._share = _position_shares(split, weights)
+        self._plumbing = FactorGradient(model)
         self._layers = find_stack(model.get_base_model()).layers
         self._batches: list[Batch] = []
         self.is_finite = True
@@ -132,37 +113,11 @@ class GradientSteps:
         gradient, self._batch_tokens = with_halving(attempt, self._batch_tokens)
         return gradient
 
-    def _scaled_by(self, values: torch.Tensor) -> _Scaled:
+    def _scaled_by(self, values: torch.Tensor) -> AbstractContextManager[None]:
         factors = [torch.ones(()) for _ in range(self._space.num_layers)]
         for layer, value in zip(self._space.scaled_layers, values, strict=True):
             factors[layer] = value
-        return _Scaled(self._model, torch.stack([factors[source] for source in self._space.key_sources]))
-
-
-class _Scaled:
-    """Context in which the model's scaling is a tensor."""
-
-    def __init__(self, model: nn.Module, factors: torch.Tensor) -> None:
-        self._factors = factors
-        self._name = model.active_adapter
-        self._config = model.peft_config[self._name]
-        self._base = model.get_base_model()
-        self._stack = find_stack(self._base)
-        self._wrappers: list[LayerRopeLayer] = self._stack.wrappers()
-
-    def __enter__(self) -> None:
-        scaling = scaling_for(self._config, self._base, self._stack)
-        self._before = scaling
-        settings = (scaling.rope_type, scaling.factor, scaling.layer_factors)
-        window = (scaling.original_max_position_embeddings, scaling.target_length)
-        self._set(_TensorScaling(*settings, *window, factors=self._factors))
-
-    def __exit__(self, *exc: object) -> None:
-        self._set(self._before)
-
-    def _set(self, scaling: LayerScaling) -> None:
-        for wrapper in self._wrappers:
-            wrapper.set_scaling(self._name, scaling)
+        return self._plumbing.scaled_by(torch.stack([factors[source] for source in self._space.key_sources]))
 
 
 def _position_shares(split: Split, weights: Sequence[float]) -> list[float]:

@@ -91,11 +91,12 @@ def check_length(settings: SearchSettings, length: int, window: int | None) -> N
     """
     if window is None:
         return
-    reach = window * settings.grid.values[-1] * settings.factor
+    largest = settings.factor_limits[1]
+    reach = window * largest * settings.factor
     if length > reach:
         raise SearchError(
             f"prompts of {length} tokens: with a window of {window}, factor={settings.factor:g} and "
-            f"max_factor={settings.grid.values[-1]:g} the largest scaling reaches {reach:.0f} tokens. Use shorter "
+            f"max_factor={largest:g} the largest scaling reaches {reach:.0f} tokens. Use shorter "
             "prompts, a larger range, or rope_type 'linear' or 'dynamic' with a factor."
         )
 

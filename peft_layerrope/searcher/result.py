@@ -27,6 +27,7 @@ from .controls import Candidate
 from .gradient import STEP_COST
 from .grid import Factors
 from .settings import SearchSettings
+from .verdict import Harm
 
 NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (
     "none",
@@ -38,6 +39,7 @@ NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (
     "curve",
     "refined",
 )
+BOUNDED, DECAY, PER_LAYER = "uniform_bounded", "decay", "per_layer"
 LABELS = {
     NONE: "no scaling",
     UNIFORM: "best uniform factor",
@@ -47,6 +49,9 @@ LABELS = {
     RANDOM: "random per layer",
     CURVE: "per layer: curve",
     REFINED: "per layer: refined",
+    BOUNDED: "uniform within bound",
+    DECAY: "decay over depth",
+    PER_LAYER: "per layer",
 }
 
 
@@ -66,6 +71,7 @@ class TableRow:
         evaluations: distinct vectors it evaluated to choose them.
         exhaustive: whether that was its whole family on the grid.
         scores: held-out scores.
+        harm: what the factors do to ordinary text; None where that was not measured.
     """
 
     name: str
@@ -74,6 +80,7 @@ class TableRow:
     evaluations: int
     exhaustive: bool
     scores: PositionScores
+    harm: Harm | None = None
 
     @classmethod
     def of(cls, candidate: Candidate, scores: PositionScores) -> TableRow:
@@ -140,6 +147,7 @@ class SearchResult:
             it was given up early).
         bootstrap: how the choice depends on the examples, where that was asked for.
         preflight: what the unscaled model wrote before the search; None where nothing is answered in writing.
+        notes: what came out and what it took, in sentences, of a search by gradients.
     """
 
     config: LayerRopeConfig
@@ -160,6 +168,7 @@ class SearchResult:
     measurements: dict[Factors, np.ndarray]
     bootstrap: dict[str, Any] | None
     preflight: Preflight | None = None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but the timing as plain values: the content of `search.json`, the same for the same
@@ -180,7 +189,7 @@ class SearchResult:
             "layers_at_edge_of_range": self.edge_layers,
             "table": [self._row_dict(row) for row in self.table],
             "evaluations": self.evaluations,
-            "guards": self.guards | (_NO_TAIL_GUARD if self._measure == "loss" else {}),
+            "guards": self.guards | (_NO_TAIL_GUARD if self._measure == "loss" and not self.notes else {}),
             "better_control": self.better_control,
             "bootstrap": self.bootstrap,
             "preflight": self.preflight.describe() if self.preflight is not None else None,
@@ -201,6 +210,7 @@ class SearchResult:
             "evaluations": row.evaluations,
             "exhaustive": row.exhaustive,
             "test": row.scores.to_dict(),
+            **({"ordinary_text": row.harm.to_dict()} if row.harm is not None else {}),
             f"average_{self._measure}_minus": differences,
         }
 
@@ -251,16 +261,23 @@ class SearchResult:
 
     def _held_out(self) -> HeldOut:
         """What the model card says of the search."""
-        others = [name for name in (UNIFORM, self.better_control) if name in self.table and name != self.chosen]
+        others = [name for name in self.against if name in self.table and name != self.chosen]
         return HeldOut(
             self.table[self.chosen].scores,
             self.task,
             self.subtitle(),
-            report.markdown_table(self.table, self.better_control),
+            report.markdown_table(self.table, self.against),
             self.remarks(with_time=False),
             {f'"{self.table[name].label}"': self.table.difference(self.chosen, name) for name in others},
             self.base,
         )
+
+    @property
+    def against(self) -> tuple[str, ...]:
+        """The rows that others are compared with in tables."""
+        if self.notes:
+            return (NONE, BOUNDED)
+        return (UNIFORM, *([self.better_control] if self.better_control is not None else []))
 
     @property
     def better_control(self) -> str | None:
@@ -270,10 +287,15 @@ class SearchResult:
 
     def remarks(self, with_time: bool = True) -> list[str]:
         """Returns what a reader should know beside the table: cost, guards, edges, and how sure the choice is."""
-        counts, guards = self.evaluations, self.guards
-        lines = [
+        looked = [
             *(self.preflight.remarks() if self.preflight is not None else []),
             *report.fitness_remark({row.label: row.scores for row in self.table}),
+        ]
+        if self.notes:
+            return [self.notes[0], *looked, *self.notes[1:], *self._time_and_edges(with_time)]
+        counts, guards = self.evaluations, self.guards
+        lines = [
+            *looked,
             f"cost: {counts['per_layer_search']} evaluations for the per-layer search (a gradient step counts as "
             f"{STEP_COST}), {counts['all_methods']} distinct factor vectors for all methods; "
             f"{counts['saved_by_memo']} more were known already and {counts['given_up_early']} given up early.",
@@ -284,11 +306,6 @@ class SearchResult:
                 "note: gradient steps were left out: memory did not suffice for a backward pass, or its gradient was "
                 "not finite; the log says which."
             )
-        if with_time:
-            asked, ran = self.timing["layer_tokens_asked"], self.timing["layer_tokens_run"]
-            seconds = sum(self.timing["seconds"].values())
-            shared = f"; of the evaluations' layers {1 - ran / asked:.0%} were shared" if asked else ""
-            lines.append(f"time: {seconds:.0f} s{shared}.")
         if self.bootstrap is not None:
             choice = self.bootstrap
             mean, high = choice["chosen_behind_winner"]
@@ -297,6 +314,15 @@ class SearchResult:
                 f"vectors win; the chosen one wins {choice['chosen_wins']:.0%} of the draws and is "
                 f"{mean:.3f} behind the winner on average (95th percentile {high:.3f})."
             )
+        return [*lines, *self._time_and_edges(with_time)]
+
+    def _time_and_edges(self, with_time: bool) -> list[str]:
+        lines = []
+        if with_time:
+            asked, ran = (self.timing.get(f"layer_tokens_{name}", 0) for name in ("asked", "run"))
+            seconds = sum(self.timing["seconds"].values())
+            shared = f"; of the evaluations' layers {1 - ran / asked:.0%} were shared" if asked else ""
+            lines.append(f"time: {seconds:.0f} s{shared}.")
         if self.edge_layers:
             lines.append(
                 f"note: the factors of layers {self.edge_layers} are at the edge of the range; a wider "
@@ -321,7 +347,7 @@ class SearchResult:
 
     def curves_to_plot(self) -> dict[str, PositionScores]:
         """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""
-        names = [NONE, UNIFORM, self.better_control, self.chosen]
+        names = dict.fromkeys([NONE, *self.against, self.chosen])
         return {self.table[name].label: self.table[name].scores for name in names if name in self.table}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,32 +14,29 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._version import __version__
 from ..adapted import adapted, keeping_modes
 from ..base_model import describe_loading
-from ..demo import DEMO_NAME
 from ..errors import NotEnoughMemoryError, SearchError
-from ..files.atomic import write_atomically
-from ..files.run_lock import locked
+from ..files.atomic import write_atomically, writing
 from ..files.strict_json import to_json
 from ..fingerprint import library_versions, model_fingerprint
 from ..messages import named
-from ..public_names import public_name
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
 from ..scoring.statistics import rank_key
 from ..tasks import PromptTask, Task
 from ..tasks.base import check_task
-from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table, find_stack, trained_window
 from . import controls
 from .bootstrap import bootstrap_choice
+from .config_of import adapter_config, model_name
 from .controls import Candidate, best_of
 from .coordinates import climb
 from .evaluator import Evaluator, ModelEvaluator
 from .found import Found, Generation
 from .gradient import STEP_COST, GradientSteps
+from .gradient_run import GradientPlan, plan_by_gradients, search_by_gradients
 from .grid import Factors
 from .measurement import Heats, Measurement, plan_heats
 from .memo import BudgetView, Memo
@@ -60,9 +57,9 @@ from .result import (
     TableRow,
 )
 from .search_data import SearchData, make_data
+from .search_journal import SearchJournal
 from .settings import SearchSettings
 from .space import FactorSpace
-from .state import LOCK_NAME, RunState
 from .strategies import run_strategy
 
 Distribute = Callable[[ModelEvaluator], Evaluator]
@@ -77,7 +74,8 @@ def search(
     progress: bool | SearchProgress = True,
     folder: str | Path | None = None,
     resume: bool = False,
-    on_plan: Callable[[Plan], None] | None = None,
+    overwrite: bool = False,
+    on_plan: Callable[[Plan | GradientPlan], None] | None = None,
     distribute: Distribute | None = None,
     **overrides: Any,
 ) -> SearchResult:
@@ -93,9 +91,12 @@ def search(
         task: where the examples come from; its splits must be disjoint.
         settings: see [`SearchSettings`].
         progress: a progress bar (default), none (`False`), or your own.
-        folder: where the state is kept after every evaluation; default: in memory only.
-        resume: go on from the state in `folder`; the result is the uninterrupted run's, bit for bit.
-        on_plan: told what the search is going to cost, after one timed evaluation and before the others.
+        folder: where `journal.jsonl` keeps every evaluation; default: in memory only.
+        resume: go on from what is in `folder`, if there is something; the result is the uninterrupted run's, bit for
+            bit on as many threads.
+        overwrite: begin anew in `folder`; what is there is replaced once all is checked and one evaluation was timed.
+        on_plan: told what the search is going to cost, after one timed evaluation, when all is checked and the journal
+            has begun.
         distribute: has the evaluations done elsewhere; see `ray_workers`.
         **overrides: fields of `SearchSettings`, instead of `settings`.
 
@@ -103,12 +104,12 @@ def search(
         The result: `.config`, `.table`, `.save(directory)`.
 
     Raises:
-        SearchError: the settings do not work for this model, or the state is not this search's.
+        SearchError: the settings do not work for this model, or the journal is not this search's.
         TaskError: the splits cannot be made, overlap, or do not fit the model.
         PreflightError: the unscaled model answers nothing, or everything, and `anyway` is off.
         UnsupportedModelError: the model's rotation cannot be scaled per layer.
         FolderInUseError: another search is at work in `folder`.
-        WriteError: the state cannot be written, as on a full disk; make room and resume.
+        WriteError: the journal cannot be written, as on a full disk; make room and resume.
 
     Example:
     ```py
@@ -122,18 +123,29 @@ def search(
     ```
     """
     settings = _settings(settings, overrides)
-    with _prepared(model, task, settings, progress, folder, resume) as run:
+    if settings.algorithm == "gradient":
+        if distribute is not None:
+            raise SearchError("algorithm='gradient' runs in one process: leave the workers out.")
+        kept = Path(folder) if folder is not None else None
+        watched = {"progress": progress, "folder": kept, "on_plan": on_plan}
+        return search_by_gradients(model, task, settings, **watched, resume=resume, overwrite=overwrite)
+    with _prepared(model, task, settings, progress, folder, resume, overwrite) as run:
         run.time_one_evaluation()
+        run.begin()
         if on_plan is not None:
             on_plan(run.plan)
         run.distribute(distribute)
         return run.result(task, model_name(model))
 
 
-def plan_search(model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any) -> Plan:
+def plan_search(
+    model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any
+) -> Plan | GradientPlan:
     """Returns what [`search`] with these arguments would cost, after one timed evaluation. Writes nothing."""
     settings = _settings(settings, overrides)
-    with _prepared(model, task, settings, progress=False, folder=None, resume=False, look=False) as run:
+    if settings.algorithm == "gradient":
+        return plan_by_gradients(model, task, settings)
+    with _prepared(model, task, settings, progress=False, folder=None, look=False) as run:
         run.time_one_evaluation()
         return run.plan
 
@@ -158,7 +170,8 @@ def _prepared(
     settings: SearchSettings,
     progress: bool | SearchProgress,
     folder: str | Path | None,
-    resume: bool,
+    resume: bool = False,
+    overwrite: bool = False,
     look: bool = True,
 ) -> Iterator[_Run]:
     """Checks everything, with `look` also what the model answers, injects the adapter, and takes it out again
@@ -185,17 +198,12 @@ def _prepared(
         "model": model_fingerprint(model),
         "base": describe_loading(model),
         "versions": library_versions(),
-        "threads": torch.get_num_threads(),
         "device": embedding_table(model).device.type,
     }
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         scorer.check(data.search)
-        with locked(kept, LOCK_NAME) if kept is not None else nullcontext():
-            state = RunState(kept, identity, resume)
-            if kept is not None and found is not None:
-                write_atomically(kept / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
-            with audience_of(progress) as audience:
-                yield _Run(peft_model, settings, space, data, state, audience, found, scorer)
+        with SearchJournal(kept, identity, resume, overwrite) as state, audience_of(progress) as audience:
+            yield _Run(peft_model, settings, space, data, state, audience, found, scorer)
 
 
 def _preflight(
@@ -226,11 +234,6 @@ def _preflight(
         return preflight(scorer, task, num_groups=settings.preflight_groups, wanted=wanted, tell=tell)
 
 
-def model_name(model: nn.Module) -> str:
-    """Returns the model's Hub id, or a name without the path for one loaded from a folder."""
-    return public_name(model.config._name_or_path or type(model).__name__)
-
-
 def _since(started: float) -> float:
     """Seconds since then, which no step of the clock makes negative."""
     return max(0.0, time.perf_counter() - started)
@@ -245,7 +248,7 @@ class _Run:
         settings: SearchSettings,
         space: FactorSpace,
         data: SearchData,
-        state: RunState,
+        state: SearchJournal,
         audience: SearchProgress,
         found: Preflight | None,
         scorer: Scorer,
@@ -299,10 +302,11 @@ class _Run:
         self.audience.note(f"{self._generation}best {self._best:.3f} · {known} known{shared}")
 
     @contextmanager
-    def _stage(self, name: str, total: int) -> Iterator[None]:
+    def _stage(self, name: str, total: int, logged: bool = True) -> Iterator[None]:
         started = time.perf_counter()
         self.audience.stage(name, total)
-        self.state.log("stage", name=name, at_most=total)
+        if logged:
+            self.state.log("stage", name=name, at_most=total)
         yield
         self.seconds[name] = _since(started)
 
@@ -318,7 +322,7 @@ class _Run:
 
     def time_one_evaluation(self) -> None:
         """Times the unscaled model on every heat, and plans the search by it."""
-        with self._stage("one timed evaluation", len(self.heats)):
+        with self._stage("one timed evaluation", len(self.heats), logged=False):
             self.local.measure([self._unscaled()], 0)  # the first pass is slow, and finds out about sharing
             self.local.forget()
             started = time.perf_counter()
@@ -340,7 +344,18 @@ class _Run:
             memory_in_use(self.model) + self.settings.share_mib * 2**20,
             seconds,
         )
-        self.state.log("plan", **self.plan.to_dict())
+
+    def begin(self) -> None:
+        """Writes the first entry of the journal, in place of a search that is overwritten; nothing is before it."""
+        self.state.log("plan", **self.plan.to_dict(), threads=torch.get_num_threads())
+        if self.state.folder is None:
+            return
+        path = self.state.folder / PREFLIGHT_NAME
+        if self.preflight is not None:
+            write_atomically(path, to_json(self.preflight.to_plain()) + "\n")
+        else:
+            with writing(path):
+                path.unlink(missing_ok=True)
 
     def distribute(self, distribute: Distribute | None) -> None:
         """Has the evaluations done elsewhere from now on."""
@@ -491,7 +506,14 @@ class _Run:
             draws = settings.search_groups, settings.bootstrap, settings.seed
             bootstrap = bootstrap_choice(measurements, chosen.factors, *draws)
         return SearchResult(
-            config=self._config(chosen.factors, curve.control_points, name),
+            config=adapter_config(
+                self.model,
+                settings,
+                chosen.factors,
+                name,
+                control_points=curve.control_points,
+                scaled_layers=list(self.space.scaled_layers),
+            ),
             table=table,
             settings=self.settings,
             chosen=chosen.name,
@@ -539,15 +561,3 @@ class _Run:
             "short_tokens": self.data.short.max_tokens if self.data.short is not None else None,
             "max_short_rise": self.settings.guards.max_short_rise,
         }
-
-    def _config(self, factors: Factors, control_points: list[list[float]] | None, name: str) -> LayerRopeConfig:
-        config = self.settings.adapter_config(
-            list(factors),
-            control_points=control_points,
-            scaled_layers=list(self.space.scaled_layers),
-            searcher_version=__version__,
-        )
-        if config.rope_type == "dynamic" and config.original_max_position_embeddings is None:
-            config.original_max_position_embeddings = trained_window(self.model)
-        config.base_model_name_or_path = DEMO_NAME if name == DEMO_NAME else self.model.config._name_or_path
-        return config

@@ -19,9 +19,12 @@ from .genetic import ELITES
 from .genome import Curve
 from .grid import FactorGrid, default_scaled_layers, parse_layers
 from .guards import Guards
+from .schedule import MIN_STEPS
 from .space import FactorSpace
 
-Algorithm = Literal["genetic", "cma-es", "greedy", "random"]
+GRADIENT_LIMITS = (0.25, 4.0)
+"""Smallest and largest factor of a search by gradients, where no grid is given."""
+Algorithm = Literal["gradient", "genetic", "cma-es", "greedy", "random"]
 
 _scaling = partial(option, panel="Scaling")
 _search = partial(option, panel="Search")
@@ -76,10 +79,36 @@ class SearchSettings:
     algorithm: Annotated[
         Algorithm,
         _search(
-            "greedy moves single factors, from the best uniform one. Those without generations may evaluate as many "
-            "distinct vectors as all generations have members."
+            "gradient: Adam on a factor for each layer, on fresh contexts, with the change of ordinary text under a "
+            "bound. genetic: the paper's, over curves. greedy moves single factors, from the best uniform one. Those "
+            "without generations may evaluate as many distinct vectors as all generations have members. "
+            "For the demo model the default is genetic."
         ),
-    ] = "genetic"
+    ] = "gradient"
+    minutes: Annotated[
+        float, _search("gradient: time for everything but the held-out test. Decides --steps.", gt=0)
+    ] = 20.0
+    steps: Annotated[
+        int | None, _search("gradient: steps on the factors of all layers, instead of --minutes.", ge=MIN_STEPS)
+    ] = None
+    full_controls: Annotated[
+        bool,
+        _search("gradient: as many steps for simpler choices of two numbers as for the factors of all layers."),
+    ] = False
+    test_minutes: Annotated[
+        float, _search("gradient: time for the held-out test, which has at most --test-groups contexts.", gt=0)
+    ] = 20.0
+    max_harm: Annotated[
+        float | None,
+        _search(
+            "gradient: how far the model's distribution over next tokens of ordinary text may move, as "
+            "Kullback-Leibler divergence in nats.",
+            gt=0,
+        ),
+    ] = 0.01
+    text: Annotated[
+        str | None, _search("gradient: ordinary text in UTF-8. Default: a sample that comes with the package.")
+    ] = None
     population: Annotated[int, _search("Curves per generation.", ge=ELITES + 2)] = 16
     generations: Annotated[int, _search("Generations after the first.", ge=0)] = 5
     objective: Annotated[Objective, _search("Fitness: gold log-probability, which guides better, or exact match.")] = (
@@ -121,6 +150,8 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         self.adapter_config()  # rope_type, factor and window, by the adapter's own rules
+        if self.algorithm == "gradient" and self.objective == "accuracy":
+            raise SearchError("algorithm='gradient' climbs the log-probability: objective='accuracy' has no gradient.")
         if self.algorithm == "greedy" and self.curve not in (None, "direct"):
             raise SearchError(f"algorithm='greedy' moves single layers: curve={self.curve!r} must be 'direct'.")
 
@@ -130,9 +161,18 @@ class SearchSettings:
         return self.curve or ("direct" if self.algorithm == "greedy" else "bezier")
 
     @property
+    def factor_limits(self) -> tuple[float, float]:
+        """Smallest and largest factor: the grid's, but where gradients are searched by and no grid is given."""
+        if self.algorithm == "gradient" and self.grid == FactorGrid():
+            return GRADIENT_LIMITS
+        return self.grid.min_factor, self.grid.values[-1]
+
+    @property
     def takes_gradient_steps(self) -> bool:
-        """Whether gradient steps follow the search: exact matches have no gradient."""
-        return self.refine and self.objective == "log_prob" and self.gradient_steps > 0
+        """Whether gradient steps are taken: exact matches have no gradient."""
+        return self.algorithm == "gradient" or (
+            self.refine and self.objective == "log_prob" and self.gradient_steps > 0
+        )
 
     def adapter_config(self, layer_factors: list[float] | None = None, **provenance: Any) -> LayerRopeConfig:
         """Returns the adapter config that these settings and `layer_factors` make."""
@@ -158,7 +198,8 @@ class SearchSettings:
         num_layers = len(key_sources)
         own = [layer for layer, source in enumerate(key_sources) if layer == source]
         if self.layers is None:
-            return FactorSpace(self.grid, tuple(i for i in default_scaled_layers(num_layers) if i in own), key_sources)
+            default = range(num_layers) if self.algorithm == "gradient" else default_scaled_layers(num_layers)
+            return FactorSpace(self.grid, tuple(i for i in default if i in own), key_sources)
         layers = tuple(sorted(set(self.layers)))
         if not layers or len(layers) != len(self.layers) or layers[0] < 0 or layers[-1] >= num_layers:
             raise SearchError(f"layers={list(self.layers)} must be distinct layer indices from 0 to {num_layers - 1}.")

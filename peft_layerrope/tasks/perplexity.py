@@ -106,6 +106,11 @@ class Perplexity:
         text = read_source(source)
         return cls(text, tokenizer=tokenizer, length=length, stride=stride, seed=seed, source=name)
 
+    def available(self, name: SplitName, most: int) -> int:
+        """Returns how many windows a split has, but no more than `most`."""
+        spare = len(self._stretch(name)) - self._body
+        return min(most, 1 + spare // self._step if spare >= 0 else 0)
+
     def split(self, name: SplitName, num_groups: int) -> Split:
         """Returns the first `num_groups` windows of the named split.
 
@@ -113,11 +118,10 @@ class Perplexity:
             TaskError: the split is unknown or has fewer windows.
         """
         check_request(name, num_groups)
-        stretch = self._stretch(name)
-        available = 1 + (len(stretch) - self._body) // self._step if len(stretch) >= self._body else 0
-        if num_groups > available:
+        stretch, found = self._stretch(name), self.available(name, num_groups)
+        if num_groups > found:
             raise TaskError(
-                f"{self.source}, split {name!r}: its {len(stretch)} tokens hold {available} windows of {self.length}, "
+                f"{self.source}, split {name!r}: its {len(stretch)} tokens hold {found} windows of {self.length}, "
                 f"{num_groups} were asked for. Use a longer text, or fewer or shorter windows."
             )
         examples = tuple(self._window(stretch, group) for group in range(num_groups))

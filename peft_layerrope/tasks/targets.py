@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, zip_longest
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .base import Example, Split, SplitName
@@ -22,6 +23,9 @@ MIN_SAMPLES = 3
 """Right answers that an opening is learnt from, at least."""
 MIN_SHARE = 0.5
 """Share of the right answers that must begin with one of the openings and be written by its tokens."""
+MAX_BARE_SHARE = 1 / 3
+"""How probable an opening has to be to be taken before an answer without one. Where the two are near each other the
+rounding of the model's numbers decides what is written, and what is given is less sensitive to it."""
 MIN_REPEATS = 2
 """Right answers that must begin with an opening."""
 
@@ -96,38 +100,36 @@ class Targets:
             return replace(example, **rendered(self.openings[number], example, tokenizer)._asdict())
         return example
 
-    def num_telling(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> int:
-        """Returns how many tokens of an answer tell which of the openings it begins with: 0 where there is but one."""
+    def beginnings(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> Split | None:
+        """Returns a split whose answers are the openings, each asked for at every example: a position for each example
+        of a context and each opening. None where there is nothing to choose from.
+        """
         if len(self.openings) < 2:
-            return 0
-        return max(
-            1 + _common(one, other)
-            for example in examples
-            for one, other in combinations(self._whole(example, tokenizer), 2)
+            return None
+        count = len(self.openings)
+        examples = []
+        for example in split.examples:
+            openings = [rendered(opening, example, tokenizer).opening_ids for opening in self.openings]
+            told = 1 + max(_common(one, other) for one, other in combinations(openings, 2))
+            for number, ids in enumerate(openings):
+                # an opening that is empty has no likelihood: any token stands for it, and is not looked at
+                asked = replace(example, opening_ids=(), answer_ids=ids[:told] or example.answer_ids[:1])
+                examples.append(replace(asked, position=example.position * count + number))
+        return replace(
+            split, positions=tuple(range(len(split.positions) * count)), examples=tuple(examples), judge=None
         )
 
-    def choosing(self, split: Split, written: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> Targets:
-        """Returns these targets with the openings that a split's answers begin with.
+    def choosing(self, split: Split, log_prob: np.ndarray) -> Targets:
+        """Returns these targets with the openings that the unscaled model begins a split's answers with.
 
         Args:
             split: what was asked.
-            written: first token ids of each answer, [`num_telling`] of them or more.
-            tokenizer: the model's.
+            log_prob: of the examples of [`beginnings`], in nats, shape `(groups, positions)`.
         """
-        numbers = tuple(
-            self._begun(example, ids, tokenizer) for example, ids in zip(split.examples, written, strict=True)
-        )
-        return replace(self, chosen={**self.chosen, split.name: numbers})
-
-    def _begun(self, example: Example, written: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:
-        """Which opening these tokens begin with: the longest that they do not contradict, else the most common."""
-        openings = [rendered(opening, example, tokenizer).opening_ids for opening in self.openings]
-        fitting = [i for i, ids in enumerate(openings) if _common(ids, written) == min(len(ids), len(written))]
-        return max(fitting, key=lambda i: len(openings[i]), default=0)
-
-    def _whole(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-        """The example's answer after each opening."""
-        return [sum(rendered(opening, example, tokenizer), ()) for opening in self.openings]
+        shares = np.exp(log_prob).reshape(len(split.examples), len(self.openings))
+        bare = [number for number, opening in enumerate(self.openings) if not opening]
+        shares[:, bare] = MAX_BARE_SHARE
+        return replace(self, chosen={**self.chosen, split.name: tuple(shares.argmax(1).tolist())})
 
     def describe(self) -> dict[str, Any]:
         """Returns openings, counts and a hash, for a report; no texts of questions or answers."""

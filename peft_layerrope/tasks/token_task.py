@@ -71,6 +71,10 @@ class TokenTask:
             if not members:
                 raise TaskError(f"{len(order)} groups are too few: split {split!r} would be empty.")
 
+    def available(self, name: SplitName, most: int) -> int:
+        """Returns how many groups a split has, but no more than `most`."""
+        return min(most, len(self._groups[name]))
+
     def split(self, name: SplitName, num_groups: int) -> Split:
         """Returns the first `num_groups` groups of the named split.
 

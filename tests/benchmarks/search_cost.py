@@ -307,10 +307,10 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     overrides: dict[str, Any] = {"seed": options.seed, **(SMALL if options.small else {})}
     costs = {
-        "per layer only": measure(SearchSettings(controls=False, **overrides)),
-        "with all controls": measure(SearchSettings(**overrides)),
+        "per layer only": measure(SearchSettings(algorithm="genetic", controls=False, **overrides)),
+        "with all controls": measure(SearchSettings(algorithm="genetic", **overrides)),
     }
-    show(costs, SearchSettings(**overrides))
+    show(costs, SearchSettings(algorithm="genetic", **overrides))
 
 
 if __name__ == "__main__":

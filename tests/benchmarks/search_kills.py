@@ -4,11 +4,11 @@
     python tests/benchmarks/search_kills.py --times 2
 
 One search runs undisturbed first; it gives the files to compare with and the time that the kills are drawn from. Each
-other one is killed at a time drawn evenly from when its state is first on disk to when it would be done, then resumed,
-and with probability a half killed again, at a time from its start to when it would be done, up to three times.
+other one is killed at a time drawn evenly from when its journal is first on disk to when it would be done, then
+resumed, and with probability a half killed again, at a time from its start to when it would be done, up to three times.
 `adapter_config.json`, `adapter_model.safetensors`, `search.json` and `README.md` have to be equal byte for byte,
-`run/state.json` in its content. A search that is done before its first kill comes is not counted, but drawn again. Exit
-status 1 if any differs.
+`run/journal.jsonl` in the entries that a search goes on from. A search that is done before its first kill comes is not
+counted, but drawn again. Exit status 1 if any differs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ SETTINGS = [
     "2",
 ]
 FILES = ("adapter_config.json", "adapter_model.safetensors", "search.json", "README.md")
-STATE = "run/state.json"
+JOURNAL = "run/journal.jsonl"
+EVENTS = ("plan", "stage", "generation", "skipped", "ended")  # which a resumed search has again
+_MEASURED = ("measured", "scored")
 MAX_KILLS, POLL, TIMEOUT = 4, 0.01, 600
 console = Console(width=110)
 
@@ -63,13 +65,13 @@ def start(folder: Path, settings: list[str], resume: bool) -> subprocess.Popen:
         )
 
 
-def wait_for_state(process: subprocess.Popen, folder: Path) -> None:
-    """Returns once the state is on disk."""
+def wait_for_journal(process: subprocess.Popen, folder: Path) -> None:
+    """Returns once the journal is on disk."""
     deadline = time.monotonic() + TIMEOUT
-    while not (folder / STATE).exists():
+    while not (folder / JOURNAL).exists():
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            raise RuntimeError(f"no state was written:\n{_tail(folder)}")
+            raise RuntimeError(f"no journal was written:\n{_tail(folder)}")
         time.sleep(POLL)
 
 
@@ -97,24 +99,30 @@ class Reference:
     """The undisturbed run."""
 
     contents: dict[str, Any]
-    starting: float  # seconds from the start of the process to the first state
+    starting: float  # seconds from the start of the process to the first entry of the journal
     searching: float  # from there to the end
 
 
 def undisturbed(folder: Path, settings: list[str]) -> Reference:
     started = time.monotonic()
     process = start(folder, settings, resume=False)
-    wait_for_state(process, folder)
-    state_at = time.monotonic()
+    wait_for_journal(process, folder)
+    begun_at = time.monotonic()
     finish(process, folder)
-    return Reference(contents(folder), state_at - started, time.monotonic() - state_at)
+    return Reference(contents(folder), begun_at - started, time.monotonic() - begun_at)
 
 
 def contents(folder: Path) -> dict[str, Any]:
     """What is compared, by file; None for a file that is not there."""
     found: dict[str, Any] = {name: (folder / name).read_bytes() if (folder / name).exists() else None for name in FILES}
-    found[STATE] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    found[JOURNAL] = [(e["kind"], e["key"], e["value"]) for e in entries(folder) if e["kind"] not in EVENTS]
     return found
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """The whole entries of the journal; a last one without a line end is not there yet."""
+    _, *lines = (folder / JOURNAL).read_text(encoding="ascii").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,7 @@ class Outcome:
 def disturbed(folder: Path, settings: list[str], reference: Reference, rng: random.Random) -> Outcome | None:
     """Kills and resumes one search, and compares it; None if it was done before the first kill."""
     process = start(folder, settings, resume=False)
-    wait_for_state(process, folder)
+    wait_for_journal(process, folder)
     if not kill_after(process, folder, rng.uniform(0, reference.searching)):
         return None
     kills = [progress(folder)]
@@ -143,10 +151,10 @@ def disturbed(folder: Path, settings: list[str], reference: Reference, rng: rand
 
 
 def progress(folder: Path) -> str:
-    """How far the state is; read as any reader would, which has to work at any time."""
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    """How far the journal is; read as any reader would, which has to work at any time."""
+    found = {kind: [item for e in entries(folder) if e["kind"] == kind for item in e["value"]] for kind in _MEASURED}
     written = sum((folder / name).exists() for name in FILES)
-    text = f"{len(state['measurements'])} vectors, {len(state['scores'])} held out"
+    text = f"{len({str(item[0]) for item in found['measured']})} vectors, {len(found['scored'])} held out"
     return text + (f", {written} files" if written else "")
 
 
@@ -167,7 +175,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         reference = undisturbed(Path(temporary, "undisturbed"), settings)
         console.print(
-            f"undisturbed: {reference.starting:.1f} s to the first state, {reference.searching:.1f} s from there",
+            f"undisturbed: {reference.starting:.1f} s to the first entry, {reference.searching:.1f} s from there",
             highlight=False,
         )
         counts: Counter[str] = Counter()

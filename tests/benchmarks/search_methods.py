@@ -301,13 +301,15 @@ def main() -> None:
     overrides = dict(SMALL) if options.small else {"test_groups": 2}  # the search's own test split is not used
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
     test = task_of(tokenizer, TEST_SEED).split("test", options.test_groups)
-    settings = asdict(SearchSettings(**overrides))
+    settings = asdict(SearchSettings(algorithm="genetic", **overrides))
     results = Results(options.output, {"settings": settings, "test": test.describe(), "length": LENGTH})
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     for seed in seeds:
-        search_seed(results, tokenizer, SearchSettings(seed=seed, **overrides), test)
+        search_seed(results, tokenizer, SearchSettings(algorithm="genetic", seed=seed, **overrides), test)
     base = load_model()
-    adapted = get_peft_model(base, SearchSettings().adapter_config([1.0] * len(find_stack(base).layers)))
+    adapted = get_peft_model(
+        base, SearchSettings(algorithm="genetic").adapter_config([1.0] * len(find_stack(base).layers))
+    )
     values: dict[str, dict[str, np.ndarray]] = {}
     for name in (name for name in NAMES if all(name in results.of_seed(seed) for seed in seeds)):
         vectors = [results.of_seed(seed)[name]["factors"] for seed in seeds]

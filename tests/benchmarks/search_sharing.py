@@ -70,7 +70,7 @@ def evaluate(
     model: PeftModel, split: Split, vectors: Sequence[Factors], share_bytes: int
 ) -> tuple[Scores, float, float]:
     """Returns the scores, the seconds, and the share of layers that ran."""
-    settings = SearchSettings()
+    settings = SearchSettings(algorithm="genetic")
     evaluator = ModelEvaluator(
         model,
         [split],
@@ -99,7 +99,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    settings = SearchSettings()
+    settings = SearchSettings(algorithm="genetic")
     base = AutoModelForCausalLM.from_pretrained(demo_model_path()).eval()
     space = settings.space(tuple(find_stack(base).key_sources))
     split = KeyValueWords(AutoTokenizer.from_pretrained(demo_model_path()), 512).split("search", options.groups)

@@ -47,13 +47,13 @@ def demo_model() -> torch.nn.Module:
 
 def vectors(num_layers: int, rng: random.Random) -> list[Factors]:
     """New vectors in every round, so that nobody has anything in store but the unscaled leading layers."""
-    grid = SearchSettings().grid.values
+    grid = SearchSettings(algorithm="genetic").grid.values
     return [(1.0, 1.0, *(rng.choice(grid) for _ in range(num_layers - 2))) for _ in range(POPULATION)]
 
 
 def throughput(rounds: int) -> None:
     """Each round has one worker and two evaluate the same vectors, taking turns at going first."""
-    settings = SearchSettings()
+    settings = SearchSettings(algorithm="genetic")
     model = demo_model()
     num_layers = model.config.num_hidden_layers
     local = ModelEvaluator(
@@ -98,6 +98,7 @@ def throughput(rounds: int) -> None:
 def killed_workers() -> None:
     """A search alone; and on two nodes, with a worker killed and a node removed in the middle of generations."""
     settings = SearchSettings(
+        algorithm="genetic",
         population=8,
         generations=3,
         refine=False,

@@ -38,6 +38,7 @@ CONFIG = LayerRopeConfig(layer_factors=[1.0, 1.4, 2.0, 1.2], task_type="CAUSAL_L
 DEMO_FACTORS = [1.5, 1.9, 1.6, 1.7, 1.4, 1.3]
 EVERYTHING = {"accuracy_by_position.png", "factors_by_depth.png", "search.json", "search.yaml"}
 TINY_SEARCH = {
+    "algorithm": "genetic",
     **{"population": 4, "generations": 1, "gradient_steps": 1, "refine_evaluations": 4, "progress": False},
     **{
         "search_groups": 2,

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 from conftest import build_model
+from fakes import journal_of
 from typer.testing import CliRunner
 
 import peft_layerrope
@@ -17,6 +18,8 @@ from peft_layerrope.tuner.artifacts import save_adapter
 
 TINY_SEARCH = [
     *(
+        "--algorithm",
+        "genetic",
         "--length",
         "128",
         "--num-positions",
@@ -93,20 +96,34 @@ def test_a_search_is_repeated_by_its_file_and_resumed_by_its_folder(tmp_path):
     assert run("search", "--output", str(first), *TINY_SEARCH, "--bootstrap", "20", "--seed", "4").exit_code == 0
     assert run("search", "--output", str(second), "--config", str(first / "search.yaml")).exit_code == 0
     assert contents(first, *RESULTS) == contents(second, *RESULTS)
-    measured = json.loads((first / "run" / "state.json").read_text())["measurements"]
+    journal = journal_of(first / "run")
     (first / "search.json").unlink()
     resumed = run("search", "--output", str(first), "--resume")
     assert resumed.exit_code == 0
     assert "20 times" in " ".join(resumed.stdout.split())
     assert contents(first, *RESULTS) == contents(second, *RESULTS)
-    state = json.loads((first / "run" / "state.json").read_text())
-    assert state["measurements"] == measured
-    events = [json.loads(line) for line in (first / "run" / "log.jsonl").read_text().splitlines()]
-    after = [event["event"] for event in events][[event["event"] for event in events].index("resumed") :]
-    assert "measured" not in after  # nothing was evaluated again
+    assert journal_of(first / "run") == journal  # nothing was evaluated again
     other = run("search", "--output", str(first), "--resume", "--seed", "5")
     assert other.exit_code == 2
-    assert "is from another search: settings.seed was 4 there and is 5 now." in other.stderr
+    assert "is of another run: settings.seed was 4 there and is 5 now." in other.stderr
+
+
+def test_overwriting_takes_nothing_before_all_is_checked_and_only_what_is_ours(tmp_path):
+    folder = tmp_path / "it"
+    assert run("search", "--output", str(folder), *TINY_SEARCH, "--no-controls", "--seed", "4").exit_code == 0
+    for path in (folder / "notes.txt", folder / "run" / "notes.txt", folder / "run" / "own" / "notes.txt"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    call = ("search", "--output", str(folder), *TINY_SEARCH, "--no-controls", "--overwrite")
+    assert run(*call, "--layers", "40-41").exit_code == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert run(*call).exit_code == 0
+    assert json.loads((folder / "search.json").read_text())["settings"]["seed"] == 0
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys()
+    assert all((after[path] == before[path]) == (path.name == "notes.txt") for path in before if "json" in path.name)
+    assert sum(content == b"mine" for content in after.values()) == 3
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):

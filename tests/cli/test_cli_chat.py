@@ -11,7 +11,19 @@ from test_chat import DATED, QWEN3, other_day, with_template  # noqa: F401 (a fi
 from test_cli import run
 
 TASK = ("--task", "kv_retrieval", "--keys", "words", "--num-keys", "4", "--positions", "3", "--length", "300")
-FEW = ("--population", "4", "--generations", "0", "--gradient-steps", "0", "--refine-evaluations", "1", "--anyway")
+FEW = (
+    "--algorithm",
+    "genetic",
+    "--population",
+    "4",
+    "--generations",
+    "0",
+    "--gradient-steps",
+    "0",
+    "--refine-evaluations",
+    "1",
+    "--anyway",
+)
 FEW += ("--search-groups", "2", "--validation-groups", "1", "--test-groups", "2", "--no-controls")
 FEW += ("--preflight-groups", "2", "--max-new-tokens", "4", "--step", "0.5")
 
@@ -54,6 +66,7 @@ def test_a_dated_measurement_is_resumed_on_another_day(command, model, tmp_path,
     done = run(*words)
     assert done.exit_code == 0, done.stderr
     results = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}
+    assert results
     other_day("2025-01-02")
     for path in results:  # as after a kill before the end
         if path.name in ("evaluation.json", "sweep.json"):

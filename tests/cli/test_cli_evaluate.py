@@ -7,12 +7,14 @@ import json
 import numpy as np
 import pytest
 from conftest import IS_OLDER, build_model
+from fakes import journal_of
 from test_cli import run
 from test_contenders import trained_lora
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import KeyValueWords, LayerRopeConfig
 from peft_layerrope.cli import evaluate as command
+from peft_layerrope.comparison.contenders import Contender
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tuner.artifacts import save_adapter
 
@@ -78,7 +80,7 @@ def test_adapters_and_baselines_side_by_side(adapter, lora, tmp_path):
         "accuracy_by_position.png",
         "evaluation.json",
         "evaluation.md",
-        "scores.json",
+        "run",
     }
     for words in ("vs first", "no scaling", "mine", "lora", "By position", "kv_words (length: 300;", str(output)):
         assert words in done.stdout
@@ -182,14 +184,24 @@ def test_interrupted_and_resumed_it_writes_the_same(adapter, tmp_path, monkeypat
     assert not (killed / "evaluation.json").exists()
     assert run(*arguments, str(killed)).exit_code == 2
     assert run(*arguments, str(killed), "--resume").exit_code == 0
-    for name in ("evaluation.json", "evaluation.md", "scores.json"):
+    for name in ("evaluation.json", "evaluation.md"):
         assert (killed / name).read_text() == (whole / name).read_text()
+    assert journal_of(killed / "run") == journal_of(whole / "run")
     other = run(*arguments, str(killed), "--resume", "--task-seed", "1")
     assert other.exit_code == 2
-    assert "is from another comparison: split." in other.stderr
+    assert "is of another run: split." in other.stderr
+    (killed / "notes.txt").write_text("mine")
+    (killed / "run" / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
+    wrong = Contender.of_config("x", LayerRopeConfig(layer_factors=[2.0]))
+    with monkeypatch.context() as patched:  # what is refused after the model was loaded
+        patched.setattr(command, "_contenders", lambda *_: [wrong])
+        assert run(*arguments, str(killed), "--overwrite").exit_code != 0
+    assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
     again = run(*arguments, str(killed), "--overwrite", "--task-seed", "1")
     assert again.exit_code == 0
     assert loaded(killed / "evaluation.json")["task"]["seed"] == 1
+    assert (killed / "notes.txt").read_text() == (killed / "run" / "notes.txt").read_text() == "mine"
 
 
 def test_what_the_unscaled_model_wrote_is_kept_for_resuming(tmp_path, monkeypatch):
@@ -205,7 +217,7 @@ def test_what_the_unscaled_model_wrote_is_kept_for_resuming(tmp_path, monkeypatc
 
 def test_resume_begins_where_there_is_nothing_yet(tmp_path):
     assert run("evaluate", *TINY, "--output", str(tmp_path / "out"), "--resume").exit_code == 0
-    assert (tmp_path / "out" / "scores.json").exists()
+    assert (tmp_path / "out" / "run" / "journal.jsonl").exists()
 
 
 @pytest.mark.parametrize(

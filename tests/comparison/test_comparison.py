@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_model
+from fakes import journal_of
 from peft import get_peft_model
 from test_contenders import state_of, trained_lora
 from test_losses import windows
@@ -134,8 +135,7 @@ def test_killed_anywhere_and_resumed_it_is_the_same(model, split, contenders, tm
         model, split, contenders, folder=tmp_path / "killed", resume=True, progress=lambda *args: seen.append(args)
     )
     assert as_json(resumed) == as_json(whole) == as_json(compare(model, split, contenders))
-    texts = [(tmp_path / name / "scores.json").read_text() for name in ("whole", "killed")]
-    assert texts[0] == texts[1]
+    assert journal_of(tmp_path / "whole") == journal_of(tmp_path / "killed")
     total = MAX_PARTS * len(contenders)
     assert [done for _, done, _ in seen] == list(range(step, total + 1))
     assert {number for _, _, number in seen} == {total}
@@ -173,25 +173,30 @@ def test_another_comparison_is_not_resumed(model, split, contenders, tmp_path):
 
 
 def test_folders_that_do_not_fit_are_refused(model, split, contenders, tmp_path):
-    with pytest.raises(TaskError, match=r"nothing to resume: .*scores.json does not exist"):
-        compare(model, split, contenders, folder=tmp_path, resume=True)
     with pytest.raises(TaskError, match="needs the folder"):
         compare(model, split, contenders, resume=True)
     with pytest.raises(KilledError):
         compare(model, split, contenders, folder=tmp_path, progress=killed_at(3))
-    with pytest.raises(TaskError, match="holds an unfinished or finished comparison"):
+    with pytest.raises(TaskError, match="resume it"):
         compare(model, split, contenders, folder=tmp_path)
-    file = tmp_path / "scores.json"
+    file = tmp_path / "journal.jsonl"
     text = file.read_text()
-    for damaged, message in (
-        (text[:-40], "cannot be read"),
-        ("[]", "is damaged"),
-        (text.replace('"format": 1', '"format": 9'), "has format 9, expected 1"),
-        (text.replace('"accuracy"]', '"beauty"]'), "is damaged"),
-    ):
+    for damaged in ("[]\n", text.replace('"format": 1', '"format": 9'), text.replace('"accuracy"]', '"beauty"]')):
         file.write_text(damaged)
-        with pytest.raises(TaskError, match=message):
+        with pytest.raises(TaskError, match=file.name):
             compare(model, split, contenders, folder=tmp_path, resume=True)
+
+
+def test_overwriting_begins_anew_once_all_is_checked(model, split, contenders, tmp_path):
+    whole = compare(model, split, contenders, folder=tmp_path / "whole")
+    compare(model, split, contenders[1:], folder=tmp_path / "it")
+    before = journal_of(tmp_path / "it")
+    wrong = Contender.of_config("wrong", LayerRopeConfig(layer_factors=[1.0] * 5))
+    with pytest.raises(AdapterMismatchError):
+        compare(model, split, [*contenders, wrong], folder=tmp_path / "it", overwrite=True)
+    assert journal_of(tmp_path / "it") == before
+    assert as_json(compare(model, split, contenders, folder=tmp_path / "it", overwrite=True)) == as_json(whole)
+    assert journal_of(tmp_path / "it") == journal_of(tmp_path / "whole")
 
 
 def test_everything_is_checked_before_anything_is_scored(model, split, contenders, tmp_path):

@@ -111,7 +111,8 @@ def make_folder(path: Path, factors: list[float] = FACTORS, base_model: str = "o
     for name in ("accuracy_by_position.png", "factors_by_depth.png"):
         (path / name).write_bytes(b"\x89PNG" + bytes(range(256)))
     save_card(model_card(base_model, config, files=PUBLISHED), path)
-    for junk in ("timing.json", "search.json.partial", ".secret", "notes.txt", "adapter_model.bin", "run/state.json"):
+    private = ("timing.json", "search.json.partial", ".secret", ".lock", "notes.txt", "adapter_model.bin")
+    for junk in (*private, "journal.jsonl", "run/journal.jsonl"):
         (path / junk).parent.mkdir(exist_ok=True)
         (path / junk).write_text("private")
     (path / "run" / "plot.png").write_text("private")
@@ -208,7 +209,14 @@ def test_from_a_peft_model(alice):
 
 def test_from_a_search_result(alice, demo_model, demo_tokenizer):
     sizes = dict.fromkeys(("search_groups", "validation_groups", "test_groups", "short_groups"), 2)
-    few = {"population": 4, "generations": 0, "refine": False, "controls": False, "grid": FactorGrid(1.0, 2.0, 0.5)}
+    few = {
+        "algorithm": "genetic",
+        "population": 4,
+        "generations": 0,
+        "refine": False,
+        "controls": False,
+        "grid": FactorGrid(1.0, 2.0, 0.5),
+    }
     result = search(demo_model, KeyValueWords(demo_tokenizer, 64, num_positions=3), progress=False, **sizes, **few)
     push_to_hub(result, "alice/adapter")
     files = alice.repos["alice/adapter"].files()

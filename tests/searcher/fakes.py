@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from peft_layerrope import Example, TokenTask
+from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.searcher import FactorGrid, Guards
 from peft_layerrope.searcher.grid import Factors
 from peft_layerrope.searcher.measurement import Heats, HeatScores
@@ -16,6 +19,7 @@ from peft_layerrope.searcher.space import FactorSpace
 NO_GUARDS = Guards(None, None)
 ONE_HEAT = Heats((1,))
 SMALL_SEARCH = {
+    "algorithm": "genetic",
     "population": 6,
     "generations": 2,
     "gradient_steps": 3,
@@ -28,6 +32,15 @@ SMALL_SEARCH = {
     "progress": False,
 }
 """Of `search`: every stage, on a task of a few tokens."""
+
+EVENTS = ("plan", "stage", "generation", "skipped", "ended", "contender")
+"""Entries of a journal that a resumed run has again."""
+
+
+def journal_of(folder: Path) -> list:
+    """Everything in a journal on which a run goes on, in order: its identity, and entries without their times."""
+    head, *entries = [json.loads(line) for line in (folder / JOURNAL_NAME).read_text().splitlines()]
+    return [head, *([e["kind"], e["key"], e["value"]] for e in entries if e["kind"] not in EVENTS)]
 
 
 class Formula:

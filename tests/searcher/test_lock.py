@@ -1,18 +1,16 @@
-"""One process at a time in a folder, whatever becomes of the one that was there before."""
+"""One search, comparison or experiment at a time in a folder, from Python and from the command line."""
 
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import token_task
+from fakes import journal_of, token_task
 from test_cli import run as run_command
 from test_resume import SMALL, small_model
+from test_runs import held_by_another_process
 
 from peft_layerrope import Comparison, TaskError, compare, parse_baseline, search
 from peft_layerrope.cli import evaluate as evaluate_command
@@ -24,88 +22,11 @@ from peft_layerrope.experiments.measuring import Measuring, measure
 from peft_layerrope.experiments.report_plan import Step
 from peft_layerrope.experiments.section import Section
 from peft_layerrope.experiments.storage import kept_section
-from peft_layerrope.files import run_lock
 from peft_layerrope.files.atomic import WriteError
-from peft_layerrope.files.run_lock import FolderInUseError, locked
+from peft_layerrope.runs import JOURNAL_NAME, LOCK_NAME, FolderInUseError
 from peft_layerrope.searcher import plan_search
-from peft_layerrope.searcher.state import LOCK_NAME
 
 SEARCHED = Path(__file__).parents[2] / "hub_configs" / "demo-plain"
-
-pytestmark = pytest.mark.skipif(run_lock.fcntl is None, reason="no such locks on this system")
-
-
-@contextmanager
-def held_by_another_process(folder: Path, name: str = LOCK_NAME) -> Iterator[int]:
-    """A process that is in `folder` until it is killed with SIGKILL at the end; yields its number."""
-    ready, say = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            with locked(folder, name):
-                os.write(say, b"!")
-                signal.pause()
-        finally:
-            os._exit(1)
-    os.close(say)
-    try:
-        assert os.read(ready, 1) == b"!"  # empty where the other process failed
-        yield child
-    finally:
-        os.close(ready)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-
-
-def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path):
-    with (
-        held_by_another_process(tmp_path) as pid,
-        pytest.raises(FolderInUseError, match=f"^{tmp_path} is in use by process {pid}: wait until it is done"),
-        locked(tmp_path, LOCK_NAME),
-    ):
-        pass
-    assert (tmp_path / LOCK_NAME).read_text() == str(pid)  # which was killed, and holds nothing any more
-    with locked(tmp_path, LOCK_NAME):
-        assert (tmp_path / LOCK_NAME).read_text() == str(os.getpid())
-    assert not any(tmp_path.iterdir())
-
-
-def test_a_second_call_of_the_same_process_is_kept_out_and_leaves_the_first_alone(tmp_path):
-    with locked(tmp_path, LOCK_NAME):
-        for _ in range(2):
-            with pytest.raises(FolderInUseError, match=str(os.getpid())), locked(tmp_path, LOCK_NAME):
-                pass
-        with locked(tmp_path, "another.lock"), locked(tmp_path / "another", LOCK_NAME):
-            pass
-
-
-def test_a_lock_file_that_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
-    """Its holder is done between our opening and our locking it: two processes must not hold two files."""
-    lock, path = run_lock._lock, tmp_path / LOCK_NAME
-    seen = []
-
-    def late(descriptor: int, at: Path) -> None:
-        if not seen:
-            at.unlink()
-        seen.append(descriptor)
-        lock(descriptor, at)
-
-    monkeypatch.setattr(run_lock, "_lock", late)
-    with locked(tmp_path, LOCK_NAME):
-        assert len(seen) == 2
-        assert path.read_text() == str(os.getpid())
-
-
-def test_where_the_system_has_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "fcntl", None)
-    with locked(tmp_path, LOCK_NAME), locked(tmp_path, LOCK_NAME):
-        pass
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match=r"file.* cannot be written"), locked(tmp_path / "file" / "run", LOCK_NAME):
-        pass
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -130,11 +51,11 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_second_comparison_is_kept_out_before_it_writes(tmp_path, resume):
     comparison(tmp_path / "compared")
     before = files(tmp_path / "compared")
-    assert list(before) == ["scores.json"]
-    with held_by_another_process(tmp_path / "compared", "scores.lock") as pid:
+    assert list(before) == [JOURNAL_NAME]
+    with held_by_another_process(tmp_path / "compared") as pid:
         with pytest.raises(FolderInUseError, match=f"process {pid}"):
             comparison(tmp_path / "compared", resume=resume)
-        assert files(tmp_path / "compared") == before | {"scores.lock": str(pid).encode()}
+        assert files(tmp_path / "compared") == before | {LOCK_NAME: str(pid).encode()}
         comparison(tmp_path / "another")
 
 
@@ -155,12 +76,13 @@ def test_a_comparison_that_another_call_wants_to_join_ends_as_it_would_have_alon
     found, alone = comparison(tmp_path / "joined", progress=join), comparison(tmp_path / "alone")
     assert refused
     assert found.to_dict() == alone.to_dict()
-    assert files(tmp_path / "joined") == files(tmp_path / "alone")
+    assert journal_of(tmp_path / "joined") == journal_of(tmp_path / "alone")
+    assert list(files(tmp_path / "joined")) == [JOURNAL_NAME]
 
 
 def test_a_comparison_that_is_refused_leaves_nothing(tmp_path):
-    with pytest.raises(TaskError, match="nothing to resume"):
-        comparison(tmp_path / "nowhere", resume=True)
+    with pytest.raises(TaskError, match="overwrite"):
+        comparison(tmp_path / "nowhere", resume=True, overwrite=True)
     assert not any(tmp_path.iterdir())
 
 
@@ -201,39 +123,31 @@ REPORT = "report {adapter} --output {folder}.html"
 
 
 @pytest.mark.parametrize("how", ["", "--resume", "--overwrite"])
-@pytest.mark.parametrize(
-    ("command", "folder", "lock"),
-    [
-        (SEARCH, "run", "search.lock"),
-        (EVALUATE, ".", "evaluation.lock"),
-        (SWEEP, ".", "sweep.lock"),
-        (REPORT, ".", "report.lock"),
-    ],
-)
-def test_what_another_process_writes_is_left_alone(tmp_path, monkeypatch, command, folder, lock, how):
+@pytest.mark.parametrize(("command", "folder"), [(SEARCH, "."), (EVALUATE, "."), (SWEEP, "run/sweep"), (REPORT, ".")])
+def test_what_another_process_writes_is_left_alone(tmp_path, monkeypatch, command, folder, how):
     for module in (search_command, evaluate_command, experiment_run, report_command):
         monkeypatch.setattr(module, "load", lambda *_: small_model())  # so that it is no matter how late it is noticed
     where = tmp_path / "it"
     (where / folder).mkdir(parents=True, exist_ok=True)
-    for name in ("scores.json", "state.json", "adapter_config.json", "sweep.json"):
+    for name in (JOURNAL_NAME, "adapter_config.json", "sweep.json"):
         (where / folder / name).write_text("{}")
     before = files(where)
-    with held_by_another_process(where / folder, lock) as pid:
+    with held_by_another_process(where / folder) as pid:
         done = run_command(*f"{command} {how}".format(folder=where, adapter=SEARCHED).split())
         assert f"is in use by process {pid}" in done.stderr
         assert done.exit_code == 1
         assert done.stderr.count("error:") == 1
-        lock_file = str((where / folder / lock).relative_to(where))
+        lock_file = str((where / folder / LOCK_NAME).relative_to(where))
         assert files(where) == before | {lock_file: str(pid).encode()}
 
 
-@pytest.mark.parametrize(("command", "folder", "lock"), [(SEARCH, "run", "state.lock"), (EVALUATE, ".", "scores.lock")])
-def test_overwriting_what_a_call_from_python_writes_is_refused(tmp_path, command, folder, lock):
-    precious = [tmp_path / folder / "scores.json", tmp_path / "adapter_config.json"]
-    (tmp_path / folder).mkdir(exist_ok=True)
+@pytest.mark.parametrize("command", [SEARCH, EVALUATE])
+def test_overwriting_what_a_call_from_python_writes_is_refused(tmp_path, command):
+    precious = [tmp_path / "run" / JOURNAL_NAME, tmp_path / "adapter_config.json", tmp_path / "evaluation.json"]
+    (tmp_path / "run").mkdir()
     for path in precious:
         path.write_text("{}")
-    with held_by_another_process(tmp_path / folder, lock) as pid:
+    with held_by_another_process(tmp_path / "run") as pid:
         done = run_command(*command.format(folder=tmp_path).split(), "--overwrite")
     assert done.exit_code == 1
     assert done.stderr.count("error:") == 1
@@ -246,13 +160,14 @@ def test_no_lock_is_left_behind(tmp_path, command):
     done = run_command(*command.format(folder=tmp_path / "it").split())
     assert done.exit_code == 0
     assert any(name.endswith(".json") for name in files(tmp_path))
-    assert not any(name.endswith(".lock") for name in files(tmp_path))
+    assert not any(name.endswith(LOCK_NAME) for name in files(tmp_path))
 
 
-def test_a_lock_that_a_killed_process_left_is_in_nobodys_way(tmp_path):
-    (tmp_path / "sweep.lock").write_text("99999999")
-    assert run_command(*SWEEP.format(folder=tmp_path).split()).exit_code == 0
-    assert not (tmp_path / "sweep.lock").exists()
+@pytest.mark.parametrize(("command", "folder"), [(EVALUATE, "."), (SWEEP, "run/sweep")])
+def test_a_lock_that_a_killed_process_left_is_in_nobodys_way(tmp_path, command, folder):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / folder / LOCK_NAME).write_text("99999999")
+    assert run_command(*command.format(folder=tmp_path).split()).exit_code == 0
 
 
 @pytest.mark.parametrize("error", [FolderInUseError, WriteError])
@@ -267,7 +182,7 @@ def test_a_report_skips_no_experiment_because_its_output_fails(tmp_path, monkeyp
 
 
 def test_a_dry_run_needs_no_lock(tmp_path):
-    with held_by_another_process(tmp_path / "run", "search.lock"):
+    with held_by_another_process(tmp_path):
         arguments = ("--length", "128", "--positions", "3", "--search-groups", "2", "--test-groups", "2")
         done = run_command("search", *arguments, "--output", str(tmp_path), "--resume", "--dry-run")
     assert done.exit_code == 0

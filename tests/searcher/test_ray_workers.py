@@ -29,6 +29,7 @@ from peft_layerrope.searcher.ray_workers import RayWorkers
 ray = pytest.importorskip("ray")
 
 SMALL = {
+    "algorithm": "genetic",
     "population": 6,
     "generations": 2,
     "gradient_steps": 2,

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model
-from fakes import TaskWithShortPrompts
+from fakes import TaskWithShortPrompts, journal_of
 from transformers import PreTrainedModel
 
 from peft_layerrope import SearchError, SearchResult, UnsupportedModelError, search
+from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.progress import SilentProgress
-from peft_layerrope.searcher.state import LOG_NAME, STATE_NAME
 
 SMALL = {
+    "algorithm": "genetic",
     "population": 6,
     "generations": 2,
     "gradient_steps": 2,
@@ -70,24 +71,23 @@ def run(folder: Path | None, bomb: Bomb | None = None, resume: bool = False, **f
 
 @pytest.fixture(scope="module", params=SEARCHES)
 def whole(request, tmp_path_factory):
-    """The search, what it found, its state, and how often it tells its audience something."""
+    """The search, what it found, its journal, and how often it tells its audience something."""
     folder, bomb, fields = tmp_path_factory.mktemp("whole"), Bomb(), SEARCHES[request.param]
     result = run(folder, bomb, **fields)
-    return fields, result.to_dict(), json.loads((folder / STATE_NAME).read_text()), bomb.calls
+    return fields, result.to_dict(), journal_of(folder), bomb.calls
 
 
 def assert_same(result: SearchResult, folder: Path, whole: tuple) -> None:
-    _, found, state, _ = whole
+    _, found, journal, _ = whole
     assert result.to_dict() == found
-    assert json.loads((folder / STATE_NAME).read_text()) == state
-    for line in (folder / LOG_NAME).read_text().splitlines():
-        assert "event" in json.loads(line)
+    assert journal_of(folder) == journal
 
 
 def test_a_folder_changes_nothing(whole):
-    fields, found, state, _ = whole
+    fields, found, journal, _ = whole
     assert run(None, **fields).to_dict() == found
-    assert len(state["measurements"]) == found["evaluations"]["all_methods"]
+    measured = {tuple(factors) for kind, _, batch in journal[1:] if kind == "measured" for factors, *_ in batch}
+    assert len(measured) == found["evaluations"]["all_methods"]
     if not fields:
         assert found["evaluations"]["given_up_early"] > 0  # or no race is resumed below
 
@@ -108,22 +108,22 @@ def test_killed_again_and_again(whole, tmp_path):
     assert_same(run(tmp_path, resume=True, **fields), tmp_path, whole)
 
 
-@pytest.mark.parametrize("save", [2, 30])
-def test_killed_before_a_state_was_in_place(whole, tmp_path, monkeypatch, save):
-    """Between writing the new state and putting it in the old one's place."""
-    fields, replace, saves = whole[0], os.replace, []
+@pytest.mark.parametrize("save", [1, 30])
+@pytest.mark.parametrize("torn", [0, 20])
+def test_killed_while_an_entry_is_written(whole, tmp_path, monkeypatch, save, torn):
+    fields, fsync, saves = whole[0], os.fsync, []
 
-    def crash(*paths: object) -> None:
-        saves.append(paths)
+    def crash(descriptor: int) -> None:
+        saves.append(descriptor)
         if len(saves) == save:
+            os.truncate(descriptor, os.fstat(descriptor).st_size - torn)
             raise Killed
-        replace(*paths)
+        fsync(descriptor)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", crash)
+        patched.setattr(os, "fsync", crash)
         with pytest.raises(Killed):
             run(tmp_path, **fields)
-    assert (tmp_path / f"{STATE_NAME}.partial").exists()
     assert_same(run(tmp_path, resume=True, **fields), tmp_path, whole)
 
 
@@ -147,8 +147,8 @@ def stopped(tmp_path_factory):
     return folder
 
 
-def test_a_state_must_be_resumed(stopped):
-    with pytest.raises(SearchError, match="resume it, or use another folder"):
+def test_a_journal_must_be_resumed(stopped):
+    with pytest.raises(SearchError, match="resume it"):
         run(stopped)
 
 
@@ -164,21 +164,50 @@ def test_a_state_must_be_resumed(stopped):
     ],
 )
 def test_another_search_is_refused_by_name(stopped, change, name):
-    before = (stopped / STATE_NAME).read_text()
+    before = (stopped / JOURNAL_NAME).read_text()
     arguments = {"model": small_model(), "task": TaskWithShortPrompts(groups=40), **SMALL, **change}
-    with pytest.raises(SearchError, match=f"is from another search: {name}"):
+    with pytest.raises(SearchError, match=f"is of another run: {name}"):
         search(**arguments, folder=stopped, resume=True, progress=False)
-    assert (stopped / STATE_NAME).read_text() == before
+    assert (stopped / JOURNAL_NAME).read_text() == before
 
 
-def test_another_number_of_threads_is_refused(stopped):
-    threads = torch.get_num_threads()
+def test_another_number_of_threads_is_no_other_search(tmp_path):
+    with pytest.raises(Killed):
+        run(tmp_path, Bomb(60), controls=False)
+    before, threads = journal_of(tmp_path), torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        with pytest.raises(SearchError, match=f"threads was {threads} there and is {threads + 1} now"):
-            run(stopped, resume=True)
+        run(tmp_path, resume=True, controls=False)
     finally:
         torch.set_num_threads(threads)
+    assert len(before) > 1
+    assert journal_of(tmp_path)[: len(before)] == before
+    plans = [json.loads(line) for line in (tmp_path / JOURNAL_NAME).read_text().splitlines() if '"plan"' in line]
+    assert [plan["value"]["threads"] for plan in plans] == [threads, threads + 1]
+
+
+def test_a_weight_and_the_attention_implementation_count(stopped):
+    model = small_model()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[-1, -1] += 1
+    eager = small_model()
+    eager.set_attn_implementation("eager")
+    for other in (model, eager):
+        with pytest.raises(SearchError, match="model was "):
+            search(other, TaskWithShortPrompts(groups=40), **SMALL, folder=stopped, resume=True, progress=False)
+
+
+def test_overwriting_begins_anew_once_all_is_checked(whole, tmp_path):
+    run(tmp_path, seed=4, controls=False)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SearchError, match="layers"):
+        run(tmp_path, overwrite=True, layers=(40, 41))
+    with pytest.raises(Killed):
+        run(tmp_path, Bomb(1), overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert_same(run(tmp_path, overwrite=True, **whole[0]), tmp_path, whole)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_resuming_needs_a_folder():
@@ -192,14 +221,4 @@ def test_a_refused_model_leaves_no_state(tmp_path, monkeypatch):
     monkeypatch.setattr(type(model.model.rotary_emb), "forward", lambda self, x, position_ids: (x, x))
     with pytest.raises(UnsupportedModelError):
         search(model, TaskWithShortPrompts(groups=40), **SMALL, folder=tmp_path, progress=False)
-    assert not (tmp_path / STATE_NAME).exists()
-
-
-def test_a_line_of_the_log_that_was_cut_off_is_dropped(tmp_path):
-    run(tmp_path)
-    log = tmp_path / LOG_NAME
-    before = log.read_text()
-    log.write_text(before + '{"time": 17, "ev')
-    run(tmp_path, resume=True)
-    assert log.read_text().startswith(before)
-    assert all("event" in json.loads(line) for line in log.read_text().splitlines())
+    assert not any(tmp_path.iterdir())

@@ -121,6 +121,7 @@ def test_the_loss_is_the_models_own():
 
 
 SETTINGS = {
+    "algorithm": "genetic",
     "population": 4,
     "generations": 1,
     "gradient_steps": 1,

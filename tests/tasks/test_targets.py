@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from tiny_tokenizer import tiny_bpe
 
@@ -121,27 +122,44 @@ def test_a_model_may_have_several_openings():
     assert (found.openings, found.num_samples, found.num_agreeing) == ((KEYED, ""), 7, 5)
 
 
-@pytest.mark.parametrize("openings", [(KEYED, PLAIN, ""), ("The value is ", "The value of it is ", "")])
+@pytest.mark.parametrize("openings", [(KEYED, PLAIN, ""), ("The value is ", "", "The value of it is ")])
 def test_each_example_gets_the_opening_that_the_model_begins_with(openings):
     split, targets = split_of(), Targets(openings)
-    numbers = (1, 0, 2, 2, 0, 1)
-    told = targets.num_telling(split.examples, TOKENIZER)
-    texts = [opened(openings[number], n) + "another value" for n, number in enumerate(numbers)]
-    written = [ids_of(text)[:told] for text in texts]
-    chosen = targets.choosing(split, written, TOKENIZER)
-    assert chosen.chosen == {"search": numbers}
+    asked = targets.beginnings(split, TOKENIZER)
+    assert (asked.num_groups, len(asked.positions)) == (split.num_groups, 3 * len(split.positions))
+    wanted = [1, 0, 2, 2, 0, 1]
+    log_prob = np.full((6, 3), -5.0)
+    for row, number in enumerate(wanted):
+        before = split.examples[row]
+        for column, example in enumerate(asked.examples[3 * row : 3 * row + 3]):
+            assert (example.prompt_ids, example.opening_ids) == (before.prompt_ids, ())
+            begun = TOKENIZER.decode(example.answer_ids)
+            assert not openings[column] or opened(openings[column], row).startswith(begun)
+        log_prob[row, number] = -0.1
+    told = {e.answer_ids for e, text in zip(asked.examples[:3], openings, strict=True) if text}
+    assert len(told) == sum(map(bool, openings))
+    chosen = targets.choosing(split, log_prob.reshape(2, 9))
+    assert chosen.chosen == {"search": tuple(wanted)}
     applied = chosen.applied(split, TOKENIZER)
     assert [TOKENIZER.decode(e.opening_ids) for e in applied.examples] == [
-        opened(openings[number], n) for n, number in enumerate(numbers)
+        opened(openings[number], n) for n, number in enumerate(wanted)
     ]
     assert applied.targets["hash"] != targets.describe()["hash"]
     elsewhere = chosen.applied(replace(split, name="test"), TOKENIZER)
     assert all(TOKENIZER.decode(e.opening_ids) == opened(openings[0], n) for n, e in enumerate(elsewhere.examples))
 
 
+@pytest.mark.parametrize(("share", "number"), [(0.9, 0), (0.4, 0), (0.3, 1), (0.0, 1)])
+def test_an_opening_is_taken_before_none_where_the_model_often_writes_it(share, number):
+    split = split_of()
+    with np.errstate(divide="ignore"):
+        log_prob = np.log(np.tile([share, 0.123], (2, 3)))
+    assert set(Targets((KEYED, "")).choosing(split, log_prob).chosen["search"]) == {number}
+
+
 def test_one_opening_needs_no_choice():
-    assert Targets((PLAIN,)).num_telling(split_of().examples, TOKENIZER) == 0
-    assert Targets(()).num_telling(split_of().examples, TOKENIZER) == 0
+    assert Targets((PLAIN,)).beginnings(split_of(), TOKENIZER) is None
+    assert Targets(()).beginnings(split_of(), TOKENIZER) is None
 
 
 @pytest.mark.parametrize("opening", [PLAIN, KEYED, "", " "])

@@ -1,0 +1,225 @@
+"""The journal of a run, from which it goes on when it was killed; and one run at a time in a folder.
+
+A search or a comparison is a function of its settings, its seeds and what it measured. So resuming means to run it
+again from the start with the measurements that are there: it arrives where it was killed without running the model, and
+goes on. `journal.jsonl` is state and log in one: strict JSON, one entry per line, only ever appended to. Its first line
+has `format` and `identity`; each other one `kind`, `key`, `value`, and for readers `time`, in seconds since 1970.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from .errors import LayerRopeError, SearchError, TaskError
+from .files.atomic import write_atomically, writing
+from .files.strict_json import to_json
+
+JOURNAL_NAME, LOCK_NAME = "journal.jsonl", ".lock"
+RUN_FOLDER = "run"
+"""Where a command keeps its journal, in the folder of its results."""
+
+_FORMAT = 1
+_SHOWN = 120  # characters of a differing value that a message shows
+
+
+class FolderInUseError(LayerRopeError, RuntimeError):
+    """Another process is writing into the folder."""
+
+
+class JournalError(SearchError, TaskError):
+    """A journal is not the one to begin or to go on with: there is one already, of another run, or damaged."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes, and other calls in this one, out of a folder. Does not wait.
+
+    Args:
+        folder: created if missing; taken away again if nothing was put into it. Its lock file is there while the lock
+            is held; one that a killed process left is in nobody's way, for the lock itself is the system's.
+
+    Raises:
+        FolderInUseError: somebody else is in; the message names the process.
+        WriteError: the folder or the file cannot be made.
+    """
+    path = folder / LOCK_NAME
+    new = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
+    lock = FileLock(path)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            who = "another process"
+            with suppress(OSError):  # which is done by now, perhaps
+                text = path.read_text(errors="replace")
+                who = f"process {text}" if text.isdecimal() else who
+            raise FolderInUseError(
+                f"{folder} is in use by {who}: wait until it is done, end it, or use another folder."
+            ) from error
+    try:
+        with suppress(OSError):  # a full disk: the lock is what counts
+            path.write_text(str(os.getpid()))
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()  # while it is held: filelock takes no lock of a file that was removed
+        lock.release()
+        with suppress(OSError):
+            for parent in new:
+                parent.rmdir()  # unless there is something in it
+
+
+def check_free(folder: Path) -> None:
+    """Looks whether [`locked`] would let us in, where nothing is to be written yet.
+
+    Raises:
+        FolderInUseError: somebody else is in.
+        WriteError: the lock file that is there cannot be opened.
+    """
+    if (folder / LOCK_NAME).exists():
+        with locked(folder):  # one that a killed process left goes away
+            pass
+
+
+class Journal:
+    """What a run has found so far, kept in `folder`. To be used in a `with` statement, which locks the folder.
+
+    Nothing is written before the first entry; a journal that is to be overwritten is there until then.
+
+    Args:
+        folder: where `journal.jsonl` is; None keeps everything in memory only.
+        identity: what the run depends on: settings, data, model, versions. JSON values.
+        resume: go on from what is there; where nothing is, begin.
+        overwrite: begin anew, whatever is there.
+
+    Attributes:
+        folder: see above.
+
+    Raises:
+        JournalError: there is a journal, and neither `resume` nor `overwrite` was asked for; or it is damaged, or of
+            another run, and the message names the first difference.
+        FolderInUseError: another run is at work in `folder`.
+        WriteError: the folder cannot be made.
+    """
+
+    def __init__(
+        self, folder: Path | None, identity: Mapping[str, Any], resume: bool = False, overwrite: bool = False
+    ) -> None:
+        self.folder = folder
+        self._path = folder / JOURNAL_NAME if folder is not None else None
+        self._head = json.loads(to_json({"format": _FORMAT, "identity": identity}))
+        self._values: dict[str, dict[str, Any]] = {}
+        self._size: int | None = None  # in bytes, without what is left of an entry that was being written
+        if resume and (overwrite or folder is None):
+            raise JournalError("resume=True needs the folder of the run to go on with, and no overwrite=True.")
+        with ExitStack() as stack:
+            if folder is not None:
+                stack.enter_context(locked(folder))
+                if resume:
+                    self._load()
+                elif self._path.exists() and not overwrite:
+                    raise JournalError(
+                        f"{folder} holds an unfinished or finished run: resume it, overwrite it, or use another folder."
+                    )
+            self._lock = stack.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._lock.close()
+
+    def append(self, kind: str, key: Any, value: Any) -> None:
+        """Adds an entry; it is on the disk when this returns.
+
+        Args:
+            kind: of entry.
+            key: JSON values: what of this kind it is. An entry takes the place of an earlier one of its kind and key.
+            value: JSON values.
+
+        Raises:
+            WriteError: it cannot be written; the entries before are there.
+        """
+        entry = {"kind": kind, "key": key, "value": value, "time": round(time.time(), 3)}
+        line = to_json(entry)
+        if self._path is not None:
+            self._write(line + "\n")
+        self._keep(json.loads(line))
+
+    def get(self, kind: str, key: Any) -> Any:
+        """Returns the value of an entry, as JSON has it; None if there is none."""
+        return self._values.get(kind, {}).get(to_json(key))
+
+    def values(self, kind: str) -> list[Any]:
+        """Returns the values of all entries of a kind, in the order in which their keys first came."""
+        return list(self._values.get(kind, {}).values())
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """In its block, values that are not what they should be count as damage of the journal."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError) as damage:
+            if isinstance(damage, LayerRopeError):
+                raise
+            raise JournalError(f"{self._path} is damaged ({damage!r}): begin anew, overwriting it.") from damage
+
+    def _keep(self, entry: Mapping[str, Any]) -> None:
+        self._values.setdefault(entry["kind"], {})[to_json(entry["key"])] = entry["value"]
+
+    def _write(self, line: str) -> None:
+        if self._size is None:
+            text = f"{to_json(self._head)}\n{line}"
+            write_atomically(self._path, text)
+            self._size = len(text)
+            return
+        with writing(self._path):
+            os.truncate(self._path, self._size)
+            with open(self._path, "a", encoding="ascii") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        self._size += len(line)
+
+    def _load(self) -> None:
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:  # killed before its first entry
+            return
+        except OSError as error:
+            raise JournalError(f"{self._path} cannot be read: {error}.") from error
+        *lines, _ = content.split(b"\n")  # what was being written at the kill has no line end
+        self._size = sum(len(line) + 1 for line in lines)
+        with self.reading():
+            head, *entries = map(json.loads, lines)
+            if head["format"] != _FORMAT:
+                raise JournalError(f"{self._path} has format {head['format']!r}, expected {_FORMAT}.")
+            difference = first_difference(head["identity"], self._head["identity"])
+            if difference is not None:
+                raise JournalError(f"{self._path} is of another run: {difference}.")
+            for entry in entries:
+                self._keep(entry)
+
+
+def first_difference(before: Any, now: Any, name: str = "") -> str | None:
+    """Returns where two trees of JSON values first differ, and how, in words; None if they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            found = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            if found is not None:
+                return found
+        return None
+    if before == now:
+        return None
+    was, is_now = (json.dumps(value)[:_SHOWN] for value in (before, now))
+    return f"{name} was {was} there and is {is_now} now"

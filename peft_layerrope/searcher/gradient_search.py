@@ -1,0 +1,389 @@
+"""The search by gradients: simple choices first, then a factor for each layer, all under one bound on what they do to
+ordinary text; a validation split chooses among them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from ..errors import SearchError
+from ..scoring.preflight import Preflight, prepared, with_targets
+from ..scoring.scorer import Scorer
+from ..scoring.scores import PositionScores
+from ..scoring.statistics import Interval, mean_interval, rank_key
+from ..tasks import PromptTask, Split, SplitName, Task
+from .climb import (
+    Family,
+    Step,
+    averaged,
+    climb,
+    decay_family,
+    first_and_rest_family,
+    per_layer_family,
+    uniform_family,
+)
+from .factor_gradient import FactorGradient, Slope
+from .grid import Factors
+from .ordinary_text import Windows, divergences, losses, scored_positions, window_logits
+from .progress import SearchProgress
+from .result import BOUNDED, DECAY, FIRST_REST, NONE, PER_LAYER, UNIFORM
+from .schedule import CONTEXTS_PER_STEP, UNIFORM_VALUES, Rates, Schedule
+from .settings import SearchSettings
+from .space import FactorSpace
+from .verdict import Harm, choose
+
+SIMPLEST_FIRST = (NONE, BOUNDED, FIRST_REST, DECAY, PER_LAYER)
+"""What may be the result. `UNIFORM` knows no bound: it is shown beside them."""
+UNIFORM_RANGE = (0.4, 2.5)
+_PROBE = 0.1  # log-factor at which the divergence of a uniform factor is measured to find where it meets the bound
+_OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
+_DIGITS = 2
+
+
+class Record(Protocol):
+    """Where results are kept, so that a run that goes on does not compute them again."""
+
+    def get(self, kind: str, key: str) -> Any:
+        """Returns what was kept, or None."""
+
+    def append(self, kind: str, key: str, value: Any) -> None:
+        """Keeps JSON values."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method ended with.
+
+    Attributes:
+        factors: of each layer, rounded.
+        fitness: mean log-probability of the targets on contexts of the search split: the average of the last steps,
+            or of the contexts of a race.
+        evaluations: vectors whose fitness was looked at.
+        steps: of a climb.
+    """
+
+    factors: Factors
+    fitness: float
+    evaluations: int
+    steps: tuple[Step, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search by gradients found.
+
+    Attributes:
+        found: by name.
+        validation: scores on the validation split.
+        harm: of each, on text that no gradient was taken on.
+        chosen: the result's name.
+    """
+
+    found: Mapping[str, Found]
+    validation: Mapping[str, PositionScores]
+    harm: Mapping[str, Harm]
+    chosen: str
+
+
+class GradientSearch:
+    """One search, stage after stage. Each result is kept in a record, and taken from there if it is there.
+
+    Args:
+        model: a `PeftModel` with one LAYER_ROPE adapter, changed in place.
+        task: where contexts come from.
+        settings: see [`SearchSettings`].
+        space: which layers are free.
+        windows: ordinary text: the first half for gradients, the second to measure with.
+        scorer: of `model`.
+        record: see [`Record`].
+        audience: told what is done.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        task: Task,
+        settings: SearchSettings,
+        space: FactorSpace,
+        windows: Windows,
+        scorer: Scorer,
+        record: Record,
+        audience: SearchProgress,
+    ) -> None:
+        self._model = model
+        self._task = task
+        self._settings = settings
+        self._space = space
+        self._windows = windows
+        self._scorer = scorer
+        self._record = record
+        self._audience = audience
+        self._gradient = FactorGradient(model)
+        self._limits = tuple(np.log(settings.factor_limits))
+        self._contexts: list[int] = []
+        self._search: Split | None = None
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def scaled_layers(self) -> tuple[int, ...]:
+        """Layers that are free."""
+        return self._space.scaled_layers
+
+    @property
+    def search_split(self) -> Split:
+        """All contexts that are searched on, once the search has begun."""
+        return self._search
+
+    def rates(self, split: Split) -> Rates:
+        """Times the unscaled model on one context, after a first pass that makes everything ready."""
+        one, unscaled = split.part(0, 1), np.zeros(self._space.num_layers)
+        self._set(self._rounded(unscaled))
+        self._scorer.score(one)
+        passes = (
+            lambda: self._scorer.score(one),
+            lambda: self._gradient.of_answers(one, unscaled),
+            lambda: self._of_text(0, unscaled),
+        )
+        return Rates(*map(_timed, passes))
+
+    def run(self, found: Preflight | None, schedule: Schedule, validation: Split) -> Outcome:
+        """Searches, measures and chooses.
+
+        Args:
+            found: how the unscaled model writes its answers.
+            schedule: what to do.
+            validation: contexts to choose by.
+        """
+        self._take_contexts(found, schedule)
+        results = self._uniform(schedule)
+        start = sum(schedule.rounds)
+        sources, layers = self._space.key_sources, self._space.scaled_layers
+        origin = np.log(results[BOUNDED].factors)  # which may be the unscaled model's
+        for name, family, steps in (
+            (FIRST_REST, first_and_rest_family(sources, layers), schedule.control_steps),
+            (DECAY, decay_family(sources, layers), schedule.control_steps),
+            (PER_LAYER, per_layer_family(sources, layers), schedule.steps),
+        ):
+            results[name] = self._climbed(name, family, origin, steps, start)
+            start += steps * CONTEXTS_PER_STEP
+        scores = self._validated(results, validation)
+        harm = self._harm(results)
+        fitness = {name: score.log_prob.mean(axis=1) for name, score in scores.items()}
+        chosen = choose(fitness, harm, SIMPLEST_FIRST, self._settings.max_harm)
+        return Outcome(results, scores, harm, chosen)
+
+    def _take_contexts(self, found: Preflight | None, schedule: Schedule) -> None:
+        """Makes the search split: as many contexts as there are, drawn with replacement where they are too few."""
+        task = self._task
+        if isinstance(task, PromptTask) and found is not None:
+            task = prepared(task, found)
+        wanted = contexts_to_ask(task, schedule.search_contexts)
+        split = task.split("search", wanted)
+        self._search = with_targets(split, found, task) if found is not None else split
+        rng, contexts = np.random.default_rng(self._settings.seed), list(range(wanted))
+        while len(contexts) < schedule.search_contexts:
+            contexts += rng.permutation(wanted).tolist()
+        self._contexts = contexts
+
+    def _part(self, start: int, count: int) -> Split:
+        """Contexts number `start` and on, each once."""
+        numbers = set(self._contexts[start : start + count])
+        members = list(dict.fromkeys(example.group for example in self._search.examples))
+        wanted = {members[number] for number in numbers}
+        return replace(self._search, examples=tuple(e for e in self._search.examples if e.group in wanted))
+
+    def _once(self, kind: str, key: str, compute: Callable[[], Any]) -> Any:
+        """What is in the record, or is computed and put there."""
+        kept = self._record.get(kind, key)
+        if kept is None:
+            kept = compute()
+            self._record.append(kind, key, kept)
+        self._audience.advance()
+        return kept
+
+    @contextmanager
+    def _stage(self, name: str, total: int) -> Iterator[None]:
+        started = time.perf_counter()
+        self._audience.stage(name, total)
+        yield
+        self.seconds[name] = max(0.0, time.perf_counter() - started)
+
+    def _rounded(self, log_factors: np.ndarray) -> Factors:
+        """Factors as they are kept: rounded, and those of layers that are not free exactly 1."""
+        factors = np.round(np.exp(np.clip(log_factors, *self._limits)), _DIGITS)
+        return self._space.spread([float(factors[layer]) for layer in self._space.scaled_layers])
+
+    def _set(self, factors: Factors) -> None:
+        self._model.base_model.set_layer_factors(factors)
+
+    def _uniform(self, schedule: Schedule) -> dict[str, Found]:
+        """The best uniform factor of a wide range, and the best of those that keep to the bound."""
+        family = uniform_family(self._space.key_sources, self._space.scaled_layers)
+        wide = np.linspace(*np.log(UNIFORM_RANGE), UNIFORM_VALUES)
+        races = {UNIFORM: wide, BOUNDED: self._bounded_values(family)}
+        unscaled = self._rounded(np.zeros(self._space.num_layers))
+        fitness = self._once(
+            "raced", "unscaled", lambda: self._by_context(unscaled, self._part(0, sum(schedule.rounds)))
+        )
+        results = {NONE: Found(unscaled, float(np.mean(fitness)), 1)}
+        for name, values in races.items():
+            vectors = list(dict.fromkeys(self._rounded(family.log_factors(np.array([value]))) for value in values))
+            counts = [-(-len(vectors) // 2**number) for number in range(len(schedule.rounds))]
+            with self._stage(f"race: {name}", sum(counts)):
+                results[name] = self._raced(vectors, schedule.rounds)
+        return results
+
+    def _bounded_values(self, family: Family) -> list[float]:
+        """Log-factors from one end of the bound to the other: the divergence grows with the square of a log-factor."""
+        bound = self._settings.max_harm
+        if bound is None:
+            return [0.0]
+        ends = []
+        with self._stage("what uniform factors do to text", 2):
+            for value in (-_PROBE, _PROBE):
+                log_factors = family.log_factors(np.array([value]))
+                kept = self._once("text", f"{value}", lambda at=log_factors: _plain(self._of_text(0, at)))
+                ends.append(value * min(np.sqrt(bound / max(kept[0], 1e-9)), 10.0))
+        return [share * end for end in ends for share in (1.0, 0.5)] + [0.0]
+
+    def _raced(self, vectors: Sequence[Factors], rounds: Sequence[int]) -> Found:
+        """Scores vectors on more and more contexts; after each round the better half goes on."""
+        start, evaluations = 0, len(vectors)
+        values: dict[Factors, list[float]] = {vector: [] for vector in vectors}
+        running = list(vectors)
+        for contexts in rounds:
+            split = self._part(start, contexts)
+            for vector in running:
+                values[vector] += self._once(
+                    "raced", f"{start}+{contexts} {vector}", lambda at=vector, on=split: self._by_context(at, on)
+                )
+            start += contexts
+            running.sort(key=lambda vector: -rank_key(np.mean(values[vector])))
+            self._audience.note(f"best {running[0][-1]:g} {np.mean(values[running[0]]):.3f}")
+            running = running[: max(1, -(-len(running) // 2))]
+        return Found(running[0], float(np.mean(values[running[0]])), evaluations)
+
+    def _by_context(self, factors: Factors, split: Split) -> list[float]:
+        self._set(factors)
+        return self._scorer.score(split).log_prob.mean(axis=1).tolist()
+
+    def _climbed(self, name: str, family: Family, origin: np.ndarray, count: int, start: int) -> Found:
+        steps: list[Step] = []
+
+        def slopes(number: int, log_factors: np.ndarray) -> tuple[Slope, Slope]:
+            split = self._part(start + number * CONTEXTS_PER_STEP, CONTEXTS_PER_STEP)
+            kept = self._once(
+                "step",
+                f"{name} {number}",
+                lambda: [
+                    _plain(self._gradient.of_answers(split, log_factors)),
+                    _plain(self._of_text(number, log_factors)),
+                ],
+            )
+            return _slope(kept[0]), _slope(kept[1])
+
+        with self._stage(f"gradient steps: {name}", count):
+            for step in climb(
+                family, origin, count, slopes, max_divergence=self._settings.max_harm, limits=self._limits
+            ):
+                steps.append(step)
+                recent = [s.fitness for s in steps[-5:]]
+                self._audience.note(f"log-prob {np.mean(recent):.3f} · text {step.divergence:.4f}")
+        if not steps:
+            raise SearchError(f"{name}: the gradient is not finite at its first step; use another --dtype.")
+        last = steps[len(steps) // 2 :]
+        fitness = float(np.mean([step.fitness for step in last]))
+        return Found(self._rounded(self._within_bound(name, averaged(steps))), fitness, len(steps), tuple(steps))
+
+    def _within_bound(self, name: str, log_factors: np.ndarray) -> np.ndarray:
+        """Log-factors made smaller together until the divergence on the windows for gradients is within its bound; it
+        grows about with their square.
+        """
+        bound = self._settings.max_harm
+        if bound is None:
+            return log_factors
+        windows = self._windows[: len(self._windows) // 2]
+        kept = self._once("text", name, lambda: self._measured_harm(self._rounded(log_factors), windows)[0][0])
+        return log_factors * min(1.0, np.sqrt(bound / max(_number(kept), 1e-9)))
+
+    def _of_text(self, number: int, log_factors: np.ndarray) -> Slope:
+        """The divergence on one of the windows for gradients."""
+        window = self._windows[number % (len(self._windows) // 2)]
+        return self._gradient.of_divergence(window, scored_positions(len(window), number), log_factors)
+
+    def _validated(self, results: Mapping[str, Found], split: Split) -> dict[str, PositionScores]:
+        scores: dict[str, PositionScores] = {}
+        with self._stage("choice on the validation split", len(results)):
+            for name, found in results.items():
+
+                def scored(factors: Factors = found.factors) -> list[Any]:
+                    self._set(factors)
+                    return self._scorer.score(split).to_plain()
+
+                kept = self._once("validation", f"{found.factors}", scored)
+                scores[name] = PositionScores.from_plain(kept)
+        return scores
+
+    def _harm(self, results: Mapping[str, Found]) -> dict[str, Harm]:
+        harm: dict[str, Harm] = {}
+        windows = self._windows[len(self._windows) // 2 :]
+        with self._stage("what they do to ordinary text", len(results)):
+            for name, found in results.items():
+                kept = self._once("harm", f"{found.factors}", lambda at=found.factors: self._measured_harm(at, windows))
+                harm[name] = Harm(*(Interval(*map(_number, part)) for part in kept))
+        return harm
+
+    @torch.inference_mode()
+    def _measured_harm(self, factors: Factors, windows: Windows) -> list[list[float]]:
+        """Divergence and rise of the loss on windows of text, with their intervals."""
+        found: list[list[np.ndarray]] = [[], []]
+        for window in windows:
+            positions = list(range(len(window) - 1))
+            logits = []
+            for vector in (self._rounded(np.zeros(self._space.num_layers)), factors):
+                self._set(vector)
+                logits.append(window_logits(self._model, window, positions))
+            before, after = (losses(part, window, positions) for part in logits)
+            found[0].append(divergences(*logits).double().cpu().numpy())
+            found[1].append((after - before).double().cpu().numpy())
+        intervals = [mean_interval(np.concatenate(parts)) for parts in found]
+        return [[interval.value, interval.low, interval.high] for interval in intervals]
+
+
+def contexts_to_ask(task: Task, wanted: int) -> int:
+    """Returns how many different contexts of the search split there are for a search that wants so many."""
+    if isinstance(task, PromptTask) and task.without_distractors("search", 0, 1, gold=True) is not None:
+        wanted = min(wanted, _OWN_TARGET_CONTEXTS)
+    return available(task, "search", wanted)
+
+
+def available(task: Task, split: SplitName, wanted: int) -> int:
+    """Returns how many contexts a split has, at least 1 and at most `wanted`; all that are, where a task cannot say."""
+    return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted
+
+
+def _timed(passed: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    passed()
+    return max(1e-6, time.perf_counter() - started)
+
+
+def _plain(slope: Slope) -> list[Any]:
+    return [slope.value, slope.gradient.tolist()]
+
+
+def _slope(plain: Sequence[Any]) -> Slope:
+    """What is not finite is null in JSON."""
+    return Slope(_number(plain[0]), np.array([_number(value) for value in plain[1]]))
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

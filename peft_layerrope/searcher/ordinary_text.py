@@ -1,0 +1,189 @@
+"""Ordinary text, and what factors do to it.
+
+That is measured by the Kullback-Leibler divergence of the unscaled model's next-token distribution from the scaled
+one's, at positions of the text: the rise of the loss, were each next token drawn from the unscaled model. Unlike a
+difference of two losses it is never negative, and needs few tokens. The text is people's, since what a model writes at
+temperature 1 by itself is often degenerate, where its distribution is sharp and hardly moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..errors import TaskError
+from ..messages import one_line
+from ..scoring.judging import judge_tokens
+from ..scoring.memory import with_halving
+from ..tuner.sites import embedding_table
+
+Windows = tuple[tuple[int, ...], ...]
+"""Token ids of pieces of text, all of one length."""
+
+NUM_WINDOWS = 4
+SAMPLE_NAME = "sample_text.txt"
+_MAX_UNKNOWN = 0.1  # share of unknown tokens from which on a text is none to the model
+_CHARACTERS_PER_TOKEN = 40  # read of a file at most, for each token that is wanted
+_SAMPLED_TOKENS = 256  # tokens of one sample: a window holds several, one after the other
+_SCORED = 128  # positions of a window at which distributions are compared
+
+
+def ordinary_windows(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, text: Path | None, length: int, *, seed: int
+) -> tuple[Windows, str]:
+    """Returns windows of ordinary text, and what text it is.
+
+    Args:
+        model: the unscaled model, which writes the text itself where its tokenizer does not know the words.
+        tokenizer: the model's; None: the model writes.
+        text: a file in UTF-8; None: the sample that is shipped.
+        length: the most tokens of a window. It is less where the text is short.
+        seed: of what the model writes.
+
+    Raises:
+        TaskError: the file cannot be read, or is too short.
+    """
+    if tokenizer is not None:
+        ids = _encoded(tokenizer, _read(text, length))
+        unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1) if tokenizer.unk_token_id is not None else 0
+        size = min(length, len(ids) // NUM_WINDOWS)
+        if unknown <= _MAX_UNKNOWN and size >= _SCORED:
+            # of a document, only the first window would begin as texts do
+            begin = [tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else []
+            starts = [i * (len(ids) // NUM_WINDOWS) for i in range(NUM_WINDOWS)]
+            windows = tuple(tuple([*begin, *ids[start : start + size - len(begin)]]) for start in starts)
+            return windows, text.name if text is not None else "the shipped sample"
+        if text is not None:
+            raise TaskError(
+                f"{text} has {len(ids)} tokens, {unknown:.0%} of them unknown to the tokenizer: expected at least "
+                f"{NUM_WINDOWS * _SCORED}, {_MAX_UNKNOWN:.0%} of them unknown at most."
+            )
+    return sample_windows(model, NUM_WINDOWS, length, seed=seed), "written by the unscaled model at temperature 1"
+
+
+def _read(text: Path | None, length: int) -> str:
+    if text is None:
+        return resources.files(__package__).joinpath(SAMPLE_NAME).read_text(encoding="utf-8")
+    try:
+        with text.open(encoding="utf-8-sig") as file:
+            return file.read(NUM_WINDOWS * length * _CHARACTERS_PER_TOKEN)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{text} cannot be read as text: {one_line(error)}.") from error
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int) -> Windows:
+    """Has a model write text at temperature 1.
+
+    Args:
+        model: a transformers causal language model, unscaled.
+        num_windows: pieces of text.
+        length: tokens of each. A window is filled with samples of at most 256 tokens, one after the other.
+        seed: of the draws.
+    """
+    per_window = -(-length // _SAMPLED_TOKENS)
+    size = -(-length // per_window)
+    start, ends = _special_tokens(model)
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        min_new_tokens=size,
+        max_new_tokens=size,
+        eos_token_id=ends or None,  # none before the minimum, that is, never
+        pad_token_id=start,
+    )
+    device = embedding_table(model).device
+
+    def attempt(rows: int) -> list[list[int]]:
+        samples: list[list[int]] = []
+        with _seeded(seed, device):
+            while len(samples) < num_windows * per_window:
+                count = min(rows, num_windows * per_window - len(samples))
+                ids = torch.full((count, 1), start, device=device)
+                written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+                samples += written[:, 1 : 1 + size].tolist()
+        return samples
+
+    with torch.inference_mode():
+        samples, _ = with_halving(lambda tokens: attempt(max(1, tokens // size)), 16 * size)
+    joined = [samples[i * per_window : (i + 1) * per_window] for i in range(num_windows)]
+    return tuple(tuple(token for sample in window for token in sample)[:length] for window in joined)
+
+
+def scored_positions(length: int, seed: int = 0) -> list[int]:
+    """Returns at which positions of a window, but its last, distributions are compared: spread evenly, from a random
+    start.
+    """
+    count = min(_SCORED, length - 1)
+    offset = np.random.default_rng(seed).random()
+    return sorted({int((i + offset) * (length - 1) / count) for i in range(count)})
+
+
+def window_logits(model: nn.Module, window: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+    """Returns a window's logits at some positions: shape `(len(positions), vocabulary)`, in the model's dtype."""
+    device = embedding_table(model).device
+    ids, columns = torch.tensor([window], device=device), torch.tensor(positions, device=device)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
+    if logits.shape[1] != len(positions):  # a model that does not know `logits_to_keep` returns every column
+        logits = logits[:, columns]
+    return logits[0]
+
+
+def divergence(unscaled: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+    """Returns the Kullback-Leibler divergence in nats, averaged over positions.
+
+    Args:
+        unscaled: logits of shape `(positions, vocabulary)`.
+        scaled: logits of that shape; the result is differentiable in them.
+    """
+    return divergences(unscaled, scaled).mean()
+
+
+def divergences(unscaled: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+    """Returns the same for each position: shape `(positions,)`, float32. Rounding may leave it a little below 0."""
+    parts = []
+    for before, after in zip(unscaled.split(_SCORED), scaled.split(_SCORED), strict=True):  # rows in float32 are large
+        expected = before.float().log_softmax(-1)
+        parts.append((expected.exp() * (expected - after.float().log_softmax(-1))).sum(-1))
+    return torch.cat(parts)
+
+
+def losses(logits: torch.Tensor, window: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+    """Returns the loss of the token after each position: shape `(positions,)`, float32."""
+    after = torch.tensor([window[position + 1] for position in positions], device=logits.device)
+    return -judge_tokens(logits, after)[0]
+
+
+def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
+    """The token that text begins with, and those that it ends with."""
+    settings, text = model.generation_config, model.config.get_text_config(decoder=True)
+    ends = settings.eos_token_id if settings.eos_token_id is not None else text.eos_token_id
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    begins = settings.bos_token_id if settings.bos_token_id is not None else text.bos_token_id
+    return (begins if begins is not None else next(iter(ends), 0)), ends
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds PyTorch's generators, which `generate()` draws from, and gives them their state back."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
