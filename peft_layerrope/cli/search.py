@@ -25,6 +25,7 @@ from ..searcher.plan import Plan
 from ..searcher.result import REPORT_NAME, TIMING_NAME
 from ..searcher.settings import SearchSettings
 from ..searcher.specification import SearchSpecification, read_specification
+from ..tasks.specification import TaskSpecification
 from ..tuner.sites import embedding_table
 from .app import app, err, out, plain_errors, resumable, shell_word
 from .inputs import build_task, load, resolve_task, window_of, with_difficulty
@@ -34,6 +35,8 @@ from .output import check_output
 _run_option = partial(typer.Option, rich_help_panel="Running")
 
 SPECIFICATION_NAME = "search.yaml"
+_USUAL_LENGTH = 4096  # tokens: the middle is lost far inside the window, and a longer prompt takes longer
+_SIZES = ("length", "num_keys", "difficulty", "data")
 _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT)
 
 
@@ -60,9 +63,14 @@ def search(
 ) -> None:
     """Search per-layer factors and compare them, held out, with simpler choices.
 
+    With a MODEL and nothing else, prompts have up to 4,096 tokens and as many key-value pairs as leave the unscaled
+    model between 40 and 90 % right answers.
+
     Example: `layerrope search --output demo-adapter` searches the shipped demo model in about two minutes.
 
     Example: `layerrope search meta-llama/Llama-3.1-8B-Instruct --length 8192 --output my-adapter --dry-run`
+
+    Example: `layerrope search Qwen/Qwen2.5-0.5B-Instruct --num-keys 100 --minutes 20 --output my-adapter`
 
     Example: `layerrope search --output my-adapter --resume` goes on where a search was interrupted.
 
@@ -85,7 +93,8 @@ def search(
         pool = _workers(workers, ray_address, specification)
         tokenizer = load_tokenizer(specification)
         window = window_of(specification)
-        task = resolve_task(specification.task, window, specification.model is None, tokenizer)
+        task = _sized(specification, window)
+        task = resolve_task(task, window, specification.model is None, tokenizer)
         specification = replace(specification, task=task)
         if task.difficulty is None:
             built = build_task(task, tokenizer)  # what cannot work is refused before the model is loaded
@@ -150,6 +159,16 @@ def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed)
             "trust_remote_code=true if you trust it, or trust_remote_code=false."
         )
     return asked
+
+
+def _sized(specification: SearchSpecification, window: int | None) -> TaskSpecification:
+    """The task, with a size that can be searched in minutes where a model of one's own is given and nothing else."""
+    task = specification.task
+    given = any(getattr(task, name) is not None for name in _SIZES)
+    by_gradients = specification.search.algorithm == "gradient" and specification.model is not None
+    if given or not by_gradients or task.name not in (None, "kv_retrieval"):
+        return task
+    return replace(task, difficulty="auto", length=min(_USUAL_LENGTH, window or _USUAL_LENGTH))
 
 
 def _workers(count: int, address: str | None, specification: SearchSpecification) -> AbstractContextManager[Any]:

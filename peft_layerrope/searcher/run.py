@@ -81,10 +81,16 @@ def search(
 ) -> SearchResult:
     """Searches one RoPE factor per layer (arXiv 2503.04355) and compares it with simpler choices.
 
-    A genetic algorithm over cubic Bézier curves finds the region; gradient steps on the factors and coordinate steps
-    on the grid look for the optimum, and a validation split decides whether they found it. No scaling, every uniform
-    factor, two shared-factor controls, straight lines and random search are tried on the same search split at the
-    same budget. What each chose is then scored once on the held-out test split.
+    With `algorithm="gradient"`, the default, uniform factors race on a few contexts, and then two choices of two
+    numbers and a factor for each layer climb by Adam through the frozen model, each step on fresh contexts, with the
+    change of ordinary text in the objective; a validation split chooses the simplest that none clearly beats.
+
+    With `"genetic"`, the paper's, a genetic algorithm over cubic Bézier curves finds the region; gradient steps on the
+    factors and coordinate steps on the grid look for the optimum, and a validation split decides whether they found
+    it. No scaling, every uniform factor, two shared-factor controls, straight lines and random search are tried on the
+    same search split at the same budget.
+
+    What each chose is then scored once on the held-out test split.
 
     Args:
         model: a transformers causal language model; left as it was found.
@@ -118,7 +124,7 @@ def search(
 
     >>> model = AutoModelForCausalLM.from_pretrained(demo_model_path())
     >>> task = KeyValueWords(AutoTokenizer.from_pretrained(demo_model_path()), length=512)
-    >>> result = search(model, task, rope_type="default", seed=0)
+    >>> result = search(model, task, algorithm="genetic", seed=0)
     >>> result.save("my-adapter")
     ```
     """
