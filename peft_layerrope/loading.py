@@ -102,7 +102,7 @@ def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
 def _misfit(adapter: str, reason: str) -> LayerRopeError:
     return LayerRopeError(
         f"cannot load adapter {adapter!r}: its weights do not fit this model's layers, it is of another model: "
-        f"{reason.rstrip('.')}."
+        f"{reason.removesuffix('.')}."
     )
 
 

@@ -353,7 +353,7 @@ def test_evaluate_and_search_on_a_fine_tune(folder, lora, tmp_path):
     save_file({name: tensor * 1.5 for name, tensor in weights.items()}, other / "adapter_model.safetensors")
     done = run("search", "--output", str(first), "--resume", "--model-args", f"peft={other}")
     assert done.exit_code == 2
-    assert "is from another search" in done.stderr
+    assert "of another run" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -153,8 +153,8 @@ class _Later:
 
 def _windows(model: nn.Module, task: Task, settings: SearchSettings) -> tuple[Windows, str]:
     probe = task.split("search", 1)
-    check_vocabulary(model, probe)
     check_length(settings, probe.max_tokens, trained_window(model))
+    Scorer(model, batch_tokens=settings.batch_tokens).check(probe)  # a model without finite scores cannot write text
     text = Path(settings.text) if settings.text is not None else None
     tokenizer = getattr(task, "tokenizer", None)
     # beyond the trained window the unscaled model is nothing to keep to

@@ -352,7 +352,7 @@ class GradientSearch:
                 harm[name] = Harm(*(Interval(*map(_number, part)) for part in kept))
         return harm
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _measured_harm(self, factors: Factors, windows: Windows) -> list[list[float]]:
         """Divergence and rise of the loss on windows of text, with their intervals."""
         found: list[list[np.ndarray]] = [[], []]

@@ -121,7 +121,7 @@ def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int
                 samples += written[:, 1 : 1 + size].tolist()
         return samples
 
-    with torch.inference_mode():
+    with torch.no_grad():
         samples, _ = with_halving(lambda tokens: attempt(max(1, tokens // size)), 16 * size)
     joined = [samples[i * per_window : (i + 1) * per_window] for i in range(num_windows)]
     return tuple(tuple(token for sample in window for token in sample)[:length] for window in joined)
