@@ -237,7 +237,7 @@ def _chosen(targets: Targets, scorer: Scorer, task: PromptTask, wanted: Mapping[
         split = task.split(name, count)
         beginnings = targets.beginnings(split, task.tokenizer)
         if beginnings is not None:
-            targets = targets.choosing(split, scorer.score(beginnings).log_prob)
+            targets = targets.choosing(split, scorer.score(beginnings).log_prob, task.tokenizer)
     return targets
 
 

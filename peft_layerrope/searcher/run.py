@@ -133,6 +133,8 @@ def search(
     ```
     """
     settings = _settings(settings, overrides)
+    if not isinstance(progress, bool) and not hasattr(progress, "stage"):
+        raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
     if settings.algorithm == "gradient":
         if distribute is not None:
             raise SearchError("algorithm='gradient' runs in one process: leave the workers out.")
@@ -190,8 +192,6 @@ def _prepared(
     afterwards.
     """
     check_task(task)
-    if not isinstance(progress, bool) and not hasattr(progress, "stage"):
-        raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
     space = settings.space(tuple(find_stack(model).key_sources))
     data = make_data(model, task, settings)
     scorer = Scorer(model, batch_tokens=settings.batch_tokens)

@@ -112,23 +112,27 @@ class Targets:
             openings = [rendered(opening, example, tokenizer).opening_ids for opening in self.openings]
             told = 1 + max(_common(one, other) for one, other in combinations(openings, 2))
             for number, ids in enumerate(openings):
-                # an opening that is empty has no likelihood: any token stands for it, and is not looked at
+                # one without tokens has no likelihood: any token stands for it, and is not looked at
                 asked = replace(example, opening_ids=(), answer_ids=ids[:told] or example.answer_ids[:1])
                 examples.append(replace(asked, position=example.position * count + number))
         return replace(
             split, positions=tuple(range(len(split.positions) * count)), examples=tuple(examples), judge=None
         )
 
-    def choosing(self, split: Split, log_prob: np.ndarray) -> Targets:
+    def choosing(self, split: Split, log_prob: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Targets:
         """Returns these targets with the openings that the unscaled model begins a split's answers with.
 
         Args:
             split: what was asked.
             log_prob: of the examples of [`beginnings`], in nats, shape `(groups, positions)`.
+            tokenizer: the model's.
         """
         shares = np.exp(log_prob).reshape(len(split.examples), len(self.openings))
-        bare = [number for number, opening in enumerate(self.openings) if not opening]
-        shares[:, bare] = MAX_BARE_SHARE
+        for row, example in enumerate(split.examples):
+            for number, opening in enumerate(self.openings):
+                if not rendered(opening, example, tokenizer).opening_ids:
+                    # bare; or a tokenizer joins what is opened with to the answer, and no token tells it
+                    shares[row, number] = 0.0 if opening else MAX_BARE_SHARE
         return replace(self, chosen={**self.chosen, split.name: tuple(shares.argmax(1).tolist())})
 
     def describe(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def test_each_example_gets_the_opening_that_the_model_begins_with(openings):
         log_prob[row, number] = -0.1
     told = {e.answer_ids for e, text in zip(asked.examples[:3], openings, strict=True) if text}
     assert len(told) == sum(map(bool, openings))
-    chosen = targets.choosing(split, log_prob.reshape(2, 9))
+    chosen = targets.choosing(split, log_prob.reshape(2, 9), TOKENIZER)
     assert chosen.chosen == {"search": tuple(wanted)}
     applied = chosen.applied(split, TOKENIZER)
     assert [TOKENIZER.decode(e.opening_ids) for e in applied.examples] == [
@@ -154,7 +154,16 @@ def test_an_opening_is_taken_before_none_where_the_model_often_writes_it(share, 
     split = split_of()
     with np.errstate(divide="ignore"):
         log_prob = np.log(np.tile([share, 0.123], (2, 3)))
-    assert set(Targets((KEYED, "")).choosing(split, log_prob).chosen["search"]) == {number}
+    assert set(Targets((KEYED, "")).choosing(split, log_prob, TOKENIZER).chosen["search"]) == {number}
+
+
+def test_an_opening_that_a_tokenizer_joins_to_the_answer_is_not_taken():
+    tokenizer, split = tiny_bpe(across_words=True), split_of()
+    openings = next(
+        (KEYED, text) for text in (" ", ' "') if not rendered(text, split.examples[0], tokenizer).opening_ids
+    )
+    chosen = Targets(openings).choosing(split, np.log(np.tile([0.1, 0.9], (2, 3))), tokenizer)
+    assert chosen.chosen["search"][0] == 0
 
 
 def test_one_opening_needs_no_choice():
