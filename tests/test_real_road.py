@@ -64,7 +64,7 @@ def test_written_answers_are_those_of_a_plain_generate_loop(smollm2_model, smoll
 def test_targets_are_what_the_model_writes_and_make_likelihood_agree_with_writing(smollm2_model, smollm2_tokenizer):
     task, scorer = task_of(smollm2_tokenizer), Scorer(smollm2_model)
     found = preflight(scorer, task, num_groups=4)
-    assert found.targets.openings == (' "',)
+    assert found.targets.opening == ' "'
     bare = task.split("test", 6)
     split = with_targets(bare, found, task)
     scores = scorer.generate(split)
@@ -90,7 +90,7 @@ def test_search_saves_an_adapter_that_peft_loads(smollm2_model, smollm2_tokenize
     result = search(smollm2_model, task_of(smollm2_tokenizer), folder=tmp_path / "run", **SETTINGS)
     result.save(tmp_path / "adapter")
     report = json.loads((tmp_path / "adapter" / "search.json").read_text())
-    assert report["preflight"]["targets"]["openings"] == [' "']
+    assert report["preflight"]["targets"]["opening"] == ' "'
     test = next(split for split in report["splits"] if split["name"] == "test")
     assert test["targets"]["agreeing"] >= 3
     assert report["table"][0]["test"]["mean_answer_tokens"] > 1

@@ -38,6 +38,7 @@ from .output import check_output
 _run_option = partial(typer.Option, rich_help_panel="Running")
 
 SPECIFICATION_NAME = "search.yaml"
+_DEMO_ALGORITHM = "genetic"  # the demo is asked far beyond its trained window, where gradients find little
 _USUAL_LENGTH = 4096  # tokens: the middle is lost far inside the window, and a longer prompt takes longer
 _SIZES = ("length", "num_keys", "difficulty", "data")
 _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT)
@@ -100,8 +101,8 @@ def search(
         task = _sized(specification, window)
         task = resolve_task(task, window, specification.model is None, tokenizer)
         specification = replace(specification, task=task)
-        if task.difficulty is None:
-            built = build_task(task, tokenizer)  # what cannot work is refused before the model is loaded
+        # what cannot work is refused before the model is loaded
+        built = build_task(replace(task, difficulty=None), tokenizer)
         loaded = load(specification)
         on_cpu = embedding_table(loaded).device.type == "cpu"
         if specification.load_in_4bit and on_cpu and specification.search.takes_gradient_steps:
@@ -149,11 +150,13 @@ def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed)
     saved = output / SPECIFICATION_NAME
     if config is None and resume and saved.exists():
         config = saved
+    given = typed.get("model") is not None
     if config is None:
-        given = typed.get("model") is not None
-        # of the demo, far beyond its trained window, gradients find little
-        return SearchSpecification(search=SearchSettings(algorithm="gradient" if given else "genetic"))
-    asked = SearchSpecification.of(read_specification(config), str(config))
+        return SearchSpecification(search=SearchSettings() if given else SearchSettings(algorithm=_DEMO_ALGORITHM))
+    values = read_specification(config)
+    asked = SearchSpecification.of(values, str(config))
+    if not given and asked.model is None and "algorithm" not in (values.get("search") or {}):
+        asked = replace(asked, search=replace(asked.search, algorithm=_DEMO_ALGORITHM))
     if asked.trust_remote_code and "trust_remote_code" not in typed:
         raise SearchError(
             f"{config} has trust_remote_code, by which code of {asked.model} would run: add --model-args "

@@ -17,7 +17,7 @@ from ..messages import shown
 from ..tasks import Example, PromptTask, Split, SplitName
 from ..tasks.multi_doc_qa import MultiDocumentQA
 from ..tasks.prompts import ASKED_EVERYWHERE
-from ..tasks.targets import Target, Targets, common_openings, target_of
+from ..tasks.targets import Target, Targets, common_opening, target_of
 from ..tuner.sites import trained_window
 from .generation import Written, judge_written
 from .scorer import Scorer
@@ -98,10 +98,9 @@ class Preflight:
         lines = [f"{start}{share}."]
         if self.targets is None:
             lines.append("targets: too few right answers to learn how the model writes one.")
-        elif self.targets.openings:
-            openings = " or ".join(map(repr, self.targets.openings))
+        elif self.targets.opening is not None:
             lines.append(
-                f"targets: the model opens an answer with {openings} "
+                f"targets: the model opens an answer with {self.targets.opening!r} "
                 f"({self.targets.num_agreeing} of {self.targets.num_samples} right answers)."
             )
         else:
@@ -166,10 +165,9 @@ def preflight(
         scorer: of the unscaled model.
         task: a task with written answers.
         num_groups: contexts to ask; all there are, if there are fewer.
-        wanted: contexts by split for which targets are going to be needed. Where each question has an opening of its
-            own, the unscaled model is asked them with the gold item alone (default: those of the search split): of the
-            search split until so many questions are answered, of the others all. Where the model opens its answers in
-            several ways, each of them is scored.
+        wanted: contexts by split for which targets are going to be needed; default: these. Where each question has an
+            opening of its own, the unscaled model is asked them with the gold item alone: of the search split until so
+            many questions are answered, of the others all.
         tell: told what is done.
 
     Raises:
@@ -184,9 +182,7 @@ def preflight(
     found = [target_of(w.ids, e.answers, task.judge) for w, e in zip(written, split.examples, strict=True)]
     gold_alone, closed_book, answerable = None, None, None
     if task.without_distractors("search", 0, 1, gold=True) is None:
-        targets = common_openings(split.examples, found, task.tokenizer)
-        if targets is not None:
-            targets = _chosen(targets, scorer, task, wanted or {})
+        targets = common_opening(split.examples, found, task.tokenizer)
     else:
         wanted = dict(wanted or {"search": num_groups})
         say("preflight: the gold item alone")
@@ -229,16 +225,6 @@ def _own_targets(
     accuracy, tried = next(iter(accuracies.values()))
     targets = Targets(None, own, sum(n for _, n in accuracies.values()), len(own)) if own else None
     return targets, (accuracy, tried), tuple(answerable)
-
-
-def _chosen(targets: Targets, scorer: Scorer, task: PromptTask, wanted: Mapping[SplitName, int]) -> Targets:
-    """The targets with what the unscaled model most probably begins each answer with, where it has several ways."""
-    for name, count in wanted.items():
-        split = task.split(name, count)
-        beginnings = targets.beginnings(split, task.tokenizer)
-        if beginnings is not None:
-            targets = targets.choosing(split, scorer.score(beginnings).log_prob, task.tokenizer)
-    return targets
 
 
 def _answered(scorer: Scorer, split: Split) -> list[tuple[Example, Target]]:

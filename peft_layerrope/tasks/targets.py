@@ -10,24 +10,17 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, zip_longest
 from typing import Any, NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .base import Example, Split, SplitName
+from .base import Example, Split
 from .metrics import Judge
 
 MIN_SAMPLES = 3
 """Right answers that an opening is learnt from, at least."""
 MIN_SHARE = 0.5
-"""Share of the right answers that must begin with one of the openings and be written by its tokens."""
-MAX_BARE_SHARE = 1 / 3
-"""How probable an opening has to be to be taken before an answer without one. Where the two are near each other the
-rounding of the model's numbers decides what is written, and what is given is less sensitive to it."""
-MIN_REPEATS = 2
-"""Right answers that must begin with an opening."""
+"""Share of the right answers that must begin with it and be written by its tokens."""
 
 _QUESTION = "{question}"
 _ANCHOR = 8  # last tokens of the prompt, after which an opening is tokenised
@@ -65,18 +58,15 @@ class Targets:
     """What is known of how a model answers.
 
     Attributes:
-        openings: texts that stand before the answers, the most common first, `{question}` in them for what is asked;
-            none where each question has an opening of its own.
+        opening: text that stands before every answer, `{question}` in it for what is asked; None where each question
+            has an opening of its own.
         own: by question, its target.
-        chosen: by split, for each of its examples which of the openings the unscaled model begins with there; the
-            first one where nothing is chosen.
-        num_samples: right answers that the openings were learnt from, or questions that were tried.
-        num_agreeing: how many of them one of the openings fits, or have a target.
+        num_samples: right answers that the opening was learnt from, or questions that were tried.
+        num_agreeing: how many of them the opening fits, or have a target.
     """
 
-    openings: tuple[str, ...] = ()
+    opening: str | None = None
     own: Mapping[str, Target] = field(default_factory=dict)
-    chosen: Mapping[SplitName, tuple[int, ...]] = field(default_factory=dict)
     num_samples: int = 0
     num_agreeing: int = 0
 
@@ -84,62 +74,23 @@ class Targets:
         """Returns the split with its targets. A common opening is given and not scored; a question's own is scored with
         its answer. An example whose question has none keeps its answer, after the common opening if there is one.
         """
-        chosen = self.chosen.get(split.name, ())
-        examples = tuple(
-            self._applied(example, number, tokenizer)
-            for example, number in zip_longest(split.examples, chosen[: len(split.examples)], fillvalue=0)
-        )
+        examples = tuple(self._applied(example, tokenizer) for example in split.examples)
         return replace(split, examples=examples, targets=self.describe())
 
-    def _applied(self, example: Example, number: int, tokenizer: PreTrainedTokenizerBase) -> Example:
+    def _applied(self, example: Example, tokenizer: PreTrainedTokenizerBase) -> Example:
         if example.question in self.own:
             opening_ids, answer_ids = self.own[example.question]
             # Scored together they rank factors a little more as written answers do: benchmarks/real_measurement.py.
             return replace(example, answer_ids=opening_ids + answer_ids)
-        if self.openings:
-            return replace(example, **rendered(self.openings[number], example, tokenizer)._asdict())
+        if self.opening is not None:
+            return replace(example, **rendered(self.opening, example, tokenizer)._asdict())
         return example
 
-    def beginnings(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> Split | None:
-        """Returns a split whose answers are the openings, each asked for at every example: a position for each example
-        of a context and each opening. None where there is nothing to choose from.
-        """
-        if len(self.openings) < 2:
-            return None
-        count = len(self.openings)
-        examples = []
-        for example in split.examples:
-            openings = [rendered(opening, example, tokenizer).opening_ids for opening in self.openings]
-            told = 1 + max(_common(one, other) for one, other in combinations(openings, 2))
-            for number, ids in enumerate(openings):
-                # one without tokens has no likelihood: any token stands for it, and is not looked at
-                asked = replace(example, opening_ids=(), answer_ids=ids[:told] or example.answer_ids[:1])
-                examples.append(replace(asked, position=example.position * count + number))
-        return replace(
-            split, positions=tuple(range(len(split.positions) * count)), examples=tuple(examples), judge=None
-        )
-
-    def choosing(self, split: Split, log_prob: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Targets:
-        """Returns these targets with the openings that the unscaled model begins a split's answers with.
-
-        Args:
-            split: what was asked.
-            log_prob: of the examples of [`beginnings`], in nats, shape `(groups, positions)`.
-            tokenizer: the model's.
-        """
-        shares = np.exp(log_prob).reshape(len(split.examples), len(self.openings))
-        for row, example in enumerate(split.examples):
-            for number, opening in enumerate(self.openings):
-                if not rendered(opening, example, tokenizer).opening_ids:
-                    # bare; or a tokenizer joins what is opened with to the answer, and no token tells it
-                    shares[row, number] = 0.0 if opening else MAX_BARE_SHARE
-        return replace(self, chosen={**self.chosen, split.name: tuple(shares.argmax(1).tolist())})
-
     def describe(self) -> dict[str, Any]:
-        """Returns openings, counts and a hash, for a report; no texts of questions or answers."""
-        digest = hashlib.sha256(repr((self.openings, sorted(self.own.items()), sorted(self.chosen.items()))).encode())
+        """Returns opening, counts and a hash, for a report; no texts of questions or answers."""
+        digest = hashlib.sha256(repr((self.opening, sorted(self.own.items()))).encode())
         return {
-            "openings": list(self.openings) or "each question's own, scored with the answer",
+            "opening": self.opening if self.opening is not None else "each question's own, scored with the answer",
             "samples": self.num_samples,
             "agreeing": self.num_agreeing,
             "hash": digest.hexdigest()[:16],
@@ -148,21 +99,19 @@ class Targets:
     def to_plain(self) -> dict[str, Any]:
         """Returns everything as JSON values; see [`from_plain`]."""
         own = {question: [list(part) for part in target] for question, target in self.own.items()}
-        counts = {"samples": self.num_samples, "agreeing": self.num_agreeing}
-        return {"openings": list(self.openings), "own": own, "chosen": dict(self.chosen), **counts}
+        return {"opening": self.opening, "own": own, "samples": self.num_samples, "agreeing": self.num_agreeing}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Targets:
         """The inverse of [`to_plain`]."""
         own = {question: Target(tuple(o), tuple(a)) for question, (o, a) in plain["own"].items()}
-        chosen = {name: tuple(numbers) for name, numbers in plain["chosen"].items()}
-        return cls(tuple(plain["openings"]), own, chosen, plain["samples"], plain["agreeing"])
+        return cls(plain["opening"], own, plain["samples"], plain["agreeing"])
 
 
-def common_openings(
+def common_opening(
     examples: Sequence[Example], targets: Sequence[Target | None], tokenizer: PreTrainedTokenizerBase
 ) -> Targets | None:
-    """Learns from a few answers what a model writes before one.
+    """Learns one opening from a few answers.
 
     Args:
         examples: what was asked.
@@ -170,21 +119,18 @@ def common_openings(
         tokenizer: the model's.
 
     Returns:
-        The most common openings, or None: there are fewer than `MIN_SAMPLES` right answers, or in less than `MIN_SHARE`
+        The most common opening, or None: there are fewer than `MIN_SAMPLES` right answers, or in less than `MIN_SHARE`
         of them opening and answer are written by just the tokens that [`rendered`] gives.
     """
     right = [(example, target) for example, target in zip(examples, targets, strict=True) if target is not None]
     if len(right) < MIN_SAMPLES:
         return None
-    patterns = Counter(_pattern(tokenizer.decode(t.opening_ids), example.question) for example, t in right)
-    fitting = Counter(
-        pattern for example, target in right for pattern in patterns if rendered(pattern, example, tokenizer) == target
-    )
-    openings = tuple(pattern for pattern, count in fitting.most_common() if count >= MIN_REPEATS)
-    agreeing = sum(fitting[opening] for opening in openings)
+    openings = Counter(_pattern(tokenizer.decode(t.opening_ids), example.question) for example, t in right)
+    opening, _ = openings.most_common(1)[0]
+    agreeing = sum(rendered(opening, example, tokenizer) == target for example, target in right)
     if agreeing < MIN_SHARE * len(right):
         return None
-    return Targets(openings, num_samples=len(right), num_agreeing=agreeing)
+    return Targets(opening, num_samples=len(right), num_agreeing=agreeing)
 
 
 def rendered(opening: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Target:

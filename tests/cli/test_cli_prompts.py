@@ -117,8 +117,7 @@ def test_default_task_and_length(asked, is_demo, name, length):
 
 def test_a_search_records_its_task_and_is_repeated_by_it(model, file, tmp_path):
     build_model("llama", vocab_size=600, max_position_embeddings=512).save_pretrained(model)
-    settings = ["--population", "4", "--generations", "0", "--gradient-steps", "0", "--refine-evaluations", "1"]
-    settings += ["--search-groups", "2", "--validation-groups", "1", "--test-groups", "2", "--no-controls"]
+    settings = ["--minutes", "0.01", "--test-groups", "2", "--test-minutes", "0.01"]
     settings += ["--preflight-groups", "2", "--anyway"]  # its answers are nonsense
     first, second = tmp_path / "first", tmp_path / "second"
     task = ["--data", str(file), "--num-keys", "4", "--positions", "3", "--task-seed", "3"]

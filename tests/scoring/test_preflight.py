@@ -65,7 +65,7 @@ def looked(correct: np.ndarray, targets: Targets | None) -> Preflight:
     return Preflight(scores, targets, (sample,), (0.5, 8), None, (1, 2), 0.25, ("pair", "num_keys", 7))
 
 
-KNOWN = Targets((' "',), {"key": Target((1, 2), (3,))}, num_samples=4, num_agreeing=3)
+KNOWN = Targets(' "', {"key": Target((1, 2), (3,))}, 4, 3)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import Example, Split
 from peft_layerrope.tasks.metrics import Judge
-from peft_layerrope.tasks.targets import MIN_SAMPLES, Target, Targets, common_openings, rendered, target_of
+from peft_layerrope.tasks.targets import MIN_SAMPLES, Target, Targets, common_opening, rendered, target_of
 
 TOKENIZER = tiny_bpe()
 JUDGE = Judge("contains_value", TOKENIZER)
@@ -80,13 +79,13 @@ def learnt(texts: Sequence[str], encode=ids_of) -> Targets | None:
     """From the answers of as many examples."""
     examples = [example(number) for number in range(len(texts))]
     found = [target_of(encode(text), e.answers, JUDGE) for text, e in zip(texts, examples, strict=True)]
-    return common_openings(examples, found, TOKENIZER)
+    return common_opening(examples, found, TOKENIZER)
 
 
 @pytest.mark.parametrize("opening", [PLAIN, KEYED, "\n", "The value is: '"])
 def test_an_opening_is_learnt_and_may_repeat_what_was_asked(opening):
     found = learnt([opened(opening, n) + PAIRS[n][1] for n in range(5)])
-    assert (found.openings, found.own, found.num_samples, found.num_agreeing) == ((opening,), {}, 5, 5)
+    assert (found.opening, found.own, found.num_samples, found.num_agreeing) == (opening, {}, 5, 5)
 
 
 @pytest.mark.parametrize("opening", [PLAIN, KEYED])
@@ -107,66 +106,13 @@ def test_answers_of_other_tokens_than_a_tokenizer_writes_teach_nothing():
 
     assert learnt(texts, mixed(2)) is None
     found = learnt(texts, mixed(3))
-    assert (found.openings, found.num_samples, found.num_agreeing) == ((PLAIN,), 6, 3)
+    assert (found.opening, found.num_samples, found.num_agreeing) == (PLAIN, 6, 3)
 
 
 def test_openings_of_which_none_is_common_teach_nothing():
     assert learnt([f"{'x' * n}: {PAIRS[n][1]}" for n in range(1, 7)][:6]) is None
     mostly = learnt([opened(PLAIN if n else KEYED, n) + PAIRS[n][1] for n in range(4)])
-    assert (mostly.openings, mostly.num_samples, mostly.num_agreeing) == ((PLAIN,), 4, 3)
-
-
-def test_a_model_may_have_several_openings():
-    openings = [KEYED, "", KEYED, PLAIN, "", KEYED, "\nsomething: "]
-    found = learnt([opened(opening, n) + PAIRS[n][1] for n, opening in enumerate(openings)])
-    assert (found.openings, found.num_samples, found.num_agreeing) == ((KEYED, ""), 7, 5)
-
-
-@pytest.mark.parametrize("openings", [(KEYED, PLAIN, ""), ("The value is ", "", "The value of it is ")])
-def test_each_example_gets_the_opening_that_the_model_begins_with(openings):
-    split, targets = split_of(), Targets(openings)
-    asked = targets.beginnings(split, TOKENIZER)
-    assert (asked.num_groups, len(asked.positions)) == (split.num_groups, 3 * len(split.positions))
-    wanted = [1, 0, 2, 2, 0, 1]
-    log_prob = np.full((6, 3), -5.0)
-    for row, number in enumerate(wanted):
-        before = split.examples[row]
-        for column, example in enumerate(asked.examples[3 * row : 3 * row + 3]):
-            assert (example.prompt_ids, example.opening_ids) == (before.prompt_ids, ())
-            begun = TOKENIZER.decode(example.answer_ids)
-            assert not openings[column] or opened(openings[column], row).startswith(begun)
-        log_prob[row, number] = -0.1
-    told = {e.answer_ids for e, text in zip(asked.examples[:3], openings, strict=True) if text}
-    assert len(told) == sum(map(bool, openings))
-    chosen = targets.choosing(split, log_prob.reshape(2, 9), TOKENIZER)
-    assert chosen.chosen == {"search": tuple(wanted)}
-    applied = chosen.applied(split, TOKENIZER)
-    assert [TOKENIZER.decode(e.opening_ids) for e in applied.examples] == [
-        opened(openings[number], n) for n, number in enumerate(wanted)
-    ]
-    assert applied.targets["hash"] != targets.describe()["hash"]
-    elsewhere = chosen.applied(replace(split, name="test"), TOKENIZER)
-    assert all(TOKENIZER.decode(e.opening_ids) == opened(openings[0], n) for n, e in enumerate(elsewhere.examples))
-
-
-@pytest.mark.parametrize(("share", "number"), [(0.9, 0), (0.4, 0), (0.3, 1), (0.0, 1)])
-def test_an_opening_is_taken_before_none_where_the_model_often_writes_it(share, number):
-    split = split_of()
-    with np.errstate(divide="ignore"):
-        log_prob = np.log(np.tile([share, 0.123], (2, 3)))
-    assert set(Targets((KEYED, "")).choosing(split, log_prob, TOKENIZER).chosen["search"]) == {number}
-
-
-def test_an_opening_that_a_tokenizer_joins_to_the_answer_is_not_taken():
-    split = split_of()
-    assert not rendered("1", split.examples[0], TOKENIZER).opening_ids
-    chosen = Targets((KEYED, "1")).choosing(split, np.log(np.tile([0.1, 0.9], (2, 3))), TOKENIZER)
-    assert chosen.chosen["search"][0] == 0
-
-
-def test_one_opening_needs_no_choice():
-    assert Targets((PLAIN,)).beginnings(split_of(), TOKENIZER) is None
-    assert Targets(()).beginnings(split_of(), TOKENIZER) is None
+    assert (mostly.opening, mostly.num_samples, mostly.num_agreeing) == (PLAIN, 4, 3)
 
 
 @pytest.mark.parametrize("opening", [PLAIN, KEYED, "", " "])
@@ -196,7 +142,7 @@ def test_an_opening_that_a_tokenizer_merges_with_the_prompt_is_not_learnt():
         written = tokenizer(PLAIN + value, add_special_tokens=False)["input_ids"]
         found.append(target_of(written, [value], Judge("contains_value", tokenizer)))
     assert None not in found
-    assert common_openings(examples, found, tokenizer) is None
+    assert common_opening(examples, found, tokenizer) is None
 
 
 def test_what_is_rendered_is_what_the_model_wrote():
@@ -210,9 +156,8 @@ def test_what_is_rendered_is_what_the_model_wrote():
     "targets",
     [
         Targets(),
-        Targets((KEYED,), num_samples=9, num_agreeing=7),
-        Targets((KEYED, ""), chosen={"test": (0, 1, 1)}, num_samples=9, num_agreeing=7),
-        Targets((), {"who?": Target((1, 2), (3,)), "wo?": Target((), (4, 5))}, num_samples=5, num_agreeing=2),
+        Targets(KEYED, num_samples=9, num_agreeing=7),
+        Targets(None, {"who?": Target((1, 2), (3,)), "wo?": Target((), (4, 5))}, 5, 2),
     ],
 )
 def test_targets_survive_json(targets):
@@ -230,7 +175,7 @@ def split_of() -> Split:
 @pytest.mark.parametrize("opening", [PLAIN, KEYED])
 def test_a_common_opening_is_applied_to_every_example(opening):
     split = split_of()
-    targets = Targets((opening,), num_samples=4, num_agreeing=4)
+    targets = Targets(opening, num_samples=4, num_agreeing=4)
     applied = targets.applied(split, TOKENIZER)
     for number, (before, after) in enumerate(zip(split.examples, applied.examples, strict=True)):
         assert after.prompt_ids == before.prompt_ids
@@ -238,30 +183,30 @@ def test_a_common_opening_is_applied_to_every_example(opening):
         assert TOKENIZER.decode(after.answer_ids) == PAIRS[number][1]
         assert replace(after, opening_ids=(), answer_ids=before.answer_ids) == before
     assert applied.targets == targets.describe()
-    assert applied.describe()["targets"]["openings"] == [opening]
+    assert applied.describe()["targets"]["opening"] == opening
     assert applied.fingerprint() != split.fingerprint()
 
 
 def test_a_questions_own_target_comes_first_and_what_has_none_keeps_its_answer():
     split, own = split_of(), {PAIRS[2][0]: Target((7, 8), (9,))}
-    applied = Targets((), own, num_samples=3, num_agreeing=1).applied(split, TOKENIZER)
+    applied = Targets(None, own, 3, 1).applied(split, TOKENIZER)
     for number, (before, after) in enumerate(zip(split.examples, applied.examples, strict=True)):
         if number == 2:
             assert (after.opening_ids, after.answer_ids) == ((), (7, 8, 9))  # scored together
         else:
             assert after == before
-    both = Targets((PLAIN,), own, num_samples=3, num_agreeing=1).applied(split, TOKENIZER)
+    both = Targets(PLAIN, own, 3, 1).applied(split, TOKENIZER)
     assert both.examples[2] == applied.examples[2]
-    assert both.examples[1] == Targets((PLAIN,)).applied(split, TOKENIZER).examples[1] != split.examples[1]
+    assert both.examples[1] == Targets(PLAIN).applied(split, TOKENIZER).examples[1] != split.examples[1]
 
 
 def test_the_description_holds_no_text_of_questions_and_tells_targets_apart():
     own = {"a secret question": Target((1,), (2,))}
-    described = Targets((), own, num_samples=3, num_agreeing=1).describe()
+    described = Targets(None, own, 3, 1).describe()
     assert "secret" not in json.dumps(described)
-    assert described["openings"].startswith("each question's own")
+    assert described["opening"].startswith("each question's own")
     others = [
-        Targets((), {"a secret question": Target((1,), (3,))}, num_samples=3, num_agreeing=1),
-        Targets((), {"b": own.popitem()[1]}, num_samples=3, num_agreeing=1),
+        Targets(None, {"a secret question": Target((1,), (3,))}, 3, 1),
+        Targets(None, {"b": own.popitem()[1]}, 3, 1),
     ]
     assert len({described["hash"], *(o.describe()["hash"] for o in others)}) == 3
