@@ -13,12 +13,14 @@ from .factor_gradient import Slope
 
 LEARNING_RATE, LAST_SHARE = 0.05, 0.3
 """Length of a step in a log-factor, and the share of it that the last step has."""
-BETAS = (0.8, 0.95)
-FIRST_PRICE = 20.0
-"""Nats of the targets' log-probability that one nat of divergence costs in the first step."""
+BETAS = (0.5, 0.95)
+GRADIENT_MEMORY = 0.9
+"""Share of the running mean of the fitness's gradients that a step keeps: a single one says little."""
+FIRST_PRICE = 5.0
+"""Probability of the targets that one nat of divergence costs, at the bound, in the first step."""
 PRICE_RATE = 0.1
 """How fast the price follows the divergence: it grows by this exponent in a step where that is twice the bound."""
-PRICE_RANGE = (1.0, 1000.0)
+PRICE_RANGE = (0.5, 500.0)
 _MOST_EXCESS = 2.0  # a single window of text may say anything
 _MEMORY = 0.6  # share of the divergence's running mean that a step keeps
 AVERAGED_SHARE = 0.25
@@ -58,7 +60,7 @@ class Step:
         log_factors: where it was, shape `(num_layers,)`.
         fitness: of fresh contexts, there.
         divergence: on ordinary text, there.
-        price: nats of fitness that a nat of divergence cost.
+        price: fitness that a nat of divergence cost.
     """
 
     log_factors: np.ndarray
@@ -94,7 +96,7 @@ def climb(
     """
     values = torch.tensor(family.nearest(start), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([values], lr=LEARNING_RATE, betas=BETAS)
-    price, share_of_bound = FIRST_PRICE, 0.0
+    price, share_of_bound, slope = FIRST_PRICE, 0.0, np.zeros(len(start))
     for number in range(steps):
         log_factors = np.clip(family.log_factors(values.detach().numpy()), *limits)
         fitness, harm = slopes(number, log_factors)
@@ -107,7 +109,9 @@ def climb(
         yield Step(log_factors, fitness.value, harm.value, paid)
         share = 1 - (1 - LAST_SHARE) * number / max(steps - 1, 1)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * share
-        values.grad = torch.from_numpy(family.basis.T @ (paid * harm.gradient - fitness.gradient))
+        kept = GRADIENT_MEMORY * (1 - GRADIENT_MEMORY**number) / (1 - GRADIENT_MEMORY ** (number + 1))
+        slope = kept * slope + (1 - kept) * fitness.gradient
+        values.grad = torch.from_numpy(family.basis.T @ (paid * harm.gradient - slope))
         optimizer.step()
         if max_divergence is not None:
             excess = min(share_of_bound - 1, _MOST_EXCESS)

@@ -44,7 +44,7 @@ class Slope:
     """A value and its gradient.
 
     Attributes:
-        value: in nats.
+        value: a probability, or in nats.
         gradient: by the log-factor of each layer, shape `(num_layers,)`, float64.
     """
 
@@ -71,7 +71,10 @@ class FactorGradient:
         self._wrappers: list[LayerRopeLayer] = self._stack.wrappers()
 
     def of_answers(self, split: Split, log_factors: np.ndarray) -> Slope:
-        """Of the log-probability of the targets, averaged over the examples of a split.
+        """Of the probability of the targets, averaged over the examples of a split; of running text, of minus the loss.
+
+        The logarithm would be ruled by answers that are far from right: over 24 contexts of 100 pairs on Qwen2.5 0.5B
+        the largest t-value of a layer's gradient is 5.6 for the probability, and 2.9 for its logarithm.
 
         Args:
             split: its contexts run one after the other, each with all its questions packed in one row where the model
@@ -82,13 +85,13 @@ class FactorGradient:
         mean = split.measure == "loss"
         for batch in make_batches(self._model, split, 1):  # one row at a time: a backward pass holds a lot
 
-            def mean_log_prob(batch: Batch = batch) -> torch.Tensor:
+            def fitness(batch: Batch = batch) -> torch.Tensor:
                 _, log_probs = judge(
                     answer_logits(self._model, batch), batch.gold, batch.owner, len(batch.examples), mean
                 )
-                return log_probs.sum() / len(split.examples)
+                return (log_probs if mean else log_probs.exp()).sum() / len(split.examples)
 
-            part = self._slope(mean_log_prob, log_factors)
+            part = self._slope(fitness, log_factors)
             value, gradient = value + part.value, gradient + part.gradient
         return Slope(value, gradient)
 

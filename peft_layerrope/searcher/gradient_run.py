@@ -266,7 +266,7 @@ def _result(
     best = outcome.found[outcome.chosen].factors
     low, high = settings.factor_limits
     history = [
-        {"step": i, "log_prob": s.fitness, "divergence": s.divergence, "price": s.price}
+        {"step": i, "fitness": s.fitness, "divergence": s.divergence, "price": s.price}
         for i, s in enumerate(outcome.found[PER_LAYER].steps)
     ]
     return SearchResult(

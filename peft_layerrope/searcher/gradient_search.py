@@ -68,8 +68,8 @@ class Found:
 
     Attributes:
         factors: of each layer, rounded.
-        fitness: mean log-probability of the targets on contexts of the search split: the average of the last steps,
-            or of the contexts of a race.
+        fitness: mean probability of the targets on contexts of the search split: the average of the last steps, or of
+            the contexts of a race.
         evaluations: vectors whose fitness was looked at.
         steps: of a climb.
     """
@@ -183,7 +183,7 @@ class GradientSearch:
             start += steps * CONTEXTS_PER_STEP
         scores = self._validated(results, validation)
         harm = self._harm(results)
-        fitness = {name: score.log_prob.mean(axis=1) for name, score in scores.items()}
+        fitness = {name: fitness_by_context(score) for name, score in scores.items()}
         chosen = choose(fitness, harm, SIMPLEST_FIRST, self._settings.max_harm)
         return Outcome(results, scores, harm, chosen)
 
@@ -280,7 +280,7 @@ class GradientSearch:
 
     def _by_context(self, factors: Factors, split: Split) -> list[float]:
         self._set(factors)
-        return self._scorer.score(split).log_prob.mean(axis=1).tolist()
+        return fitness_by_context(self._scorer.score(split)).tolist()
 
     def _climbed(self, name: str, family: Family, origin: np.ndarray, count: int, start: int) -> Found:
         steps: list[Step] = []
@@ -304,7 +304,7 @@ class GradientSearch:
             ):
                 steps.append(step)
                 recent = [s.fitness for s in steps[-5:]]
-                self._audience.note(f"log-prob {np.mean(recent):.3f} · text {step.divergence:.4f}")
+                self._audience.note(f"fitness {np.mean(recent):.3f} · text {step.divergence:.4f}")
                 if len(steps) == ended or (ended is None and len(steps) < count and self._enough()):
                     break
         if len(steps) < count and ended is None:
@@ -368,6 +368,11 @@ class GradientSearch:
             found[1].append((after - before).double().cpu().numpy())
         intervals = [mean_interval(np.concatenate(parts)) for parts in found]
         return [[interval.value, interval.low, interval.high] for interval in intervals]
+
+
+def fitness_by_context(scores: PositionScores) -> np.ndarray:
+    """Returns the mean probability of each context's targets, or minus its loss."""
+    return (scores.log_prob if scores.measure == "loss" else np.exp(scores.log_prob)).mean(axis=1)
 
 
 def contexts_to_ask(task: Task, wanted: int) -> int:
