@@ -98,7 +98,13 @@ def test_which_genome_is_searched(algorithm, curve, genome):
 
 @pytest.mark.parametrize(
     ("fields", "reach"),
-    [({}, 128), ({"rope_type": "linear", "factor": 3.0}, 384), ({"rope_type": "dynamic", "factor": 1.5}, 192)],
+    [
+        ({"algorithm": "genetic"}, 128),
+        ({"algorithm": "genetic", "rope_type": "linear", "factor": 3.0}, 384),
+        ({"algorithm": "genetic", "rope_type": "dynamic", "factor": 1.5}, 192),
+        ({}, 256),
+        ({"grid": FactorGrid(0.5, 3.0, 0.1)}, 192),
+    ],
 )
 def test_prompts_beyond_the_largest_scaling_are_refused(fields, reach):
     settings = SearchSettings(**fields)
