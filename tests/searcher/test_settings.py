@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from peft_layerrope import SearchError, SearchSettings
-from peft_layerrope.searcher import Guards
+from peft_layerrope.searcher import FactorGrid, Guards
 from peft_layerrope.searcher.plan import check_length
 
 OWN = (0, 1, 2, 3)
