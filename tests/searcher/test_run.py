@@ -377,7 +377,7 @@ def test_errors_come_before_any_work():
     with pytest.raises(SearchError, match="pass either settings or fields of it, got both: seed"):
         search(build_model("llama"), token_task(), SearchSettings(), seed=1)
     with pytest.raises(TaskError, match="split 'search' has 8 groups, 50 were asked for"):
-        search(build_model("llama"), token_task(), search_groups=50)
+        search(build_model("llama"), token_task(), algorithm="genetic", search_groups=50)
     with pytest.raises(SearchError, match="distinct layer indices from 0 to 3"):
         search(build_model("llama"), token_task(), **SMALL, layers=(NUM_LAYERS,))
     with pytest.raises(TaskError, match="outside the model's vocabulary"):
