@@ -135,9 +135,10 @@ def has_spoilt_short_prompts(factors: Sequence[float], task, groups: int) -> boo
 @pytest.mark.parametrize(("algorithm", "seed"), [("genetic", 0), ("genetic", 1), ("random", 0)])
 def test_what_is_chosen_keeps_to_the_guards(task, algorithm, seed):
     """Guards that hardly any vector keeps to."""
-    fields = {**SMALL, "search_groups": 8, "generations": 1, "validation_groups": 2, "test_groups": 2}
+    sizes = {"search_groups": 8, "generations": 1, "validation_groups": 2, "test_groups": 2}
+    fields = {**SMALL, **sizes, "algorithm": algorithm}
     guards = Guards(0.0, 0.0)
-    found = search(build_model("llama"), task, **fields, controls=False, algorithm=algorithm, guards=guards, seed=seed)
+    found = search(build_model("llama"), task, **fields, controls=False, guards=guards, seed=seed)
     split, both = task.split("search", 8), ((1.0,) * NUM_LAYERS, found.config.layer_factors)
     tails = [scores_of(factors, split).correct[:, -1] for factors in both]
     losses = [-scores_of(factors, short_split(task, 3)).log_prob_utilisation() for factors in both]
@@ -216,7 +217,12 @@ def test_the_adapter_holds_what_was_chosen(result):
 def test_the_plan_is_an_upper_limit(task, algorithm):
     plans = []
     found = search(
-        build_model("llama"), task, **SMALL, algorithm=algorithm, controls=False, on_plan=plans.append, race=False
+        build_model("llama"),
+        task,
+        **{**SMALL, "algorithm": algorithm},
+        controls=False,
+        on_plan=plans.append,
+        race=False,
     )
     (plan,) = plans
     searched = plan.num_evaluations - plan.evaluations["uniform factors"]
