@@ -47,7 +47,7 @@ SIMPLEST_FIRST = (NONE, BOUNDED, FIRST_REST, DECAY, PER_LAYER)
 UNIFORM_RANGE = (0.4, 2.5)
 _PROBE = 0.1  # log-factor at which the divergence of a uniform factor is measured to find where it meets the bound
 _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
-_OF_BOUND = 0.8  # share of the bound that is used: on other text the divergence is a fifth larger or smaller
+_OF_BOUND = 0.7  # share of the bound that is used: on other text the divergence was up to 1.4 times as large
 _DENSER = 3
 _DIGITS = 2
 
@@ -105,7 +105,7 @@ class GradientSearch:
         task: where contexts come from.
         settings: see [`SearchSettings`].
         space: which layers are free.
-        windows: ordinary text: the first half for gradients, the second to measure with.
+        windows: ordinary text: every other one for gradients, the rest to measure with.
         scorer: of `model`.
         record: see [`Record`].
         audience: told what is done.
@@ -322,13 +322,14 @@ class GradientSearch:
         bound = self._settings.max_harm
         if bound is None:
             return log_factors
-        windows = self._windows[: len(self._windows) // 2]
+        windows = self._windows[::2]
         kept = self._once("text", name, lambda: self._measured_harm(self._rounded(log_factors), windows)[0][0])
         return log_factors * min(1.0, np.sqrt(_OF_BOUND * bound / max(_number(kept), 1e-9)))
 
     def _of_text(self, number: int, log_factors: np.ndarray) -> Slope:
         """The divergence on one of the windows for gradients."""
-        window = self._windows[number % (len(self._windows) // 2)]
+        windows = self._windows[::2]
+        window = windows[number % len(windows)]
         return self._gradient.of_divergence(window, scored_positions(len(window), number), log_factors)
 
     def _validated(self, results: Mapping[str, Found], split: Split) -> dict[str, PositionScores]:
@@ -346,7 +347,7 @@ class GradientSearch:
 
     def _harm(self, results: Mapping[str, Found]) -> dict[str, Harm]:
         harm: dict[str, Harm] = {}
-        windows = self._windows[len(self._windows) // 2 :]
+        windows = self._windows[1::2]
         with self._stage("what they do to ordinary text", len(results)):
             for name, found in results.items():
                 kept = self._once("harm", f"{found.factors}", lambda at=found.factors: self._measured_harm(at, windows))
