@@ -32,6 +32,7 @@ from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.progress import SilentProgress
 
 SMALL = {
+    "algorithm": "genetic",
     "population": 4,
     "generations": 1,
     "gradient_steps": 1,
