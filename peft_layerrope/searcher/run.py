@@ -144,10 +144,10 @@ def search(
     with _prepared(model, task, settings, progress, folder, resume, overwrite) as run:
         run.time_one_evaluation()
         run.begin()
+        if on_begin is not None:  # first: whoever reads the plan may interrupt
+            on_begin(settings)
         if on_plan is not None:
             on_plan(run.plan)
-        if on_begin is not None:
-            on_begin(settings)
         run.distribute(distribute)
         return run.result(task, model_name(model))
 

@@ -171,7 +171,7 @@ class PromptTask(ABC, Generic[Source]):
                 answer is longer than the limit; nothing is ever cut off.
         """
         wanted = self.positions if positions is None else tuple(positions)
-        split = self._encoded(name, wanted, self.prompts(name, num_groups, wanted), self.protocol(name))
+        split = self._encoded(name, wanted, self.prompts(name, num_groups, positions), self.protocol(name))
         if self.length is not None and split.max_tokens > self.length:
             raise TaskError(
                 f"{self.name}, split {name!r}: its longest prompt has {split.max_tokens} tokens with its answer, more "
