@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, build_model, logits
-from fakes import token_task
+from fakes import LEAST_OPTIONS, token_task
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_contenders import trained_lora
@@ -287,20 +287,7 @@ def test_code_of_a_model_runs_only_when_that_is_typed(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-FEW = (
-    "--algorithm",
-    "genetic",
-    "--population",
-    "4",
-    "--generations",
-    "0",
-    "--gradient-steps",
-    "1",
-    "--refine-evaluations",
-    "1",
-)
-FEW += ("--search-groups", "2", "--validation-groups", "1", "--test-groups", "2", "--no-controls", "--anyway")
-FEW += ("--preflight-groups", "2", "--max-new-tokens", "8")
+FEW = (*LEAST_OPTIONS, "--gradient-steps", "1", "--max-new-tokens", "8")
 
 
 def test_evaluate_and_search_on_a_fine_tune(folder, lora, tmp_path):

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from fakes import LEAST_SEARCH
 
 from peft_layerrope import Task, evaluate, search
 from peft_layerrope.tasks import SPLIT_NAMES, check_disjoint
@@ -105,13 +106,6 @@ def test_the_example_is_a_task(needle, demo_model):
 
 def test_the_example_can_be_searched(needle, demo_model):
     groups = {"search_groups": 1, "validation_groups": 1, "test_groups": 2}
-    few = {
-        "algorithm": "genetic",
-        "population": 4,
-        "generations": 0,
-        "refine": False,
-        "controls": False,
-        "progress": False,
-    }
-    result = search(demo_model, needle(range(6, demo_model.config.vocab_size)), **groups, **few)
+    task = needle(range(6, demo_model.config.vocab_size))
+    result = search(demo_model, task, **groups, **LEAST_SEARCH, progress=False)
     assert result.to_dict()["task"]["name"] == "needle"

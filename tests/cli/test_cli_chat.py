@@ -7,25 +7,12 @@ import json
 import pytest
 import yaml
 from conftest import build_model
+from fakes import LEAST_OPTIONS
 from test_chat import DATED, QWEN3, other_day, with_template  # noqa: F401 (a fixture)
 from test_cli import run
 
 TASK = ("--task", "kv_retrieval", "--keys", "words", "--num-keys", "4", "--positions", "3", "--length", "300")
-FEW = (
-    "--algorithm",
-    "genetic",
-    "--population",
-    "4",
-    "--generations",
-    "0",
-    "--gradient-steps",
-    "0",
-    "--refine-evaluations",
-    "1",
-    "--anyway",
-)
-FEW += ("--search-groups", "2", "--validation-groups", "1", "--test-groups", "2", "--no-controls")
-FEW += ("--preflight-groups", "2", "--max-new-tokens", "4", "--step", "0.5")
+FEW = (*LEAST_OPTIONS, "--gradient-steps", "0", "--max-new-tokens", "4", "--step", "0.5")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import build_model, logits
+from fakes import LEAST_SEARCH
 from huggingface_hub import ModelCard, constants
 from loopback_hub import LoopbackHub, files_of, loopback_hub
 from packaging.version import Version
@@ -209,14 +210,7 @@ def test_from_a_peft_model(alice):
 
 def test_from_a_search_result(alice, demo_model, demo_tokenizer):
     sizes = dict.fromkeys(("search_groups", "validation_groups", "test_groups", "short_groups"), 2)
-    few = {
-        "algorithm": "genetic",
-        "population": 4,
-        "generations": 0,
-        "refine": False,
-        "controls": False,
-        "grid": FactorGrid(1.0, 2.0, 0.5),
-    }
+    few = {**LEAST_SEARCH, "grid": FactorGrid(1.0, 2.0, 0.5)}
     result = search(demo_model, KeyValueWords(demo_tokenizer, 64, num_positions=3), progress=False, **sizes, **few)
     push_to_hub(result, "alice/adapter")
     files = alice.repos["alice/adapter"].files()

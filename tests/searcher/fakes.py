@@ -32,6 +32,14 @@ SMALL_SEARCH = {
     "progress": False,
 }
 """Of `search`: every stage, on a task of a few tokens."""
+LEAST_SEARCH = {"algorithm": "genetic", "population": 4, "generations": 0, "refine": False, "controls": False}
+"""Of `search`: the shortest there is."""
+LEAST_OPTIONS = (
+    *("--algorithm", "genetic", "--population", "4", "--generations", "0", "--refine-evaluations", "1"),
+    *("--search-groups", "2", "--validation-groups", "1", "--test-groups", "2", "--no-controls"),
+    *("--preflight-groups", "2", "--anyway"),
+)
+"""Of the command `search`: the shortest there is with a refinement, whatever the model answers."""
 
 EVENTS = ("plan", "stage", "generation", "skipped", "ended", "contender")
 """Entries of a journal that a resumed run has again."""
