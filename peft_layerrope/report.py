@@ -141,8 +141,7 @@ def _choice_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
     harmed = any(row.harm is not None for row in table)
     cells = []
     for row in table:
-        fitness = "" if np.isnan(row.fitness) else f"{row.fitness:.3f}"
-        line = [row.label, str(row.evaluations), fitness]
+        line = [row.label, str(row.evaluations), f"{row.fitness:.3f}"]
         if harmed:
             line += [f"{row.harm.divergence.value:.4f}", f"{row.harm.loss_rise.value:+.4f}"]
         cells.append([*line, format_factors(row.factors)])
@@ -231,12 +230,13 @@ def plan_line(plan: Plan) -> str:
     each = f"{plan.num_evaluations} evaluations of {plan.tokens_per_evaluation:,} tokens"
     total = f"{plan.tokens / 1e6:.1f} M tokens with the held-out splits, {plan.memory_bytes / 2**30:.1f} GiB"
     return (
-        f"at most {each}, {total}, {_duration(plan.seconds)} (one evaluation: {plan.seconds_per_evaluation:.2f} s). "
+        f"at most {each}, {total}, {duration(plan.seconds)} (one evaluation: {plan.seconds_per_evaluation:.2f} s). "
         "Racing, shared layers and vectors known already make it shorter."
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Writes a time for people."""
     minutes = seconds / 60
     if minutes < 1:
         return f"{seconds:.0f} s"

@@ -20,6 +20,11 @@ def to_json(content: Any, *, indent: int | None = None) -> str:
     return json.dumps(_finite(content), indent=indent, ensure_ascii=indent is None, allow_nan=False)
 
 
+def to_float(value: float | None) -> float:
+    """Returns a number that [`to_json`] wrote: what was not finite is null, and is no number again."""
+    return math.nan if value is None else float(value)
+
+
 def _finite(content: Any) -> Any:
     if isinstance(content, float):
         return content if math.isfinite(content) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,15 @@ def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Runs one batch and returns the logits that its answer tokens are read from, in the model's dtype:
     `(N, vocabulary)`.
     """
-    logits = model(**batch.inputs, use_cache=False, logits_to_keep=batch.columns).logits
-    if logits.shape[1] != len(batch.columns):  # a model that does not know `logits_to_keep` returns every column
-        logits = logits[:, batch.columns]
-    return logits[batch.rows, batch.kept]
+    return logits_at(model, batch.columns, **batch.inputs)[batch.rows, batch.kept]
+
+
+def logits_at(model: nn.Module, columns: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Runs a model and returns its logits at some columns, in its dtype: `(batch, len(columns), vocabulary)`."""
+    logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+    if logits.shape[1] != len(columns):  # a model that does not know `logits_to_keep` returns every column
+        logits = logits[:, columns]
+    return logits
 
 
 def check_finite(model: nn.Module, split: Split, batch_tokens: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,31 @@ from torch import nn
 
 from ..adapted import adapted
 from ..base_model import describe_loading
-from ..files.atomic import write_atomically
-from ..files.strict_json import to_json
-from ..fingerprint import library_versions, model_fingerprint
+from ..report import duration
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary
-from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, with_targets
+from ..scoring.preflight import Preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
-from ..scoring.scores import PositionScores
 from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
-from ..tuner.sites import embedding_table, find_stack, trained_window
-from .config_of import adapter_config, model_name
-from .gradient_search import SIMPLEST_FIRST, GradientSearch, Outcome, available, contexts_to_ask, densely_asked
+from ..tuner.sites import find_stack, trained_window
+from .common import adapter_config, identity_of, keep_look, look, model_name, since
+from .gradient_search import (
+    SIMPLEST_FIRST,
+    GradientSearch,
+    Outcome,
+    available,
+    contexts_to_ask,
+    densely_asked,
+    measured_rates,
+)
 from .ordinary_text import Windows, ordinary_windows
 from .plan import check_length
 from .progress import SearchProgress, audience_of
 from .result import LABELS, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .schedule import Rates, Schedule, schedule_for
 from .settings import SearchSettings
+from .space import FactorSpace
 
 _PREFLIGHT_COST = 2.5  # of a context whose questions are answered in writing, in times of scoring it
 _WRITING_COST = 2.0  # the same of the held-out test
@@ -47,7 +54,7 @@ class GradientPlan:
         seconds: that it takes, the preflight included.
         test_groups: contexts of the held-out test.
         test_seconds: that those take.
-        prompt_tokens: tokens of a prompt, and of a window of text.
+        prompt_tokens: tokens of a prompt with its questions.
         text_tokens: tokens of a window of text.
     """
 
@@ -69,9 +76,34 @@ class GradientPlan:
         return (
             f"{schedule.steps} gradient steps on a factor for each layer, {schedule.control_steps} on each of two "
             f"simpler choices, {schedule.validation_contexts} contexts of {self.prompt_tokens:,} tokens to choose by: "
-            f"about {_minutes(self.seconds)}. The held-out test on {self.test_groups} contexts: about "
-            f"{_minutes(self.test_seconds)} more. --steps {schedule.steps} repeats this plan on any machine."
+            f"about {duration(self.seconds)}. The held-out test on {self.test_groups} contexts: about "
+            f"{duration(self.test_seconds)} more. --steps {schedule.steps} repeats this plan on any machine."
         )
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A model with an adapter whose factors are all 1, and what is known of the search before the first look."""
+
+    model: PeftModel
+    scorer: Scorer
+    space: FactorSpace
+    windows: Windows
+    source: str
+    plan: GradientPlan
+
+
+@contextmanager
+def _prepared(model: nn.Module, task: Task, settings: SearchSettings) -> Iterator[_Prepared]:
+    """Checks what can be checked, injects the adapter, times a few passes, and plans the search by them."""
+    started = time.perf_counter()
+    check_task(task)
+    space = settings.space(tuple(find_stack(model).key_sources))
+    windows, source = _windows(model, task, settings)
+    with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
+        scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
+        plan = _plan(peft_model, scorer, task, settings, windows, started)
+        yield _Prepared(peft_model, scorer, space, windows, source, plan)
 
 
 def search_by_gradients(
@@ -84,71 +116,37 @@ def search_by_gradients(
     resume: bool,
     overwrite: bool,
     on_plan: Callable[[GradientPlan], Any] | None,
-    on_begin: Callable[[SearchSettings], Any] | None = None,
-    enough: Callable[[], bool] | None = None,
+    on_begin: Callable[[SearchSettings], Any] | None,
+    enough: Callable[[], bool] | None,
 ) -> SearchResult:
     """See [`search`]."""
-    started = time.perf_counter()
-    check_task(task)
-    space = settings.space(tuple(find_stack(model).key_sources))
-    windows, source = _windows(model, task, settings)
-    with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
-        scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
-        with audience_of(progress) as audience:
-            kept = _Later()
-            asked = enough or (lambda: False)
-            engine = GradientSearch(peft_model, task, settings, space, windows, scorer, kept, audience, asked)
-            plan = _plan(engine, task, settings, windows, time.perf_counter() - started)
-            settings = replace(settings, steps=plan.schedule.steps, test_groups=plan.test_groups)
-            if on_plan is not None:
-                on_plan(plan)
-            found = _looked(scorer, task, settings, plan.schedule, folder if resume else None, audience)
-            splits = _splits(model, task, settings, plan.schedule, found)
-            identity = {
-                "settings": {name: value for name, value in settings.to_dict().items() if name != "minutes"},
-                "task": task.describe(),
-                "splits": [split.describe() for split in splits],
-                "text": [source, len(windows), len(windows[0])],
-                "model": model_fingerprint(model),
-                "base": describe_loading(model),
-                "versions": library_versions(),
-                "device": embedding_table(model).device.type,
-            }
-            with Journal(folder, identity, resume, overwrite) as journal:
-                kept.journal = journal
-                if found is not None and folder is not None:
-                    write_atomically(folder / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
-                if journal.get("plan", "") is None:
-                    journal.append("plan", "", plan.to_dict())
-                if on_begin is not None:
-                    on_begin(settings)
-                outcome = engine.run(found, plan.schedule, splits[0])
-                table = _held_out(peft_model, scorer, outcome, splits[1], journal, audience)
-        return _result(peft_model, task, settings, plan, outcome, table, engine, found, splits, source, windows)
+    with _prepared(model, task, settings) as ready, audience_of(progress) as audience:
+        plan, schedule = ready.plan, ready.plan.schedule
+        settings = replace(settings, steps=schedule.steps, test_groups=plan.test_groups)
+        if on_plan is not None:
+            on_plan(plan)
+        found = _looked(ready.scorer, task, settings, schedule, folder if resume else None, audience)
+        search, *others = splits = _splits(model, task, settings, schedule, found)
+        told = {name: value for name, value in settings.to_dict().items() if name != "minutes"}
+        identity = identity_of(model, task, told, others)
+        identity["text"] = [ready.source, len(ready.windows), len(ready.windows[0])]
+        with Journal(folder, identity, resume, overwrite) as journal:
+            keep_look(folder, found)
+            if journal.get("plan", "") is None:
+                journal.append("plan", "", plan.to_dict())
+            if on_begin is not None:
+                on_begin(settings)
+            engine = GradientSearch(
+                ready.model, settings, ready.space, ready.windows, ready.scorer, journal, audience, enough
+            )
+            outcome = engine.run(schedule, search, *others)
+        return _result(ready, task, settings, outcome, engine.seconds, found, splits)
 
 
 def plan_by_gradients(model: nn.Module, task: Task, settings: SearchSettings) -> GradientPlan:
     """Returns what [`search_by_gradients`] would do."""
-    started = time.perf_counter()
-    check_task(task)
-    space = settings.space(tuple(find_stack(model).key_sources))
-    windows, _ = _windows(model, task, settings)
-    with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
-        scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
-        engine = GradientSearch(peft_model, task, settings, space, windows, scorer, _Later(), audience_of(False))
-        return _plan(engine, task, settings, windows, time.perf_counter() - started)
-
-
-class _Later:
-    """A record that a journal is given to once everything is checked."""
-
-    journal: Journal | None = None
-
-    def get(self, kind: str, key: str) -> Any:
-        return self.journal.get(kind, key)
-
-    def append(self, kind: str, key: str, value: Any) -> None:
-        self.journal.append(kind, key, value)
+    with _prepared(model, task, settings) as ready:
+        return ready.plan
 
 
 def _windows(model: nn.Module, task: Task, settings: SearchSettings) -> tuple[Windows, str]:
@@ -162,9 +160,11 @@ def _windows(model: nn.Module, task: Task, settings: SearchSettings) -> tuple[Wi
     return ordinary_windows(model, tokenizer, text, length, seed=settings.seed)
 
 
-def _plan(engine: GradientSearch, task: Task, settings: SearchSettings, windows: Windows, spent: float) -> GradientPlan:
-    probe = densely_asked(task, 1)
-    rates = engine.rates(probe)
+def _plan(
+    model: PeftModel, scorer: Scorer, task: Task, settings: SearchSettings, windows: Windows, started: float
+) -> GradientPlan:
+    spent, probe = since(started), densely_asked(task, 1)
+    rates = measured_rates(model, scorer, probe, windows)
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     if settings.steps is None:
         schedule = schedule_for(60 * settings.minutes - before, rates, settings.full_controls)
@@ -197,21 +197,12 @@ def _looked(
     """What the unscaled model writes; of a search that goes on, what it wrote then."""
     if not isinstance(task, PromptTask):
         return None
-    if folder is not None and (folder / PREFLIGHT_NAME).exists():
-        return Preflight.load(folder / PREFLIGHT_NAME)
-    validation = available(task, "validation", schedule.validation_contexts)
     wanted = {
         "search": contexts_to_ask(task, schedule.search_contexts),
-        "validation": validation,
+        "validation": available(task, "validation", schedule.validation_contexts),
         "test": settings.test_groups,
     }
-    audience.stage("preflight", len(wanted))
-
-    def tell(text: str) -> None:
-        audience.advance()
-        audience.note(text.removeprefix("preflight: "))
-
-    found = preflight(scorer, task, num_groups=settings.preflight_groups, wanted=wanted, tell=tell)
+    found = look(scorer, task, settings, wanted, folder, audience)
     if not settings.anyway:
         found.check()
     return found
@@ -219,50 +210,37 @@ def _looked(
 
 def _splits(
     model: nn.Module, task: Task, settings: SearchSettings, schedule: Schedule, found: Preflight | None
-) -> tuple[Split, Split]:
-    """The validation and the test split; that of the search shares no context with them."""
-    validation = available(task, "validation", schedule.validation_contexts)
-    made = [task.split("validation", validation), task.split("test", settings.test_groups)]
-    check_disjoint([task.split("search", contexts_to_ask(task, schedule.search_contexts)), *made])
+) -> tuple[Split, Split, Split]:
+    """The search, the validation and the test split, which share no context."""
+    searched = prepared(task, found) if isinstance(task, PromptTask) and found is not None else task
+    made = (
+        densely_asked(searched, contexts_to_ask(searched, schedule.search_contexts)),
+        task.split("validation", available(task, "validation", schedule.validation_contexts)),
+        task.split("test", settings.test_groups),
+    )
+    check_disjoint(made)
     for split in made:
         check_vocabulary(model, split)
-    first, second = (with_targets(split, found, task) if found is not None else split for split in made)
-    return first, second
-
-
-def _held_out(
-    model: PeftModel, scorer: Scorer, outcome: Outcome, test: Split, journal: Journal, audience: SearchProgress
-) -> ResultTable:
-    """Every method's vector on the test split, by the answers that the model writes with it."""
-    audience.stage("held-out test", len(outcome.found))
-    rows = []
-    for name, found in outcome.found.items():
-        kept = journal.get("test", list(found.factors))
-        if kept is None:
-            model.base_model.set_layer_factors(found.factors)
-            kept = scorer.measure(test).to_plain()
-            journal.append("test", list(found.factors), kept)
-        audience.advance()
-        scores = PositionScores.from_plain(kept)
-        row = TableRow(name, found.factors, found.fitness, found.evaluations, False, scores, outcome.harm[name])
-        rows.append(row)
-    return ResultTable(tuple(rows))
+    search, validation, test = (with_targets(split, found, task) if found is not None else split for split in made)
+    return search, validation, test
 
 
 def _result(
-    model: PeftModel,
+    ready: _Prepared,
     task: Task,
     settings: SearchSettings,
-    plan: GradientPlan,
     outcome: Outcome,
-    table: ResultTable,
-    engine: GradientSearch,
+    seconds: Mapping[str, float],
     found: Preflight | None,
-    splits: tuple[Split, Split],
-    source: str,
-    windows: Windows,
+    splits: Sequence[Split],
 ) -> SearchResult:
-    name = model_name(model.get_base_model())
+    model, plan, scaled_layers = ready.model, ready.plan, ready.space.scaled_layers
+    base = model.get_base_model()
+    name = model_name(base)
+    rows = [
+        TableRow(key, f.factors, f.fitness, f.evaluations, False, outcome.test[key], outcome.harm[key])
+        for key, f in outcome.found.items()
+    ]
     best = outcome.found[outcome.chosen].factors
     low, high = settings.factor_limits
     history = [
@@ -270,16 +248,16 @@ def _result(
         for i, s in enumerate(outcome.found[PER_LAYER].steps)
     ]
     return SearchResult(
-        config=adapter_config(model, settings, best, name, scaled_layers=list(engine.scaled_layers)),
-        table=table,
+        config=adapter_config(model, settings, best, name, scaled_layers=list(scaled_layers)),
+        table=ResultTable(tuple(rows)),
         settings=settings,
         chosen=outcome.chosen,
         control_points=None,
         model_name=name,
-        base=describe_loading(model.get_base_model()),
+        base=describe_loading(base),
         model_window=trained_window(model),
         task=task.describe(),
-        splits=[engine.search_split.describe(), *(split.describe() for split in splits)],
+        splits=[split.describe() for split in splits],
         history=history,
         evaluations={
             "per_layer_search": plan.schedule.steps,
@@ -288,27 +266,20 @@ def _result(
         },
         guards={
             "max_harm": settings.max_harm,
-            "text": source,
-            "windows": len(windows),
-            "tokens_per_window": len(windows[0]),
+            "text": ready.source,
+            "windows": len(ready.windows),
+            "tokens_per_window": len(ready.windows[0]),
         },
-        timing={"seconds": {k: round(v, 2) for k, v in engine.seconds.items()}, "plan": plan.to_dict()},
-        edge_layers=[i for i in engine.scaled_layers if not low < best[i] < high],
+        timing={"seconds": {k: round(v, 2) for k, v in seconds.items()}, "plan": plan.to_dict()},
+        edge_layers=[i for i in scaled_layers if not low < best[i] < high],
         measurements={},
         bootstrap=None,
         preflight=found,
-        notes=_notes(settings, plan, outcome, table, source, windows),
+        notes=_notes(ready, settings, outcome),
     )
 
 
-def _notes(
-    settings: SearchSettings,
-    plan: GradientPlan,
-    outcome: Outcome,
-    table: ResultTable,
-    source: str,
-    windows: Windows,
-) -> tuple[str, ...]:
+def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tuple[str, ...]:
     """What came out, its harm, and what it took, in sentences."""
     chosen, harm = outcome.chosen, outcome.harm[outcome.chosen]
     bound = "no bound" if settings.max_harm is None else f"a bound of {settings.max_harm:g} nats"
@@ -323,20 +294,17 @@ def _notes(
             f'result: "{label}". On the validation split no more elaborate choice under {bound} on ordinary text is '
             "better than it by an interval that excludes 0."
         )
-    half, loss = len(windows) // 2, harm.loss_rise
+    windows, loss = ready.windows[1::2], harm.loss_rise
     text = (
-        f"ordinary text ({source}, {half} windows of {len(windows[0])} tokens that no gradient was taken on): "
+        f"ordinary text ({ready.source}, {len(windows)} windows of {len(windows[0])} tokens that no gradient was taken "
+        "on): "
         f"divergence {harm.divergence.value:.4f} [{harm.divergence.low:.4f}, {harm.divergence.high:.4f}] nats, loss "
         f"{loss.value:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}] nats."
     )
-    schedule, taken = plan.schedule, len(outcome.found[PER_LAYER].steps)
+    schedule, taken = ready.plan.schedule, len(outcome.found[PER_LAYER].steps)
     early = f" (ended early: {schedule.steps} were planned)" if taken < schedule.steps else ""
     cost = (
         f"cost: {taken} gradient steps for a factor for each layer{early}, {schedule.control_steps} for each "
         f"simpler choice of two numbers, {outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
     )
     return verdict, text, cost
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

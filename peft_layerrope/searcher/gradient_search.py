@@ -8,14 +8,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
 
 from ..errors import SearchError
-from ..scoring.preflight import Preflight, prepared, with_targets
+from ..files.strict_json import to_float
+from ..runs import Journal
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
 from ..scoring.statistics import Interval, mean_interval, rank_key
@@ -32,6 +33,7 @@ from .climb import (
     per_layer_family,
     uniform_family,
 )
+from .common import since
 from .factor_gradient import FactorGradient, Slope
 from .grid import Factors
 from .ordinary_text import Windows, divergences, losses, scored_positions, window_logits
@@ -50,16 +52,6 @@ _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questio
 _OF_BOUND = 0.7  # share of the bound that is used: on other text the divergence was up to 1.4 times as large
 _DENSER = 3
 _DIGITS = 2
-
-
-class Record(Protocol):
-    """Where results are kept, so that a run that goes on does not compute them again."""
-
-    def get(self, kind: str, key: str) -> Any:
-        """Returns what was kept, or None."""
-
-    def append(self, kind: str, key: str, value: Any) -> None:
-        """Keeps JSON values."""
 
 
 @dataclass(frozen=True)
@@ -86,52 +78,49 @@ class Outcome:
 
     Attributes:
         found: by name.
-        validation: scores on the validation split.
         harm: of each, on text that no gradient was taken on.
         chosen: the result's name.
+        test: held-out scores of each, of the answers that the model writes where the task has a metric.
     """
 
     found: Mapping[str, Found]
-    validation: Mapping[str, PositionScores]
     harm: Mapping[str, Harm]
     chosen: str
+    test: Mapping[str, PositionScores]
 
 
 class GradientSearch:
-    """One search, stage after stage. Each result is kept in a record, and taken from there if it is there.
+    """One search, stage after stage. Each result is kept in a journal, and taken from there if it is there.
 
     Args:
         model: a `PeftModel` with one LAYER_ROPE adapter, changed in place.
-        task: where contexts come from.
         settings: see [`SearchSettings`].
         space: which layers are free.
         windows: ordinary text: every other one for gradients, the rest to measure with.
         scorer: of `model`.
-        record: see [`Record`].
+        journal: of the run.
         audience: told what is done.
-        enough: asked before each gradient step but the first of a climb; once it says so, climbs end.
+        enough: asked before each gradient step but the first of a climb; once it says so, climbs end. None: never.
     """
 
     def __init__(
         self,
         model: PeftModel,
-        task: Task,
         settings: SearchSettings,
         space: FactorSpace,
         windows: Windows,
         scorer: Scorer,
-        record: Record,
+        journal: Journal,
         audience: SearchProgress,
-        enough: Callable[[], bool] = lambda: False,
+        enough: Callable[[], bool] | None = None,
     ) -> None:
         self._enough = enough
         self._model = model
-        self._task = task
         self._settings = settings
         self._space = space
         self._windows = windows
         self._scorer = scorer
-        self._record = record
+        self._journal = journal
         self._audience = audience
         self._gradient = FactorGradient(model)
         self._limits = tuple(np.log(settings.factor_limits))
@@ -139,37 +128,19 @@ class GradientSearch:
         self._search: Split | None = None
         self.seconds: dict[str, float] = {}
 
-    @property
-    def scaled_layers(self) -> tuple[int, ...]:
-        """Layers that are free."""
-        return self._space.scaled_layers
-
-    @property
-    def search_split(self) -> Split:
-        """All contexts that are searched on, once the search has begun."""
-        return self._search
-
-    def rates(self, split: Split) -> Rates:
-        """Times the unscaled model on one context, after a first pass that makes everything ready."""
-        one, unscaled = split.part(0, 1), np.zeros(self._space.num_layers)
-        self._set(self._rounded(unscaled))
-        self._scorer.score(one)
-        passes = (
-            lambda: self._scorer.score(one),
-            lambda: self._gradient.of_answers(one, unscaled),
-            lambda: self._of_text(0, unscaled),
-        )
-        return Rates(*map(_timed, passes))
-
-    def run(self, found: Preflight | None, schedule: Schedule, validation: Split) -> Outcome:
-        """Searches, measures and chooses.
+    def run(self, schedule: Schedule, search: Split, validation: Split, test: Split) -> Outcome:
+        """Searches, measures, chooses, and has each vector tested.
 
         Args:
-            found: how the unscaled model writes its answers.
             schedule: what to do.
+            search: contexts to search on; drawn with replacement where they are fewer than the schedule has.
             validation: contexts to choose by.
+            test: contexts of the held-out table.
         """
-        self._take_contexts(found, schedule)
+        self._search = search
+        rng, self._contexts = np.random.default_rng(self._settings.seed), list(range(search.num_groups))
+        while len(self._contexts) < schedule.search_contexts:
+            self._contexts += rng.permutation(search.num_groups).tolist()
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
         sources, layers = self._space.key_sources, self._space.scaled_layers
@@ -181,24 +152,14 @@ class GradientSearch:
         ):
             results[name] = self._climbed(name, family, origin, steps, start)
             start += steps * CONTEXTS_PER_STEP
-        scores = self._validated(results, validation)
+        scores = self._scored(
+            "validation", "choice on the validation split", results, lambda: self._scorer.score(validation)
+        )
         harm = self._harm(results)
         fitness = {name: fitness_by_context(score) for name, score in scores.items()}
         chosen = choose(fitness, harm, SIMPLEST_FIRST, self._settings.max_harm)
-        return Outcome(results, scores, harm, chosen)
-
-    def _take_contexts(self, found: Preflight | None, schedule: Schedule) -> None:
-        """Makes the search split: as many contexts as there are, drawn with replacement where they are too few."""
-        task = self._task
-        if isinstance(task, PromptTask) and found is not None:
-            task = prepared(task, found)
-        wanted = contexts_to_ask(task, schedule.search_contexts)
-        split = densely_asked(task, wanted)
-        self._search = with_targets(split, found, task) if found is not None else split
-        rng, contexts = np.random.default_rng(self._settings.seed), list(range(wanted))
-        while len(contexts) < schedule.search_contexts:
-            contexts += rng.permutation(wanted).tolist()
-        self._contexts = contexts
+        held_out = self._scored("test", "held-out test", results, lambda: self._scorer.measure(test))
+        return Outcome(results, harm, chosen, held_out)
 
     def _part(self, start: int, count: int) -> Split:
         """Contexts number `start` and on, each once."""
@@ -209,10 +170,10 @@ class GradientSearch:
 
     def _once(self, kind: str, key: str, compute: Callable[[], Any]) -> Any:
         """What is in the record, or is computed and put there."""
-        kept = self._record.get(kind, key)
+        kept = self._journal.get(kind, key)
         if kept is None:
             kept = compute()
-            self._record.append(kind, key, kept)
+            self._journal.append(kind, key, kept)
         self._audience.advance()
         return kept
 
@@ -221,7 +182,7 @@ class GradientSearch:
         started = time.perf_counter()
         self._audience.stage(name, total)
         yield
-        self.seconds[name] = max(0.0, time.perf_counter() - started)
+        self.seconds[name] = since(started)
 
     def _rounded(self, log_factors: np.ndarray) -> Factors:
         """Factors as they are kept: rounded, and those of layers that are not free exactly 1."""
@@ -243,9 +204,8 @@ class GradientSearch:
         results = {NONE: Found(unscaled, float(np.mean(fitness)), 1)}
         for name, values in races.items():
             vectors = list(dict.fromkeys(self._rounded(family.log_factors(np.array([value]))) for value in values))
-            counts = [-(-len(vectors) // 2**number) for number in range(len(schedule.rounds))]
-            with self._stage(f"race: {name}", sum(counts)):
-                results[name] = self._raced(vectors, schedule.rounds)
+            with self._stage(f"race: {name}", sum(schedule.running(len(vectors)))):
+                results[name] = self._raced(vectors, schedule)
         return results
 
     def _bounded_values(self, family: Family) -> list[float]:
@@ -261,13 +221,12 @@ class GradientSearch:
                 ends.append(value * min(np.sqrt(bound / max(kept[0], 1e-9)), 10.0))
         return [share * end for end in ends for share in (1.0, 0.5)] + [0.0]
 
-    def _raced(self, vectors: Sequence[Factors], rounds: Sequence[int]) -> Found:
+    def _raced(self, vectors: Sequence[Factors], schedule: Schedule) -> Found:
         """Scores vectors on more and more contexts; after each round the better half goes on."""
-        start, evaluations = 0, len(vectors)
+        start, running = 0, list(vectors)
         values: dict[Factors, list[float]] = {vector: [] for vector in vectors}
-        running = list(vectors)
-        for contexts in rounds:
-            split = self._part(start, contexts)
+        for contexts, count in zip(schedule.rounds, schedule.running(len(vectors)), strict=True):
+            split, running = self._part(start, contexts), running[:count]
             for vector in running:
                 values[vector] += self._once(
                     "raced", f"{start}+{contexts} {vector}", lambda at=vector, on=split: self._by_context(at, on)
@@ -275,8 +234,7 @@ class GradientSearch:
             start += contexts
             running.sort(key=lambda vector: -rank_key(np.mean(values[vector])))
             self._audience.note(f"best {running[0][-1]:g} {np.mean(values[running[0]]):.3f}")
-            running = running[: max(1, -(-len(running) // 2))]
-        return Found(running[0], float(np.mean(values[running[0]])), evaluations)
+        return Found(running[0], float(np.mean(values[running[0]])), len(vectors))
 
     def _by_context(self, factors: Factors, split: Split) -> list[float]:
         self._set(factors)
@@ -297,7 +255,7 @@ class GradientSearch:
             )
             return _slope(kept[0]), _slope(kept[1])
 
-        ended = self._record.get("ended", name)
+        ended = self._journal.get("ended", name)
         with self._stage(f"gradient steps: {name}", count):
             for step in climb(
                 family, origin, count, slopes, max_divergence=self._settings.max_harm, limits=self._limits
@@ -305,15 +263,20 @@ class GradientSearch:
                 steps.append(step)
                 recent = [s.fitness for s in steps[-5:]]
                 self._audience.note(f"fitness {np.mean(recent):.3f} · text {step.divergence:.4f}")
-                if len(steps) == ended or (ended is None and len(steps) < count and self._enough()):
+                if len(steps) == ended or (
+                    ended is None and len(steps) < count and self._enough is not None and self._enough()
+                ):
                     break
         if len(steps) < count and ended is None:
-            self._record.append("ended", name, len(steps))
+            self._journal.append("ended", name, len(steps))
         if not steps:
             raise SearchError(f"{name}: the gradient is not finite at its first step; use another --dtype.")
         last = steps[len(steps) // 2 :]
         fitness = float(np.mean([step.fitness for step in last]))
         return Found(self._rounded(self._within_bound(name, averaged(steps))), fitness, len(steps), tuple(steps))
+
+    def _is_enough(self) -> bool:
+        return self._enough is not None and self._enough()
 
     def _within_bound(self, name: str, log_factors: np.ndarray) -> np.ndarray:
         """Log-factors made smaller together until the divergence on the windows for gradients is within its bound; it
@@ -324,25 +287,24 @@ class GradientSearch:
             return log_factors
         windows = self._windows[::2]
         kept = self._once("text", name, lambda: self._measured_harm(self._rounded(log_factors), windows)[0][0])
-        return log_factors * min(1.0, np.sqrt(_OF_BOUND * bound / max(_number(kept), 1e-9)))
+        return log_factors * min(1.0, np.sqrt(_OF_BOUND * bound / max(to_float(kept), 1e-9)))
 
     def _of_text(self, number: int, log_factors: np.ndarray) -> Slope:
-        """The divergence on one of the windows for gradients."""
-        windows = self._windows[::2]
-        window = windows[number % len(windows)]
-        return self._gradient.of_divergence(window, scored_positions(len(window), number), log_factors)
+        return text_slope(self._gradient, self._windows, number, log_factors)
 
-    def _validated(self, results: Mapping[str, Found], split: Split) -> dict[str, PositionScores]:
+    def _scored(
+        self, split: str, stage: str, results: Mapping[str, Found], score: Callable[[], PositionScores]
+    ) -> dict[str, PositionScores]:
+        """What `score` returns with each vector."""
         scores: dict[str, PositionScores] = {}
-        with self._stage("choice on the validation split", len(results)):
+        with self._stage(stage, len(results)):
             for name, found in results.items():
 
-                def scored(factors: Factors = found.factors) -> list[Any]:
+                def plain(factors: Factors = found.factors) -> list[Any]:
                     self._set(factors)
-                    return self._scorer.score(split).to_plain()
+                    return score().to_plain()
 
-                kept = self._once("validation", f"{found.factors}", scored)
-                scores[name] = PositionScores.from_plain(kept)
+                scores[name] = PositionScores.from_plain(self._once(split, f"{found.factors}", plain))
         return scores
 
     def _harm(self, results: Mapping[str, Found]) -> dict[str, Harm]:
@@ -351,7 +313,7 @@ class GradientSearch:
         with self._stage("what they do to ordinary text", len(results)):
             for name, found in results.items():
                 kept = self._once("harm", f"{found.factors}", lambda at=found.factors: self._measured_harm(at, windows))
-                harm[name] = Harm(*(Interval(*map(_number, part)) for part in kept))
+                harm[name] = Harm(*(Interval(*map(to_float, part)) for part in kept))
         return harm
 
     @torch.no_grad()
@@ -399,10 +361,29 @@ def available(task: Task, split: SplitName, wanted: int) -> int:
     return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted
 
 
-def _timed(passed: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    passed()
-    return max(1e-6, time.perf_counter() - started)
+def text_slope(gradient: FactorGradient, windows: Windows, number: int, log_factors: np.ndarray) -> Slope:
+    """Returns the slope of the divergence on one of the windows for gradients, taken in turns."""
+    own = windows[::2]
+    window = own[number % len(own)]
+    return gradient.of_divergence(window, scored_positions(len(window), number), log_factors)
+
+
+def measured_rates(model: PeftModel, scorer: Scorer, one: Split, windows: Windows) -> Rates:
+    """Times the unscaled model on one context, after a first pass that makes everything ready."""
+    gradient = FactorGradient(model)
+    unscaled = np.zeros(len(model.peft_config[model.active_adapter].layer_factors))
+    scorer.score(one)
+    passes = (
+        lambda: scorer.score(one),
+        lambda: gradient.of_answers(one, unscaled),
+        lambda: text_slope(gradient, windows, 0, unscaled),
+    )
+    seconds = []
+    for timed in passes:
+        started = time.perf_counter()
+        timed()
+        seconds.append(max(1e-6, since(started)))
+    return Rates(*seconds)
 
 
 def _plain(slope: Slope) -> list[Any]:
@@ -410,9 +391,4 @@ def _plain(slope: Slope) -> list[Any]:
 
 
 def _slope(plain: Sequence[Any]) -> Slope:
-    """What is not finite is null in JSON."""
-    return Slope(_number(plain[0]), np.array([_number(value) for value in plain[1]]))
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+    return Slope(to_float(plain[0]), np.array([to_float(value) for value in plain[1]]))

@@ -20,8 +20,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import TaskError
 from ..messages import one_line
-from ..scoring.judging import judge_tokens
+from ..scoring.judging import judge_tokens, logits_at
 from ..scoring.memory import with_halving
+from ..tasks.text_stream import tokenised
 from ..tuner.sites import embedding_table
 
 Windows = tuple[tuple[int, ...], ...]
@@ -51,7 +52,7 @@ def ordinary_windows(
         TaskError: the file cannot be read, or is too short.
     """
     if tokenizer is not None:
-        ids = _encoded(tokenizer, _read(text, length))
+        ids = tokenised([_read(text, length)], tokenizer, str(text)).tolist()
         unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1) if tokenizer.unk_token_id is not None else 0
         size = min(length, len(ids) // NUM_WINDOWS)
         if unknown <= _MAX_UNKNOWN and size >= _SCORED:
@@ -76,10 +77,6 @@ def _read(text: Path | None, length: int) -> str:
             return file.read(NUM_WINDOWS * length * _CHARACTERS_PER_TOKEN)
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"{text} cannot be read as text: {one_line(error)}.") from error
-
-
-def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -140,10 +137,7 @@ def window_logits(model: nn.Module, window: Sequence[int], positions: Sequence[i
     """Returns a window's logits at some positions: shape `(len(positions), vocabulary)`, in the model's dtype."""
     device = embedding_table(model).device
     ids, columns = torch.tensor([window], device=device), torch.tensor(positions, device=device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
-    if logits.shape[1] != len(positions):  # a model that does not know `logits_to_keep` returns every column
-        logits = logits[:, columns]
-    return logits[0]
+    return logits_at(model, columns, input_ids=ids)[0]
 
 
 def divergence(unscaled: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:

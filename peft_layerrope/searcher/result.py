@@ -189,7 +189,7 @@ class SearchResult:
             "layers_at_edge_of_range": self.edge_layers,
             "table": [self._row_dict(row) for row in self.table],
             "evaluations": self.evaluations,
-            "guards": self.guards | (_NO_TAIL_GUARD if self._measure == "loss" and not self.notes else {}),
+            "guards": self.guards | (_NO_TAIL_GUARD if self._measure == "loss" and not self._by_gradients else {}),
             "better_control": self.better_control,
             "bootstrap": self.bootstrap,
             "preflight": self.preflight.describe() if self.preflight is not None else None,
@@ -213,6 +213,10 @@ class SearchResult:
             **({"ordinary_text": row.harm.to_dict()} if row.harm is not None else {}),
             f"average_{self._measure}_minus": differences,
         }
+
+    @property
+    def _by_gradients(self) -> bool:
+        return self.settings.algorithm == "gradient"
 
     @property
     def _measure(self) -> Measure:
@@ -275,7 +279,7 @@ class SearchResult:
     @property
     def against(self) -> tuple[str, ...]:
         """The rows that others are compared with in tables."""
-        if self.notes:
+        if self._by_gradients:
             return (NONE, BOUNDED)
         return (UNIFORM, *([self.better_control] if self.better_control is not None else []))
 
@@ -291,7 +295,7 @@ class SearchResult:
             *(self.preflight.remarks() if self.preflight is not None else []),
             *report.fitness_remark({row.label: row.scores for row in self.table}),
         ]
-        if self.notes:
+        if self._by_gradients:
             return [self.notes[0], *looked, *self.notes[1:], *self._time_and_edges(with_time)]
         counts, guards = self.evaluations, self.guards
         lines = [

@@ -17,20 +17,17 @@ from torch import nn
 from ..adapted import adapted, keeping_modes
 from ..base_model import describe_loading
 from ..errors import NotEnoughMemoryError, SearchError
-from ..files.atomic import write_atomically, writing
-from ..files.strict_json import to_json
-from ..fingerprint import library_versions, model_fingerprint
 from ..messages import named
-from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight
+from ..scoring.preflight import Preflight
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
 from ..scoring.statistics import rank_key
 from ..tasks import PromptTask, Task
 from ..tasks.base import check_task
-from ..tuner.sites import embedding_table, find_stack, trained_window
+from ..tuner.sites import find_stack, trained_window
 from . import controls
 from .bootstrap import bootstrap_choice
-from .config_of import adapter_config, model_name
+from .common import adapter_config, identity_of, keep_look, look, model_name, since
 from .controls import Candidate, best_of
 from .coordinates import climb
 from .evaluator import Evaluator, ModelEvaluator
@@ -159,7 +156,7 @@ def plan_search(
     settings = _settings(settings, overrides)
     if settings.algorithm == "gradient":
         return plan_by_gradients(model, task, settings)
-    with _prepared(model, task, settings, progress=False, folder=None, look=False) as run:
+    with _prepared(model, task, settings, progress=False, folder=None, ask=False) as run:
         run.time_one_evaluation()
         return run.plan
 
@@ -186,9 +183,9 @@ def _prepared(
     folder: str | Path | None,
     resume: bool = False,
     overwrite: bool = False,
-    look: bool = True,
+    ask: bool = True,
 ) -> Iterator[_Run]:
-    """Checks everything, with `look` also what the model answers, injects the adapter, and takes it out again
+    """Checks everything, with `ask` also what the model answers, injects the adapter, and takes it out again
     afterwards.
     """
     check_task(task)
@@ -197,58 +194,24 @@ def _prepared(
     scorer = Scorer(model, batch_tokens=settings.batch_tokens)
     kept = Path(folder) if folder is not None else None
     found = None
-    if look and isinstance(task, PromptTask):
+    if ask and isinstance(task, PromptTask):
         with keeping_modes(model):
-            found = _preflight(scorer, task, settings, kept, resume, progress)
+            wanted = {
+                "search": settings.search_groups,
+                "validation": settings.validation_groups,
+                "test": settings.test_groups,
+            }
+            # somebody's own progress is entered once, for the search itself
+            with audience_of(progress if isinstance(progress, bool) else False) as audience:
+                found = look(scorer, task, settings, wanted, kept if resume else None, audience)
         if not settings.anyway:
             found.check()
         data = make_data(model, task, settings, found)
-    identity = {
-        "settings": settings.to_dict(),
-        "task": task.describe(),
-        "splits": [split.describe() for split in data.all],
-        "model": model_fingerprint(model),
-        "base": describe_loading(model),
-        "versions": library_versions(),
-        "device": embedding_table(model).device.type,
-    }
+    identity = identity_of(model, task, settings.to_dict(), data.all)
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         scorer.check(data.search)
         with SearchJournal(kept, identity, resume, overwrite) as state, audience_of(progress) as audience:
             yield _Run(peft_model, settings, space, data, state, audience, found, scorer)
-
-
-def _preflight(
-    scorer: Scorer,
-    task: PromptTask,
-    settings: SearchSettings,
-    folder: Path | None,
-    resume: bool,
-    progress: bool | SearchProgress,
-) -> Preflight:
-    """What the unscaled model writes; of a search that is resumed, what it wrote then."""
-    path = folder / PREFLIGHT_NAME if folder is not None else None
-    if resume and path is not None and path.exists():
-        return Preflight.load(path)
-    wanted = {
-        "search": settings.search_groups,
-        "validation": settings.validation_groups,
-        "test": settings.test_groups,
-    }
-    # somebody's own progress is entered once, for the search itself
-    with audience_of(progress if isinstance(progress, bool) else False) as audience:
-        audience.stage("preflight", len(wanted))
-
-        def tell(text: str) -> None:
-            audience.advance()
-            audience.note(text.removeprefix("preflight: "))
-
-        return preflight(scorer, task, num_groups=settings.preflight_groups, wanted=wanted, tell=tell)
-
-
-def _since(started: float) -> float:
-    """Seconds since then, which no step of the clock makes negative."""
-    return max(0.0, time.perf_counter() - started)
 
 
 class _Run:
@@ -320,7 +283,7 @@ class _Run:
         if logged:
             self.state.log("stage", name=name, at_most=total)
         yield
-        self.seconds[name] = _since(started)
+        self.seconds[name] = since(started)
 
     def _rng(self, name: str) -> random.Random:
         """A generator per searcher, so that leaving one out does not change another."""
@@ -346,7 +309,7 @@ class _Run:
                         "the unscaled model, by which all others are judged: use another --dtype, or shorter prompts."
                     )
                 self.audience.advance()
-            seconds = _since(started)
+            seconds = since(started)
             self.local.forget()
         held_out = sum(self.local.num_tokens(number) for number in self._split_numbers.values())
         self.plan = Plan(
@@ -360,14 +323,7 @@ class _Run:
     def begin(self) -> None:
         """Writes the first entry of the journal, in place of a search that is overwritten; nothing is before it."""
         self.state.log("plan", **self.plan.to_dict(), threads=torch.get_num_threads())
-        if self.state.folder is None:
-            return
-        path = self.state.folder / PREFLIGHT_NAME
-        if self.preflight is not None:
-            write_atomically(path, to_json(self.preflight.to_plain()) + "\n")
-        else:
-            with writing(path):
-                path.unlink(missing_ok=True)
+        keep_look(self.state.folder, self.preflight)
 
     def distribute(self, distribute: Distribute | None) -> None:
         """Has the evaluations done elsewhere from now on."""

@@ -52,6 +52,10 @@ class Schedule:
         unit = max(1, self.steps // 24)
         return (unit, unit, 2 * unit, 4 * unit)
 
+    def running(self, values: int) -> list[int]:
+        """Returns how many of so many factors run in each round of a race."""
+        return [-(-values // 2**number) for number in range(len(self.rounds))]
+
     @property
     def validation_contexts(self) -> int:
         """Contexts on which what the methods found is compared."""
@@ -66,9 +70,9 @@ class Schedule:
         """How long it takes, without the preflight and the held-out test."""
         step = CONTEXTS_PER_STEP * rates.context_gradient + rates.text_gradient
         raced = sum(
-            contexts * -(-values // 2**number)
+            contexts * running
             for values in (UNIFORM_VALUES, BOUNDED_VALUES)
-            for number, contexts in enumerate(self.rounds)
+            for contexts, running in zip(self.rounds, self.running(values), strict=True)
         )
         finalists = _FAMILIES + 4  # beside them none, two uniform ones, and the per-layer vector
         return (

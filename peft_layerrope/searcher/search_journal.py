@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
 from ..errors import SearchError
-from ..files.strict_json import to_json
+from ..files.strict_json import to_float, to_json
 from ..runs import Journal
 from ..scoring.scores import PositionScores
 from .grid import Factors
@@ -93,5 +92,4 @@ class SearchJournal(Journal):
 
 
 def _numbers(values: Iterable[float | None]) -> tuple[float, ...]:
-    """What was not finite is null in JSON."""
-    return tuple(math.nan if value is None else float(value) for value in values)
+    return tuple(map(to_float, values))

@@ -20,10 +20,10 @@ from ..scoring.statistics import Interval, mean_interval, rank_key
 from ..tasks import SPLIT_NAMES, Measure, PromptTask, Split, SplitName, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window
+from .common import model_name
 from .evaluator import ModelEvaluator
 from .grid import Factors, format_layers
 from .progress import SearchProgress, audience_of
-from .run import model_name
 from .settings import SearchSettings
 from .space import FactorSpace
 
