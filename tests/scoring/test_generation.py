@@ -33,7 +33,7 @@ def test_judged_by_tokens_it_equals_the_teacher_forced_score(demo_model, beyond,
     assert 0.1 < expected.correct.mean() < 0.9
     found = Scorer(demo_model, batch_tokens=batch_tokens).generate(beyond)
     np.testing.assert_array_equal(found.correct, expected.correct)
-    np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=2e-5)  # of sums of two tokens
+    np.testing.assert_allclose(found.log_prob, expected.log_prob, atol=1e-4)  # of sums of two tokens
     assert (found.positions, found.measure) == (expected.positions, "accuracy")
 
 

@@ -60,7 +60,7 @@ def test_table_has_every_method_on_the_same_test_split(result, task):
     assert [row.name for row in result.table] == ROWS
     split = task.split("test", SMALL["test_groups"])
     for row in result.table:
-        np.testing.assert_array_equal(row.scores.log_prob, scores_of(row.factors, split).log_prob)
+        np.testing.assert_allclose(row.scores.log_prob, scores_of(row.factors, split).log_prob, rtol=1e-5)
 
 
 def test_search_fitness_is_the_utilisation_of_the_search_split(result, task):
@@ -71,7 +71,7 @@ def test_search_fitness_is_the_utilisation_of_the_search_split(result, task):
         assert result.table[name].fitness >= result.table["none"].fitness
     for vector, values in list(result.measurements.items())[::15]:
         plain = scores_of(vector, split).utilisation_by_group("log_prob")
-        np.testing.assert_allclose(values, plain[: len(values)], rtol=1e-12)
+        np.testing.assert_allclose(values, plain[: len(values)], rtol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -355,7 +355,8 @@ def test_a_model_with_a_shared_kv_cache_is_searched_with_tied_factors(task):
     assert found.timing["prefix_sharing"] is IS_OLDER  # transformers 5.0 shares keys through a cache only
     split = task.split("test", SMALL["test_groups"])
     fresh = get_peft_model(build_tiny("gemma3n_text"), LayerRopeConfig(layer_factors=found.config.layer_factors))
-    np.testing.assert_array_equal(Scorer(fresh).score(split).log_prob, found.table[found.chosen].scores.log_prob)
+    plain = Scorer(fresh).score(split).log_prob
+    np.testing.assert_allclose(found.table[found.chosen].scores.log_prob, plain, rtol=1e-5)
 
 
 @pytest.mark.parametrize("own", ["dynamic", "longrope"])
