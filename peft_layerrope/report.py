@@ -25,7 +25,7 @@ class Row(Protocol):
     fitness: float
     evaluations: int
     scores: PositionScores
-    harm: Any  # with `divergence` and `loss_rise`, each an `Interval`; or None
+    harm: Any  # with `divergence` and `loss_rise`, each an `Interval` (the latter maybe None); or None
 
 
 class Comparison(Protocol):
@@ -83,8 +83,8 @@ def perplexity_with_interval(interval: Interval) -> str:
 
 
 _HARM_LEGEND = (
-    "KL, text loss: what the factors do to ordinary text, in nats: how far the distribution over next tokens moves, "
-    "and the rise of the loss."
+    "KL: divergence of next-token distributions from the unscaled model's on text that it wrote; text loss: rise of "
+    "the loss on people's text; both in nats."
 )
 TABLE_LEGEND = (
     "accuracy: {what} in %, mean over all gold positions; worst: at the worst position; U: context utilisation "
@@ -143,7 +143,8 @@ def _choice_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
     for row in table:
         line = [row.label, str(row.evaluations), f"{row.fitness:.3f}"]
         if harmed:
-            line += [f"{row.harm.divergence.value:.4f}", f"{row.harm.loss_rise.value:+.4f}"]
+            rise = row.harm.loss_rise
+            line += [f"{row.harm.divergence.value:.4f}", f"{rise.value:+.4f}" if rise is not None else "–"]
         cells.append([*line, format_factors(row.factors)])
     return ["method", "tried", "fitness", *(["KL", "text loss"] if harmed else []), "factors"], cells
 

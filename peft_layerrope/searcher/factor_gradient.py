@@ -69,6 +69,7 @@ class FactorGradient:
         self._base = model.get_base_model()
         self._stack = find_stack(self._base)
         self._wrappers: list[LayerRopeLayer] = self._stack.wrappers()
+        self._unscaled: dict[tuple[Sequence[int], tuple[int, ...]], torch.Tensor] = {}
 
     def of_answers(self, split: Split, log_factors: np.ndarray) -> Slope:
         """Of the probability of the targets, averaged over the examples of a split; of running text, of minus the loss.
@@ -96,9 +97,14 @@ class FactorGradient:
         return Slope(value, gradient)
 
     def of_divergence(self, window: Sequence[int], positions: Sequence[int], log_factors: np.ndarray) -> Slope:
-        """Of the divergence from the unscaled model on a window of ordinary text; see `ordinary_text`."""
-        with torch.no_grad(), self.scaled_by(torch.ones(len(log_factors))):
-            unscaled = window_logits(self._model, window, positions)
+        """Of the divergence from the unscaled model on a window of ordinary text; see `ordinary_text`. The unscaled
+        model's logits are kept for the next time.
+        """
+        key = window, tuple(positions)
+        if key not in self._unscaled:
+            with torch.no_grad(), self.scaled_by(torch.ones(len(log_factors))):
+                self._unscaled[key] = window_logits(self._model, window, positions)
+        unscaled = self._unscaled[key]
         return self._slope(lambda: divergence(unscaled, window_logits(self._model, window, positions)), log_factors)
 
     def _slope(self, value: Callable[[], torch.Tensor], log_factors: np.ndarray) -> Slope:

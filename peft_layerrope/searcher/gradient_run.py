@@ -19,6 +19,7 @@ from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import Preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
+from ..scoring.statistics import Interval
 from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
 from ..tuner.sites import find_stack, trained_window
@@ -30,12 +31,13 @@ from .gradient_search import (
     available,
     contexts_to_ask,
     densely_asked,
+    end_changes,
     measured_rates,
 )
-from .ordinary_text import Windows, ordinary_windows
+from .ordinary_text import SAMPLE_NAME, Windows, read_windows
 from .plan import check_length
 from .progress import SearchProgress, audience_of
-from .result import LABELS, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
+from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .schedule import Rates, Schedule, schedule_for
 from .settings import SearchSettings
 from .space import FactorSpace
@@ -89,7 +91,6 @@ class _Prepared:
     scorer: Scorer
     space: FactorSpace
     windows: Windows
-    source: str
     plan: GradientPlan
 
 
@@ -99,11 +100,11 @@ def _prepared(model: nn.Module, task: Task, settings: SearchSettings) -> Iterato
     started = time.perf_counter()
     check_task(task)
     space = settings.space(tuple(find_stack(model).key_sources))
-    windows, source = _windows(model, task, settings)
+    windows = _windows(model, task, settings)
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
         plan = _plan(peft_model, scorer, task, settings, windows, started)
-        yield _Prepared(peft_model, scorer, space, windows, source, plan)
+        yield _Prepared(peft_model, scorer, space, windows, plan)
 
 
 def search_by_gradients(
@@ -129,16 +130,15 @@ def search_by_gradients(
         search, *others = splits = _splits(model, task, settings, schedule, found)
         told = {name: value for name, value in settings.to_dict().items() if name != "minutes"}
         identity = identity_of(model, task, told, others)
-        identity["text"] = [ready.source, len(ready.windows), len(ready.windows[0])]
+        identity["text"] = [_source(settings), len(ready.windows), plan.text_tokens]
         with Journal(folder, identity, resume, overwrite) as journal:
             keep_look(folder, found)
             if journal.get("plan", "") is None:
                 journal.append("plan", "", plan.to_dict())
             if on_begin is not None:
                 on_begin(settings)
-            engine = GradientSearch(
-                ready.model, settings, ready.space, ready.windows, ready.scorer, journal, audience, enough
-            )
+            text = ready.windows, plan.text_tokens
+            engine = GradientSearch(ready.model, settings, ready.space, *text, ready.scorer, journal, audience, enough)
             outcome = engine.run(schedule, search, *others)
         return _result(ready, task, settings, outcome, engine.seconds, found, splits)
 
@@ -149,31 +149,36 @@ def plan_by_gradients(model: nn.Module, task: Task, settings: SearchSettings) ->
         return ready.plan
 
 
-def _windows(model: nn.Module, task: Task, settings: SearchSettings) -> tuple[Windows, str]:
+def _source(settings: SearchSettings) -> str:
+    return Path(settings.text).name if settings.text is not None else SAMPLE_NAME
+
+
+def _windows(model: nn.Module, task: Task, settings: SearchSettings) -> Windows:
     probe = task.split("search", 1)
     check_length(settings, probe.max_tokens, trained_window(model))
     Scorer(model, batch_tokens=settings.batch_tokens).check(probe)  # a model without finite scores cannot write text
     text = Path(settings.text) if settings.text is not None else None
-    tokenizer = getattr(task, "tokenizer", None)
-    # beyond the trained window the unscaled model is nothing to keep to
-    length = min(probe.max_tokens, trained_window(model) or probe.max_tokens)
-    return ordinary_windows(model, tokenizer, text, length, seed=settings.seed)
+    return read_windows(getattr(task, "tokenizer", None), text, _text_tokens(model, probe))
+
+
+def _text_tokens(model: nn.Module, probe: Split) -> int:
+    """Of a window: as many as a prompt has, but beyond the trained window the unscaled model is nothing to keep to."""
+    return min(probe.max_tokens, trained_window(model) or probe.max_tokens)
 
 
 def _plan(
     model: PeftModel, scorer: Scorer, task: Task, settings: SearchSettings, windows: Windows, started: float
 ) -> GradientPlan:
     spent, probe = since(started), densely_asked(task, 1)
-    rates = measured_rates(model, scorer, probe, windows)
+    tokens = len(windows[0]) if windows else _text_tokens(model, probe)
+    rates = measured_rates(model, scorer, probe, tokens)
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     if settings.steps is None:
         schedule = schedule_for(60 * settings.minutes - before, rates, settings.full_controls)
     else:
         schedule = Schedule(settings.steps, settings.full_controls)
     test_groups, seconds = _test_size(task, settings, rates)
-    return GradientPlan(
-        schedule, before + schedule.seconds(rates), test_groups, seconds, probe.max_tokens, len(windows[0])
-    )
+    return GradientPlan(schedule, before + schedule.seconds(rates), test_groups, seconds, probe.max_tokens, tokens)
 
 
 def _test_size(task: Task, settings: SearchSettings, rates: Rates) -> tuple[int, float]:
@@ -266,9 +271,9 @@ def _result(
         },
         guards={
             "max_harm": settings.max_harm,
-            "text": ready.source,
+            "text": _source(settings) if ready.windows else None,
             "windows": len(ready.windows),
-            "tokens_per_window": len(ready.windows[0]),
+            "tokens_per_window": plan.text_tokens,
         },
         timing={"seconds": {k: round(v, 2) for k, v in seconds.items()}, "plan": plan.to_dict()},
         edge_layers=[i for i in scaled_layers if not low < best[i] < high],
@@ -294,13 +299,14 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
             f'result: "{label}". On the validation split no more elaborate choice under {bound} on ordinary text is '
             "better than it by an interval that excludes 0."
         )
-    windows, loss = ready.windows[1::2], harm.loss_rise
-    text = (
-        f"ordinary text ({ready.source}, {len(windows)} windows of {len(windows[0])} tokens that no gradient was taken "
-        "on): "
-        f"divergence {harm.divergence.value:.4f} [{harm.divergence.low:.4f}, {harm.divergence.high:.4f}] nats, loss "
-        f"{loss.value:+.4f} [{loss.low:+.4f}, {loss.high:+.4f}] nats."
-    )
+    text = f"harm: divergence on text that the unscaled model wrote {_with_interval(harm.divergence)} nats"
+    if harm.loss_rise is not None:
+        text += f", rise of the loss on people's text ({_source(settings)}) {_with_interval(harm.loss_rise)} nats"
+    text += "."
+    if chosen != NONE and outcome.test[chosen].measure != "loss":
+        ends = end_changes(outcome.test[chosen], outcome.test[NONE])
+        first, last = (f"{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]" for e in ends)
+        text += f" Held-out accuracy at the first position {first} points, at the last {last}."
     schedule, taken = ready.plan.schedule, len(outcome.found[PER_LAYER].steps)
     early = f" (ended early: {schedule.steps} were planned)" if taken < schedule.steps else ""
     cost = (
@@ -308,3 +314,7 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
         f"simpler choice of two numbers, {outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
     )
     return verdict, text, cost
+
+
+def _with_interval(interval: Interval) -> str:
+    return f"{interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"

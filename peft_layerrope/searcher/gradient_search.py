@@ -4,6 +4,7 @@ ordinary text; a validation split chooses among them.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from ..files.strict_json import to_float
 from ..runs import Journal
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval, mean_interval, rank_key
+from ..scoring.statistics import Interval, difference_interval, mean_interval, rank_key
 from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task
 from ..tasks.base import spread_positions
 from ..tasks.prompts import ASKED_EVERYWHERE
@@ -36,7 +37,15 @@ from .climb import (
 from .common import since
 from .factor_gradient import FactorGradient, Slope
 from .grid import Factors
-from .ordinary_text import Windows, divergences, losses, scored_positions, window_logits
+from .ordinary_text import (
+    NUM_WRITTEN,
+    Windows,
+    divergences,
+    losses,
+    sample_windows,
+    scored_positions,
+    window_logits,
+)
 from .progress import SearchProgress
 from .result import BOUNDED, DECAY, FIRST_REST, NONE, PER_LAYER, UNIFORM
 from .schedule import CONTEXTS_PER_STEP, UNIFORM_VALUES, Rates, Schedule
@@ -47,9 +56,11 @@ from .verdict import Harm, choose
 SIMPLEST_FIRST = (NONE, BOUNDED, FIRST_REST, DECAY, PER_LAYER)
 """What may be the result. `UNIFORM` knows no bound: it is shown beside them."""
 UNIFORM_RANGE = (0.4, 2.5)
-_PROBE = 0.1  # log-factor at which the divergence of a uniform factor is measured to find where it meets the bound
+_PROBE = 0.1  # log-factor at which the harm of a uniform factor is measured to find where it meets the bound
+_FARTHEST = 1.0  # log-factor that is tried where a uniform factor does no harm
 _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
-_OF_BOUND = 0.7  # share of the bound that is used: on other text the divergence was up to 1.4 times as large
+_READ_TO_WRITTEN = 1.3  # divergence on people's text, of which gradients are taken, to that on what the model writes
+_COMPARED = 512  # positions of a written window at which distributions are compared
 _DENSER = 3
 _DIGITS = 2
 
@@ -96,7 +107,8 @@ class GradientSearch:
         model: a `PeftModel` with one LAYER_ROPE adapter, changed in place.
         settings: see [`SearchSettings`].
         space: which layers are free.
-        windows: ordinary text: every other one for gradients, the rest to measure with.
+        windows: people's text; none: what the model writes takes its place.
+        text_tokens: of a window of what the model writes.
         scorer: of `model`.
         journal: of the run.
         audience: told what is done.
@@ -109,6 +121,7 @@ class GradientSearch:
         settings: SearchSettings,
         space: FactorSpace,
         windows: Windows,
+        text_tokens: int,
         scorer: Scorer,
         journal: Journal,
         audience: SearchProgress,
@@ -118,7 +131,9 @@ class GradientSearch:
         self._model = model
         self._settings = settings
         self._space = space
-        self._windows = windows
+        self._read = windows
+        self._text_tokens = text_tokens
+        self._written: Windows = ()
         self._scorer = scorer
         self._journal = journal
         self._audience = audience
@@ -141,6 +156,8 @@ class GradientSearch:
         rng, self._contexts = np.random.default_rng(self._settings.seed), list(range(search.num_groups))
         while len(self._contexts) < schedule.search_contexts:
             self._contexts += rng.permutation(search.num_groups).tolist()
+        with self._stage("text that the unscaled model writes", 1):
+            self._written = tuple(map(tuple, self._once("text", "written", self._write)))
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
         sources, layers = self._space.key_sources, self._space.scaled_layers
@@ -155,7 +172,7 @@ class GradientSearch:
         scores = self._scored(
             "validation", "choice on the validation split", results, lambda: self._scorer.score(validation)
         )
-        harm = self._harm(results)
+        harm = self._harm(results, scores)
         fitness = {name: fitness_by_context(score) for name, score in scores.items()}
         chosen = choose(fitness, harm, SIMPLEST_FIRST, self._settings.max_harm)
         held_out = self._scored("test", "held-out test", results, lambda: self._scorer.measure(test))
@@ -208,18 +225,25 @@ class GradientSearch:
                 results[name] = self._raced(vectors, schedule)
         return results
 
+    def _write(self) -> Windows:
+        self._set(self._rounded(np.zeros(self._space.num_layers)))
+        return sample_windows(self._model, NUM_WRITTEN, self._text_tokens, seed=self._settings.seed)
+
     def _bounded_values(self, family: Family) -> list[float]:
-        """Log-factors from one end of the bound to the other: the divergence grows with the square of a log-factor."""
+        """Log-factors from one end of the bound to the other."""
         bound = self._settings.max_harm
         if bound is None:
             return [0.0]
-        ends = []
         with self._stage("what uniform factors do to text", 2):
-            for value in (-_PROBE, _PROBE):
-                log_factors = family.log_factors(np.array([value]))
-                kept = self._once("text", f"{value}", lambda at=log_factors: _plain(self._of_text(0, at)))
-                ends.append(value * min(np.sqrt(bound / max(kept[0], 1e-9)), 10.0))
-        return [share * end for end in ends for share in (1.0, 0.5)] + [0.0]
+            low, high = (
+                self._harm_on_text(self._rounded(family.log_factors(np.array([v])))) for v in (-_PROBE, _PROBE)
+            )
+        rises = [harm.loss_rise.value if harm.loss_rise is not None else 0.0 for harm in (low, high)]
+        ends = [
+            -farthest(_PROBE, low.divergence.value, rises[0], rises[1], bound),
+            farthest(_PROBE, high.divergence.value, rises[1], rises[0], bound),
+        ]
+        return [share * end for end in ends for share in (1.0, 2 / 3, 1 / 3)] + [0.0]
 
     def _raced(self, vectors: Sequence[Factors], schedule: Schedule) -> Found:
         """Scores vectors on more and more contexts; after each round the better half goes on."""
@@ -257,9 +281,7 @@ class GradientSearch:
 
         ended = self._journal.get("ended", name)
         with self._stage(f"gradient steps: {name}", count):
-            for step in climb(
-                family, origin, count, slopes, max_divergence=self._settings.max_harm, limits=self._limits
-            ):
+            for step in climb(family, origin, count, slopes, max_divergence=self._max_divergence, limits=self._limits):
                 steps.append(step)
                 recent = [s.fitness for s in steps[-5:]]
                 self._audience.note(f"fitness {np.mean(recent):.3f} · text {step.divergence:.4f}")
@@ -273,24 +295,32 @@ class GradientSearch:
             raise SearchError(f"{name}: the gradient is not finite at its first step; use another --dtype.")
         last = steps[len(steps) // 2 :]
         fitness = float(np.mean([step.fitness for step in last]))
-        return Found(self._rounded(self._within_bound(name, averaged(steps))), fitness, len(steps), tuple(steps))
+        return Found(self._rounded(self._within_bound(averaged(steps))), fitness, len(steps), tuple(steps))
 
-    def _is_enough(self) -> bool:
-        return self._enough is not None and self._enough()
+    @property
+    def _max_divergence(self) -> float | None:
+        """On the text that gradients are taken of."""
+        bound = self._settings.max_harm
+        return bound * (_READ_TO_WRITTEN if self._read else 1.0) if bound is not None else None
 
-    def _within_bound(self, name: str, log_factors: np.ndarray) -> np.ndarray:
-        """Log-factors made smaller together until the divergence on the windows for gradients is within its bound; it
-        grows about with their square.
+    def _within_bound(self, log_factors: np.ndarray) -> np.ndarray:
+        """Log-factors made smaller together until the harm to text is about within its bound: the divergence grows
+        with their square, and a loss that rises at least with them.
         """
         bound = self._settings.max_harm
         if bound is None:
             return log_factors
-        windows = self._windows[::2]
-        kept = self._once("text", name, lambda: self._measured_harm(self._rounded(log_factors), windows)[0][0])
-        return log_factors * min(1.0, np.sqrt(_OF_BOUND * bound / max(to_float(kept), 1e-9)))
+        harm = self._harm_on_text(self._rounded(log_factors))
+        share = min(1.0, np.sqrt(bound / max(harm.divergence.value, 1e-9)))
+        if harm.loss_rise is not None:
+            share = min(share, bound / max(harm.loss_rise.value, bound))
+        return log_factors * share
 
     def _of_text(self, number: int, log_factors: np.ndarray) -> Slope:
-        return text_slope(self._gradient, self._windows, number, log_factors)
+        windows = self._read or self._written
+        number %= len(windows)
+        positions = scored_positions(len(windows[number]), number)
+        return self._gradient.of_divergence(windows[number], positions, log_factors)
 
     def _scored(
         self, split: str, stage: str, results: Mapping[str, Found], score: Callable[[], PositionScores]
@@ -307,30 +337,58 @@ class GradientSearch:
                 scores[name] = PositionScores.from_plain(self._once(split, f"{found.factors}", plain))
         return scores
 
-    def _harm(self, results: Mapping[str, Found]) -> dict[str, Harm]:
-        harm: dict[str, Harm] = {}
-        windows = self._windows[1::2]
+    def _harm(self, results: Mapping[str, Found], scores: Mapping[str, PositionScores]) -> dict[str, Harm]:
         with self._stage("what they do to ordinary text", len(results)):
-            for name, found in results.items():
-                kept = self._once("harm", f"{found.factors}", lambda at=found.factors: self._measured_harm(at, windows))
-                harm[name] = Harm(*(Interval(*map(to_float, part)) for part in kept))
-        return harm
+            harm = {name: self._harm_on_text(found.factors) for name, found in results.items()}
+        if scores[NONE].measure == "loss":
+            return harm
+        return {name: replace(harm[name], ends=end_changes(scores[name], scores[NONE])) for name in harm}
+
+    def _harm_on_text(self, factors: Factors) -> Harm:
+        kept = self._once("harm", f"{factors}", lambda: self._measured_harm(factors))
+        return Harm(*(Interval(*map(to_float, part)) for part in kept))
 
     @torch.no_grad()
-    def _measured_harm(self, factors: Factors, windows: Windows) -> list[list[float]]:
-        """Divergence and rise of the loss on windows of text, with their intervals."""
+    def _measured_harm(self, factors: Factors) -> list[list[float]]:
+        """Divergence on what the unscaled model wrote, rise of the loss on people's text, with their intervals."""
         found: list[list[np.ndarray]] = [[], []]
-        for window in windows:
-            positions = list(range(len(window) - 1))
+        unscaled = self._rounded(np.zeros(self._space.num_layers))
+        for part, window in [*((0, w) for w in self._written), *((1, w) for w in self._read)]:
+            positions = scored_positions(len(window), most=_COMPARED if part == 0 else len(window))
             logits = []
-            for vector in (self._rounded(np.zeros(self._space.num_layers)), factors):
+            for vector in (unscaled, factors):
                 self._set(vector)
                 logits.append(window_logits(self._model, window, positions))
-            before, after = (losses(part, window, positions) for part in logits)
-            found[0].append(divergences(*logits).double().cpu().numpy())
-            found[1].append((after - before).double().cpu().numpy())
-        intervals = [mean_interval(np.concatenate(parts)) for parts in found]
+            if part == 0:
+                values = divergences(*logits)
+            else:
+                before, after = (losses(each, window, positions) for each in logits)
+                values = after - before
+            found[part].append(values.double().cpu().numpy())
+        intervals = [mean_interval(np.concatenate(parts)) for parts in found if parts]
         return [[interval.value, interval.low, interval.high] for interval in intervals]
+
+
+def farthest(probe: float, divergence: float, rise: float, rise_beyond: float, bound: float) -> float:
+    """Returns how far a log-factor may go on one side before its harm meets a bound.
+
+    Args:
+        probe: log-factor at which the harm is known.
+        divergence: there, which grows with the square of the log-factor.
+        rise: of the loss there; a parabola through it, through 0 at 0, and through `rise_beyond` at `-probe`.
+        rise_beyond: see `rise`.
+        bound: of both, in nats.
+    """
+    far = min(_FARTHEST, probe * math.sqrt(bound / max(divergence, 1e-9)))
+    slope, curvature = (rise - rise_beyond) / (2 * probe), (rise + rise_beyond) / (2 * probe**2)
+    roots = np.roots([curvature, slope, -bound])
+    return min([far, *(root.real for root in roots if abs(root.imag) < 1e-12 and root.real > 0)])
+
+
+def end_changes(scores: PositionScores, unscaled: PositionScores) -> tuple[Interval, Interval]:
+    """Returns how the accuracy at the first and at the last position differs, each with its paired interval."""
+    first, last = (difference_interval(scores.correct[:, i].astype(float) - unscaled.correct[:, i]) for i in (0, -1))
+    return first, last
 
 
 def fitness_by_context(scores: PositionScores) -> np.ndarray:
@@ -361,22 +419,17 @@ def available(task: Task, split: SplitName, wanted: int) -> int:
     return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted
 
 
-def text_slope(gradient: FactorGradient, windows: Windows, number: int, log_factors: np.ndarray) -> Slope:
-    """Returns the slope of the divergence on one of the windows for gradients, taken in turns."""
-    own = windows[::2]
-    window = own[number % len(own)]
-    return gradient.of_divergence(window, scored_positions(len(window), number), log_factors)
-
-
-def measured_rates(model: PeftModel, scorer: Scorer, one: Split, windows: Windows) -> Rates:
-    """Times the unscaled model on one context, after a first pass that makes everything ready."""
-    gradient = FactorGradient(model)
+def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: int) -> Rates:
+    """Times the unscaled model on one context and on as many tokens as a window of text has, after a first pass that
+    makes everything ready.
+    """
+    gradient, window = FactorGradient(model), (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
     unscaled = np.zeros(len(model.peft_config[model.active_adapter].layer_factors))
     scorer.score(one)
     passes = (
         lambda: scorer.score(one),
         lambda: gradient.of_answers(one, unscaled),
-        lambda: text_slope(gradient, windows, 0, unscaled),
+        lambda: gradient.of_divergence(window, scored_positions(len(window)), unscaled),
     )
     seconds = []
     for timed in passes:

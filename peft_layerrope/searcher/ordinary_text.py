@@ -1,9 +1,8 @@
 """Ordinary text, and what factors do to it.
 
-That is measured by the Kullback-Leibler divergence of the unscaled model's next-token distribution from the scaled
-one's, at positions of the text: the rise of the loss, were each next token drawn from the unscaled model. Unlike a
-difference of two losses it is never negative, and needs few tokens. The text is people's, since what a model writes at
-temperature 1 by itself is often degenerate, where its distribution is sharp and hardly moves.
+On text that the unscaled model wrote at temperature 1 the expected rise of the loss is the Kullback-Leibler divergence
+of its next-token distributions from the scaled model's: never negative, and known from few tokens. On people's text the
+rise of the loss itself is measured, which may have either sign.
 """
 
 from __future__ import annotations
@@ -28,25 +27,22 @@ from ..tuner.sites import embedding_table
 Windows = tuple[tuple[int, ...], ...]
 """Token ids of pieces of text, all of one length."""
 
-NUM_WINDOWS = 4
+NUM_WINDOWS, NUM_WRITTEN = 4, 2
+"""Of people's text, and of what the model writes."""
 SAMPLE_NAME = "sample_text.txt"
 _MAX_UNKNOWN = 0.1  # share of unknown tokens from which on a text is none to the model
 _CHARACTERS_PER_TOKEN = 40  # read of a file at most, for each token that is wanted
 _SAMPLED_TOKENS = 256  # tokens of one sample: a window holds several, one after the other
-_SCORED = 128  # positions of a window at which distributions are compared
+_SCORED = 128  # positions of a window at which distributions are compared for a gradient
 
 
-def ordinary_windows(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, text: Path | None, length: int, *, seed: int
-) -> tuple[Windows, str]:
-    """Returns windows of ordinary text, and what text it is.
+def read_windows(tokenizer: PreTrainedTokenizerBase | None, text: Path | None, length: int) -> Windows:
+    """Returns windows of people's text; none where the tokenizer does not know the words of the shipped sample.
 
     Args:
-        model: the unscaled model, which writes the text itself where its tokenizer does not know the words.
-        tokenizer: the model's; None: the model writes.
+        tokenizer: the model's; None: none.
         text: a file in UTF-8; None: the sample that is shipped.
         length: the most tokens of a window. It is less where the text is short.
-        seed: of what the model writes.
 
     Raises:
         TaskError: the file cannot be read, or is too short.
@@ -59,14 +55,13 @@ def ordinary_windows(
             # of a document, only the first window would begin as texts do
             begin = [tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else []
             starts = [i * (len(ids) // NUM_WINDOWS) for i in range(NUM_WINDOWS)]
-            windows = tuple(tuple([*begin, *ids[start : start + size - len(begin)]]) for start in starts)
-            return windows, text.name if text is not None else "the shipped sample"
+            return tuple(tuple([*begin, *ids[start : start + size - len(begin)]]) for start in starts)
         if text is not None:
             raise TaskError(
                 f"{text} has {len(ids)} tokens, {unknown:.0%} of them unknown to the tokenizer: expected at least "
                 f"{NUM_WINDOWS * _SCORED}, {_MAX_UNKNOWN:.0%} of them unknown at most."
             )
-    return sample_windows(model, NUM_WINDOWS, length, seed=seed), "written by the unscaled model at temperature 1"
+    return ()
 
 
 def _read(text: Path | None, length: int) -> str:
@@ -124,11 +119,11 @@ def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int
     return tuple(tuple(token for sample in window for token in sample)[:length] for window in joined)
 
 
-def scored_positions(length: int, seed: int = 0) -> list[int]:
+def scored_positions(length: int, seed: int = 0, most: int = _SCORED) -> list[int]:
     """Returns at which positions of a window, but its last, distributions are compared: spread evenly, from a random
     start.
     """
-    count = min(_SCORED, length - 1)
+    count = min(most, length - 1)
     offset = np.random.default_rng(seed).random()
     return sorted({int((i + offset) * (length - 1) / count) for i in range(count)})
 

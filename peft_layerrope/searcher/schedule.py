@@ -9,9 +9,10 @@ CONTEXTS_PER_STEP = 2
 """Fresh contexts that a step's gradient is taken on."""
 MIN_STEPS, MAX_STEPS = 4, 400
 UNIFORM_VALUES = 11  # factors of the coarse grid from one end of the range to the other
-BOUNDED_VALUES = 5
+BOUNDED_VALUES = 7
 _FAMILIES = 2  # controls that are climbed: two numbers each
-_CHECKED_WINDOWS = 2
+_CHECKED_WINDOWS = 3  # as far as time goes, in gradients of a window
+_WRITTEN_COST = 10  # what the unscaled model writes, in contexts of the same length
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Schedule:
         finalists = _FAMILIES + 4  # beside them none, two uniform ones, and the per-layer vector
         return (
             (self.steps + _FAMILIES * self.control_steps) * step
-            + (raced + finalists * self.validation_contexts) * rates.context
-            + (2 + finalists * _CHECKED_WINDOWS) * rates.text_gradient
+            + (_WRITTEN_COST + raced + finalists * self.validation_contexts) * rates.context
+            + (2 + finalists) * _CHECKED_WINDOWS * rates.text_gradient
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -101,8 +101,8 @@ class SearchSettings:
     max_harm: Annotated[
         float | None,
         _search(
-            "gradient: how far the model's distribution over next tokens of ordinary text may move, as "
-            "Kullback-Leibler divergence in nats.",
+            "gradient: bound on the harm to ordinary text, in nats: on the rise of the loss on people's text, and on "
+            "the divergence from the unscaled model on text that it writes, which is the rise expected there.",
             gt=0,
         ),
     ] = 0.01

@@ -9,29 +9,45 @@ import numpy as np
 
 from ..scoring.statistics import Interval, mean_interval, rank_key
 
+MAX_END_DROP = 0.03
+"""Accuracy that may be lost where the answer stands first, and where it stands last."""
+
 
 @dataclass(frozen=True)
 class Harm:
-    """What a vector does to ordinary text.
+    """What a vector costs where the unscaled model does well. Each has its 95 % interval.
 
     Attributes:
-        divergence: from the unscaled model's next-token distribution, in nats, with its interval.
-        loss_rise: rise of the loss on the same text, in nats, with its interval.
+        divergence: of the unscaled model's next-token distributions from the scaled one's, on text that the former
+            wrote, in nats: the expected rise of the loss there.
+        loss_rise: rise of the loss on people's text, in nats; None where there is none.
+        ends: change of the accuracy at the first and at the last position; None where no answers are asked for.
     """
 
     divergence: Interval
-    loss_rise: Interval
+    loss_rise: Interval | None = None
+    ends: tuple[Interval, Interval] | None = None
 
     def to_dict(self) -> dict[str, list[float]]:
         """Returns plain values: each with its interval."""
+        named = {"divergence": self.divergence, "loss_rise": self.loss_rise}
+        if self.ends is not None:
+            named |= {"first_position": self.ends[0], "last_position": self.ends[1]}
         return {
             name: [round(value, 6) for value in (interval.value, interval.low, interval.high)]
-            for name, interval in (("divergence", self.divergence), ("loss_rise", self.loss_rise))
+            for name, interval in named.items()
+            if interval is not None
         }
 
     def exceeds(self, bound: float | None) -> bool:
-        """Whether the divergence is above a bound for sure."""
-        return bound is not None and not self.divergence.low <= bound
+        """Whether a bound is broken for sure: that on text, in nats, or [`MAX_END_DROP`]. No bound, none of them."""
+        if bound is None:
+            return False
+        on_text = (self.divergence, *([self.loss_rise] if self.loss_rise is not None else []))
+        return not (
+            all(interval.low <= bound for interval in on_text)
+            and all(interval.high >= -MAX_END_DROP for interval in self.ends or ())
+        )
 
 
 def choose(
@@ -43,7 +59,7 @@ def choose(
         fitness: of each, by context of the validation split: what is to be large.
         harm: of each.
         names: from the simplest to the most elaborate; the first one is the unscaled model.
-        bound: of the divergence, in nats; None: none.
+        bound: of the harm to ordinary text, in nats; None: none.
 
     Returns:
         The name of the best that keeps to the bound, or of a simpler one that it is not better than by an interval

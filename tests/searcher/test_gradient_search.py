@@ -27,12 +27,12 @@ from peft_layerrope.searcher.climb import (
     uniform_family,
 )
 from peft_layerrope.searcher.factor_gradient import FactorGradient, Slope
-from peft_layerrope.searcher.gradient_search import SIMPLEST_FIRST
+from peft_layerrope.searcher.gradient_search import SIMPLEST_FIRST, farthest
 from peft_layerrope.searcher.ordinary_text import (
     NUM_WINDOWS,
     divergences,
     losses,
-    ordinary_windows,
+    read_windows,
     sample_windows,
     scored_positions,
     window_logits,
@@ -124,8 +124,7 @@ def test_scored_positions_are_spread_over_a_window_but_for_its_last(length, seed
 def test_windows_are_pieces_of_the_file(tmp_path):
     tokenizer, text = tiny_bpe(), tmp_path / "text.txt"
     text.write_text(" ".join(f"{n} squared is {n * n}." for n in range(600)), encoding="utf-8")
-    windows, source = ordinary_windows(None, tokenizer, text, 200, seed=0)
-    assert source == "text.txt"
+    windows = read_windows(tokenizer, text, 200)
     assert [len(window) for window in windows] == [200] * NUM_WINDOWS
     lines = [tokenizer.decode(window).split(".")[1:-1] for window in windows]
     numbers = [[int(line.split()[0]) for line in part] for part in lines]
@@ -139,7 +138,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(TaskError, match=r"text\.txt"):
-        ordinary_windows(None, tiny_bpe(), path, 200, seed=0)
+        read_windows(tiny_bpe(), path, 200)
 
 
 def test_what_a_model_writes_is_drawn_by_the_seed_alone():
@@ -223,8 +222,47 @@ def test_a_schedule_fits_into_the_time_that_there_is():
     assert schedule_for(1, rates).steps == MIN_STEPS
 
 
+@pytest.mark.parametrize(
+    ("curvature", "slope", "divergence", "expected"),
+    [
+        (0.0, 0.0, 0.02, 0.1 * math.sqrt(0.5)),  # the divergence alone
+        (2.0, 0.0, 1e-6, math.sqrt(0.01 / 2.0)),
+        (2.0, 0.1, 1e-6, (-0.1 + math.sqrt(0.01 + 0.08)) / 4),
+        (0.0, 0.1, 1e-6, 0.1),
+        (0.0, -0.1, 1e-12, 1.0),  # never: as far as is tried at all
+        (-1.0, 0.02, 1e-12, 1.0),  # it rises, but never to the bound
+    ],
+)
+def test_how_far_a_uniform_factor_may_go(curvature, slope, divergence, expected):
+    """Against the roots of the parabola, and of the divergence's own."""
+    rise, beyond = (curvature * x * x + slope * x for x in (0.1, -0.1))
+    assert farthest(0.1, divergence, rise, beyond, 0.01) == pytest.approx(expected)
+
+
 def harmless(value: float = 0.0) -> Harm:
     return Harm(Interval(value, value - 0.002, value + 0.002), Interval(0.0, -0.01, 0.01))
+
+
+@pytest.mark.parametrize(
+    ("divergence", "rise", "first", "last", "exceeds"),
+    [
+        ((0.009, 0.011), (-0.01, 0.02), (-0.1, 0.0), (-0.02, 0.02), False),
+        ((0.011, 0.013), (-0.01, 0.02), (-0.1, 0.0), (-0.02, 0.02), True),
+        ((0.009, 0.011), (0.011, 0.02), (-0.1, 0.0), (-0.02, 0.02), True),
+        ((0.009, 0.011), None, (-0.1, -0.04), (-0.02, 0.02), True),
+        ((0.009, 0.011), None, (-0.1, 0.0), (-0.06, -0.031), True),
+        ((np.nan, np.nan), None, (0.0, 0.0), (0.0, 0.0), True),
+        ((0.009, 0.011), None, None, None, False),
+    ],
+)
+def test_a_bound_is_broken_where_an_interval_lies_beyond_it(divergence, rise, first, last, exceeds):
+    def interval(ends):
+        return Interval(sum(ends) / 2, *ends) if ends is not None else None
+
+    ends = (interval(first), interval(last)) if first is not None else None
+    harm = Harm(interval(divergence), interval(rise), ends)
+    assert harm.exceeds(0.01) is exceeds
+    assert not harm.exceeds(None)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +312,8 @@ def test_a_search_finds_measures_and_says_what_it_found(tmp_path):
     assert set(none.factors) == {1.0}
     assert none.harm.divergence.value == pytest.approx(0, abs=1e-6)
     result.save(tmp_path / "adapter")
+    assert none.harm.loss_rise is None  # nobody's text has words of this task
+    assert [interval.value for interval in none.harm.ends] == [0.0, 0.0]
     report = json.loads((tmp_path / "adapter" / "search.json").read_text())
     assert report["chosen"] == result.chosen
     assert {row["name"]: row["ordinary_text"]["divergence"][0] for row in report["table"]} == {
