@@ -84,7 +84,9 @@ def search(
     numbers and a factor for each layer climb by Adam through the frozen model, each step on fresh contexts, with the
     change of ordinary text in the objective; a validation split chooses the simplest that none clearly beats.
 
-    With `"genetic"`, the paper's, a genetic algorithm over cubic Bézier curves finds the region; gradient steps on the
+    With `"paper"`, a genetic algorithm over cubic Bézier curves maximizes the context utilisation of exact matches.
+
+    With `"genetic"`, a genetic algorithm over cubic Bézier curves finds the region; gradient steps on the
     factors and coordinate steps on the grid look for the optimum, and a validation split decides whether they found
     it. No scaling, every uniform factor, two shared-factor controls, straight lines and random search are tried on the
     same search split at the same budget.

@@ -24,7 +24,10 @@ from .space import FactorSpace
 
 GRADIENT_LIMITS = (0.25, 4.0)
 """Smallest and largest factor of a search by gradients, where no grid is given."""
-Algorithm = Literal["gradient", "genetic", "cma-es", "greedy", "random"]
+PAPER = {"objective": "accuracy", "refine": False, "race": False, "guards": Guards(None, None)}
+"""What arXiv 2503.04355 searches by, where this package's genetic algorithm has found better: context utilisation of
+exact matches, by the curve alone, each vector on all examples, and nothing that bounds it."""
+Algorithm = Literal["gradient", "paper", "genetic", "cma-es", "greedy", "random"]
 
 _scaling = partial(option, panel="Scaling")
 _search = partial(option, panel="Search")
@@ -80,9 +83,10 @@ class SearchSettings:
         Algorithm,
         _search(
             "gradient: Adam on a factor for each layer, on fresh contexts, with the change of ordinary text under a "
-            "bound. genetic: the paper's, over curves. greedy moves single factors, from the best uniform one. Those "
-            "without generations may evaluate as many distinct vectors as all generations have members. "
-            "For the demo model the default is genetic."
+            "bound. paper: the genetic algorithm of arXiv 2503.04355 over curves, by accuracy alone. genetic: the same "
+            "by log-probability, from the best uniform factor, with refinement. greedy moves single factors, from the "
+            "best uniform one. Those without generations may evaluate as many distinct vectors as all generations have "
+            "members. For the demo model the default is genetic."
         ),
     ] = "gradient"
     minutes: Annotated[
@@ -152,6 +156,11 @@ class SearchSettings:
         self.adapter_config()  # rope_type, factor and window, by the adapter's own rules
         if self.algorithm == "gradient" and self.objective == "accuracy":
             raise SearchError("algorithm='gradient' climbs the log-probability: objective='accuracy' has no gradient.")
+        if self.algorithm == "paper":
+            if self.curve not in (None, "bezier"):
+                raise SearchError(f"algorithm='paper' searches Bézier curves: curve={self.curve!r} must be 'bezier'.")
+            for name, value in PAPER.items():
+                object.__setattr__(self, name, value)
         if self.algorithm == "greedy" and self.curve not in (None, "direct"):
             raise SearchError(f"algorithm='greedy' moves single layers: curve={self.curve!r} must be 'direct'.")
 

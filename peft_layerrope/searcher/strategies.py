@@ -32,7 +32,7 @@ def run_strategy(
         space: what may be chosen from.
         view: fitness.
         rng: the only source of randomness.
-        seeds: uniform factors to start with: the unscaled model's and the best one.
+        seeds: uniform factors to start with: the unscaled model's and the best one. The paper's begins without them.
         on_generation: told after each generation, by algorithms that have them.
     """
     if settings.algorithm == "greedy":
@@ -40,14 +40,14 @@ def run_strategy(
     genome = make_genome(settings.genome, space)
     if settings.algorithm == "random":
         return _random(settings, space, view, rng)
-    algorithm = evolve if settings.algorithm == "genetic" else adapt
+    algorithm = adapt if settings.algorithm == "cma-es" else evolve
     return algorithm(
         genome,
         view,
         population=settings.population,
         generations=settings.generations,
         rng=rng,
-        seeds=[genome.constant(factor) for factor in seeds],
+        seeds=[genome.constant(factor) for factor in seeds] if settings.algorithm != "paper" else (),
         on_generation=on_generation,
     )
 

@@ -27,6 +27,7 @@ from peft_layerrope import (
     UnsupportedModelError,
     search,
 )
+from peft_layerrope.bezier import sample_curve
 from peft_layerrope.errors import NotEnoughMemoryError
 from peft_layerrope.families import build_tiny
 from peft_layerrope.scoring.scorer import Scorer
@@ -130,6 +131,21 @@ def has_lost(before: np.ndarray, after: np.ndarray) -> bool:
 def has_spoilt_short_prompts(factors: Sequence[float], task, groups: int) -> bool:
     split = short_split(task, groups)
     return has_lost(*(scores_of(f, split).utilisation_by_group("log_prob") for f in ((1.0,) * NUM_LAYERS, factors)))
+
+
+def test_the_papers_search_is_a_curve_by_the_utilisation_of_right_answers(task):
+    weights = (1.0, 2.0, 3.0)
+    found = search(build_model("llama"), task, **{**SMALL, "algorithm": "paper", "weights": weights})
+    chosen = found.table[found.chosen]
+    assert found.chosen == "curve"
+    split = task.split("search", SMALL["search_groups"])
+    correct = scores_of(chosen.factors, split).correct
+    first, middle, last = correct[:, 0].mean(), correct[:, 1:-1].mean(), correct[:, -1].mean()
+    assert chosen.fitness == pytest.approx((first + 2 * middle + 3 * last) / 6)
+    scaled = found.config.scaled_layers
+    curve = SMALL["grid"].snap(sample_curve(found.control_points, len(scaled)))
+    assert [chosen.factors[layer] for layer in scaled] == curve
+    assert found.evaluations["gradient_steps"] == found.evaluations["given_up_early"] == 0
 
 
 @pytest.mark.parametrize(("algorithm", "seed"), [("genetic", 0), ("genetic", 1), ("random", 0)])

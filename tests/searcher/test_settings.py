@@ -90,7 +90,12 @@ def test_layers_must_own_their_keys():
 
 @pytest.mark.parametrize(
     ("algorithm", "curve", "genome"),
-    [("genetic", None, "bezier"), ("greedy", None, "direct"), ("cma-es", "linear", "linear")],
+    [
+        ("genetic", None, "bezier"),
+        ("paper", None, "bezier"),
+        ("greedy", None, "direct"),
+        ("cma-es", "linear", "linear"),
+    ],
 )
 def test_which_genome_is_searched(algorithm, curve, genome):
     assert SearchSettings(algorithm=algorithm, curve=curve).genome == genome

@@ -21,6 +21,7 @@ from peft_layerrope.searcher.strategies import run_strategy
 STRATEGIES = {
     **{f"genetic {curve}": {"algorithm": "genetic", "curve": curve} for curve in ("bezier", "linear", "direct")},
     **{f"cma-es {curve}": {"algorithm": "cma-es", "curve": curve} for curve in ("bezier", "linear", "direct")},
+    "paper": {"algorithm": "paper"},
     "greedy": {"algorithm": "greedy"},
     "random": {"algorithm": "random"},
     "random line": {"algorithm": "random", "curve": "linear"},
@@ -84,12 +85,12 @@ class TestEveryAlgorithm:
         assert max(found.factors) < 1.6
 
 
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name.startswith(("genetic", "cma"))])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name.startswith(("genetic", "cma", "paper"))])
 def test_generations_are_told_with_the_fitness_of_their_members(name):
     told: list[tuple[Generation, list]] = []
     fields = STRATEGIES[name]
     found, view = run(fields, generations=3, on_generation=lambda *event: told.append(event))
-    genome = make_genome(fields["curve"], space_of(len(RISING)))
+    genome = make_genome(fields.get("curve", "bezier"), space_of(len(RISING)))
     assert [generation.number for generation, _ in told] == [0, 1, 2, 3]
     for generation, _ in told:
         assert [view.fitness[genome.decode(genes)] for genes in generation.population] == generation.fitness
