@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .bezier import sample_curve
 from .scoring.scores import PositionScores
+from .scoring.statistics import Interval
 
 UNSCALED = "no scaling"
 """The label whose curve is grey."""
@@ -61,6 +62,38 @@ def _band(scores: PositionScores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows = np.array([(i.value, i.low, i.high) for i in scores.intervals()])
     value, one, other = (scale * np.where(np.isfinite(rows), rows, np.nan)).T
     return value, np.minimum(one, other), np.maximum(one, other)
+
+
+def plot_gain_over_harm(
+    points: Mapping[str, tuple[Interval, Interval]], bound: float | None, path: str | Path, subtitle: str
+) -> None:
+    """Draws what choices of factors gain on the task over what they cost on ordinary text, as PNG.
+
+    Args:
+        points: label to harm in nats and gain in points, each with its interval; the one called `UNSCALED` is grey.
+        bound: of the harm, drawn as a line; None: none.
+        path: file to write.
+        subtitle: what was measured, under the title.
+    """
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color=_GREY, linewidth=0.8)
+    if bound is not None:
+        axes.axvline(bound, color=_GREY, linestyle=":", linewidth=1, label=f"bound, {bound:g} nats")
+    colours = iter(_COLOURS)
+    for label, (harm, gain) in points.items():
+        colour = _GREY if label == UNSCALED else next(colours)
+        ends = [
+            [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
+            for interval in (harm, gain)
+        ]
+        axes.errorbar(
+            harm.value, gain.value, *reversed(ends), fmt="o", color=colour, markersize=5, linewidth=1, label=label
+        )
+    # close to 0 the axis is linear, and far from it a factor that ruins the text does not push the others together
+    axes.set_xscale("symlog", linthresh=bound if bound is not None else 0.01)
+    axes.set(xlabel="harm to ordinary text (nats)", ylabel="gain over no scaling (points)")
+    _finish(figure, axes, "Gain on the task, harm to ordinary text", subtitle, path)
 
 
 def plot_factors_by_depth(

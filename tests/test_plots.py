@@ -8,7 +8,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from peft_layerrope import PositionScores
-from peft_layerrope.plots import UNSCALED, plot_by_position
+from peft_layerrope.plots import UNSCALED, plot_by_position, plot_gain_over_harm
+from peft_layerrope.scoring.statistics import Interval
 
 
 @pytest.fixture
@@ -66,3 +67,22 @@ def test_losses_are_drawn_as_losses(drawn, tmp_path):
 def test_a_single_window_has_no_band(drawn, tmp_path):
     plot_by_position({"a": scores(1, "loss")}, tmp_path / "a.png", "")
     assert np.isfinite(drawn[0].get_ylim()).all()
+
+
+def test_gain_over_harm_has_each_choice_with_both_intervals(drawn, tmp_path):
+    points = {
+        UNSCALED: (Interval(0.0, 0.0, 0.0), Interval(0.0, 0.0, 0.0)),
+        "one factor": (Interval(0.05, 0.04, 0.07), Interval(8.0, 3.0, 13.0)),
+        "per layer": (Interval(0.008, 0.002, 0.014), Interval(6.0, np.nan, np.nan)),
+    }
+    plot_gain_over_harm(points, 0.01, tmp_path / "a.png", "a subtitle")
+    axes = drawn[0]
+    bars = {bar.get_label(): bar for bar in axes.containers}
+    assert list(bars) == list(points)
+    for label, (harm, gain) in points.items():
+        dot = bars[label].lines[0]
+        assert (*dot.get_xdata(), *dot.get_ydata()) == (harm.value, gain.value)
+    across, along = (line.get_segments()[0] for line in bars["one factor"].lines[2])
+    np.testing.assert_allclose(across[:, 0], (0.04, 0.07))
+    np.testing.assert_allclose(along[:, 1], (3.0, 13.0))
+    assert any(list(line.get_xdata()) == [0.01, 0.01] for line in axes.get_lines())

@@ -42,6 +42,7 @@ DEMO_LICENSE = "apache-2.0"
 """Of adapters of the shipped demo model, as the package's own. What others search is theirs to license."""
 
 ACCURACY_PLOT, FACTORS_PLOT = "accuracy_by_position.png", "factors_by_depth.png"
+HARM_PLOT = "gain_over_harm.png"
 _PAPERS = ("2503.04355", "2606.27705")
 _ADAPTER_LINE = re.compile(r'^adapter = ".*"$', re.MULTILINE)
 _BASE_LINE = re.compile(r"^base = .*$", re.MULTILINE)
@@ -344,7 +345,7 @@ def _signed(value: float, digits: int = 1) -> str:
 
 def _plots(held_out: HeldOut | None, files: Collection[str]) -> str:
     what = "loss" if held_out is not None and held_out.scores.measure == "loss" else "accuracy"
-    plots = {ACCURACY_PLOT: f"{what} by position", FACTORS_PLOT: "factor by depth"}
+    plots = {ACCURACY_PLOT: f"{what} by position", FACTORS_PLOT: "factor by depth", HARM_PLOT: "gain over harm"}
     return "\n\n".join(f"![{caption}]({name})" for name, caption in plots.items() if name in files)
 
 

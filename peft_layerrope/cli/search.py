@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .. import report
 from ..base_model import check_source, load_tokenizer
-from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT
+from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT
 from ..declaration import changed
 from ..errors import SearchError
 from ..files.atomic import writing
@@ -41,7 +41,7 @@ SPECIFICATION_NAME = "search.yaml"
 _DEMO_ALGORITHM = "genetic"  # the demo is asked far beyond its trained window, where gradients find little
 _USUAL_LENGTH = 4096  # tokens: the middle is lost far inside the window, and a longer prompt takes longer
 _SIZES = ("length", "num_keys", "difficulty", "data")
-_RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT)
+_RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import numpy as np
 from peft.utils import CONFIG_NAME
 
 from .. import plots, report
-from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT, HeldOut, model_card
+from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, HeldOut, model_card
 from ..cards.merge import CardError, save_card
 from ..files.atomic import replacing_files
 from ..files.strict_json import to_json
@@ -228,7 +228,7 @@ class SearchResult:
         return (-gap.value, -gap.high, -gap.low) if self._measure == "loss" else (gap.value, gap.low, gap.high)
 
     def save(self, directory: str | Path) -> None:
-        """Writes the adapter folder: both adapter files, model card, `search.json`, two plots.
+        """Writes the adapter folder: both adapter files, model card, `search.json`, two plots or three.
 
         No file tells where on this machine the base model lies. Of a model card that is there already only the
         generated part and its facts change.
@@ -255,6 +255,8 @@ class SearchResult:
                 control_points=self.control_points,
                 scaled_layers=self.config.scaled_layers,
             )
+            if (points := self.gain_over_harm()) is not None:
+                plots.plot_gain_over_harm(points, self.settings.max_harm, staging / HARM_PLOT, self.subtitle())
             files = {path.name for place in (folder, staging) for path in place.iterdir()}
             try:
                 save_card(model_card(base_model, self.config, self._held_out(), files=files), folder, staging)
@@ -353,6 +355,18 @@ class SearchResult:
         """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""
         names = dict.fromkeys([NONE, *self.against, self.chosen])
         return {self.table[name].label: self.table[name].scores for name in names if name in self.table}
+
+    def gain_over_harm(self) -> dict[str, tuple[Interval, Interval]] | None:
+        """Returns for each row the harm to ordinary text in nats, and the held-out gain over no scaling in points of
+        accuracy or hundredths of a nat; None where harm was not measured.
+        """
+        if any(row.harm is None for row in self.table):
+            return None
+        points = {}
+        for row in self.table:
+            gain = self.table.difference(row.name, NONE)
+            points[row.label] = row.harm.on_text, Interval(100 * gain.value, 100 * gain.low, 100 * gain.high)
+        return points
 
 
 def _limit(limit: float | None, text: str) -> str:

@@ -28,6 +28,12 @@ class Harm:
     loss_rise: Interval | None = None
     ends: tuple[Interval, Interval] | None = None
 
+    @property
+    def on_text(self) -> Interval:
+        """The worse of the two on ordinary text, in nats."""
+        known = [self.divergence, *([self.loss_rise] if self.loss_rise is not None else [])]
+        return max(known, key=lambda interval: -rank_key(-interval.value))
+
     def to_dict(self) -> dict[str, list[float]]:
         """Returns plain values: each with its interval."""
         named = {"divergence": self.divergence, "loss_rise": self.loss_rise}
