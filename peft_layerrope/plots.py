@@ -92,6 +92,7 @@ def plot_gain_over_harm(
         )
     # close to 0 the axis is linear, and far from it a factor that ruins the text does not push the others together
     axes.set_xscale("symlog", linthresh=bound if bound is not None else 0.01)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="harm to ordinary text (nats)", ylabel="gain over no scaling (points)")
     _finish(figure, axes, "Gain on the task, harm to ordinary text", subtitle, path)
 
