@@ -13,12 +13,12 @@ from .found import Found, Generation, OnGeneration, random_state
 from .genome import Genome
 from .individual import Individual
 from .memo import BudgetView
+from .settings import ELITES
 
 TOURNAMENT_SIZE = 3
 CROSSOVER_PROBABILITY = 0.6
 MUTATION_PROBABILITY = 0.4
 BLEND_ALPHA = 0.3
-ELITES = 2
 # Mutation: each gene moves with this probability, by this share of its range (one standard deviation).
 GENE_PROBABILITY = 1 / 3
 GENE_SIGMA = 0.15

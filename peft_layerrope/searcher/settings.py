@@ -15,13 +15,14 @@ from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import DEFAULT_WEIGHTS, Objective
 from ..tuner.config import FACTOR_RANGE, LayerRopeConfig
 from ..tuner.scaling import RopeType
-from .genetic import ELITES
 from .genome import Curve
 from .grid import FactorGrid, default_scaled_layers, parse_layers
 from .guards import Guards
 from .schedule import MIN_STEPS
 from .space import FactorSpace
 
+ELITES = 2
+"""Of a generation, who go on as they are."""
 GRADIENT_LIMITS = (0.25, 4.0)
 """Smallest and largest factor of a search by gradients, where no grid is given."""
 PAPER = {"objective": "accuracy", "refine": False, "race": False, "guards": Guards(None, None)}
