@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_layerrope import KeyValueWords, LayerRopeConfig, evaluate
-from peft_layerrope.tasks.words import key_words, value_words
+from peft_layerrope.tasks.kv import key_words, value_words
 
 WINDOW = 256
 LAYERS = 6

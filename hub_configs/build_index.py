@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_layerrope.searcher.plan import planned_evaluations
-from peft_layerrope.searcher.specification import SearchSpecification, read_specification
+from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tasks.specification import TaskSpecification
 
 FOLDER = Path(__file__).parent

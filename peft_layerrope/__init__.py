@@ -16,14 +16,14 @@ from .errors import (
     UnsupportedModelError,
 )
 from .tuner import LayerRopeConfig, LayerRopeModel
-from .tuner.adapter_context import use_adapter
-from .tuner.baking import restore_baked
+from .tuner.injection import restore_baked
+from .tuner.rotary import use_adapter
 
 if TYPE_CHECKING:
     from .base_model import load_model
     from .comparison.compare import Comparison, compare
     from .comparison.contenders import Contender, parse_baseline
-    from .hub.transfer import pull, push_to_hub
+    from .hub import pull, push_to_hub
     from .loading import load_adapter
     from .scoring.scorer import evaluate
     from .scoring.scores import PositionScores
@@ -68,8 +68,8 @@ _LAZY = {
     "load_model": ".base_model",
     "parse_baseline": ".comparison.contenders",
     "plan_search": ".searcher",
-    "pull": ".hub.transfer",
-    "push_to_hub": ".hub.transfer",
+    "pull": ".hub",
+    "push_to_hub": ".hub",
     "search": ".searcher",
     "verify": ".verification",
 }

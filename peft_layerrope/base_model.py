@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from pydantic import Field
 from safetensors import SafetensorError
@@ -33,11 +34,9 @@ from .declaration import declared, option
 from .demo import demo_model_path
 from .errors import InvalidConfigError, LayerRopeError
 from .loading import adapter_identity, adapter_weights, check_present, load_peft_config, put_on
-from .messages import one_line, shown
-from .public_names import is_machine_path, public_name
-from .tuner.baked_record import BAKED_CONFIG_KEY
-from .tuner.baking import restore_baked
+from .messages import is_machine_path, one_line, public_name, shown
 from .tuner.config import LayerRopeConfig
+from .tuner.injection import BAKED_CONFIG_KEY, restore_baked
 from .tuner.sites import embedding_table
 
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
@@ -379,3 +378,27 @@ def _model_errors(source: ModelSource) -> Iterator[None]:
             raise
         reason = f"{one_line(error)}{' (damaged, or a kind of GGUF that transformers does not read)' * is_gguf}"
         raise LayerRopeError(f"cannot load model {source.model or demo_model_path()!r}: {reason}.") from error
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Gives each module its train or eval mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def adapted(model: nn.Module, config: LayerRopeConfig) -> Iterator[PeftModel]:
+    """Injects an adapter; afterwards the model is as it was found, each module's train or eval mode included."""
+    with keeping_modes(model):
+        with warnings.catch_warnings():  # a fine-tune may stay beside quantised weights
+            warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+            peft_model = get_peft_model(model, config)
+        try:
+            yield peft_model
+        finally:
+            peft_model.unload()

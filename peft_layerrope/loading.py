@@ -18,10 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import InvalidConfigError, LayerRopeError
-from .files.adapter_files import AdapterFiles
-from .files.untrusted import MAX_BYTES, UntrustedFileError, read_json_object
-from .messages import named, one_line, shown, shown_names
-from .public_names import is_machine_path
+from .files import MAX_BYTES, AdapterFiles, UntrustedFileError, read_json_object
+from .messages import is_machine_path, named, one_line, shown, shown_names
 from .tuner.config import LayerRopeConfig
 from .tuner.injection import has_other_tuner_layers
 from .tuner.registration import LAYER_ROPE

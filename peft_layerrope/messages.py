@@ -1,10 +1,16 @@
-"""Values, and other libraries' messages, as they stand in ours: on one line, short, printable, at a bounded cost."""
+"""How values are shown in messages, which names may be public, and checks of plain arguments."""
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from .demo import DEMO_NAME, demo_model_path
+from .errors import LayerRopeError, TaskError
 
 _LONGEST = 200  # characters of a value, or of another library's message, in one of ours
 
@@ -46,3 +52,106 @@ def named(value: Any) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+_CACHED_SNAPSHOT = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")  # how the Hub's cache names a folder
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a model's name is a path rather than an id of the Hub.
+
+    `owner/name` could be either; it counts as a path where it holds a model or an adapter, as it does for
+    transformers and PEFT.
+    """
+    if name == DEMO_NAME:  # in this project's own folder it would look like a path
+        return False
+    folder = Path(name)
+    is_folder = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+    return is_machine_path(name) or name.count("/") > 1 or "\\" in name or is_folder or name.endswith(".gguf")
+
+
+def is_machine_path(text: str) -> bool:
+    """Whether a text begins as a path does: `/...`, `./...`, `../...`, `~...`, or Windows' kinds."""
+    first = re.split(r"[/\\]", text, maxsplit=1)[0]
+    return (
+        PurePosixPath(text).is_absolute()
+        or PureWindowsPath(text).is_absolute()
+        or first in (".", "..")
+        or text.startswith("~")
+    )
+
+
+def public_name(name: str) -> str:
+    """Returns the name of a model without a path: the id, or the last component of a folder's path."""
+    if not is_local_path(name):
+        return name
+    path = Path(name).expanduser()
+    if path.is_dir() and path.resolve() == Path(demo_model_path()).resolve():
+        return DEMO_NAME
+    cached = _CACHED_SNAPSHOT.search(name)
+    if cached is not None:
+        return f"{cached[1]}/{cached[2]}"
+    return last_component(name)
+
+
+def last_component(path: str) -> str:
+    """Returns the last component of a path of any system, `..` and `.` resolved."""
+    if "\\" in path:
+        return PureWindowsPath(path).name
+    return Path(path).expanduser().resolve().name
+
+
+def whole_number(
+    name: str,
+    value: Any,
+    least: int | None = None,
+    most: int | None = None,
+    error: type[LayerRopeError] = TaskError,
+) -> int:
+    """Returns a whole number as an `int`.
+
+    Args:
+        name: of the setting, for the message.
+        value: what was passed; also a NumPy integer, but no truth value.
+        least: the smallest allowed; None: any.
+        most: the largest allowed; None: any.
+        error: what to raise.
+
+    Raises:
+        LayerRopeError: `error`, for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        limit = "" if least is None else f" of at least {least}"
+        raise error(f"{name}={named(value)} must be a whole number{limit}.")
+    if least is not None and value < least:
+        raise error(f"{name}={value} must be at least {least}.")
+    if most is not None and value > most:
+        raise error(f"{name}={value} must be at most {most}.")
+    return int(value)
+
+
+def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    """Returns several whole numbers as a tuple; see [`whole_number`].
+
+    Raises:
+        TaskError: they are something else.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TaskError(f"{name}={named(values)} must be a list of whole numbers.")
+    return tuple(whole_number(f"{name}[{index}]", value) for index, value in enumerate(values))
+
+
+def check_callable(name: str, value: Any) -> None:
+    """Raises TaskError unless `value` is None or can be called."""
+    if value is not None and not callable(value):
+        raise TaskError(f"{name}={named(value)} must be a function, or None.")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, which a truth value is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a value is a Python `int`, as JSON has them, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .bezier import sample_curve
-from .scoring.scores import PositionScores
-from .scoring.statistics import Interval
+from .scoring.scores import Interval, PositionScores
 
 UNSCALED = "no scaling"
 """The label whose curve is grey."""

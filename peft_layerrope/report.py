@@ -10,8 +10,7 @@ from rich import box
 from rich.table import Table
 
 from .families import NOT_BUILT, REFUSED, SUPPORTED, WRONG, Trial
-from .scoring.scores import PositionScores, perplexity
-from .scoring.statistics import Interval, rank_key
+from .scoring.scores import Interval, PositionScores, perplexity, rank_key
 from .tasks import Measure
 from .verification import MISMATCH, OK, Verification
 

@@ -20,8 +20,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from .errors import LayerRopeError, SearchError, TaskError
-from .files.atomic import write_atomically, writing
-from .files.strict_json import to_json
+from .files import to_json, write_atomically, writing
 
 JOURNAL_NAME, LOCK_NAME = "journal.jsonl", ".lock"
 RUN_FOLDER = "run"

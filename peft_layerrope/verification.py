@@ -20,9 +20,9 @@ from torch import nn
 
 from .errors import InvalidConfigError, LayerRopeError
 from .messages import named
-from .tuner.baked_record import BAKED_CONFIG_KEY, baked_config
 from .tuner.config import LayerRopeConfig
 from .tuner.frequencies import own_frequencies, rope_type_reaches, without_memory
+from .tuner.injection import BAKED_CONFIG_KEY, baked_config
 from .tuner.model import LayerRopeModel
 from .tuner.rotary import BakedLayerRope, LayerRopeLayer
 from .tuner.sites import DecoderStack, find_stack, model_type, text_config

@@ -27,9 +27,9 @@ from peft_layerrope import (
     parse_baseline,
     search,
 )
-from peft_layerrope.adapted import adapted
 from peft_layerrope.base_model import (
     ModelSource,
+    adapted,
     check_source,
     describe_loading,
     format_model_args,

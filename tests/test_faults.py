@@ -24,7 +24,7 @@ from test_cli import run as run_command
 from peft_layerrope import LayerRopeConfig, SearchResult, plots, search
 from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
-from peft_layerrope.files.atomic import WriteError, write_atomically
+from peft_layerrope.files import WriteError, write_atomically
 from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher import run as search_run

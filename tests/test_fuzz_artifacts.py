@@ -47,7 +47,7 @@ from peft_layerrope import LayerRopeError, SearchError, restore_baked, verify
 from peft_layerrope.base_model import ModelSource, load_base
 from peft_layerrope.cli import app
 from peft_layerrope.loading import load_adapter, load_adapter_config
-from peft_layerrope.searcher.specification import SearchSpecification, read_specification
+from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tuner.tables import LayerScaling
 
 FEWEST_CASES = 5000
@@ -426,7 +426,7 @@ import fuzzing
 from peft import PeftModel
 from peft_layerrope import LayerRopeError
 from peft_layerrope.loading import load_adapter
-from peft_layerrope.searcher.specification import read_specification
+from peft_layerrope.searcher.settings import read_specification
 
 model = fuzzing.tiny_model()
 folder = Path(sys.argv[2])

@@ -22,7 +22,7 @@ from peft_layerrope.cli import app
 from peft_layerrope.lm_eval_tasks import lm_eval_tasks_path
 from peft_layerrope.scoring.scorer import Scorer
 
-command = importlib.import_module("peft_layerrope.cli.lm_eval")
+command = importlib.import_module("peft_layerrope.cli.tools")
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = str(ROOT / "hub_configs" / "demo-plain")

@@ -17,39 +17,29 @@ from test_search_record import record_values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from peft_layerrope import (
-    PositionScores,
-    SearchSettings,
-    TaskError,
-    compare,
-    demo_model_path,
-    evaluate,
-    search,
-)
+from peft_layerrope import PositionScores, SearchSettings, TaskError, compare, demo_model_path, evaluate, search
 from peft_layerrope.cli import app
 from peft_layerrope.comparison.compare import Comparison
 from peft_layerrope.comparison.contenders import Contender, parse_baseline
 from peft_layerrope.comparison.report import comparison_markdown, summary_table
 from peft_layerrope.errors import SearchError
-from peft_layerrope.experiments.report_head import held_out_section
-from peft_layerrope.experiments.search_record import read_record
+from peft_layerrope.experiments.measuring import utilisation_difference
+from peft_layerrope.experiments.report import held_out_section, read_record
 from peft_layerrope.experiments.sweep import sweep_findings
-from peft_layerrope.experiments.units import utilisation_difference
-from peft_layerrope.files.strict_json import to_json
+from peft_layerrope.files import to_json
 from peft_layerrope.report import fitness_remark
 from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.scoring.judging import judge
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import WrittenAnswers
 from peft_layerrope.searcher import Guards
-from peft_layerrope.searcher.bootstrap import bootstrap_choice
-from peft_layerrope.searcher.evaluator import ModelEvaluator
+from peft_layerrope.searcher.algorithms import run_strategy
+from peft_layerrope.searcher.common import SearchJournal
+from peft_layerrope.searcher.evaluator import HeatScores, Measurement, ModelEvaluator, clearly_worse, plan_heats
 from peft_layerrope.searcher.gradient import GradientSteps
-from peft_layerrope.searcher.measurement import HeatScores, Measurement, clearly_worse, plan_heats
 from peft_layerrope.searcher.memo import BudgetView, Memo
-from peft_layerrope.searcher.search_journal import SearchJournal
+from peft_layerrope.searcher.run import bootstrap_choice
 from peft_layerrope.searcher.sensitivity import sensitivity
-from peft_layerrope.searcher.strategies import run_strategy
 
 SMALL = {**SMALL_SEARCH, "bootstrap": 20}
 WEIGHT = "model.layers.1.mlp.up_proj.weight"

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from peft_layerrope import PositionScores
 from peft_layerrope.plots import UNSCALED, plot_by_position, plot_gain_over_harm
-from peft_layerrope.scoring.statistics import Interval
+from peft_layerrope.scoring.scores import Interval
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from peft_layerrope import SearchError, TaskError
-from peft_layerrope.files.atomic import WriteError
+from peft_layerrope.files import WriteError
 from peft_layerrope.runs import JOURNAL_NAME, LOCK_NAME, FolderInUseError, Journal, JournalError, locked
 
 IDENTITY = {"settings": {"seed": 1, "weights": (0.8, 1.0)}, "model": "abc", "splits": [{"name": "search"}]}

@@ -1,19 +1,6 @@
-"""The command `layerrope`: one file per command, each thin. `app` holds what they share."""
+"""The command `layerrope`: one file per command that is more than a few lines. `app` holds what they share."""
 
-from . import evaluate, experiment, families, hub, lm_eval, prompts, report, search, sensitivity, verify
+from . import evaluate, experiments, hub, report, search, tools
 from .app import app, run
 
-__all__ = [
-    "app",
-    "evaluate",
-    "experiment",
-    "families",
-    "hub",
-    "lm_eval",
-    "prompts",
-    "report",
-    "run",
-    "search",
-    "sensitivity",
-    "verify",
-]
+__all__ = ["app", "evaluate", "experiments", "hub", "report", "run", "search", "tools"]

@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from .. import __version__
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
-from ..files.atomic import WriteError
-from ..hub.errors import InvalidRepoIdError, PullTargetError
+from ..files import WriteError
+from ..hub import InvalidRepoIdError, PullTargetError
 from ..scoring.memory import is_out_of_memory
 
 app = typer.Typer(

@@ -27,9 +27,8 @@ from ..comparison.report import (
     written_table,
 )
 from ..errors import TaskError
-from ..files.atomic import write_atomically, writing
-from ..files.strict_json import to_json
-from ..public_names import public_name
+from ..files import to_json, write_atomically, writing
+from ..messages import public_name
 from ..report import fitness_remark, position_table
 from ..runs import RUN_FOLDER, check_free, locked
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, with_targets
@@ -37,8 +36,6 @@ from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
 from ..tasks import MEASURES, PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
 from .app import app, err, out, plain_errors, resumable
-from .inputs import build_task, display_name, load, resolve_task, window_of, with_difficulty
-from .kept_date import keep_date, with_kept_date
 from .options import (
     Compute,
     ComputeOptions,
@@ -47,10 +44,21 @@ from .options import (
     ModelArgument,
     SplitChoice,
     TaskOptions,
+    build_task,
+    check_file,
+    check_output,
+    check_plot,
+    display_name,
+    keep_date,
+    load,
+    resolve_task,
     takes_settings,
     task_option,
+    window_of,
+    with_difficulty,
+    with_kept_date,
+    write_json,
 )
-from .output import check_file, check_output, check_plot, write_json
 
 _compared_option = partial(typer.Option, rich_help_panel="Compared")
 _run_option = partial(typer.Option, rich_help_panel="Running")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..hub import transfer as hub
+from .. import hub
 from .app import app, out, plain_errors
 from .options import DebugOption
 

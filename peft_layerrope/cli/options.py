@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from enum import StrEnum
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
@@ -12,15 +13,187 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import Field
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base_model import ModelSource, check_source, parse_model_args
+from ..base_model import ModelSource, check_source, describe_loading, load_base, load_config, parse_model_args
 from ..declaration import changed, declarations, declared, default_of, spellings
-from ..errors import InvalidConfigError, SearchError
-from ..messages import shown
-from ..scoring.scorer import DEFAULT_BATCH_TOKENS
+from ..demo import demo_model_path
+from ..errors import InvalidConfigError, SearchError, TaskError
+from ..files import to_json, write_atomically, writing
+from ..messages import public_name, shown
+from ..runs import LOCK_NAME
+from ..scoring.preflight import find_difficulty
+from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
 from ..searcher.settings import BatchTokens
-from ..tasks import SPLIT_NAMES
-from ..tasks.specification import TaskSpecification
+from ..tasks import SPLIT_NAMES, PromptTask, Task
+from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task, with_chat
+from .app import err
+
+_PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+
+
+def check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    """Raises TaskError if a folder cannot be used for results."""
+    if resume and overwrite:
+        raise TaskError("--resume keeps what is there and --overwrite replaces it: pass one of them.")
+    if output.exists() and not output.is_dir():
+        raise TaskError(f"--output {output} exists and is not a folder.")
+    if not (overwrite or resume) and output.is_dir() and any(path.name != LOCK_NAME for path in output.iterdir()):
+        raise TaskError(
+            f"--output {output} is not empty; pass --resume to go on with what is in it, --overwrite to replace it."
+        )
+    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise TaskError(f"--output {output} is not writable.")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises TaskError if a plot, where one is wanted, could not be written."""
+    check_file(path, "--plot")
+    if path is not None and path.suffix.lower() not in _PLOTS:
+        raise TaskError(f"--plot {path} must end in one of {', '.join(_PLOTS)}.")
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """Raises TaskError if a file, where one is wanted, could not be written."""
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise TaskError(f"{option} {path} cannot be written: " + ("a folder." if path.is_dir() else "no such folder."))
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise TaskError(f"{option} {path} cannot be written: no permission, or a read-only file system.")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a result for `--json`.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    with writing(path):
+        path.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
+
+
+DATE_NAME = "chat_date.txt"
+_LONGEST = 100  # bytes
+
+
+def with_kept_date(task: TaskSpecification, folder: Path | None, resume: bool) -> TaskSpecification:
+    """Returns a task with the date of the run that is resumed in a folder, if it has one and no other is asked for."""
+    path = folder / DATE_NAME if folder is not None else None
+    if not resume or path is None or not path.is_file() or task.chat_date is not None or task.chat_template is False:
+        return task
+    with path.open("rb") as file:
+        text = file.read(_LONGEST).decode(errors="replace").strip()
+    return replace(task, chat_date=text)
+
+
+def keep_date(task: TaskSpecification, folder: Path) -> None:
+    """Writes down the date of a resolved task, where its chat template writes one.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    path = folder / DATE_NAME
+    with writing(path):
+        if task.chat_date is None:
+            path.unlink(missing_ok=True)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, task.chat_date + "\n")
+
+
+DEMO_LENGTH_FACTOR = 2  # the demo is searched beyond its window, which is what it repairs
+
+
+def display_name(model: str | None) -> str:
+    """What tables call a model."""
+    return "demo model" if model is None else model
+
+
+def load(source: ModelSource) -> PreTrainedModel:
+    """Loads a model, and says so where its fine-tune names another base."""
+    model = load_base(source)
+    trained_on = describe_loading(model).get("peft", {}).get("trained_on")
+    name = public_name(source.model or demo_model_path())
+    if trained_on not in (None, name):
+        err.print(
+            f"note: peft={source.peft} was trained on {trained_on}, and is put onto {name}.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return model
+
+
+def resolve_task(
+    task: TaskSpecification, window: int | None, is_demo: bool, tokenizer: PreTrainedTokenizerBase
+) -> TaskSpecification:
+    """Returns the specification with nothing left open; says so if its length is beyond the window.
+
+    Args:
+        task: what was asked for.
+        window: the model's trained window; None if its config does not say.
+        is_demo: whether the model is the demo model.
+        tokenizer: the model's.
+
+    Raises:
+        TaskError: neither length nor window is known, a setting that the resolved task does not have, or a chat
+            template that does not work.
+    """
+    task = with_defaults(task, window, is_demo, tokenizer)
+    if window is not None and task.length > window:
+        err.print(f"prompts of {task.length} tokens are {task.length / window:g}× the model's window of {window}.")
+    return task
+
+
+def with_defaults(
+    task: TaskSpecification, window: int | None, is_demo: bool, tokenizer: PreTrainedTokenizerBase
+) -> TaskSpecification:
+    """Does [`resolve_task`]'s work without a word."""
+    if window is None and task.length is None:
+        raise TaskError("the model's config names no trained window (max_position_embeddings): pass --length.")
+    length = task.length if task.length is not None else window * (DEMO_LENGTH_FACTOR if is_demo else 1)
+    task = replace(task, name=task.name or ("kv_words" if is_demo else DEFAULT_TASK), length=length)
+    return with_chat(task, tokenizer)
+
+
+def window_of(source: ModelSource) -> int | None:
+    """Returns a model's trained window from its config alone; None if that does not say.
+
+    Raises:
+        LayerRopeError: the config cannot be loaded.
+    """
+    config = load_config(source)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def with_difficulty(
+    task: TaskSpecification, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, batch_tokens: int
+) -> TaskSpecification:
+    """Returns the specification with the number of items that `difficulty` finds for the unscaled model; says which.
+
+    Raises:
+        PreflightError: there is no such number; the message shows what was tried.
+    """
+    if task.difficulty is None:
+        return task
+    easy = build_task(replace(task, difficulty=None), tokenizer)
+    if not isinstance(easy, PromptTask):
+        raise TaskError(f"difficulty={task.difficulty!r} is no setting of {easy.name}.")
+
+    def tell(count: int, accuracy: float) -> None:
+        err.print(f"difficulty: {count} {easy.item}s, {100 * accuracy:.1f} % right answers", highlight=False)
+
+    found, _ = find_difficulty(Scorer(model, batch_tokens=batch_tokens), easy, tell=tell)
+    err.print(f"difficulty: {found.size_setting}={found.num_items} is chosen.", highlight=False)
+    return replace(task, difficulty=None, **{found.size_setting: found.num_items})
+
+
+def build_task(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Makes the task; its name and length must be resolved."""
+    return make_task(task, tokenizer, task.length)
+
 
 Typed = dict[str, Any]
 """What was typed of a command's options, by the names of the fields that they are made of."""

@@ -13,32 +13,33 @@ from ..base_model import ModelSource, check_source, format_model_args, load_toke
 from ..declaration import changed, spellings
 from ..demo import DEMO_NAME
 from ..errors import SearchError
-from ..experiments.commands import command_line
 from ..experiments.measuring import factor_vector
-from ..experiments.report_page import write_report
+from ..experiments.report import SearchRecord, read_record, write_report
 from ..experiments.report_plan import ReportRequest, run_steps
-from ..experiments.search_record import SearchRecord, read_record
+from ..experiments.storage import command_line
 from ..loading import load_adapter_config
-from ..public_names import last_component
+from ..messages import last_component
 from ..runs import check_free, locked
 from ..searcher.progress import RichProgress
-from ..searcher.specification import SearchSpecification, read_specification
+from ..searcher.settings import SearchSpecification, read_specification
 from ..tasks.specification import TASK_NAMES, TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
 from .app import app, err, out, plain_errors, resumable
-from .inputs import build_task, load, resolve_task
 from .options import (
     MODEL_ARGS,
     Compute,
     ComputeOptions,
     DebugOption,
     Typed,
+    build_task,
+    check_output,
+    load,
     model_settings,
     options_of,
+    resolve_task,
     takes_settings,
 )
-from .output import check_output
 
 _SPECIFICATION_NAME = "search.yaml"
 _NOT_TAKEN = ("device", "trust_remote_code")

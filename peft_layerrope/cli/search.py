@@ -16,24 +16,35 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .. import report
 from ..base_model import check_source, load_tokenizer
-from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT
+from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT
 from ..declaration import changed
 from ..errors import SearchError
-from ..files.atomic import writing
+from ..files import writing
 from ..runs import RUN_FOLDER, check_free, locked
 from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
 from ..searcher.gradient_run import GradientPlan
 from ..searcher.plan import Plan
 from ..searcher.result import REPORT_NAME, TIMING_NAME
-from ..searcher.settings import SearchSettings
-from ..searcher.specification import SearchSpecification, read_specification
+from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
 from ..tuner.sites import embedding_table
 from .app import app, err, out, plain_errors, resumable, shell_word
-from .inputs import build_task, load, resolve_task, window_of, with_difficulty
-from .options import MODEL_ARGS, DebugOption, ModelArgument, Typed, model_settings, options_of, takes_settings
-from .output import check_output
+from .options import (
+    MODEL_ARGS,
+    DebugOption,
+    ModelArgument,
+    Typed,
+    build_task,
+    check_output,
+    load,
+    model_settings,
+    options_of,
+    resolve_task,
+    takes_settings,
+    window_of,
+    with_difficulty,
+)
 
 _run_option = partial(typer.Option, rich_help_panel="Running")
 
@@ -201,7 +212,7 @@ def _workers(count: int, address: str | None, specification: SearchSpecification
     """Ray workers that load the model themselves; nothing, where the search runs in this process."""
     if not count and address is None:
         return nullcontext()
-    from ..searcher.ray_workers import RayWorkers  # an optional extra
+    from ..searcher.ray_workers import RayWorkers
 
     return RayWorkers(
         max(count, 1),

@@ -13,21 +13,18 @@ from typing import Any
 from torch import nn
 
 from ..base_model import describe_loading
-from ..checks import check_callable, whole_number
 from ..errors import TaskError
 from ..fingerprint import library_versions, model_fingerprint
-from ..messages import named
+from ..messages import check_callable, named, whole_number
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.generation import check_judged
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, DEFAULT_BUCKETS, Scorer, aligned_windows, check_buckets
-from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval
+from ..scoring.scores import Interval, PositionScores
 from ..tasks import Split
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table, find_stack
-from .contenders import ROPE_TYPES, Contender, contending
-from .rope_scaling import describe_scaling
+from .contenders import ROPE_TYPES, Contender, contending, describe_scaling
 
 MAX_PARTS = 10
 """A split is scored in so many parts of whole groups, each kept as soon as it is there."""

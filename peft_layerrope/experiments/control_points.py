@@ -8,17 +8,29 @@ from torch import nn
 
 from ..comparison.contenders import Contender
 from ..errors import SearchError
-from ..scoring.statistics import Interval
+from ..scoring.scores import Interval
 from ..searcher.genome import BezierGenome
-from ..searcher.grid import FactorGrid, Factors, default_scaled_layers
-from ..searcher.space import FactorSpace
+from ..searcher.space import FactorGrid, Factors, FactorSpace, default_scaled_layers
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
-from .figures import COLOURS, new_figure, to_png
-from .measuring import Measuring, factor_vector, held_out, in_force, measure, measured_on, with_factors
-from .section import Section, SectionFigure, SectionTable
-from .units import U_LEGEND, Unit, interval_dict, legend, log_prob_difference, unit_of, utilisation_difference
+from .measuring import (
+    U_LEGEND,
+    Measuring,
+    Unit,
+    factor_vector,
+    held_out,
+    in_force,
+    interval_dict,
+    legend,
+    log_prob_difference,
+    measure,
+    measured_on,
+    unit_of,
+    utilisation_difference,
+    with_factors,
+)
+from .section import COLOURS, Section, SectionFigure, SectionTable, new_figure, to_png
 
 NAME = "control-points"
 DEFAULT_GROUPS = 50

@@ -9,14 +9,32 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
 from ..errors import TaskError
-from ..scoring.scores import PositionScores, perplexity
-from ..scoring.statistics import Interval, rank_key
+from ..scoring.scores import Interval, PositionScores, perplexity, rank_key
 from ..tasks import Task
 from ..tuner.sites import trained_window
-from .figures import COLOURS, draw_line, legend_below, new_figure, percent_axis, to_png
-from .measuring import Measuring, held_out, measure, measured_on
-from .section import Section, SectionFigure, SectionTable
-from .units import AVERAGE_LEGEND, Unit, interval_dict, legend, unit_of, verdict
+from .measuring import (
+    AVERAGE_LEGEND,
+    Measuring,
+    Unit,
+    held_out,
+    interval_dict,
+    legend,
+    measure,
+    measured_on,
+    unit_of,
+    verdict,
+)
+from .section import (
+    COLOURS,
+    Section,
+    SectionFigure,
+    SectionTable,
+    draw_line,
+    legend_below,
+    new_figure,
+    percent_axis,
+    to_png,
+)
 
 NAME = "extrapolation"
 DEFAULT_GROUPS = 30

@@ -7,10 +7,23 @@ from torch import nn
 from ..comparison.contenders import NO_SCALING, Contender
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
-from .figures import draw_positions, legend_below, new_figure, to_png
-from .measuring import Measuring, factor_vector, held_out, in_force, measure, measured_on, with_factors
-from .section import Section, SectionFigure, SectionTable
-from .units import interval_dict, legend, score_cells, score_header, scores_dict, unit_of, verdict
+from .measuring import (
+    Measuring,
+    factor_vector,
+    held_out,
+    in_force,
+    interval_dict,
+    legend,
+    measure,
+    measured_on,
+    score_cells,
+    score_header,
+    scores_dict,
+    unit_of,
+    verdict,
+    with_factors,
+)
+from .section import Section, SectionFigure, SectionTable, draw_positions, legend_below, new_figure, to_png
 
 NAME = "halves"
 DEFAULT_GROUPS = 100

@@ -2,21 +2,208 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from torch import nn
 
 from ..comparison.compare import compare
 from ..comparison.contenders import Contender
 from ..errors import AdapterMismatchError, TaskError
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
-from ..scoring.scores import PositionScores
+from ..scoring.scores import DEFAULT_WEIGHTS, Interval, PositionScores, mean_interval, paired_interval, perplexity
 from ..searcher.progress import SearchProgress, SilentProgress
-from ..tasks import Split, Task
+from ..tasks import Measure, Split, Task
+from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What scores are shown in. Scores themselves are higher where they are better.
+
+    Attributes:
+        name: what is measured.
+        symbol: after a value.
+        step: after a difference.
+        scale: from a score to what is shown; negative where less is better.
+        digits: after the point.
+    """
+
+    name: str
+    symbol: str
+    step: str
+    scale: float
+    digits: int
+
+    def value(self, score: float) -> str:
+        """A single score."""
+        return f"{self.scale * score:.{self.digits}f}"
+
+    def mean(self, interval: Interval) -> str:
+        """A mean with its interval."""
+        low, high = sorted(self.scale * v for v in (interval.low, interval.high))
+        return f"{self.value(interval.value)} [{low:.{self.digits}f}, {high:.{self.digits}f}]"
+
+    def change(self, interval: Interval) -> str:
+        """A difference with half the width of its symmetric interval."""
+        return f"{self.scale * interval.value:+.{self.digits}f} ± {self._half(interval)}"
+
+    def change_in_words(self, interval: Interval) -> str:
+        """A difference with its interval, for a sentence."""
+        value, low, high = (self.scale * v for v in (interval.value, interval.low, interval.high))
+        low, high = min(low, high), max(low, high)
+        return f"{value:+.{self.digits}f} {self.step} [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
+
+    def shown(self, scores: np.ndarray) -> np.ndarray:
+        """Scores as they are drawn."""
+        return self.scale * np.asarray(scores, dtype=np.float64)
+
+    def _half(self, interval: Interval) -> str:
+        half = max(interval.high - interval.value, interval.value - interval.low)  # one end may be cut at ±1
+        return f"{abs(self.scale) * half:.{self.digits}f}"
+
+
+ACCURACY = Unit("accuracy", "%", "points", 100, 1)
+LOSS = Unit("loss", "nats", "nats", -1, 3)
+
+
+def unit_of(measure: Measure) -> Unit:
+    """Returns the unit of a task's scores."""
+    return LOSS if measure == "loss" else ACCURACY
+
+
+def verdict(subject: str, other: str, difference: Interval, unit: Unit) -> str:
+    """Says whether `subject` scores higher or lower than `other`; that it is not known, where the interval holds 0."""
+    change = unit.change_in_words(difference)
+    if not difference.excludes_zero():
+        return f"{subject} against {other}: no difference beyond noise ({change})."
+    return f"{subject} {'beats' if difference.value > 0 else 'falls behind'} {other}: {change}."
+
+
+def utilisation_difference(scores: PositionScores, other: PositionScores) -> Interval:
+    """U of `scores` minus that of `other` on the same examples, paired; minus the mean loss where that is measured."""
+    return paired_interval(scores.utilisation_by_group(), other.utilisation_by_group(), scores.measure)
+
+
+def log_prob_difference(scores: PositionScores, other: PositionScores) -> Interval:
+    """U of the gold log-probabilities minus that of `other`, paired, in nats."""
+    return mean_interval(scores.utilisation_by_group("log_prob") - other.utilisation_by_group("log_prob"))
+
+
+@dataclass(frozen=True)
+class Thirds:
+    """Scores of each group with the answer at the first position, at the inner ones on average, and at the last."""
+
+    first: np.ndarray
+    middle: np.ndarray
+    last: np.ndarray
+
+    @classmethod
+    def of(cls, scores: PositionScores) -> Thirds:
+        """Takes scores at three positions at least."""
+        values = scores.values
+        return cls(values[:, 0], values[:, 1:-1].mean(axis=1), values[:, -1])
+
+
+_INTERVALS = "Brackets and ±: 95 % intervals over contexts; differences (Δ) are paired."
+_WEIGHTS = ", ".join(f"{weight:g}" for weight in DEFAULT_WEIGHTS)
+U_LEGEND = (
+    f"U: context utilisation of the accuracies in % (weights {_WEIGHTS} for first, middle and last). {_INTERVALS}"
+)
+AVERAGE_LEGEND = f"Accuracy is right answers in %, mean over all positions. {_INTERVALS}"
+SCORE_LEGEND = f"Accuracy is right answers in %. Middle: the mean over all inner positions; {U_LEGEND}"
+LOSS_LEGEND = (
+    "Loss in nats per token and its exponential, the perplexity; less is better. Brackets and ±: 95 % intervals "
+    "over texts; differences (Δ) are paired."
+)
+
+
+def legend(measure: Measure, of_accuracy: str = SCORE_LEGEND) -> str:
+    """Says how to read a table: of losses, or as `of_accuracy` says; by default one of [`score_cells`]."""
+    return LOSS_LEGEND if measure == "loss" else of_accuracy
+
+
+def score_header(measure: Measure) -> tuple[str, ...]:
+    """Names of the columns of [`score_cells`]."""
+    return ("loss", "perplexity") if measure == "loss" else ("first", "middle", "last", "accuracy", "U")
+
+
+def score_cells(scores: PositionScores) -> tuple[str, ...]:
+    """One contender's scores, for a table."""
+    unit, average = unit_of(scores.measure), scores.average()
+    if scores.measure == "loss":
+        return unit.mean(average), f"{perplexity(-average.value):.2f}"
+    ends = Thirds.of(scores)
+    return (
+        *(unit.value(float(part.mean())) for part in (ends.first, ends.middle, ends.last)),
+        unit.mean(average),
+        unit.value(scores.utilisation()),
+    )
+
+
+def interval_dict(interval: Interval) -> dict[str, float | None]:
+    """An interval as JSON values; None for an end that is not finite."""
+    return {name: round(value, 6) if math.isfinite(value) else None for name, value in asdict(interval).items()}
+
+
+def scores_dict(scores: dict[str, PositionScores]) -> dict[str, Any]:
+    """Scores by label as JSON values."""
+    return {label: of_one.to_dict() for label, of_one in scores.items()}
+
+
+MakeTask = Callable[[TaskSpecification], Task]
+
+_LEAST_FILL = 0.7  # prompts that are much shorter than asked for are not what the length says
+
+
+def task_of_length(make: MakeTask, specification: TaskSpecification, length: int) -> Task:
+    """Returns the task with prompts of up to `length` tokens: with as many items as fit.
+
+    Raises:
+        TaskError: the task cannot be made that long, or that short.
+    """
+    task = make(replace(specification, length=length, num_keys=None, num_documents=None))
+    try:
+        probe = task.split("search", 1)
+    except TaskError:  # the contexts of its file are too long
+        if not hasattr(task, "shortened"):
+            raise
+        task = task.shortened(length)
+        probe = task.split("search", 1)
+    if probe.max_tokens < _LEAST_FILL * length:
+        raise TaskError(f"task {task.name} cannot fill {length} tokens: its prompts have {probe.max_tokens}.")
+    return task
+
+
+def default_lengths(
+    make: MakeTask, specification: TaskSpecification, window: int, times: tuple[float, ...] = (1, 2, 4)
+) -> tuple[dict[int, Task], dict[int, str]]:
+    """Returns the task at multiples of the trained window, and why it is not there at others."""
+    tasks, refused = {}, {}
+    for length in dict.fromkeys(int(factor * window) for factor in times):
+        try:
+            tasks[length] = task_of_length(make, specification, length)
+        except TaskError as error:
+            refused[length] = str(error)
+    return tasks, refused
+
+
+def window_and_task(make: MakeTask, specification: TaskSpecification, window: int | None) -> list[Task]:
+    """Returns the task at the trained window, where it can be made that long, and at its own length."""
+    task = make(specification)
+    if window is None or specification.length == window:
+        return [task]
+    try:
+        return [task_of_length(make, specification, window), task]
+    except TaskError:
+        return [task]
+
 
 MIN_GROUPS = 2  # an interval over fewer is infinite
 

@@ -12,20 +12,18 @@ from torch import nn
 from ..comparison.contenders import Contender
 from ..declaration import as_options
 from ..errors import LayerRopeError
-from ..files.atomic import WriteError
+from ..files import WriteError
 from ..fingerprint import model_fingerprint
 from ..runs import FolderInUseError
-from ..searcher.grid import FactorGrid
+from ..searcher.space import FactorGrid
 from ..tasks import Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
 from . import attention, control_points, extrapolation, halves, layer_sensitivity, sweep, transfer, u_shape
-from .commands import command_line
-from .lengths import MakeTask, default_lengths, window_and_task
-from .measuring import Measuring
+from .measuring import MakeTask, Measuring, default_lengths, window_and_task
 from .section import Section
-from .storage import kept_section
+from .storage import command_line, kept_section
 
 QUICK_GROUPS = 12
 _QUICK_SWEEP = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)

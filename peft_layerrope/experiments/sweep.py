@@ -10,18 +10,41 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from torch import nn
 
-from ..checks import is_number
 from ..comparison.contenders import Contender
 from ..errors import SearchError
-from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval, difference_interval, proportion_interval, rank_key
+from ..messages import is_number
+from ..scoring.scores import Interval, PositionScores, difference_interval, proportion_interval, rank_key
 from ..tasks import Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
-from .figures import COLOURS, draw_line, legend_below, new_figure, percent_axis, relative_positions, to_png
-from .measuring import Measuring, held_out, in_force, measure, measured_on, need_positions, with_factors
-from .section import Section, SectionFigure, SectionTable
-from .units import ACCURACY, SCORE_LEGEND, Thirds, interval_dict, score_cells, score_header, utilisation_difference
+from .measuring import (
+    ACCURACY,
+    SCORE_LEGEND,
+    Measuring,
+    Thirds,
+    held_out,
+    in_force,
+    interval_dict,
+    measure,
+    measured_on,
+    need_positions,
+    score_cells,
+    score_header,
+    utilisation_difference,
+    with_factors,
+)
+from .section import (
+    COLOURS,
+    Section,
+    SectionFigure,
+    SectionTable,
+    draw_line,
+    legend_below,
+    new_figure,
+    percent_axis,
+    relative_positions,
+    to_png,
+)
 
 NAME = "sweep"
 DEFAULT_GROUPS = 50

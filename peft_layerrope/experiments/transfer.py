@@ -9,14 +9,11 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
 from ..errors import TaskError
-from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval
+from ..scoring.scores import Interval, PositionScores
 from ..tasks import Split, Task
 from ..tuner.sites import trained_window
-from .figures import new_figure, plain, to_png
-from .measuring import Measuring, held_out, measure, times_window
-from .section import Section, SectionFigure, SectionTable
-from .units import AVERAGE_LEGEND, Unit, interval_dict, legend, unit_of
+from .measuring import AVERAGE_LEGEND, Measuring, Unit, held_out, interval_dict, legend, measure, times_window, unit_of
+from .section import Section, SectionFigure, SectionTable, new_figure, plain, to_png
 
 NAME = "transfer"
 DEFAULT_GROUPS = 50

@@ -7,14 +7,24 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
-from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval, difference_interval
+from ..scoring.scores import Interval, PositionScores, difference_interval
 from ..tasks import Task
 from ..tuner.sites import trained_window
-from .figures import draw_positions, legend_below, new_figure, to_png
-from .measuring import Measuring, held_out, measure, measured_on, need_positions, times_window
-from .section import Section, SectionFigure, SectionTable
-from .units import ACCURACY, SCORE_LEGEND, Thirds, interval_dict, score_cells, score_header
+from .measuring import (
+    ACCURACY,
+    SCORE_LEGEND,
+    Measuring,
+    Thirds,
+    held_out,
+    interval_dict,
+    measure,
+    measured_on,
+    need_positions,
+    score_cells,
+    score_header,
+    times_window,
+)
+from .section import Section, SectionFigure, SectionTable, draw_positions, legend_below, new_figure, to_png
 
 NAME = "u-shape"
 DEFAULT_GROUPS = 100

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import whole_number
 from ..errors import NotEnoughMemoryError
+from ..messages import whole_number
 
 MIN_BATCH_TOKENS = 64
 """Memory that does not suffice for this many tokens is not worth halving on."""

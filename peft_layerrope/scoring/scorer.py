@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..adapted import keeping_modes
-from ..checks import check_callable, whole_number
+from ..base_model import keeping_modes
 from ..errors import TaskError
+from ..messages import check_callable, whole_number
 from ..tasks import Example, Split, SplitName, Task
 from ..tasks.base import check_task
 from ..tuner.frequencies import without_memory

@@ -1,11 +1,11 @@
 """The search: a genetic algorithm over Bézier curves, refinement, controls, and the held-out table."""
 
-from .grid import FactorGrid, Factors, default_scaled_layers
-from .guards import Guards
+from .memo import Guards
 from .plan import Plan
 from .result import ResultTable, SearchResult, TableRow
 from .run import plan_search, search
 from .settings import SearchSettings
+from .space import FactorGrid, Factors, default_scaled_layers
 
 __all__ = [
     "FactorGrid",

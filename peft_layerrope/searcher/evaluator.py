@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import nn
 
 from ..scoring.batching import Batch, make_batches
@@ -15,9 +21,302 @@ from ..scoring.memory import is_out_of_memory, with_halving
 from ..scoring.scores import Objective, PositionScores
 from ..tasks import Split
 from ..tuner.sites import find_stack
-from .grid import Factors
-from .measurement import HeatScores
-from .prefix import PrefixRunner
+from .space import Factors
+
+
+def shared_depth(one: Factors, other: Factors) -> int:
+    """How many leading factors two vectors have in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def cut_into_chunks(vectors: Sequence[Factors], num_chunks: int) -> list[list[Factors]]:
+    """Cuts the distinct vectors, sorted, into pieces of similar work, between those that share the least.
+
+    Args:
+        vectors: may repeat.
+        num_chunks: how many pieces at most.
+
+    Returns:
+        The pieces, in order; vectors that share a prefix are next to each other.
+    """
+    chunks = [sorted(set(vectors))]
+    while len(chunks) < num_chunks:
+        number = max(range(len(chunks)), key=lambda n: (len(chunks[n]) > 1, work(chunks[n])))
+        chunk = chunks[number]
+        if len(chunk) < 2:
+            break
+        # A piece runs its first vector in full, so a cut through a common prefix makes both halves longer.
+        cut = min(range(1, len(chunk)), key=lambda at: max(work(chunk[:at]), work(chunk[at:])))
+        chunks[number : number + 1] = [chunk[:cut], chunk[cut:]]
+    return [chunk for chunk in chunks if chunk]
+
+
+def work(chunk: Sequence[Factors]) -> int:
+    """Layers that a worker runs which knows none of them yet."""
+    if not chunk:
+        return 0
+    return len(chunk[0]) + sum(len(b) - shared_depth(a, b) for a, b in pairwise(chunk))
+
+
+T = TypeVar("T")
+Key = tuple[Any, Factors]
+
+
+class LayerOutputs:
+    """Outputs of decoder layers, the least recently used dropped first, in a fixed number of bytes.
+
+    Args:
+        max_bytes: memory of all outputs together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._outputs: OrderedDict[Key, tuple[Any, int]] = OrderedDict()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._outputs
+
+    def use(self, key: Key) -> Any:
+        """Returns an output and marks it as used."""
+        self._outputs.move_to_end(key)
+        return self._outputs[key][0]
+
+    def keep(self, key: Key, output: Any, spared: set[Key]) -> bool:
+        """Stores an output if there is room once older ones, except `spared`, are dropped; says whether it did."""
+        size = _num_bytes(output)
+        droppable = sum(entry[1] for old, entry in self._outputs.items() if old not in spared)
+        if self.num_bytes - droppable + size > self.max_bytes:
+            return False
+        for old in [old for old in self._outputs if old not in spared]:
+            if self.num_bytes + size <= self.max_bytes:
+                break
+            self.num_bytes -= self._outputs.pop(old)[1]
+        self._outputs[key] = output, size
+        self.num_bytes += size
+        return True
+
+    def shrink(self) -> None:
+        """Drops everything, and keeps to half the memory from now on."""
+        self.clear()
+        self.max_bytes //= 2
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self._outputs.clear()
+        self.num_bytes = 0
+
+
+class PrefixRunner:
+    """Runs a model's forward for one factor vector, from the deepest stored output of its leading layers.
+
+    Args:
+        layers: the decoder layers, in order.
+        max_bytes: memory for stored outputs; 0 shares nothing.
+
+    Attributes:
+        layers_run: decoder layers really run, each times the tokens of its batch.
+        layers_asked: the same of what would have run without sharing.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], max_bytes: int) -> None:
+        self._layers = list(layers)
+        self.outputs = LayerOutputs(max_bytes)
+        self.layers_run = 0
+        self.layers_asked = 0
+
+    def run(
+        self, batch: Any, vector: Factors, forward: Callable[[], T], num_tokens: int = 1, only: int | None = None
+    ) -> T:
+        """Returns `forward()`, which must run the model once, on `batch` and with the factors `vector`.
+
+        Args:
+            batch: hashable name of the model's input.
+            vector: the factors in force, one per layer.
+            forward: runs the model.
+            num_tokens: size of the batch, for the counts.
+            only: store only the output after so many layers; default: all.
+        """
+        depth = self._known_depth(batch, vector)
+        with self._answering(batch, vector, depth), self._storing(batch, vector, depth, only):
+            result = forward()
+        self.layers_run += (len(self._layers) - depth) * num_tokens
+        self.layers_asked += len(self._layers) * num_tokens
+        return result
+
+    def _known_depth(self, batch: Any, vector: Factors) -> int:
+        """How many leading layers need not run."""
+        for depth in range(len(self._layers) - 1, 0, -1):
+            if (batch, vector[:depth]) in self.outputs:
+                return depth
+        return 0
+
+    @contextmanager
+    def _answering(self, batch: Any, vector: Factors, depth: int) -> Iterator[None]:
+        """Lets the first `depth` layers answer with the stored output of the last of them."""
+        if not depth:
+            yield
+            return
+        stored = self.outputs.use((batch, vector[:depth]))
+        for shorter in range(depth - 1, 0, -1):  # the shallow ones, which most vectors share, are marked last
+            if (batch, vector[:shorter]) in self.outputs:
+                self.outputs.use((batch, vector[:shorter]))
+        calls = []
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            calls.append(None)
+            return stored
+
+        with ExitStack() as stack:
+            for layer in self._layers[:depth]:
+                stack.callback(_restore_forward, layer, layer.__dict__.get("forward"))
+                layer.forward = answer
+            yield
+        if len(calls) != depth:
+            raise RuntimeError(f"{len(calls)} of {depth} skipped layers were called: the model bypasses its layers.")
+
+    @contextmanager
+    def _storing(self, batch: Any, vector: Factors, depth: int, only: int | None) -> Iterator[None]:
+        """Stores the outputs of the layers from `depth` on, except the last, shallow ones first."""
+        spared = {(batch, vector[:shorter]) for shorter in range(1, len(self._layers))}
+        handles = []
+
+        def hook(number: int) -> Callable:
+            def store(module: nn.Module, args: Any, output: Any) -> None:
+                self.outputs.keep((batch, vector[:number]), output, spared)
+
+            return store
+
+        if self.outputs.max_bytes:
+            for index in range(depth, len(self._layers) - 1):
+                if only in (None, index + 1):
+                    handles.append(self._layers[index].register_forward_hook(hook(index + 1)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _restore_forward(layer: nn.Module, forward: Callable | None) -> None:
+    if forward is None:
+        del layer.forward
+    else:
+        layer.forward = forward
+
+
+def _num_bytes(output: Any) -> int:
+    tensors = [output] if isinstance(output, torch.Tensor) else [t for t in output if isinstance(t, torch.Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+RACE_LEVEL = 0.05
+"""One-sided level of the paired t-test at each of the looks at a race: a vector that is as good as the best so far is
+dropped with at most this probability at each."""
+
+MIN_RACE_GROUPS = 4
+"""No vector is dropped on fewer groups than this."""
+
+
+@dataclass(frozen=True)
+class HeatScores:
+    """A vector's scores on one part of the examples.
+
+    Attributes:
+        values: each group's utilisation, the share it has in the fitness.
+        tail: each group's accuracy at the last position.
+    """
+
+    values: tuple[float, ...]
+    tail: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Heats:
+    """How the search split is cut: racing may stop after each part. The last one may hold the short prompts.
+
+    Attributes:
+        sizes: groups of each part of the search split, in order.
+        has_short: whether one more heat, after them, scores short prompts.
+    """
+
+    sizes: tuple[int, ...]
+    has_short: bool = False
+
+    def __len__(self) -> int:
+        return len(self.sizes) + self.has_short
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """First group and the one after the last, of each part of the search split."""
+        ends = np.cumsum(self.sizes).tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def plan_heats(num_groups: int, race: bool, has_short: bool) -> Heats:
+    """Cuts `num_groups` for racing into a quarter, two eighths and two quarters, if a quarter suffices for a test."""
+    ends = [num_groups * eighths // 8 for eighths in (0, 2, 3, 4, 6, 8)]
+    if not race or ends[1] < MIN_RACE_GROUPS:
+        return Heats((num_groups,), has_short)
+    return Heats(tuple(end - start for start, end in pairwise(ends)), has_short)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All that is known of one vector: its scores on the first heats, in order."""
+
+    heats: tuple[HeatScores, ...] = ()
+
+    def plus(self, scores: HeatScores) -> Measurement:
+        """Returns this with one more heat."""
+        return Measurement((*self.heats, scores))
+
+    def values(self, plan: Heats) -> np.ndarray:
+        """Utilisation of each group of the search split seen so far."""
+        return np.array([value for heat in self.heats[: len(plan.sizes)] for value in heat.values])
+
+    def is_complete(self, plan: Heats) -> bool:
+        """Whether every heat was run."""
+        return len(self.heats) == len(plan)
+
+    def fitness(self, plan: Heats) -> float:
+        """Mean utilisation of the groups seen."""
+        return float(self.values(plan).mean())
+
+    def tail(self, plan: Heats) -> np.ndarray:
+        """Accuracy at the last position of each group of the search split seen so far."""
+        return np.array([hit for heat in self.heats[: len(plan.sizes)] for hit in heat.tail])
+
+    def short_values(self) -> np.ndarray:
+        """Utilisation of each group of the short prompts, where the plan has them: minus their loss, in nats."""
+        return np.array(self.heats[-1].values)
+
+    def tail_accuracy(self, plan: Heats) -> float:
+        """Accuracy at the last position, over the search split."""
+        return float(self.tail(plan).mean())
+
+    def short_loss(self, plan: Heats) -> float | None:
+        """Loss on short prompts in nats, or None where there are none."""
+        return -float(self.short_values().mean()) if plan.has_short else None
+
+
+def clearly_worse(values: Sequence[float], rival: Sequence[float]) -> bool:
+    """Whether a vector has lost its race: a one-sided paired t-test over the groups seen by both, at `RACE_LEVEL`.
+    One whose values are not all finite has lost.
+
+    Args:
+        values: its utilisation on the first groups.
+        rival: that of the best vector so far, on at least these groups.
+    """
+    if not np.isfinite(values).all():
+        return True
+    if len(values) < MIN_RACE_GROUPS:
+        return False
+    gap = np.asarray(values) - np.asarray(rival)[: len(values)]
+    if gap.std() == 0:
+        return bool(gap.mean() < 0)
+    return bool(stats.ttest_1samp(gap, 0, alternative="less").pvalue < RACE_LEVEL)
+
 
 _TRIAL_TOKENS = 64
 """Length of the trial by which sharing is proven exact."""

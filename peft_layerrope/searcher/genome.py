@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
 from ..bezier import sample_curve
-from .grid import Factors
-from .space import FactorSpace
+from .space import Factors, FactorSpace
 
 Curve = Literal["bezier", "linear", "direct"]
 CURVES: tuple[Curve, ...] = get_args(Curve)

@@ -12,14 +12,13 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..adapted import adapted
-from ..base_model import describe_loading
+from ..base_model import adapted, describe_loading
 from ..report import duration
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import Preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
-from ..scoring.statistics import Interval
+from ..scoring.scores import Interval
 from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
 from ..tuner.sites import find_stack, trained_window

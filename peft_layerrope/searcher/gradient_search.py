@@ -16,16 +16,18 @@ import torch
 from peft import PeftModel
 
 from ..errors import SearchError
-from ..files.strict_json import to_float
+from ..files import to_float
 from ..runs import Journal
 from ..scoring.scorer import Scorer
-from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval, difference_interval, mean_interval, rank_key
+from ..scoring.scores import Interval, PositionScores, difference_interval, mean_interval, rank_key
 from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task
 from ..tasks.base import spread_positions
 from ..tasks.prompts import ASKED_EVERYWHERE
-from .climb import (
+from .common import since
+from .gradient import (
+    FactorGradient,
     Family,
+    Slope,
     Step,
     averaged,
     climb,
@@ -34,23 +36,12 @@ from .climb import (
     per_layer_family,
     uniform_family,
 )
-from .common import since
-from .factor_gradient import FactorGradient, Slope
-from .grid import Factors
-from .ordinary_text import (
-    NUM_WRITTEN,
-    Windows,
-    divergences,
-    losses,
-    sample_windows,
-    scored_positions,
-    window_logits,
-)
+from .ordinary_text import NUM_WRITTEN, Windows, divergences, losses, sample_windows, scored_positions, window_logits
 from .progress import SearchProgress
 from .result import BOUNDED, DECAY, FIRST_REST, NONE, PER_LAYER, UNIFORM
 from .schedule import CONTEXTS_PER_STEP, UNIFORM_VALUES, Rates, Schedule
 from .settings import SearchSettings
-from .space import FactorSpace
+from .space import Factors, FactorSpace
 from .verdict import Harm, choose
 
 SIMPLEST_FIRST = (NONE, BOUNDED, FIRST_REST, DECAY, PER_LAYER)

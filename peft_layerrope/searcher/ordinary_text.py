@@ -21,7 +21,7 @@ from ..errors import TaskError
 from ..messages import one_line
 from ..scoring.judging import judge_tokens, logits_at
 from ..scoring.memory import with_halving
-from ..tasks.text_stream import tokenised
+from ..tasks.perplexity import tokenised
 from ..tuner.sites import embedding_table
 
 Windows = tuple[tuple[int, ...], ...]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import SearchError
 from ..tuner.sites import embedding_table
-from .controls import first_and_rest_vectors, first_layers_alone_vectors, line_vectors
+from .algorithms import first_and_rest_vectors, first_layers_alone_vectors, line_vectors
 from .gradient import STEP_COST
 from .settings import SearchSettings
 from .space import FactorSpace

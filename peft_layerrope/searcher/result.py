@@ -12,21 +12,18 @@ import numpy as np
 from peft.utils import CONFIG_NAME
 
 from .. import plots, report
-from ..cards.card import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, HeldOut, model_card
-from ..cards.merge import CardError, save_card
-from ..files.atomic import replacing_files
-from ..files.strict_json import to_json
-from ..public_names import public_name
+from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, CardError, HeldOut, model_card, save_card
+from ..files import replacing_files, to_json
+from ..messages import public_name
 from ..scoring.preflight import Preflight
-from ..scoring.scores import PositionScores
-from ..scoring.statistics import Interval, rank_key
+from ..scoring.scores import Interval, PositionScores, rank_key
 from ..tasks import Measure
 from ..tuner.artifacts import save_adapter
 from ..tuner.config import LayerRopeConfig
-from .controls import Candidate
+from .algorithms import Candidate
 from .gradient import STEP_COST
-from .grid import Factors
 from .settings import SearchSettings
+from .space import Factors
 from .verdict import Harm
 
 NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (

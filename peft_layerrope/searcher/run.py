@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,28 +15,42 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..adapted import adapted, keeping_modes
-from ..base_model import describe_loading
+from ..base_model import adapted, describe_loading, keeping_modes
 from ..errors import NotEnoughMemoryError, SearchError
 from ..messages import named
 from ..scoring.preflight import Preflight
 from ..scoring.scorer import Scorer
-from ..scoring.scores import PositionScores
-from ..scoring.statistics import rank_key
+from ..scoring.scores import PositionScores, rank_key
 from ..tasks import PromptTask, Task
 from ..tasks.base import check_task
 from ..tuner.sites import find_stack, trained_window
-from . import controls
-from .bootstrap import bootstrap_choice
-from .common import adapter_config, identity_of, keep_look, look, model_name, since
-from .controls import Candidate, best_of
-from .coordinates import climb
-from .evaluator import Evaluator, ModelEvaluator
-from .found import Found, Generation
+from .algorithms import (
+    Candidate,
+    Found,
+    Generation,
+    best_of,
+    climb,
+    first_and_rest_vectors,
+    first_layers_alone_vectors,
+    line_vectors,
+    random_vectors,
+    run_strategy,
+    uniform_vectors,
+)
+from .common import (
+    SearchData,
+    SearchJournal,
+    adapter_config,
+    identity_of,
+    keep_look,
+    look,
+    make_data,
+    model_name,
+    since,
+)
+from .evaluator import Evaluator, Heats, Measurement, ModelEvaluator, plan_heats
 from .gradient import STEP_COST, GradientSteps
 from .gradient_run import GradientPlan, plan_by_gradients, search_by_gradients
-from .grid import Factors
-from .measurement import Heats, Measurement, plan_heats
 from .memo import BudgetView, Memo
 from .plan import MIN_CONTROL_BUDGET, Plan, memory_in_use, planned_evaluations
 from .progress import SearchProgress, audience_of
@@ -53,11 +68,46 @@ from .result import (
     SearchResult,
     TableRow,
 )
-from .search_data import SearchData, make_data
-from .search_journal import SearchJournal
 from .settings import SearchSettings
-from .space import FactorSpace
-from .strategies import run_strategy
+from .space import Factors, FactorSpace
+
+
+def bootstrap_choice(
+    measurements: Mapping[Factors, np.ndarray], chosen: Factors, num_groups: int, draws: int, seed: int
+) -> dict[str, Any]:
+    """Draws the search split's contexts again and again, and sees which of the evaluated vectors would have won.
+
+    Args:
+        measurements: each vector's utilisation by context; those with fewer than `num_groups`, given up early by
+            racing, and those with values that are not finite take no part.
+        chosen: the vector that was chosen.
+        num_groups: contexts of the search split.
+        draws: how many times to draw.
+        seed: of the drawing.
+
+    Returns:
+        `draws`; `winners`, the number of distinct winners; `chosen_wins`, the share of draws won by `chosen`;
+        `chosen_behind_winner`, mean and 95th percentile of the winner's utilisation minus that of `chosen`;
+        `factors_5_50_95`, for each layer the percentiles of the winner's factor.
+    """
+    vectors = [
+        vector for vector, values in measurements.items() if len(values) == num_groups and np.isfinite(values).all()
+    ]
+    values = np.array([measurements[vector] for vector in vectors])
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(num_groups, np.full(num_groups, 1 / num_groups), size=draws)
+    means = counts @ values.T / num_groups  # (draws, vectors)
+    winners = means.argmax(axis=1)
+    behind = means.max(axis=1) - means[:, vectors.index(chosen)]
+    factors = np.array([vectors[winner] for winner in winners])
+    return {
+        "draws": draws,
+        "winners": len(Counter(winners.tolist())),
+        "chosen_wins": round(float((winners == vectors.index(chosen)).mean()), 4),
+        "chosen_behind_winner": [round(float(behind.mean()), 4), round(float(np.percentile(behind, 95)), 4)],
+        "factors_5_50_95": np.percentile(factors, (5, 50, 95), axis=0, method="nearest").T.tolist(),
+    }
+
 
 Distribute = Callable[[ModelEvaluator], Evaluator]
 """Given the evaluator of this process, returns one that has the work done elsewhere; see `ray_workers`."""
@@ -338,7 +388,7 @@ class _Run:
         found: list[Candidate] = []
         with self._stage("uniform factors", len(grid.values) + 1):
             found.append(best_of(NONE, [self._unscaled()], self._view(), 1, self._rng(NONE)))
-            uniform_family = controls.uniform_vectors(self.space)
+            uniform_family = uniform_vectors(self.space)
             uniform = best_of(UNIFORM, uniform_family, self._view(), len(uniform_family), self._rng(UNIFORM))
             found.append(uniform)
         view = self._view()
@@ -410,12 +460,12 @@ class _Run:
         return float(scores.utilisation_by_group(self.settings.objective, self.settings.weights).mean())
 
     def _controls(self, evaluations: int) -> list[Candidate]:
-        random_family = controls.random_vectors(self.space, evaluations, self._rng(RANDOM))
+        random_family = random_vectors(self.space, evaluations, self._rng(RANDOM))
         shared = max(evaluations, MIN_CONTROL_BUDGET)
         members = [
-            (ALONE, controls.first_layers_alone_vectors(self.space), shared),
-            (FIRST_REST, controls.first_and_rest_vectors(self.space), shared),
-            (LINE, controls.line_vectors(self.space), shared),
+            (ALONE, first_layers_alone_vectors(self.space), shared),
+            (FIRST_REST, first_and_rest_vectors(self.space), shared),
+            (LINE, line_vectors(self.space), shared),
             (RANDOM, random_family, evaluations),
         ]
         found = []

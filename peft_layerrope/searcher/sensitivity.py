@@ -9,23 +9,21 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ..adapted import adapted, keeping_modes
-from ..checks import is_number
+from ..base_model import adapted, keeping_modes
 from ..errors import SearchError
+from ..messages import is_number
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
-from ..scoring.scores import DEFAULT_WEIGHTS, paired_interval
-from ..scoring.statistics import Interval, mean_interval, rank_key
+from ..scoring.scores import DEFAULT_WEIGHTS, Interval, mean_interval, paired_interval, rank_key
 from ..tasks import SPLIT_NAMES, Measure, PromptTask, Split, SplitName, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window
 from .common import model_name
 from .evaluator import ModelEvaluator
-from .grid import Factors, format_layers
 from .progress import SearchProgress, audience_of
 from .settings import SearchSettings
-from .space import FactorSpace
+from .space import Factors, FactorSpace, format_layers
 
 DEFAULT_FACTORS = (1.3, 1.6, 2.0)
 MIN_GROUPS = 2  # an interval over fewer is infinite

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, field
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+import yaml
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from ..declaration import declared, option
+from .._version import __version__
+from ..base_model import ModelSource
+from ..declaration import converted, declared, option
 from ..errors import SearchError
+from ..files import parse_yaml, write_atomically
+from ..messages import one_line
 from ..scoring.preflight import PREFLIGHT_GROUPS
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import DEFAULT_WEIGHTS, Objective
+from ..tasks.specification import TaskSpecification
 from ..tuner.config import FACTOR_RANGE, LayerRopeConfig
 from ..tuner.scaling import RopeType
 from .genome import Curve
-from .grid import FactorGrid, default_scaled_layers, parse_layers
-from .guards import Guards
+from .memo import Guards
 from .schedule import MIN_STEPS
-from .space import FactorSpace
+from .space import FactorGrid, FactorSpace, default_scaled_layers, parse_layers
 
 ELITES = 2
 """Of a generation, who go on as they are."""
@@ -229,3 +237,64 @@ class SearchSettings:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for a JSON report."""
         return asdict(self)
+
+
+_MAX_BYTES = 1_000_000
+
+
+@declared(SearchError)
+class SearchSpecification(ModelSource):
+    """A search, as a file can hold it: which model and how it is loaded, the task, and the settings."""
+
+    task: Annotated[TaskSpecification, Field(description="Where the examples come from.")] = field(
+        default_factory=TaskSpecification
+    )
+    search: Annotated[SearchSettings, Field(description="The settings.")] = field(default_factory=SearchSettings)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], source: str) -> SearchSpecification:
+        """Makes a specification from plain values; what is missing has its default.
+
+        Args:
+            values: nested as this class is.
+            source: where they come from, for messages.
+
+        Raises:
+            LayerRopeError: an unknown name, with the nearest known one; a value of the wrong type or out of its range.
+        """
+        try:
+            # of JSON, strict checks take lists for tuples and mappings for what they are to make
+            return _ADAPTER.validate_json(json.dumps(values, default=str))
+        except ValidationError as error:
+            raise converted(error, cls, SearchError, source) from None
+        except TypeError as error:  # YAML has mappings with lists for names
+            raise SearchError(f"{source}: {one_line(error)}.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes `search.yaml`, every value spelled out."""
+        head = f"# layerrope search --config {Path(path).name} --output FOLDER repeats this search (v{__version__}).\n"
+        plain = TypeAdapter(dict[str, Any]).dump_python(asdict(self), mode="json")
+        write_atomically(Path(path), head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+_ADAPTER = TypeAdapter(SearchSpecification)
+
+
+def read_specification(path: str | Path) -> dict[str, Any]:
+    """Reads a `search.yaml` as plain values, for [`SearchSpecification.of`].
+
+    Raises:
+        SearchError: it cannot be read, is not YAML, or holds no mapping.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise SearchError(f"{path} has {path.stat().st_size} bytes; a search.yaml has at most {_MAX_BYTES}.")
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SearchError(f"{path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SearchError(f"{path} is not YAML: {one_line(' '.join(str(error).split()))}.") from error
+    if not isinstance(values, dict):
+        raise SearchError(f"{path} must hold names and values, such as 'task:', got {type(values).__name__}.")
+    return values

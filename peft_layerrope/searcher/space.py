@@ -1,11 +1,99 @@
-"""What a search may choose from: the grid's factors on the layers that may be scaled."""
+"""What a search may choose from: factors of a grid, on the layers that may be scaled."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Annotated
 
-from .grid import FactorGrid, Factors
+import numpy as np
+
+from ..declaration import declared, option
+from ..errors import SearchError
+from ..tuner.config import FACTOR_RANGE, MAX_LAYERS
+
+Factors = tuple[float, ...]
+"""One factor per layer, every one on the grid (or exactly 1.0 for a layer left alone)."""
+
+_MAX_VALUES = 1000
+_LIMITS = dict(zip(("ge", "le"), FACTOR_RANGE, strict=True))
+
+
+_scaling = partial(option, panel="Scaling")
+
+
+@declared(SearchError)
+class FactorGrid:
+    """Factors `min_factor, min_factor + step, .. max_factor`. The paper's grid is 1.0, 1.1 .. 2.0.
+
+    Raises:
+        SearchError: a value that cannot work, bounds in the wrong order, or none or too many factors between them.
+    """
+
+    min_factor: Annotated[float, _scaling("Smallest factor of a layer.", **_LIMITS)] = 1.0
+    max_factor: Annotated[float, _scaling("Largest factor of a layer.", **_LIMITS)] = 2.0
+    step: Annotated[float, _scaling("Step of the factor grid.", gt=0)] = 0.1
+
+    def __post_init__(self) -> None:
+        if self.max_factor <= self.min_factor:
+            raise SearchError(f"max_factor={self.max_factor} must be greater than min_factor={self.min_factor}.")
+        steps = (self.max_factor - self.min_factor) / self.step
+        if steps > _MAX_VALUES:
+            raise SearchError(f"step={self.step} gives more than {_MAX_VALUES} values between the bounds.")
+        if steps < 1 - 1e-9:
+            raise SearchError(f"step={self.step} is larger than the range {self.min_factor}..{self.max_factor}.")
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """All factors, ascending, free of floating-point dust (1.3, not 1.3000000000000003)."""
+        count = int((self.max_factor - self.min_factor) / self.step + 1e-9) + 1
+        return tuple(round(self.min_factor + i * self.step, 10) for i in range(count))
+
+    def snap(self, values: Sequence[float] | np.ndarray) -> list[float]:
+        """Clips to the range and rounds to the grid."""
+        grid = self.values
+        indices = np.clip(np.rint((np.asarray(values) - self.min_factor) / self.step), 0, len(grid) - 1).astype(int)
+        return [grid[i] for i in indices]
+
+
+def default_scaled_layers(num_layers: int) -> tuple[int, ...]:
+    """Returns the layers that may be scaled: all but the first 2 of every 32, rounded (the paper's choice)."""
+    return tuple(range(round(num_layers * 2 / 32), num_layers))
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Returns the layers that a text such as `"0-3,7"` names, ascending; ranges include both ends.
+
+    Raises:
+        SearchError: not such a text, a range that ends before it begins, a layer named twice, or an index beyond any
+            model's.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
+        if match is None:
+            raise SearchError(f"layers {text!r}: {part.strip()!r} is no layer or range, expected e.g. '0-3,7'.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last:
+            raise SearchError(f"layers {text!r}: the range {part.strip()!r} ends before it begins.")
+        if last >= MAX_LAYERS:
+            raise SearchError(f"layers {text!r}: layer {last} is out of range, expected at most {MAX_LAYERS - 1}.")
+        layers += range(first, last + 1)
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1}) if len(set(layers)) < len(layers) else []
+    if twice:
+        raise SearchError(f"layers {text!r}: {format_layers(twice)} must be named only once.")
+    return tuple(sorted(layers))
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """Writes layers as ranges, `"0-3,7"`: the inverse of [`parse_layers`]."""
+    ordered = sorted(set(layers))
+    starts = [layer for before, layer in pairwise([None, *ordered]) if before is None or layer != before + 1]
+    ends = [layer for layer, after in pairwise([*ordered, None]) if after is None or after != layer + 1]
+    return ",".join(f"{start}" if start == end else f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
 @dataclass(frozen=True)

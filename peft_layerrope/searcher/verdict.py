@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..scoring.statistics import Interval, mean_interval, rank_key
+from ..scoring.scores import Interval, mean_interval, rank_key
 
 MAX_END_DROP = 0.03
 """Accuracy that may be lost where the answer stands first, and where it stands last."""

@@ -1,8 +1,7 @@
 """Tasks: where examples come from. One file each; `base` says what a task is."""
 
 from .base import MEASURES, SPLIT_NAMES, Example, Measure, Split, SplitName, Task, check_disjoint, spread_positions
-from .kv_retrieval import KeyValueRetrieval
-from .kv_words import KeyValueWords
+from .kv import KeyValueRetrieval, KeyValueWords
 from .metrics import METRICS, best_subspan_em, contains_value
 from .multi_doc_qa import MultiDocumentQA
 from .perplexity import Perplexity

@@ -9,9 +9,8 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
-from ..checks import whole_number
 from ..errors import TaskError
-from ..messages import named
+from ..messages import named, whole_number
 from .metrics import Judge
 
 Measure = Literal["accuracy", "loss"]

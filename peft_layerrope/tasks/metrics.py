@@ -10,9 +10,8 @@ from typing import Any
 import regex  # its word boundary, unlike re's, does not tear a combining accent off its letter
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import whole_number
 from ..errors import TaskError
-from ..messages import named
+from ..messages import named, whole_number
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = regex.compile(r"\b(a|an|the)\b")

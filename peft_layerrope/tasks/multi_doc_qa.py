@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..checks import whole_number
 from ..errors import TaskError
+from ..messages import whole_number
 from .base import SPLIT_NAMES, Split, SplitName, check_request, check_seed
-from .encoding import PromptEncoder
 from .metrics import normalised
-from .prompts import ASKED_EVERYWHERE, GOLD_MOVES, Prompt, PromptTask, check_positions
+from .prompts import ASKED_EVERYWHERE, GOLD_MOVES, Prompt, PromptEncoder, PromptTask, check_positions
 from .records import cut_into_splits, data_path, read_records
 
 PUBLISHED_NUM_POSITIONS = {10: 3, 20: 5, 30: 7}

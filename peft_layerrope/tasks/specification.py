@@ -15,11 +15,10 @@ from ..declaration import declared, option
 from ..errors import TaskError
 from ..messages import one_line, shown
 from .base import MAX_LENGTH, Task
-from .encoding import PromptEncoder
-from .kv_retrieval import KeyValueRetrieval
-from .kv_words import KeyValueWords
+from .kv import KeyValueRetrieval, KeyValueWords
 from .multi_doc_qa import MultiDocumentQA
 from .perplexity import Perplexity
+from .prompts import PromptEncoder
 
 TaskName = Literal["kv_words", "kv_retrieval", "multi_doc_qa", "perplexity"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checks import is_number, whole_number, whole_numbers
 from ..errors import TaskError
-from ..messages import named
+from ..messages import is_number, named, whole_number, whole_numbers
 from .base import SPLIT_NAMES, Example, Split, SplitName, check_examples, check_seed
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 
 from ..errors import AdapterMismatchError, InvalidConfigError
-from ..files.untrusted import UntrustedFileError, read_bytes
+from ..files import UntrustedFileError, read_bytes
 from ..messages import one_line, shown, shown_names
 from .config import LayerRopeConfig
 

@@ -11,11 +11,9 @@ from typing import Any, Optional
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, TaskType
 
-from ..checks import is_integer, is_number
 from ..errors import InvalidConfigError
-from ..files.adapter_files import AdapterFiles
-from ..files.untrusted import UntrustedFileError, read_json_object
-from ..messages import shown, shown_names
+from ..files import AdapterFiles, UntrustedFileError, read_json_object
+from ..messages import is_integer, is_number, shown, shown_names
 from .registration import LAYER_ROPE, PEFT_TYPE_NAME
 from .scaling import ROPE_TYPES
 

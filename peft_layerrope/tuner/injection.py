@@ -1,4 +1,4 @@
-"""What injection puts into a model: the scaling for its layers, the wrappers, the hooks. No PEFT bookkeeping."""
+"""The adapter in a model, and baked into one for good: what is put where, and what a baked model records."""
 
 from __future__ import annotations
 
@@ -7,15 +7,51 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PretrainedConfig
 
-from ..errors import AdapterMismatchError
-from .baked_record import record_baked
+from ..errors import AdapterMismatchError, InvalidConfigError, LayerRopeError
+from ..messages import shown
 from .config import LayerRopeConfig
 from .frequencies import inv_freq_names, is_length_dependent, layer_type_of, own_frequencies, rope_type_reaches
 from .proof import prove_rotary_scales, tables_can_be_stacked
-from .rotary import LayerRopeLayer, RotaryTraits
-from .sites import DecoderStack, RotarySite, model_type, text_config, trained_window
+from .rotary import BakedLayerRope, LayerRopeLayer, RotaryTraits
+from .sites import DecoderStack, RotarySite, find_stack, model_type, text_config, trained_window
 from .tables import LayerScaling, LayerTableHook
+
+BAKED_CONFIG_KEY = "layer_rope"
+"""Entry of a baked model's `config.json` that remembers what was baked in."""
+
+_SCALING_FIELDS = ("rope_type", "factor", "layer_factors", "original_max_position_embeddings", "target_length")
+
+
+def record_baked(config: PretrainedConfig, scaling: LayerScaling | None) -> None:
+    """Writes the scaling in force into a model's config, or with None removes what is there."""
+    if scaling is not None:
+        values = {name: getattr(scaling, name) for name in _SCALING_FIELDS}
+        setattr(config, BAKED_CONFIG_KEY, {**values, "layer_factors": list(scaling.layer_factors)})
+    elif hasattr(config, BAKED_CONFIG_KEY):
+        delattr(config, BAKED_CONFIG_KEY)
+
+
+def baked_config(model: nn.Module) -> LayerRopeConfig:
+    """Returns what was baked into a model, as its `config.json` remembers it.
+
+    Raises:
+        LayerRopeError: nothing was.
+    """
+    baked = getattr(model.config, BAKED_CONFIG_KEY, None)
+    if not isinstance(baked, dict):
+        raise LayerRopeError(
+            f"config.{BAKED_CONFIG_KEY} is {shown(baked)}, expected a mapping: this model was not saved from a baked "
+            "one."
+        )
+    try:
+        config = LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
+    except InvalidConfigError as error:
+        raise InvalidConfigError(f"config.json: {BAKED_CONFIG_KEY}: {error}") from error
+    if config.layer_factors is None:
+        raise InvalidConfigError(f"config.json: {BAKED_CONFIG_KEY}: layer_factors=None, expected one for each layer.")
+    return config
 
 
 def scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack) -> LayerScaling:
@@ -114,3 +150,45 @@ def register_hooks(stack: DecoderStack) -> list[Any]:
 def has_other_tuner_layers(model: nn.Module) -> bool:
     """Whether another method, such as LoRA, has layers in the model."""
     return any(isinstance(m, BaseTunerLayer) and not isinstance(m, LayerRopeLayer) for m in model.modules())
+
+
+def bake(model: nn.Module, stack: DecoderStack, scaling: LayerScaling) -> None:
+    """Puts `BakedLayerRope`s in place and records them in `model.config`, which `save_pretrained` writes."""
+    wrappers = stack.wrappers()
+    if not wrappers:
+        register_hooks(stack)
+    for site in stack.sites:
+        if wrappers:
+            original, traits = site.rotary.base_layer, site.rotary.traits
+        else:
+            original, traits = site.rotary, rotary_traits(site, model)
+        site.replace(BakedLayerRope(original, site.layer_idx, traits, scaling))
+    for wrapper in wrappers:
+        wrapper.thaw()  # the layers' hooks stay: they serve the baked modules too
+    record_baked(model.config, scaling)
+
+
+def restore_baked(model: nn.Module) -> nn.Module:
+    """Re-applies the factors of a model that was saved with `save_pretrained` after `merge_and_unload()`.
+
+    Such a checkpoint holds plain weights; its `config.json` remembers the factors.
+
+    Args:
+        model: a model loaded with `from_pretrained`; changed in place.
+
+    Returns:
+        The same model, scaled.
+
+    Raises:
+        LayerRopeError: the config holds no baked factors, or they are applied already.
+        UnsupportedModelError: not a transformers model.
+    """
+    text_config(model)  # a model without any is told so
+    config = baked_config(model)
+    stack = find_stack(model)
+    if stack.is_baked or stack.wrappers():
+        raise LayerRopeError("the factors are applied to this model already.")
+    scaling = scaling_for(config, model, stack)
+    prove_sites(stack, model)
+    bake(model, stack, scaling)
+    return model

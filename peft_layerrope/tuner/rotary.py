@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,9 +21,95 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import LayerRopeError
-from .adapter_choice import NO_CHOICE, chosen
+from ..messages import named
 from .frequencies import frequencies_at, is_length_dependent
 from .tables import BANK_BYTES, LayerScaling, TableBank, TablesOnDemand, family_table, stacked_tables
+
+
+@contextmanager
+def use_adapter(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
+    """Runs a model with one of its LAYER_ROPE adapters, in the current thread or asynchronous task only.
+
+    The model is not changed, so threads may use different adapters of one model at the same time, where
+    `set_adapter` and `disable_adapter()` would switch all of them. Contexts nest; the innermost one decides, also over
+    `set_adapter` and `disable_adapter()`. A LoRA beside it stays as it is switched.
+
+    It concerns forward passes (`generate()` included); saving, merging and `active_adapters` go by the model's own
+    switch. Adding, changing or deleting adapters while requests run still needs a lock of the caller's.
+
+    Enter it in the thread that runs the model: one that is started inside (`nn.DataParallel`, a streamer's) does not
+    inherit the choice, unless it is given the context, as by `asyncio.to_thread` or `contextvars.copy_context().run`.
+
+    While any context is open, a model under `torch.compile` is compiled again with graph breaks, and raises with
+    `fullgraph=True`. Layers compiled one by one are not concerned.
+
+    Args:
+        model: a model with LAYER_ROPE adapters, or one that contains it.
+        adapter_name: one of them; None for the base model's own rotation.
+
+    Raises:
+        LayerRopeError: the model has no LAYER_ROPE adapter.
+        ValueError: no such adapter.
+
+    Example:
+    ```py
+    >>> with use_adapter(model, "long"):
+    ...     answer = model.generate(**request)
+    ```
+    """
+    if not isinstance(model, nn.Module):
+        raise LayerRopeError(f"use_adapter: model={named(model)} must be a model with a LAYER_ROPE adapter.")
+    layers = [module for module in model.modules() if isinstance(module, LayerRopeLayer)]
+    if not layers:
+        raise LayerRopeError("use_adapter: this model has no LAYER_ROPE adapter, or it was merged or unloaded.")
+    if adapter_name is not None and adapter_name not in layers[0].scalings:
+        raise ValueError(f"adapter {adapter_name!r} does not exist; this model has {sorted(layers[0].scalings)}.")
+    with choice(layers, adapter_name):
+        yield
+
+
+_REASON = "a context variable cannot be read in a graph: with fullgraph=True, use set_adapter, not use_adapter"
+
+NO_CHOICE = object()
+"""Answer of [`chosen`] where the model's own switch decides."""
+
+_choices: ContextVar[Mapping[Hashable, str | None]] = ContextVar("layer_rope_choices", default=MappingProxyType({}))
+
+# How many choices are in force in the whole process, and whether there are any. Compiled code cannot read a context
+# variable and would keep the answer it was traced with. It does check a flag, and has another form for when it is up.
+_lock = threading.Lock()
+_in_force = 0
+_any_in_force = False
+
+
+@contextmanager
+def choice(owners: Sequence[Hashable], name: str | None) -> Iterator[None]:
+    """Has [`chosen`] answer `name` for each of `owners`, in this thread or task only."""
+    _count(1)
+    token = _choices.set({**_choices.get(), **dict.fromkeys(owners, name)})
+    try:
+        yield
+    finally:
+        _choices.reset(token)
+        _count(-1)
+
+
+def chosen(owner: Hashable) -> str | object | None:
+    """Returns what was chosen for `owner` here: a name, None, or [`NO_CHOICE`]."""
+    return _look_up(owner) if _any_in_force else NO_CHOICE
+
+
+@torch.compiler.disable(reason=_REASON)
+def _look_up(owner: Hashable) -> str | object | None:
+    return _choices.get().get(owner, NO_CHOICE)
+
+
+def _count(change: int) -> None:
+    global _in_force, _any_in_force
+    with _lock:
+        _in_force += change
+        _any_in_force = _in_force > 0
+
 
 _refreshing = threading.Lock()  # one for all modules: a lock of their own could be neither copied nor pickled
 

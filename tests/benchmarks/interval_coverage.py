@@ -1,7 +1,7 @@
 """How often do the 95 % intervals of accuracies and of their differences cover, and how wide are they?
 
 Simulates contexts whose positions are right or wrong with a known probability and correlation, and prints Markdown: the
-interval of `peft_layerrope.scoring.statistics` beside Student's t over contexts, by accuracy and number of contexts.
+interval of `peft_layerrope.scoring.scores` beside Student's t over contexts, by accuracy and number of contexts.
 
     python tests/benchmarks/interval_coverage.py [--draws 4000]
 
@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 from scipy import stats
 
-from peft_layerrope.scoring.statistics import difference_limits, proportion_limits
+from peft_layerrope.scoring.scores import difference_limits, proportion_limits
 
 ACCURACIES = (0.5, 0.7, 0.9, 0.95, 0.97, 0.985, 0.99, 0.995, 0.999)
 PAIRS = (

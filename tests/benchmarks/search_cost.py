@@ -46,7 +46,7 @@ from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, SearchResult, SearchSettings, Split, demo_model_path, search
 from peft_layerrope.scoring.batching import make_batches
-from peft_layerrope.scoring.statistics import mean_interval
+from peft_layerrope.scoring.scores import mean_interval
 from peft_layerrope.searcher.gradient import STEP_COST
 from peft_layerrope.tuner.sites import find_stack
 

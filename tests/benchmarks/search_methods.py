@@ -41,17 +41,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, SearchSettings, Split, demo_model_path, search
-from peft_layerrope.files.atomic import write_atomically
+from peft_layerrope.files import write_atomically
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.scoring.statistics import Interval, mean_interval
+from peft_layerrope.scoring.scores import Interval, mean_interval
 from peft_layerrope.searcher import Factors
-from peft_layerrope.searcher.controls import best_of, uniform_vectors
-from peft_layerrope.searcher.evaluator import ModelEvaluator
-from peft_layerrope.searcher.found import Generation
-from peft_layerrope.searcher.measurement import Measurement, plan_heats
+from peft_layerrope.searcher.algorithms import Generation, best_of, run_strategy, uniform_vectors
+from peft_layerrope.searcher.evaluator import Measurement, ModelEvaluator, plan_heats
 from peft_layerrope.searcher.memo import BudgetView, Memo
 from peft_layerrope.searcher.result import CURVE, LABELS, UNIFORM
-from peft_layerrope.searcher.strategies import run_strategy
 from peft_layerrope.tasks import check_disjoint
 from peft_layerrope.tuner.sites import find_stack
 

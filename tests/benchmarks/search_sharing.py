@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, PositionScores, SearchSettings, Split, demo_model_path
 from peft_layerrope.searcher import Factors
-from peft_layerrope.searcher.controls import random_vectors
+from peft_layerrope.searcher.algorithms import random_vectors
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.genome import make_genome
 from peft_layerrope.searcher.space import FactorSpace

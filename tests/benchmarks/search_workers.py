@@ -29,9 +29,8 @@ from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, SearchSettings, demo_model_path, search
 from peft_layerrope.searcher.evaluator import ModelEvaluator
-from peft_layerrope.searcher.grid import Factors
-from peft_layerrope.searcher.ray_pool import WorkerPool
-from peft_layerrope.searcher.ray_workers import RayWorkers
+from peft_layerrope.searcher.ray_workers import RayWorkers, WorkerPool
+from peft_layerrope.searcher.space import Factors
 
 LENGTH = 512
 POPULATION = 16  # vectors of one request, as in a generation

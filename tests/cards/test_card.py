@@ -17,20 +17,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_layerrope
 from peft_layerrope import LayerRopeConfig, PositionScores, search
-from peft_layerrope.cards.card import (
+from peft_layerrope.cards import (
     ADAPTER_PLACEHOLDER,
     BEGIN,
     END,
     OWN_METRICS,
+    CardError,
     HeldOut,
     generated_part,
+    has_own_text,
+    merged,
     model_card,
+    save_card,
     with_adapter_id,
 )
-from peft_layerrope.cards.merge import CardError, has_own_text, merged, save_card
 from peft_layerrope.demo import DEMO_NAME, demo_model_path
-from peft_layerrope.public_names import is_local_path, public_name
-from peft_layerrope.scoring.statistics import Interval
+from peft_layerrope.messages import is_local_path, public_name
+from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.tuner.artifacts import save_adapter
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from peft_layerrope import KeyValueRetrieval
 from peft_layerrope.cli import app
-from peft_layerrope.cli.inputs import with_defaults
+from peft_layerrope.cli.options import with_defaults
 from peft_layerrope.tasks import TaskSpecification
 
 

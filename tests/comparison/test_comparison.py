@@ -19,7 +19,7 @@ from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError
 from peft_layerrope.comparison.compare import MAX_PARTS, Comparison, compare
 from peft_layerrope.comparison.contenders import Contender, parse_baseline
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.scoring.statistics import difference_interval
+from peft_layerrope.scoring.scores import difference_interval
 from peft_layerrope.tasks.metrics import Judge
 
 FACTORS = [1.0, 1.5, 2.0, 1.2]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError, TaskError
 from peft_layerrope.comparison.contenders import BASELINES, Contender, contending, parse_baseline
-from peft_layerrope.families.shrink import build_tiny
+from peft_layerrope.families import build_tiny
 from peft_layerrope.tuner.artifacts import save_adapter
 
 THETA = 10_000.0

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, LayerRopeError, TaskError, verify
-from peft_layerrope.comparison.contenders import contending, parse_baseline
-from peft_layerrope.comparison.rope_scaling import describe_scaling
+from peft_layerrope.comparison.contenders import contending, describe_scaling, parse_baseline
 from peft_layerrope.families import build_tiny, model_types, tiny_inputs
 from peft_layerrope.tuner.frequencies import rope_type_reaches
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from peft_layerrope import LayerRopeConfig, PositionScores
-from peft_layerrope.adapted import adapted
+from peft_layerrope.base_model import adapted
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tasks import KeyValueWords
 

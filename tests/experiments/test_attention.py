@@ -11,11 +11,10 @@ from conftest import FAMILIES, VOCAB, build_model
 from experiment_helpers import FACTORS, short_task
 
 from peft_layerrope import LayerRopeConfig
-from peft_layerrope.adapted import adapted
+from peft_layerrope.base_model import adapted
 from peft_layerrope.errors import TaskError, UnsupportedModelError
 from peft_layerrope.experiments import run_attention
-from peft_layerrope.experiments.attention import gold_mass, relative_entropy
-from peft_layerrope.experiments.attention_rows import AttentionReader, visible_tokens
+from peft_layerrope.experiments.attention import AttentionReader, gold_mass, relative_entropy, visible_tokens
 
 LAYERS = [0, 1, 2, 3]
 VARIED = LayerRopeConfig(layer_factors=[1.0, 1.3, 2.0, 1.6])

@@ -12,7 +12,7 @@ from peft_layerrope.comparison.contenders import NO_SCALING, Contender
 from peft_layerrope.errors import TaskError
 from peft_layerrope.experiments import Line, matched_baselines, run_extrapolation, run_transfer
 from peft_layerrope.experiments.extrapolation import NTK, PI
-from peft_layerrope.experiments.lengths import default_lengths, task_of_length, window_and_task
+from peft_layerrope.experiments.measuring import default_lengths, task_of_length, window_and_task
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tasks import Perplexity
 from peft_layerrope.tasks.specification import TaskSpecification, make_task

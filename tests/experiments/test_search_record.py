@@ -7,8 +7,8 @@ import json
 import pytest
 
 from peft_layerrope.errors import SearchError
-from peft_layerrope.experiments.search_record import read_record
-from peft_layerrope.searcher.grid import FactorGrid
+from peft_layerrope.experiments.report import read_record
+from peft_layerrope.searcher.space import FactorGrid
 
 
 def record_values() -> dict:

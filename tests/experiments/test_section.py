@@ -8,8 +8,7 @@ import pytest
 
 from peft_layerrope.errors import SearchError
 from peft_layerrope.experiments import Section, SectionFigure, SectionTable, storage
-from peft_layerrope.experiments.commands import command_line
-from peft_layerrope.experiments.storage import find_section, load_section, save_section
+from peft_layerrope.experiments.storage import command_line, find_section, load_section, save_section
 
 PNG = b"\x89PNG\r\n\x1a\nnot really"
 

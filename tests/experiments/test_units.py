@@ -8,7 +8,7 @@ from experiment_helpers import scores_of
 from scipy import stats
 
 from peft_layerrope import PositionScores
-from peft_layerrope.experiments.units import (
+from peft_layerrope.experiments.measuring import (
     ACCURACY,
     LOSS,
     Thirds,
@@ -18,7 +18,7 @@ from peft_layerrope.experiments.units import (
     utilisation_difference,
     verdict,
 )
-from peft_layerrope.scoring.statistics import Interval
+from peft_layerrope.scoring.scores import Interval
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from peft_layerrope import Example, LayerRopeConfig, TokenTask
 from peft_layerrope.errors import AdapterMismatchError, SearchError, TaskError
 from peft_layerrope.experiments import Measuring, run_halves, run_sensitivity, run_sweep, run_u_shape
 from peft_layerrope.experiments.halves import half_vectors
+from peft_layerrope.experiments.measuring import utilisation_difference
 from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.experiments.u_shape import describe_shape
-from peft_layerrope.experiments.units import utilisation_difference
-from peft_layerrope.scoring.statistics import Interval, difference_interval
+from peft_layerrope.scoring.scores import Interval, difference_interval
 from peft_layerrope.searcher.sensitivity import sensitivity
 
 UP, DOWN, FLAT = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.0, -0.1, 0.1)

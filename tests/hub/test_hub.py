@@ -35,11 +35,12 @@ from peft_layerrope import (
     push_to_hub,
     search,
 )
-from peft_layerrope.cards.card import ADAPTER_PLACEHOLDER, BEGIN, model_card
-from peft_layerrope.cards.merge import CardError, save_card
+from peft_layerrope.cards import ADAPTER_PLACEHOLDER, BEGIN, CardError, model_card, save_card
 from peft_layerrope.cli import app
 from peft_layerrope.demo import DEMO_NAME, demo_model_path
-from peft_layerrope.hub.errors import (
+from peft_layerrope.hub import (
+    PULL_RECORD,
+    AdapterFolderError,
     HubError,
     HubUnreachableError,
     InvalidRepoIdError,
@@ -47,10 +48,9 @@ from peft_layerrope.hub.errors import (
     NoSuchFileError,
     NoSuchRevisionError,
     NotLoggedInError,
+    PullTargetError,
     RepoNotFoundError,
 )
-from peft_layerrope.hub.folder import AdapterFolderError
-from peft_layerrope.hub.transfer import PULL_RECORD, PullTargetError
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.tuner.artifacts import FACTORS_KEY, save_adapter
 

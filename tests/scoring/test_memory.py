@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_cli import run
 
-from peft_layerrope.cli import verify as verify_command
+from peft_layerrope.cli import tools
 from peft_layerrope.errors import NotEnoughMemoryError
 from peft_layerrope.scoring.memory import free_cached_memory, is_out_of_memory, with_halving
 
@@ -96,7 +96,7 @@ def test_a_command_without_batches_says_it_in_one_line(name, monkeypatch):
     def fail(*arguments: object) -> None:
         raise OUT_OF_MEMORY[name]
 
-    monkeypatch.setattr(verify_command, "load", fail)
+    monkeypatch.setattr(tools, "load", fail)
     done = run("verify")
     assert done.exit_code == 1
     assert done.stderr.startswith("error: out of memory: use a smaller model or --dtype")

@@ -12,8 +12,8 @@ from benchmarks.interval_coverage import beta_binomial, differences, proportions
 from scipy import stats
 
 from peft_layerrope import PositionScores
-from peft_layerrope.files.strict_json import to_json
-from peft_layerrope.scoring.statistics import (
+from peft_layerrope.files import to_json
+from peft_layerrope.scoring.scores import (
     difference_interval,
     mean_interval,
     proportion_interval,

@@ -11,10 +11,9 @@ import numpy as np
 from peft_layerrope import Example, TokenTask
 from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.searcher import FactorGrid, Guards
-from peft_layerrope.searcher.grid import Factors
-from peft_layerrope.searcher.measurement import Heats, HeatScores
+from peft_layerrope.searcher.evaluator import Heats, HeatScores
 from peft_layerrope.searcher.memo import BudgetView, Memo
-from peft_layerrope.searcher.space import FactorSpace
+from peft_layerrope.searcher.space import Factors, FactorSpace
 
 NO_GUARDS = Guards(None, None)
 ONE_HEAT = Heats((1,))

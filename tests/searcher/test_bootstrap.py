@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from peft_layerrope.searcher.bootstrap import bootstrap_choice
+from peft_layerrope.searcher.run import bootstrap_choice
 
 GROUPS, DRAWS = 12, 300
 

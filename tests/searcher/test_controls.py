@@ -10,8 +10,8 @@ import pytest
 from fakes import minus_distance, space_of, view_of
 
 from peft_layerrope.searcher import FactorGrid
-from peft_layerrope.searcher import controls as families
-from peft_layerrope.searcher.controls import best_of
+from peft_layerrope.searcher import algorithms as families
+from peft_layerrope.searcher.algorithms import best_of
 
 VALUES = FactorGrid().values
 

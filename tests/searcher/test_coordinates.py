@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fakes import minus_distance, space_of, view_of
 
-from peft_layerrope.searcher.coordinates import climb
+from peft_layerrope.searcher.algorithms import climb
 
 
 def test_climbing_reaches_a_jagged_optimum_that_no_curve_has():

@@ -17,7 +17,7 @@ from peft_layerrope import LayerRopeConfig, Split, TaskError
 from peft_layerrope.families import build_tiny
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.evaluator import ModelEvaluator
-from peft_layerrope.searcher.grid import Factors
+from peft_layerrope.searcher.space import Factors
 from peft_layerrope.tuner.sites import find_stack
 
 LARGE = 2**26

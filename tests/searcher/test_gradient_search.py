@@ -17,8 +17,10 @@ from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import LayerRopeConfig, SearchError, TaskError, search
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.scoring.statistics import Interval
-from peft_layerrope.searcher.climb import (
+from peft_layerrope.scoring.scores import Interval
+from peft_layerrope.searcher.gradient import (
+    FactorGradient,
+    Slope,
     averaged,
     climb,
     decay_family,
@@ -26,7 +28,6 @@ from peft_layerrope.searcher.climb import (
     per_layer_family,
     uniform_family,
 )
-from peft_layerrope.searcher.factor_gradient import FactorGradient, Slope
 from peft_layerrope.searcher.gradient_search import SIMPLEST_FIRST, farthest
 from peft_layerrope.searcher.ordinary_text import (
     NUM_WINDOWS,

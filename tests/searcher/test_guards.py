@@ -9,9 +9,8 @@ import pytest
 from fakes import Formula, space_of
 
 from peft_layerrope.searcher import Guards
-from peft_layerrope.searcher.controls import best_of, uniform_vectors
-from peft_layerrope.searcher.coordinates import climb
-from peft_layerrope.searcher.measurement import Heats, HeatScores, Measurement
+from peft_layerrope.searcher.algorithms import best_of, climb, uniform_vectors
+from peft_layerrope.searcher.evaluator import Heats, HeatScores, Measurement
 from peft_layerrope.searcher.memo import BudgetView, Memo
 
 PLAN = Heats((10,), has_short=True)

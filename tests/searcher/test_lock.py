@@ -14,7 +14,7 @@ from test_runs import held_by_another_process
 
 from peft_layerrope import Comparison, compare, parse_baseline, search
 from peft_layerrope.cli import evaluate as evaluate_command
-from peft_layerrope.cli import experiment_run
+from peft_layerrope.cli import experiments as experiments_command
 from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
 from peft_layerrope.experiments import report_plan
@@ -22,7 +22,7 @@ from peft_layerrope.experiments.measuring import Measuring, measure
 from peft_layerrope.experiments.report_plan import Step
 from peft_layerrope.experiments.section import Section
 from peft_layerrope.experiments.storage import kept_section
-from peft_layerrope.files.atomic import WriteError
+from peft_layerrope.files import WriteError
 from peft_layerrope.runs import JOURNAL_NAME, LOCK_NAME, FolderInUseError
 from peft_layerrope.searcher import plan_search
 
@@ -98,7 +98,7 @@ REPORT = "report {adapter} --output {folder}.html"
 @pytest.mark.parametrize("how", ["", "--resume", "--overwrite"])
 @pytest.mark.parametrize(("command", "folder"), [(SEARCH, "."), (EVALUATE, "."), (SWEEP, "run/sweep"), (REPORT, ".")])
 def test_what_another_process_writes_is_left_alone(tmp_path, monkeypatch, command, folder, how):
-    for module in (search_command, evaluate_command, experiment_run, report_command):
+    for module in (search_command, evaluate_command, experiments_command, report_command):
         monkeypatch.setattr(module, "load", lambda *_: small_model())  # so that it is no matter how late it is noticed
     where = tmp_path / "it"
     (where / folder).mkdir(parents=True, exist_ok=True)

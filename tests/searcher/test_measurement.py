@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peft_layerrope.searcher.measurement import (
+from peft_layerrope.searcher.evaluator import (
     MIN_RACE_GROUPS,
     RACE_LEVEL,
     Heats,

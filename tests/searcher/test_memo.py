@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fakes import NO_GUARDS, Formula, minus_distance, view_of
 
-from peft_layerrope.searcher.measurement import Heats, Measurement, plan_heats
+from peft_layerrope.searcher.evaluator import Heats, Measurement, plan_heats
 from peft_layerrope.searcher.memo import BudgetView, Memo
 
 PLAN = plan_heats(16, race=True, has_short=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_layerrope.searcher.prefix import LayerOutputs, PrefixRunner
+from peft_layerrope.searcher.evaluator import LayerOutputs, PrefixRunner
 
 SIZE = 64  # bytes of one output below: 16 float32
 DEPTH = 5

@@ -21,10 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_layerrope import Example, SearchError, SearchSettings, TaskError, TokenTask, search
 from peft_layerrope.base_model import ModelSource
-from peft_layerrope.searcher.chunks import cut_into_chunks, shared_depth
-from peft_layerrope.searcher.evaluator import ModelEvaluator
-from peft_layerrope.searcher.ray_pool import Limits, WorkerPool
-from peft_layerrope.searcher.ray_workers import RayWorkers
+from peft_layerrope.searcher.evaluator import ModelEvaluator, cut_into_chunks, shared_depth
+from peft_layerrope.searcher.ray_workers import Limits, RayWorkers, WorkerPool
 
 ray = pytest.importorskip("ray")
 

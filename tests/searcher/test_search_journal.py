@@ -11,8 +11,8 @@ import pytest
 
 from peft_layerrope import PositionScores, SearchError
 from peft_layerrope.runs import JOURNAL_NAME
-from peft_layerrope.searcher.measurement import HeatScores, Measurement
-from peft_layerrope.searcher.search_journal import SearchJournal
+from peft_layerrope.searcher.common import SearchJournal
+from peft_layerrope.searcher.evaluator import HeatScores, Measurement
 
 ONE, TWO = (1.0, 1.1), (1.0, 1 / 3)
 FIRST = Measurement((HeatScores((0.1, 1 / 3), (1.0, 0.0)),))

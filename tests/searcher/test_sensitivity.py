@@ -16,13 +16,12 @@ from rich.console import Console
 from scipy import stats
 
 from peft_layerrope import Example, InvalidConfigError, KeyValueWords, LayerRopeConfig, SearchError, TaskError
-from peft_layerrope.experiments.sensitivity_report import plot_sensitivity, sensitivity_table
+from peft_layerrope.experiments.layer_sensitivity import plot_sensitivity, sensitivity_table
 from peft_layerrope.families import build_tiny
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.scoring.scores import utilisation
-from peft_layerrope.scoring.statistics import Interval, difference_interval
-from peft_layerrope.searcher.grid import format_layers, parse_layers
+from peft_layerrope.scoring.scores import Interval, difference_interval, utilisation
 from peft_layerrope.searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
+from peft_layerrope.searcher.space import format_layers, parse_layers
 from peft_layerrope.tasks import Split
 
 GROUPS = 5

@@ -9,7 +9,7 @@ import yaml
 
 from peft_layerrope import LayerRopeError, SearchError
 from peft_layerrope.searcher import FactorGrid, Guards, SearchSettings
-from peft_layerrope.searcher.specification import SearchSpecification, read_specification
+from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tasks import TaskSpecification
 
 FULL = SearchSpecification(

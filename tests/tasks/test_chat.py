@@ -15,7 +15,7 @@ from transformers.utils import chat_template_utils
 from peft_layerrope import KeyValueRetrieval, TaskError
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tasks import TaskSpecification
-from peft_layerrope.tasks.encoding import PromptEncoder
+from peft_layerrope.tasks.prompts import PromptEncoder
 from peft_layerrope.tasks.specification import with_chat
 
 QWEN3 = """{%- for message in messages %}
@@ -48,7 +48,7 @@ def other_day(monkeypatch):
         shown = datetime.datetime.fromisoformat(day)
         kinds = {"now": classmethod(lambda cls, tz=None: shown), "today": classmethod(lambda cls: shown.date())}
         monkeypatch.setattr(chat_template_utils, "datetime", type("Clock", (), kinds))
-        monkeypatch.setattr("peft_layerrope.tasks.encoding.date", _Days(shown.date()))
+        monkeypatch.setattr("peft_layerrope.tasks.prompts.date", _Days(shown.date()))
 
     return set_day
 

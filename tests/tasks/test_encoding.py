@@ -7,7 +7,7 @@ from tiny_tokenizer import tiny_bpe
 from transformers import PreTrainedTokenizerBase
 
 from peft_layerrope import TaskError
-from peft_layerrope.tasks.encoding import PromptEncoder
+from peft_layerrope.tasks.prompts import PromptEncoder
 
 TEXT = "Document [1] the value is word7 indeed.\nKey:"
 GOLD = (TEXT.index("word7"), TEXT.index("word7") + len("word7"))

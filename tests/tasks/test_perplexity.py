@@ -16,7 +16,7 @@ from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import Perplexity, SearchError, TaskError, evaluate, plan_search, search
 from peft_layerrope.tasks import SPLIT_NAMES, Example, Split, Task, check_disjoint
-from peft_layerrope.tasks.text_stream import read_source
+from peft_layerrope.tasks.perplexity import read_source
 
 STREAM = np.arange(1000)
 SIZES = {"search": 400, "validation": 200, "test": 400}

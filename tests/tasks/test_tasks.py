@@ -7,7 +7,7 @@ from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import Example, KeyValueWords, Split, Task, TaskError, TokenTask
 from peft_layerrope.tasks import SPLIT_NAMES, check_disjoint, spread_positions
-from peft_layerrope.tasks.words import NUM_KEYS, NUM_VALUES, key_words, value_words
+from peft_layerrope.tasks.kv import NUM_KEYS, NUM_VALUES, key_words, value_words
 
 
 def token_examples(groups: int, positions: int = 3) -> list[Example]:

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import peft_layerrope.tuner.rotary
 from peft_layerrope import LayerRopeConfig, LayerRopeError, use_adapter
 from peft_layerrope.families import build_tiny
-from peft_layerrope.tuner.baked_record import BAKED_CONFIG_KEY
+from peft_layerrope.tuner.injection import BAKED_CONFIG_KEY
 
 FACTORS = {"rising": [1.0, 1.4, 2.0, 1.2], "falling": [2.5, 1.7, 1.3, 1.0], "flat": [1.6, 1.6, 1.6, 1.6]}
 CHOICES = [*FACTORS, None]

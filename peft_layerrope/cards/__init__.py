@@ -1,1 +1,0 @@
-"""Model cards: what they say, and how ours meets what people wrote."""

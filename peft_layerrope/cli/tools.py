@@ -1,0 +1,329 @@
+"""Smaller commands: verify, sensitivity, prompts, families, lm-eval."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from rich.progress import track
+
+from .. import families, report
+from ..base_model import load_tokenizer
+from ..errors import LayerRopeError, SearchError, TaskError
+from ..experiments.layer_sensitivity import plot_sensitivity, sensitivity_table
+from ..files import to_json, writing
+from ..lm_eval_tasks import lm_eval_tasks_path
+from ..loading import load_adapter, load_adapter_config
+from ..scoring.preflight import preflight, with_targets
+from ..scoring.scorer import Scorer
+from ..searcher import SearchSettings
+from ..searcher.sensitivity import DEFAULT_FACTORS, sensitivity
+from ..searcher.space import parse_layers
+from ..tasks import PromptTask, SplitName, Task
+from ..tasks.specification import TaskSpecification
+from ..verification import verify
+from .app import app, err, out, plain_errors
+from .options import (
+    Compute,
+    ComputeOptions,
+    DebugOption,
+    JsonOption,
+    LoadOptions,
+    ModelArgument,
+    SplitChoice,
+    TaskOptions,
+    Typed,
+    build_task,
+    check_file,
+    check_plot,
+    display_name,
+    load,
+    options_of,
+    resolve_task,
+    takes_settings,
+    task_option,
+    window_of,
+    with_defaults,
+    write_json,
+)
+
+
+@app.command(name="verify")
+@takes_settings
+def verify_command(
+    *,
+    model: ModelArgument = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Hub id or folder of an adapter. Default: the factors baked into the model."),
+    ] = None,
+    json_output: JsonOption = None,
+    loading: LoadOptions,
+    debug: DebugOption = False,
+) -> None:
+    """Measure the factor that each layer's rotation really has, and compare it with the adapter's.
+
+    Reads the rotation where each layer receives it, in a forward pass of 12 tokens. Exit status 1, with the layers
+    named, if any differs. A layer without a rotation (NoPE, linear attention) has nothing to scale and is shown as
+    such.
+
+    Example: `layerrope verify --adapter demo-adapter`
+
+    Example: `layerrope verify meta-llama/Llama-3.1-8B-Instruct --adapter my-adapter`
+    """
+    with plain_errors(debug):
+        check_file(json_output, "--json")
+        source = Compute.of(model, loading).source
+        loaded = load(source)
+        subject = load_adapter(loaded, adapter) if adapter is not None else loaded
+        result = verify(subject, load_adapter_config(adapter) if adapter is not None else None)
+        if json_output is not None:
+            write_json(json_output, result.to_dict())
+        name = display_name(source.model)
+        out.print(report.verification_table(result, f"{name} + {adapter}" if adapter else name))
+        result.raise_for_mismatch()
+
+
+@app.command(name="sensitivity")
+@takes_settings
+def sensitivity_command(
+    *,
+    model: ModelArgument = None,
+    factors: Annotated[
+        list[float] | None,
+        typer.Option("--try", help="A factor to try on each layer; may be given again. Default: 1.3, 1.6, 2."),
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to try, such as 0-3,7. Default: all.")] = None,
+    measured: Annotated[Typed, options_of(SearchSettings, "rope_type", "factor", "share_mib", "batch_tokens")],
+    asked: TaskOptions,
+    groups: Annotated[int, task_option(help="Contexts of the search split.")] = SearchSettings.search_groups,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
+    json_output: JsonOption = None,
+    loading: LoadOptions,
+    debug: DebugOption = False,
+) -> None:
+    """Scale one layer at a time: which layers are worth searching, and is a range beyond 2 worth it?
+
+    Prints context utilisation and the change of the gold log-probability for each layer and factor, with a star where
+    its 95 % interval excludes 0, and says what to pass to `layerrope search`. Takes a fraction of a search.
+
+    Example: `layerrope sensitivity --plot sensitivity.png`
+
+    Example: `layerrope sensitivity meta-llama/Llama-3.1-8B-Instruct --length 8192 --try 1.5 --try 3`
+    """
+    with plain_errors(debug):
+        wanted = parse_layers(layers) if layers is not None else None
+        check_file(json_output, "--json")
+        check_plot(plot)
+        specification = TaskSpecification(**asked)
+        source = Compute.of(model, loading).source
+        tokenizer = load_tokenizer(source)
+        specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
+        built = build_task(specification, tokenizer)
+        loaded = load(source)
+        result = sensitivity(
+            loaded,
+            built,
+            factors=tuple(factors or DEFAULT_FACTORS),
+            layers=wanted,
+            num_groups=groups,
+            **measured,
+        )
+        try:
+            out.print(sensitivity_table(result, f"{display_name(source.model)}: {result.subtitle()}"))
+            for line in result.advice():
+                out.print(line, highlight=False)
+        finally:  # also where nobody reads what is printed
+            if plot is not None:
+                with writing(plot):
+                    plot_sensitivity(result, plot, result.subtitle())
+            if json_output is not None:
+                write_json(json_output, result.to_dict())
+
+
+# a task that has prompts: there is no text to stride over
+_SETTINGS = [field.name for field in fields(TaskSpecification) if field.name != "stride"]
+
+
+@app.command(name="prompts")
+@takes_settings
+def prompts_command(
+    *,
+    model: ModelArgument = None,
+    asked: Annotated[Typed, options_of(TaskSpecification, *_SETTINGS, also={"task_seed": "--seed"})],
+    position: Annotated[
+        int | None,
+        typer.Option(help="Index of the gold pair or document, from 0. Default: all of the task's.", min=0),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many prompts.", min=1)] = 10,
+    split: Annotated[SplitChoice, task_option(help="Which split.")] = SplitChoice.test,
+    targets: Annotated[
+        bool,
+        typer.Option(
+            "--targets", help="Also run the model, and print what it writes before each answer and by which tokens."
+        ),
+    ] = False,
+    computing: ComputeOptions,
+    debug: DebugOption = False,
+) -> None:
+    """Print a task's prompts as JSON lines, for people and for other harnesses.
+
+    Each line has `prompt`, `answers` and `position`. Needs the model's tokenizer and config; its weights only for
+    `--targets`.
+
+    Example: `layerrope prompts --limit 1`
+
+    Example: `layerrope prompts --task kv_retrieval --data kv-retrieval-75_keys.jsonl.gz --position 37 --limit 5`
+    """
+    with plain_errors(debug):
+        if targets and position is not None:
+            raise TaskError(f"--targets shows the task's own positions: leave --position {position} out.")
+        compute = Compute.of(model, computing)
+        source, specification = compute.source, TaskSpecification(**asked)
+        if specification.name == "perplexity":
+            raise TaskError("--task perplexity has no prompts: it scores running text.")
+        tokenizer = load_tokenizer(source)
+        specification = with_defaults(specification, window_of(source), source.model is None, tokenizer)
+        built = build_task(specification, tokenizer)
+        wanted = built.positions if position is None else (position,)
+        num_groups = -(-limit // len(wanted))
+        if "length" in asked:
+            built.split(split.value, num_groups)  # refuses what is longer
+        lines = []
+        for prompt in built.prompts(split.value, num_groups, None if position is None else wanted)[:limit]:
+            text = built.as_sent(prompt) if isinstance(built, PromptTask) else prompt.text
+            lines.append({"prompt": text, "answers": list(prompt.answers), "position": prompt.position})
+        if targets:
+            found = _targets(built, compute, split.value, num_groups)
+            lines = [line | target for line, target in zip(lines, found, strict=False)]
+        for line in lines:
+            typer.echo(to_json(line))
+
+
+def _targets(task: Task, compute: Compute, split: SplitName, groups: int) -> list[dict[str, Any]]:
+    """Of each example of a split what the model writes before its answer, and the answer's tokens; on stderr what was
+    found out.
+    """
+    if not isinstance(task, PromptTask):
+        raise TaskError(f"--targets: {task.name} has no written answers to learn from.")
+    scorer = Scorer(load(compute.source), batch_tokens=compute.batch_tokens)
+    found = preflight(scorer, task, wanted={split: groups})
+    for line in found.remarks():
+        err.print(line, highlight=False, markup=False)
+    for sample in found.samples:
+        err.print(f"for example: {sample}", highlight=False, markup=False)
+    decode = task.tokenizer.decode
+    return [
+        {"opening": decode(e.opening_ids), "target": [decode([token]) for token in e.answer_ids]}
+        for e in with_targets(task.split(split, groups), found, task).examples
+    ]
+
+
+@app.command(name="families")
+def families_command(
+    model_types: Annotated[
+        list[str] | None, typer.Argument(help="transformers model types, such as llama gemma3_text. Default: all.")
+    ] = None,
+    json_output: JsonOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Try which model families of the installed transformers can be scaled, and print why others cannot.
+
+    Each is built from a shrunken configuration and has to pass four checks: all factors 1 change nothing, all factors
+    2 equal halved frequencies bit for bit, one layer's factor changes that layer's output and none before it, and
+    only differences of positions count. Nothing is downloaded. All families take about a minute.
+
+    Example: `layerrope families llama gemma3_text gpt2`
+    """
+    kinds = families.model_types()
+    with plain_errors(debug):
+        unknown = [name for name in model_types or [] if name not in kinds]
+        if unknown:
+            raise SearchError(f"{', '.join(unknown)}: not a decoder family of the installed transformers.")
+        check_file(json_output, "--json")
+        names = model_types or list(kinds)
+        trials = [families.try_family(n) for n in track(names, "trying", console=err, transient=True)]
+        if json_output is not None:
+            write_json(json_output, [asdict(trial) for trial in trials])
+        out.print(report.families_table(trials, kinds, f"Families of transformers {transformers.__version__}"))
+        out.print(report.count_families(trials), highlight=False)
+        wrong = [trial.model_type for trial in trials if trial.status == families.WRONG]
+        if wrong:
+            raise LayerRopeError(f"{', '.join(wrong)}: scaling does not do what it claims. Please report this.")
+
+
+INCLUDE = "--include_path"
+CONFIG = ("--config", "-C")
+
+
+@app.command(
+    name="lm-eval",
+    options_metavar="[OPTIONS] ARGUMENTS OF LM_EVAL...",
+    # our options stand first; from the first of lm_eval's on, everything is lm_eval's, its --help too
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False, "allow_extra_args": True},
+)
+def lm_eval_command(
+    context: typer.Context,
+    print_include_path: Annotated[
+        bool, typer.Option("--print-include-path", help="Print the folder of our task files and exit.")
+    ] = False,
+) -> None:
+    """Run lm-evaluation-harness, with LAYER_ROPE adapters loadable by `peft=` and our position curves as tasks.
+
+    All arguments go to `lm_eval`; `layerrope lm-eval run --help` shows them. Needs
+    `pip install "peft-layerrope[lm-eval]"`.
+
+    The tasks `layerrope_kv`, `layerrope_multi_doc` and `layerrope_kv_words` report accuracy, over all prompts and for
+    every position of the answer, on the prompts that `layerrope prompts` wrote. They are found because our folder is
+    the `--include_path`, unless you pass one or a `--config`. Prompts beyond the model's window need `max_length`, or
+    lm_eval would cut them.
+
+    Plain `lm_eval` takes the tasks too (`--include_path "$(layerrope lm-eval --print-include-path)"`), but no
+    LAYER_ROPE adapter; and neither applies the factors of a baked model.
+
+    Example: `layerrope prompts --task kv_words --length 512 --limit 220 > prompts.jsonl`
+
+    Example: `layerrope lm-eval --model hf --model_args pretrained=BASE,peft=ADAPTER,max_length=520
+    --tasks layerrope_kv_words --metadata data=prompts.jsonl`
+
+    Example: `layerrope lm-eval --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks hellaswag`
+    """
+    if print_include_path:
+        typer.echo(lm_eval_tasks_path())
+    elif not context.args:
+        typer.echo(context.get_help())
+    else:
+        with plain_errors(debug=False):
+            run_lm_eval(context.args)
+
+
+def run_lm_eval(arguments: Sequence[str]) -> None:
+    """Runs lm_eval's own command in this process, where PEFT knows the adapter type.
+
+    Raises:
+        LayerRopeError: lm_eval is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise LayerRopeError('lm_eval is not installed: pip install "peft-layerrope[lm-eval]"')
+    before = sys.argv
+    sys.argv = ["lm-eval", *with_include_path(arguments)]  # lm_eval reads and edits it: it takes no arguments
+    try:
+        import_module("lm_eval.__main__").cli_evaluate()
+    finally:
+        sys.argv = before
+
+
+def with_include_path(arguments: Sequence[str]) -> list[str]:
+    """Adds the folder of our tasks, unless the arguments (or a file that they name) decide about it."""
+    decided = any(a.split("=")[0] in (INCLUDE, *CONFIG) for a in arguments)
+    if decided or len(arguments) == 1:  # a single argument asks for some help text
+        return list(arguments)
+    start = 0 if arguments[0].startswith("-") else 1  # behind a subcommand
+    return [*arguments[:start], INCLUDE, lm_eval_tasks_path(), *arguments[start:]]

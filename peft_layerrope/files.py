@@ -1,0 +1,273 @@
+"""Files: written whole or not at all, strict JSON and plain YAML, adapters' files, and files from strangers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+
+from .errors import AdapterMismatchError, LayerRopeError
+from .messages import one_line, shown
+
+MAX_BYTES = 2**20
+"""Upper limit of an adapter's files: a hundred times what 100 layers take."""
+
+
+class UntrustedFileError(Exception):
+    """A file cannot be read as what it should be. Callers make it an error that says what the file was for."""
+
+
+def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
+    """Reads a file of at most `limit` bytes.
+
+    Raises:
+        UntrustedFileError: it is no file, cannot be read, or is larger.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise UntrustedFileError("there is no such file")
+        with path.open("rb") as file:
+            content = file.read(limit + 1)  # and not as many as `stat` says: some files say 0
+    except (OSError, ValueError) as error:
+        raise UntrustedFileError(f"cannot be read: {one_line(error)}") from error
+    if len(content) > limit:
+        raise UntrustedFileError(f"is larger than {limit} bytes")
+    return content
+
+
+def read_json_object(path: str | Path, limit: int = MAX_BYTES) -> dict[str, Any]:
+    """Reads a JSON object in which no name occurs twice.
+
+    Raises:
+        UntrustedFileError: it cannot be read, is not JSON, or is something else than an object.
+    """
+    content = read_bytes(path, limit)
+    try:
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise UntrustedFileError("is nested too deep") from error
+    except ValueError as error:
+        raise UntrustedFileError(f"is not JSON: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UntrustedFileError(f"must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise UntrustedFileError(f"has {shown(name)} twice")
+        values[name] = value
+    return values
+
+
+def to_json(content: Any, *, indent: int | None = None) -> str:
+    """Returns plain values as JSON, which knows no NaN and no infinity: such numbers become null.
+
+    Args:
+        content: dicts, lists, tuples, texts, numbers, truth values and None.
+        indent: as of `json.dumps`; None writes one line, in ASCII.
+
+    Raises:
+        TypeError: something else is among them.
+    """
+    return json.dumps(_finite(content), indent=indent, ensure_ascii=indent is None, allow_nan=False)
+
+
+def to_float(value: float | None) -> float:
+    """Returns a number that [`to_json`] wrote: what was not finite is null, and is no number again."""
+    return math.nan if value is None else float(value)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return content
+
+
+_DEEPEST = 32
+
+
+class _PlainLoader(yaml.SafeLoader):
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # nine lines of aliases of aliases stand for a thousand million values
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not read: write the value out", mark)
+        if self._depth >= _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "nested too deep", self.peek_event().start_mark)
+        self._depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+
+def parse_yaml(text: str) -> Any:
+    """Returns the values of a YAML document: plain ones, no objects.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or holds aliases or deep nesting.
+    """
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        # PyYAML's conversions of `!!bool x`, of the 99th of a month, of an integer of 5,000 digits
+        raise yaml.YAMLError(f"a value cannot be converted: {type(error).__name__}") from error
+
+
+_STAGING = "result.partial"
+
+
+class WriteError(LayerRopeError, OSError):
+    """A file cannot be written: the disk is full, or not writable. What was there before is still there."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system says of a failed write into a `WriteError` that names the file.
+
+    Args:
+        path: file or folder to name where the system names none.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"{error.filename or path} cannot be written: {error.strerror or error}.") from error
+    except SafetensorError as error:  # its writer has no OSError
+        raise WriteError(f"{path} cannot be written: {error}.") from error
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file in one step: whoever reads it, or resumes after a crash, finds the old text or the new.
+
+    Raises:
+        WriteError: it cannot be written; the old text is still there.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    with writing(path):
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)  # on a full disk it is in the way
+            raise
+
+
+@contextmanager
+def replacing_files(folder: Path, last: str) -> Iterator[Path]:
+    """Puts several files into a folder together, so that a half of them is never taken for the whole.
+
+    They are written into an empty folder, and moved when all are there. While they are moved, the file without which
+    the others are nothing is missing.
+
+    Args:
+        folder: where they go; created if missing.
+        last: name of the file that is removed first and moved last.
+
+    Yields:
+        The folder to write them into.
+
+    Raises:
+        WriteError: one cannot be written; as long as they are not all there, `folder` is as it was.
+    """
+    staging = folder / _STAGING
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if staging.exists():  # of a process that was killed here
+            shutil.rmtree(staging)
+        staging.mkdir()
+        try:
+            yield staging
+            names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name == last, name))
+            for name in names:
+                _flush(staging / name)
+            (folder / last).unlink(missing_ok=True)
+            for name in names:
+                os.replace(staging / name, folder / name)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's folder or repository, as PEFT was told of it.
+
+    Args:
+        location: folder or Hub id.
+        subfolder: of either.
+        download: further arguments of `hf_hub_download`, such as `revision`.
+        layer_factors: what its `adapter_config.json` says.
+    """
+
+    location: str
+    subfolder: str | None = None
+    download: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold a token
+    layer_factors: tuple[float, ...] | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The local folder, which need not exist."""
+        return Path(self.location, self.subfolder or "")
+
+    def find(self, name: str, limit: int | None = MAX_BYTES) -> Path:
+        """Returns the local path of a file, fetched from the Hub if need be.
+
+        Args:
+            name: such as `adapter_model.safetensors`.
+            limit: nothing larger is fetched, in bytes; None: whatever its size.
+
+        Raises:
+            AdapterMismatchError: there is no such file, or it is too large. The Hub client's own errors (no network,
+                no such repository) come through.
+        """
+        path = self.folder / name
+        if path.is_file():
+            return path
+        if self.folder.is_dir():
+            raise AdapterMismatchError(self._lacks(name))
+        where = {"subfolder": self.subfolder, **self.download}
+        try:
+            if limit is not None:
+                size = hf_hub_download(self.location, name, dry_run=True, **where).file_size
+                if size > limit:
+                    raise AdapterMismatchError(
+                        f"cannot load adapter {self.location!r}: {name} has {size} bytes, expected {limit} at most."
+                    )
+            return Path(hf_hub_download(self.location, name, **where))
+        except LocalEntryNotFoundError:  # no network
+            raise
+        except EntryNotFoundError as error:
+            raise AdapterMismatchError(self._lacks(name)) from error
+
+    def _lacks(self, name: str) -> str:
+        return f"cannot load adapter {self.location!r}: it has no {name}, expected that file and no other format."

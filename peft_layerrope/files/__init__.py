@@ -1,1 +1,0 @@
-"""Reading what strangers wrote, and writing so that nothing is lost."""

@@ -1,1 +1,0 @@
-"""Adapters to the Hub and back."""
