@@ -10,7 +10,7 @@ class LayerRopeError(Exception):
 
 
 class InvalidConfigError(LayerRopeError, ValueError):
-    """A `LayerRopeConfig` field has a value that cannot work."""
+    """A value that cannot work: of a field of `LayerRopeConfig`, of an argument, or in an adapter's folder."""
 
 
 class UnsupportedModelError(LayerRopeError, ValueError):
@@ -27,6 +27,14 @@ class TaskError(LayerRopeError, ValueError):
 
 class NotEnoughMemoryError(TaskError):
     """Not even a single prompt fits into memory."""
+
+
+class RunFolderError(LayerRopeError, ValueError):
+    """A folder's run cannot be begun, or gone on with: it is another one, damaged, or somebody is at work in it."""
+
+
+class HubError(LayerRopeError):
+    """The Hub did not do what was asked; the message says why, and what to do."""
 
 
 class SearchError(LayerRopeError, ValueError):

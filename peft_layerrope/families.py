@@ -162,10 +162,6 @@ _NO_LANGUAGE_MODEL = {
 }
 
 
-class FamilyNotBuilt(LayerRopeError):  # noqa: N818
-    """No tiny model of this family can be built here; the message is the reason in one line."""
-
-
 def model_types() -> dict[str, str]:
     """Returns every decoder family of the installed transformers with its kind, a value of `_TABLES`."""
     kinds: dict[str, str] = {}
@@ -182,10 +178,10 @@ def build_tiny(model_type: str) -> PreTrainedModel:
         model_type: A key of `model_types()`.
 
     Raises:
-        FamilyNotBuilt: With the reason.
+        UnsupportedModelError: With the reason.
     """
     if model_type in _NO_LANGUAGE_MODEL:
-        raise FamilyNotBuilt(_NO_LANGUAGE_MODEL[model_type])
+        raise UnsupportedModelError(_NO_LANGUAGE_MODEL[model_type])
     with _quiet():
         try:
             model_class = _model_class(model_type)
@@ -199,11 +195,11 @@ def build_tiny(model_type: str) -> PreTrainedModel:
                 torch.manual_seed(0)
                 model = model_class._from_config(config, dtype=torch.float32)
                 _fill_empty_parameters(model)
-        except FamilyNotBuilt:
+        except UnsupportedModelError:
             raise
         except Exception as error:  # whatever a family's code raises, it is this family that is left out
             reason = " ".join(str(error).split()) or "no message"
-            raise FamilyNotBuilt(f"{type(error).__name__}: {reason[:300]}") from error
+            raise UnsupportedModelError(f"{type(error).__name__}: {reason[:300]}") from error
     return model.eval()
 
 
@@ -257,7 +253,7 @@ def _model_class(model_type: str) -> type[PreTrainedModel]:
         if names:
             name = names if isinstance(names, str) else names[0]
             return getattr(transformers, name)
-    raise FamilyNotBuilt(f"transformers has no decoder family {model_type!r}")
+    raise UnsupportedModelError(f"transformers has no decoder family {model_type!r}")
 
 
 def _matching_config(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> PreTrainedConfig:
@@ -422,7 +418,7 @@ def try_family(model_type: str) -> Trial:
     try:
         model = build_tiny(model_type)
         inputs = tiny_inputs(model)
-    except FamilyNotBuilt as error:
+    except UnsupportedModelError as error:
         return Trial(model_type, NOT_BUILT, str(error))
     return try_model(model, inputs, model_type)
 

@@ -44,7 +44,7 @@ from .cards import (
     with_base_model,
 )
 from .demo import DEMO_NAME
-from .errors import AdapterMismatchError, LayerRopeError
+from .errors import AdapterMismatchError, HubError, InvalidConfigError, LayerRopeError
 from .files import parse_yaml, to_json
 from .loading import load_adapter_config
 from .messages import is_local_path, is_machine_path, last_component, public_name
@@ -54,48 +54,12 @@ from .tuner.config import LayerRopeConfig
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
-class HubError(LayerRopeError):
-    """The Hub did not do what was asked; the message says why, and what to do."""
-
-
-class InvalidRepoIdError(HubError, ValueError):
-    """This cannot be the id of a repository."""
-
-
-class NotLoggedInError(HubError, PermissionError):
-    """There is no token, or the Hub does not accept it."""
-
-
-class NoPermissionError(HubError, PermissionError):
-    """The token is known, and may not do this."""
-
-
-class RepoNotFoundError(HubError, FileNotFoundError):
-    """There is no such repository, or it is not visible to this user."""
-
-
-class NoSuchRevisionError(HubError, FileNotFoundError):
-    """The repository has no such branch, tag or commit."""
-
-
-class NoSuchFileError(HubError, FileNotFoundError):
-    """The repository lacks a file of an adapter."""
-
-
-class HubUnreachableError(HubError, ConnectionError):
-    """There is no connection to the Hub, or it does not answer."""
-
-
-class PullTargetError(LayerRopeError, FileExistsError):
-    """The folder to pull into holds something that a pull did not put there."""
-
-
 def check_repo_id(repo_id: str) -> None:
-    """Raises InvalidRepoIdError unless `repo_id` is `name` or `owner/name` as the Hub allows."""
+    """Raises InvalidConfigError unless `repo_id` is `name` or `owner/name` as the Hub allows."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise InvalidRepoIdError(
+        raise InvalidConfigError(
             f"repo_id={repo_id!r} is no id of the Hub, such as owner/name: {_line(error)}"
         ) from error
 
@@ -115,19 +79,19 @@ def hub_errors(action: str, repo_id: str, revision: str | None = None) -> Iterat
     except LayerRopeError:  # says what is wrong already
         raise
     except GatedRepoError as error:
-        raise NoPermissionError(f"{what}: it is gated; ask for access on its page, and {_LOG_IN}.") from error
+        raise HubError(f"{what}: it is gated; ask for access on its page, and {_LOG_IN}.") from error
     except RepositoryNotFoundError as error:
-        raise RepoNotFoundError(f"{what}: there is no such repository, or it is private: {_LOG_IN}.") from error
+        raise HubError(f"{what}: there is no such repository, or it is private: {_LOG_IN}.") from error
     except RevisionNotFoundError as error:
-        raise NoSuchRevisionError(f"{what}: it has no revision {revision or 'main'!r}.") from error
+        raise HubError(f"{what}: it has no revision {revision or 'main'!r}.") from error
     except LocalTokenNotFoundError as error:
-        raise NotLoggedInError(f"{what}: you are not logged in; {_LOG_IN}.") from error
+        raise HubError(f"{what}: you are not logged in; {_LOG_IN}.") from error
     except OfflineModeIsEnabled as error:
         raise _unreachable(what, error) from error
     except LocalEntryNotFoundError as error:  # "not in the cache", because of what happened before
         raise _unreachable(what, error.__cause__ or error) from error
     except EntryNotFoundError as error:
-        raise NoSuchFileError(f"{what}: it has no {str(error.response.url).rsplit('/', 1)[-1]}.") from error
+        raise HubError(f"{what}: it has no {str(error.response.url).rsplit('/', 1)[-1]}.") from error
     except HfHubHTTPError as error:
         raise _of_status(what, error) from error
     except HTTPError as error:
@@ -138,23 +102,23 @@ def hub_errors(action: str, repo_id: str, revision: str | None = None) -> Iterat
 
 def _unreachable(what: str, error: BaseException) -> HubError:
     if isinstance(error, OfflineModeIsEnabled):
-        return HubUnreachableError(f"{what}: HF_HUB_OFFLINE is set; unset it to go online.")
+        return HubError(f"{what}: HF_HUB_OFFLINE is set; unset it to go online.")
     if isinstance(error, HfHubHTTPError):
         return _of_status(what, error)
-    return HubUnreachableError(f"{what}: no connection to the Hub ({_line(error)}).")
+    return HubError(f"{what}: no connection to the Hub ({_line(error)}).")
 
 
 def _of_status(what: str, error: HfHubHTTPError) -> HubError:
     status, said = error.response.status_code, error.server_message
     reason = " ".join(str(said).split())[:200] if said else _line(error)
     if status == 401:
-        return NotLoggedInError(
+        return HubError(
             f"{what}: there is no such repository, it is private, or the Hub does not accept your login: {_LOG_IN}."
         )
     if status == 403:
-        return NoPermissionError(f"{what}: your token may not do this ({reason}); use one that can write there.")
+        return HubError(f"{what}: your token may not do this ({reason}); use one that can write there.")
     if status >= 500 or status in (408, 429):
-        return HubUnreachableError(f"{what}: the Hub answered {status}, also when asked again; try later ({reason}).")
+        return HubError(f"{what}: the Hub answered {status}, also when asked again; try later ({reason}).")
     return HubError(f"{what}: the Hub answered {status}: {reason}")
 
 
@@ -166,10 +130,6 @@ def _line(error: BaseException) -> str:
 REPORT_NAME, SPECIFICATION_NAME = "search.json", "search.yaml"
 PUBLISHED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME, SPECIFICATION_NAME, REPORT_NAME, "*.png")
 """Names and patterns of the files that go to the Hub and come from it."""
-
-
-class AdapterFolderError(LayerRopeError, ValueError):
-    """An adapter's folder is not fit to be shared."""
 
 
 def check_adapter_folder(folder: Path) -> LayerRopeConfig:
@@ -214,18 +174,18 @@ def stage(folder: Path, target: Path, *, base_model: str | None = None, license:
 def _public_base_model(config: LayerRopeConfig, base_model: str | None) -> str:
     name = base_model or config.base_model_name_or_path
     if not name:
-        raise AdapterFolderError(
+        raise InvalidConfigError(
             f"{CONFIG_NAME} names no base model: pass base_model, its id on the Hub (--base-model)."
         )
     if public_name(name) == DEMO_NAME:
         return DEMO_NAME
     if is_local_path(name):
-        raise AdapterFolderError(
+        raise InvalidConfigError(
             f"base model {name!r} is a folder of this machine, which nobody else can load: pass base_model, its id on "
             "the Hub (--base-model)."
         )
     if "/" not in name and base_model is None:  # what a search writes of a folder; a few old models have such ids
-        raise AdapterFolderError(
+        raise InvalidConfigError(
             f"base model {name!r} has no owner, so it may be a folder's name: pass base_model, its id on the Hub "
             "(--base-model)."
         )
@@ -298,9 +258,9 @@ def _parsed(path: Path, parse: Any, text: str) -> dict[str, Any]:
     try:
         values = parse(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise AdapterFolderError(f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}.") from error
+        raise InvalidConfigError(f"{path.name} cannot be read: {' '.join(str(error).split())[:200]}.") from error
     if not isinstance(values, dict):
-        raise AdapterFolderError(f"{path.name} must hold names and values, got {type(values).__name__}.")
+        raise InvalidConfigError(f"{path.name} must hold names and values, got {type(values).__name__}.")
     return values
 
 
@@ -372,7 +332,7 @@ def push_to_hub(
         with hub_errors("push to", repo_id, revision):
             api = _api(token)
             if token is None and get_token() is None:
-                raise NotLoggedInError(f"cannot push to {repo_id!r}: you are not logged in; use `hf auth login`.")
+                raise HubError(f"cannot push to {repo_id!r}: you are not logged in; use `hf auth login`.")
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -411,7 +371,7 @@ def pull(
 
     Raises:
         HubError: the Hub refuses or cannot be reached; see `hub_errors`.
-        PullTargetError: `local_dir` holds something else.
+        InvalidConfigError: `local_dir` holds something else.
         LayerRopeError: what was downloaded is no sound LAYER_ROPE adapter.
     """
     check_repo_id(repo_id)
@@ -485,28 +445,28 @@ def _published_card(api: HfApi, repo_id: str, revision: str | None, folder: Path
 
 def _check_target(target: Path, repo_id: str, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
-        raise PullTargetError(f"{target} exists and is not a folder.")
+        raise InvalidConfigError(f"{target} exists and is not a folder.")
     if not next(parent for parent in target.parents if parent.exists()).is_dir():
-        raise PullTargetError(f"{target} cannot be made: a file stands in the way.")
+        raise InvalidConfigError(f"{target} cannot be made: a file stands in the way.")
     if target == Path.cwd():
-        raise PullTargetError(f"{target} is the working directory, which cannot be replaced: name a folder in it.")
+        raise InvalidConfigError(f"{target} is the working directory, which cannot be replaced: name a folder in it.")
     if overwrite or not target.is_dir() or not any(target.iterdir()):
         return
     try:
         record = json.loads((target / PULL_RECORD).read_text())
         pulled = record["repo_id"], record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise PullTargetError(
+        raise InvalidConfigError(
             f"{target} is not empty, and not from a pull; pass --overwrite (overwrite=True) to replace it."
         ) from None
     if pulled[0] != repo_id:
-        raise PullTargetError(
+        raise InvalidConfigError(
             f"{target} was pulled from {pulled[0]!r}; pass --overwrite (overwrite=True) to replace it by {repo_id!r}."
         )
     present = _digests(target)
     changed = sorted(name for name in {*present, *pulled[1]} if present.get(name) != pulled[1].get(name))
     if changed:
-        raise PullTargetError(
+        raise InvalidConfigError(
             f"{target}: {', '.join(changed[:5])} changed since the pull; --overwrite (overwrite=True) loses that."
         )
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from .errors import LayerRopeError, SearchError, TaskError
+from .errors import LayerRopeError, RunFolderError
 from .files import to_json, write_atomically, writing
 
 JOURNAL_NAME, LOCK_NAME = "journal.jsonl", ".lock"
@@ -28,14 +28,6 @@ RUN_FOLDER = "run"
 
 _FORMAT = 1
 _SHOWN = 120  # characters of a differing value that a message shows
-
-
-class FolderInUseError(LayerRopeError, RuntimeError):
-    """Another process is writing into the folder."""
-
-
-class JournalError(SearchError, TaskError):
-    """A journal is not the one to begin or to go on with: there is one already, of another run, or damaged."""
 
 
 @contextmanager
@@ -47,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
             is held; one that a killed process left is in nobody's way, for the lock itself is the system's.
 
     Raises:
-        FolderInUseError: somebody else is in; the message names the process.
+        RunFolderError: somebody else is in; the message names the process.
         WriteError: the folder or the file cannot be made.
     """
     path = folder / LOCK_NAME
@@ -62,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # which is done by now, perhaps
                 text = path.read_text(errors="replace")
                 who = f"process {text}" if text.isdecimal() else who
-            raise FolderInUseError(
+            raise RunFolderError(
                 f"{folder} is in use by {who}: wait until it is done, end it, or use another folder."
             ) from error
     try:
@@ -82,7 +74,7 @@ def check_free(folder: Path) -> None:
     """Looks whether [`locked`] would let us in, where nothing is to be written yet.
 
     Raises:
-        FolderInUseError: somebody else is in.
+        RunFolderError: somebody else is in.
         WriteError: the lock file that is there cannot be opened.
     """
     if (folder / LOCK_NAME).exists():
@@ -105,9 +97,9 @@ class Journal:
         folder: see above.
 
     Raises:
-        JournalError: there is a journal, and neither `resume` nor `overwrite` was asked for; or it is damaged, or of
+        RunFolderError: there is a journal, and neither `resume` nor `overwrite` was asked for; or it is damaged, or of
             another run, and the message names the first difference.
-        FolderInUseError: another run is at work in `folder`.
+        RunFolderError: another run is at work in `folder`.
         WriteError: the folder cannot be made.
     """
 
@@ -120,14 +112,14 @@ class Journal:
         self._values: dict[str, dict[str, Any]] = {}
         self._size: int | None = None  # in bytes, without what is left of an entry that was being written
         if resume and (overwrite or folder is None):
-            raise JournalError("resume=True needs the folder of the run to go on with, and no overwrite=True.")
+            raise RunFolderError("resume=True needs the folder of the run to go on with, and no overwrite=True.")
         with ExitStack() as stack:
             if folder is not None:
                 stack.enter_context(locked(folder))
                 if resume:
                     self._load()
                 elif self._path.exists() and not overwrite:
-                    raise JournalError(
+                    raise RunFolderError(
                         f"{folder} holds an unfinished or finished run: resume it, overwrite it, or use another folder."
                     )
             self._lock = stack.pop_all()
@@ -171,7 +163,7 @@ class Journal:
         except (KeyError, TypeError, ValueError, AttributeError) as damage:
             if isinstance(damage, LayerRopeError):
                 raise
-            raise JournalError(f"{self._path} is damaged ({damage!r}): begin anew, overwriting it.") from damage
+            raise RunFolderError(f"{self._path} is damaged ({damage!r}): begin anew, overwriting it.") from damage
 
     def _keep(self, entry: Mapping[str, Any]) -> None:
         self._values.setdefault(entry["kind"], {})[to_json(entry["key"])] = entry["value"]
@@ -196,16 +188,16 @@ class Journal:
         except FileNotFoundError:  # killed before its first entry
             return
         except OSError as error:
-            raise JournalError(f"{self._path} cannot be read: {error}.") from error
+            raise RunFolderError(f"{self._path} cannot be read: {error}.") from error
         *lines, _ = content.split(b"\n")  # what was being written at the kill has no line end
         self._size = sum(len(line) + 1 for line in lines)
         with self.reading():
             head, *entries = map(json.loads, lines)
             if head["format"] != _FORMAT:
-                raise JournalError(f"{self._path} has format {head['format']!r}, expected {_FORMAT}.")
+                raise RunFolderError(f"{self._path} has format {head['format']!r}, expected {_FORMAT}.")
             difference = first_difference(head["identity"], self._head["identity"])
             if difference is not None:
-                raise JournalError(f"{self._path} is of another run: {difference}.")
+                raise RunFolderError(f"{self._path} is of another run: {difference}.")
             for entry in entries:
                 self._keep(entry)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from peft_layerrope import KeyValueRetrieval, LayerRopeConfig, search
 from peft_layerrope.comparison.contenders import Contender, contending
-from peft_layerrope.scoring.preflight import PreflightError, find_difficulty, preflight, with_targets
+from peft_layerrope.scoring.preflight import TaskError, find_difficulty, preflight, with_targets
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher import FactorGrid
 
@@ -107,7 +107,7 @@ def test_search_saves_an_adapter_that_peft_loads(smollm2_model, smollm2_tokenize
 
 def test_a_model_that_never_answers_is_refused_with_what_it_wrote(smollm2_model, smollm2_tokenizer, tmp_path):
     task = task_of(smollm2_tokenizer, num_keys=60, max_new_tokens=8)
-    with pytest.raises(PreflightError) as caught:
+    with pytest.raises(TaskError) as caught:
         search(smollm2_model, task, folder=tmp_path / "run", **SETTINGS)
     found = preflight(Scorer(smollm2_model), task, num_groups=3)
     assert all(sample["answers"][0] in str(caught.value) for sample in found.samples)

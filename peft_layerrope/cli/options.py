@@ -174,7 +174,7 @@ def with_difficulty(
     """Returns the specification with the number of items that `difficulty` finds for the unscaled model; says which.
 
     Raises:
-        PreflightError: there is no such number; the message shows what was tried.
+        TaskError: there is no such number; the message shows what was tried.
     """
     if task.difficulty is None:
         return task

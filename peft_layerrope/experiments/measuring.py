@@ -255,7 +255,7 @@ def measure(
 
     Raises:
         TaskError: see `compare`.
-        FolderInUseError: another run is at work in the same folder.
+        RunFolderError: another run is at work in the same folder.
         LayerRopeError: a contender that cannot be put onto the model, before anything is scored.
     """
     keeps = measuring.folder is not None

@@ -11,10 +11,9 @@ from torch import nn
 
 from ..comparison.contenders import Contender
 from ..declaration import as_options
-from ..errors import LayerRopeError
+from ..errors import LayerRopeError, RunFolderError
 from ..files import WriteError
 from ..fingerprint import model_fingerprint
-from ..runs import FolderInUseError
 from ..searcher.space import FactorGrid
 from ..tasks import Task
 from ..tasks.specification import TaskSpecification
@@ -185,7 +184,7 @@ def run_steps(
         audience: whom to tell how far it is.
 
     Raises:
-        FolderInUseError: another run is at work in `folder`.
+        RunFolderError: another run is at work in `folder`.
         WriteError: a file cannot be written.
     """
     steps, skipped = report_steps(request)
@@ -199,7 +198,7 @@ def run_steps(
         asked = _asked(request, step)  # an adapter that cannot be read concerns all of them
         try:
             sections.append(kept_section(folder, step.name, asked, resume, make))
-        except (FolderInUseError, WriteError):  # of no single step
+        except (RunFolderError, WriteError):  # of no single step
             raise
         except LayerRopeError as error:
             skipped.append((step.name, str(error)))

@@ -38,10 +38,6 @@ _TRIED_AT_ONCE = 16  # questions
 _MOST_TRIED = 4  # questions for each that is needed: a model that answers fewer is not worth the search
 
 
-class PreflightError(TaskError):
-    """The unscaled model cannot be searched on this task: it answers nothing, or everything."""
-
-
 @dataclass(frozen=True)
 class Preflight:
     """What was found.
@@ -67,7 +63,7 @@ class Preflight:
     item: tuple[str, str, int]
 
     def check(self) -> None:
-        """Raises PreflightError unless the model answers often enough, but not always; the message shows samples."""
+        """Raises TaskError unless the model answers often enough, but not always; the message shows samples."""
         item, setting, count = self.item
         by_position = self.scores.accuracy_by_position
         values = " / ".join(f"{100 * value:.0f}" for value in by_position)
@@ -79,12 +75,12 @@ class Preflight:
                 if self.targets is None
                 else "nothing is left to tell vectors apart by"
             )
-            raise PreflightError(
+            raise TaskError(
                 f"the unscaled model answers {values} % of the prompts by position: {reason}. It wrote {shows}. "
                 f"{fewer}, another form of prompt (chat_template), or another model."
             )
         if (by_position >= CEILING).all():
-            raise PreflightError(
+            raise TaskError(
                 f"the unscaled model answers {values} % of the prompts by position: there is no lost middle to mend. "
                 f"Use more {item}s ({setting} is {count})."
             )
@@ -270,7 +266,7 @@ def find_difficulty(
         The task with the number found, and every number that was tried with its accuracy.
 
     Raises:
-        PreflightError: no number reaches `AUTO_LOW`, or even the most items leave it above `AUTO_HIGH`; the message
+        TaskError: no number reaches `AUTO_LOW`, or even the most items leave it above `AUTO_HIGH`; the message
             shows the curve.
     """
     curve: list[tuple[int, float]] = []
@@ -299,7 +295,7 @@ def find_difficulty(
             size = (low + high) // 2
     texts = ", ".join(f"{100 * value:.0f} % of {count}" for count, value in sorted(curve))
     way = "answers too little" if all(value < AUTO_LOW for _, value in curve) else "has no such number in its curve"
-    raise PreflightError(
+    raise TaskError(
         f"no number of {task.item}s gives the unscaled model between {AUTO_LOW:.0%} and {AUTO_HIGH:.0%} right answers: "
         f"it {way} ({texts} {task.item}s)."
     )

@@ -165,9 +165,9 @@ def search(
     Raises:
         SearchError: the settings do not work for this model, or the journal is not this search's.
         TaskError: the splits cannot be made, overlap, or do not fit the model.
-        PreflightError: the unscaled model answers nothing, or everything, and `anyway` is off.
+        TaskError: the unscaled model answers nothing, or everything, and `anyway` is off.
         UnsupportedModelError: the model's rotation cannot be scaled per layer.
-        FolderInUseError: another search is at work in `folder`.
+        RunFolderError: another search is at work in `folder`.
         WriteError: the journal cannot be written, as on a full disk; make room and resume.
 
     Example:

@@ -248,7 +248,7 @@ def sensitivity(
         SearchError: an argument that cannot work; the message names it, its value and what was expected.
         InvalidConfigError: `rope_type` and `factor` do not go together.
         TaskError: the split cannot be made or does not fit the model.
-        PreflightError: the unscaled model answers nothing, or everything.
+        TaskError: the unscaled model answers nothing, or everything.
         UnsupportedModelError: the model's rotation cannot be scaled per layer.
     """
     settings = SearchSettings(

@@ -40,16 +40,8 @@ from peft_layerrope.cli import app
 from peft_layerrope.demo import DEMO_NAME, demo_model_path
 from peft_layerrope.hub import (
     PULL_RECORD,
-    AdapterFolderError,
     HubError,
-    HubUnreachableError,
-    InvalidRepoIdError,
-    NoPermissionError,
-    NoSuchFileError,
-    NoSuchRevisionError,
-    NotLoggedInError,
-    PullTargetError,
-    RepoNotFoundError,
+    InvalidConfigError,
 )
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.tuner.artifacts import FACTORS_KEY, save_adapter
@@ -190,7 +182,7 @@ def test_a_pull_request_to_somebody_elses_repository(alice, folder):
     assert repo.branches["main"] == main
     assert info.pr_url == f"{alice.endpoint}/alice/adapter/discussions/1"
     assert json.loads(repo.files(info.pr_revision)["adapter_config.json"])["layer_factors"] == OTHER
-    with pytest.raises(NoSuchRevisionError, match="it has no revision 'v9'"):  # nobody makes branches by the way
+    with pytest.raises(HubError, match="it has no revision 'v9'"):  # nobody makes branches by the way
         push_to_hub(other, "alice/adapter", create_pr=True, revision="v9", token=BOB)
 
 
@@ -242,7 +234,7 @@ def local_folder(tmp_path) -> Path:
 
 
 def test_a_base_model_known_by_its_path_is_refused(alice, local_folder):
-    with pytest.raises(AdapterFolderError, match=r"is a folder of this machine, .* pass base_model") as caught:
+    with pytest.raises(InvalidConfigError, match=r"is a folder of this machine, .* pass base_model") as caught:
         push_to_hub(local_folder, "alice/adapter")
     one_line(caught)
     assert alice.requests == []
@@ -251,7 +243,7 @@ def test_a_base_model_known_by_its_path_is_refused(alice, local_folder):
 def test_a_base_model_without_an_owner_must_be_meant(alice, tmp_path):
     """It may be what a search left of a path."""
     folder = make_folder(tmp_path / "bare", base_model="my-model")
-    with pytest.raises(AdapterFolderError, match="'my-model' has no owner, so it may be a folder's name") as caught:
+    with pytest.raises(InvalidConfigError, match="'my-model' has no owner, so it may be a folder's name") as caught:
         push_to_hub(folder, "alice/adapter")
     one_line(caught)
     assert alice.requests == []
@@ -350,9 +342,9 @@ SPOILERS = {
     "config": (spoil_config, LayerRopeError, "not JSON"),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), LayerRopeError, "no adapter_config.json"),
     "lora": (make_it_a_lora, LayerRopeError, "is a LORA adapter, expected LAYER_ROPE"),
-    "no base": (forget_the_base, AdapterFolderError, "names no base model: pass base_model"),
-    "report": (lambda folder: (folder / "search.json").write_text("["), AdapterFolderError, "search.json"),
-    "yaml": (lambda folder: (folder / "search.yaml").write_text("- a"), AdapterFolderError, "search.yaml"),
+    "no base": (forget_the_base, InvalidConfigError, "names no base model: pass base_model"),
+    "report": (lambda folder: (folder / "search.json").write_text("["), InvalidConfigError, "search.json"),
+    "yaml": (lambda folder: (folder / "search.yaml").write_text("- a"), InvalidConfigError, "search.yaml"),
     "card": (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), CardError, "README.md"),
 }
 
@@ -376,7 +368,7 @@ def test_no_such_folder(alice, tmp_path):
 @pytest.mark.parametrize("repo_id", ["a/b/c", "with space/x", "", "-x/y", "a/b--c", "/some/where"])
 def test_invalid_ids(hub, folder, tmp_path, repo_id):
     for call in (lambda: push_to_hub(folder, repo_id), lambda: pull(repo_id, tmp_path / "new")):
-        with pytest.raises(InvalidRepoIdError, match="is no id of the Hub, such as owner/name") as caught:
+        with pytest.raises(InvalidConfigError, match="is no id of the Hub, such as owner/name") as caught:
             call()
         one_line(caught)
     assert hub.requests == []
@@ -386,25 +378,25 @@ def test_invalid_ids(hub, folder, tmp_path, repo_id):
 
 
 def test_pushing_without_a_login(hub, folder):
-    with pytest.raises(NotLoggedInError, match="hf auth login") as caught:
+    with pytest.raises(HubError, match="hf auth login") as caught:
         push_to_hub(folder, "alice/adapter")
     one_line(caught)
     assert hub.requests == []
 
 
 def test_pushing_with_a_token_that_the_hub_does_not_know(hub, folder):
-    with pytest.raises(NotLoggedInError, match="hf auth login") as caught:
+    with pytest.raises(HubError, match="hf auth login") as caught:
         push_to_hub(folder, "alice/adapter", token="hf_stale")
     one_line(caught)
     assert hub.repos == {}
 
 
 def test_pushing_to_somebody_elses_name(alice, folder):
-    with pytest.raises(NoPermissionError, match=r"your token may not do this .*rights to create") as caught:
+    with pytest.raises(HubError, match=r"your token may not do this .*rights to create") as caught:
         push_to_hub(folder, "bob/adapter")
     one_line(caught)
     alice.create("bob/adapter")
-    with pytest.raises(NoPermissionError, match="rights to write"):
+    with pytest.raises(HubError, match="rights to write"):
         push_to_hub(folder, "bob/adapter")
     assert set(alice.repos["bob/adapter"].files()) == {".gitattributes"}
 
@@ -413,7 +405,7 @@ def test_pushing_to_somebody_elses_name(alice, folder):
 def test_a_private_repository_is_as_good_as_none(hub, folder, tmp_path, token):
     push_to_hub(folder, "alice/adapter", private=True, token=ALICE)
     for repo_id in ("alice/adapter", "alice/nothing"):
-        with pytest.raises(RepoNotFoundError, match=r"no such repository, or it is private: .*hf auth login") as caught:
+        with pytest.raises(HubError, match=r"no such repository, or it is private: .*hf auth login") as caught:
             pull(repo_id, tmp_path / "new", token=token)
         one_line(caught)
     assert pull("alice/adapter", tmp_path / "mine", token=ALICE).is_dir()
@@ -422,7 +414,7 @@ def test_a_private_repository_is_as_good_as_none(hub, folder, tmp_path, token):
 def test_a_gated_repository(hub, tmp_path):
     hub.create("alice/adapter")
     hub.fail("/api/models/alice/adapter", 403, headers={"X-Error-Code": "GatedRepo"})
-    with pytest.raises(NoPermissionError, match="it is gated; ask for access") as caught:
+    with pytest.raises(HubError, match="it is gated; ask for access") as caught:
         pull("alice/adapter", tmp_path / "new")
     one_line(caught)
 
@@ -441,7 +433,7 @@ def test_a_401_without_a_code(hub, tmp_path):
 def test_offline(alice, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for call in (lambda: push_to_hub(folder, "alice/adapter"), lambda: pull("alice/adapter", tmp_path / "new")):
-        with pytest.raises(HubUnreachableError, match="HF_HUB_OFFLINE is set") as caught:
+        with pytest.raises(HubError, match="HF_HUB_OFFLINE is set") as caught:
             call()
         one_line(caught)
 
@@ -451,7 +443,7 @@ def test_no_hub_there(alice, folder, tmp_path, monkeypatch):
         endpoint = gone.endpoint
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     for call in (lambda: push_to_hub(folder, "alice/adapter"), lambda: pull("alice/adapter", tmp_path / "new")):
-        with pytest.raises(HubUnreachableError, match="no connection to the Hub") as caught:
+        with pytest.raises(HubError, match="no connection to the Hub") as caught:
             call()
         one_line(caught)
 
@@ -466,7 +458,7 @@ def test_an_upload_is_tried_again(alice, folder):
 def test_a_hub_that_stays_down(alice, folder, tmp_path):
     alice.fail("/api/", 503, times=1000)
     for call in (lambda: push_to_hub(folder, "alice/adapter"), lambda: pull("alice/adapter", tmp_path / "new")):
-        with pytest.raises(HubUnreachableError, match="the Hub answered 503") as caught:
+        with pytest.raises(HubError, match="the Hub answered 503") as caught:
             call()
         one_line(caught)
     assert not (tmp_path / "new").exists()
@@ -508,7 +500,7 @@ def test_a_revision(published, tmp_path, kind):
 
 
 def test_a_revision_that_is_not_there(published, tmp_path):
-    with pytest.raises(NoSuchRevisionError, match="cannot pull 'alice/adapter': it has no revision 'v9'") as caught:
+    with pytest.raises(HubError, match="cannot pull 'alice/adapter': it has no revision 'v9'") as caught:
         pull("alice/adapter", tmp_path / "new", "v9")
     one_line(caught)
 
@@ -518,7 +510,7 @@ def test_a_broken_connection_is_resumed(published, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 16)
     published.cut("adapter_model.safetensors")
     if Version(huggingface_hub.__version__) < Version("1.20"):
-        with pytest.raises(HubUnreachableError, match="without sending complete message body"):
+        with pytest.raises(HubError, match="without sending complete message body"):
             pull("alice/adapter", tmp_path / "new")
     assert factors_in(pull("alice/adapter", tmp_path / "new")) == FACTORS
     ranges = [r for _, path, r in published.requests if path.endswith("adapter_model.safetensors") and r is not None]
@@ -530,7 +522,7 @@ def test_a_broken_connection_is_resumed(published, tmp_path, monkeypatch):
 def test_an_interrupted_pull_leaves_nothing(published, tmp_path, broken):
     target = tmp_path / "new"
     published.cut(broken, times=100)
-    with pytest.raises(HubUnreachableError) as caught:
+    with pytest.raises(HubError) as caught:
         pull("alice/adapter", target)
     one_line(caught)
     assert not target.exists()
@@ -546,7 +538,7 @@ def test_an_interrupted_pull_leaves_the_earlier_one(published, tmp_path):
     target = pull("alice/adapter", tmp_path / "new")
     before = files_of(target)
     published.cut("adapter_model.safetensors", times=100)
-    with pytest.raises(HubUnreachableError):
+    with pytest.raises(HubError):
         pull("alice/adapter", target, "v2")
     assert files_of(target) == before
     published.faults.clear()
@@ -582,7 +574,7 @@ def test_a_folder_in_use_is_not_replaced(published, tmp_path, what):
     target = pull("alice/adapter", tmp_path / "new")
     spoil(target)
     before = files_of(target)
-    with pytest.raises(PullTargetError, match=message) as caught:
+    with pytest.raises(InvalidConfigError, match=message) as caught:
         pull("alice/adapter", target, "v2")
     assert "--overwrite" in one_line(caught)
     assert files_of(target) == before
@@ -593,19 +585,19 @@ def test_a_folder_in_use_is_not_replaced(published, tmp_path, what):
 def test_what_cannot_be_replaced(published, folder, tmp_path, monkeypatch):
     push_to_hub(folder, "alice/second")
     target = pull("alice/adapter", tmp_path / "new")
-    with pytest.raises(PullTargetError, match="was pulled from 'alice/adapter'"):
+    with pytest.raises(InvalidConfigError, match="was pulled from 'alice/adapter'"):
         pull("alice/second", target)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(PullTargetError, match="exists and is not a folder"):
+    with pytest.raises(InvalidConfigError, match="exists and is not a folder"):
         pull("alice/adapter", tmp_path / "file", overwrite=True)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(PullTargetError, match="is the working directory"):
+    with pytest.raises(InvalidConfigError, match="is the working directory"):
         pull("alice/adapter", ".")
 
 
 BAD_REPOSITORIES = {
-    "empty": ({"adapter_config.json": None}, NoSuchFileError, "it has no adapter_config.json"),
+    "empty": ({"adapter_config.json": None}, HubError, "it has no adapter_config.json"),
     "lora": ({"adapter_config.json": b'{"peft_type": "LORA"}'}, LayerRopeError, "the peft_type of its .* is LORA"),
     "not json": ({"adapter_config.json": b"<html>"}, LayerRopeError, "is unreadable"),
     "no tensor": ({"adapter_model.safetensors": None}, LayerRopeError, "no such file"),

@@ -11,7 +11,7 @@ from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import KeyValueRetrieval, PositionScores, Split
 from peft_layerrope.scoring.generation import Written
-from peft_layerrope.scoring.preflight import Preflight, PreflightError, find_difficulty
+from peft_layerrope.scoring.preflight import Preflight, TaskError, find_difficulty
 from peft_layerrope.tasks.targets import Target, Targets
 
 GROUPS = 5
@@ -50,7 +50,7 @@ def test_the_difficulty_leaves_something_to_mend(share, most):
 @pytest.mark.parametrize(("share", "words"), [(0.1, "10 % of"), (1.0, "100 % of")])
 def test_where_no_difficulty_will_do_the_curve_is_shown(share, words):
     tried = []
-    with pytest.raises(PreflightError) as caught:
+    with pytest.raises(TaskError) as caught:
         find_difficulty(
             Formula(lambda n: share), task_of(40), num_groups=10, tell=lambda count, value: tried.append(count)
         )
@@ -84,7 +84,7 @@ def test_a_model_that_answers_nothing_or_everything_is_refused(right, targets, r
     if refused is None:
         found.check()
         return
-    with pytest.raises(PreflightError, match=refused) as caught:
+    with pytest.raises(TaskError, match=refused) as caught:
         found.check()
     assert "num_keys is 7" in str(caught.value)
 
