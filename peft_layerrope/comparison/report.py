@@ -31,9 +31,8 @@ ACCURACY_LEGEND = (
     "the accuracies. Brackets and ±: 95 % intervals over contexts; differences are paired, + is better."
 )
 LOSS_LEGEND = (
-    "loss: mean over the buckets, each of as many scored tokens up to one, in nats; first, last: of the first and the "
-    "last bucket. Brackets and ±: 95 % intervals over windows; differences are paired, in nats of loss saved: + is "
-    "better."
+    "loss: mean over the scored tokens, in nats; first, last: of the first and the last bucket. Brackets and ±: 95 % "
+    "intervals over windows; differences are paired, in nats of loss saved: + is better."
 )
 POSITION_LEGEND = "Accuracy in % by gold position, with 95 % Wilson intervals."
 BUCKET_LEGEND = "Loss in nats of the tokens from each position to the next, with 95 % intervals over windows."

@@ -130,9 +130,11 @@ class Scorer:
         bounds = [bucket * scored // num_buckets for bucket in range(num_buckets + 1)]
         self.check(split)
         tokens = self._halving(lambda: self._token_log_probs(split, scored, progress))
-        log_probs = np.add.reduceat(tokens, bounds[:-1], axis=1) / np.diff(bounds)
+        sizes = np.diff(bounds)
+        log_probs = np.add.reduceat(tokens, bounds[:-1], axis=1) / sizes
         positions = tuple(start + bound for bound in bounds[:-1])
-        return PositionScores(positions, np.zeros(log_probs.shape, dtype=bool), log_probs, "loss")
+        none = np.zeros(log_probs.shape, dtype=bool)
+        return PositionScores(positions, none, log_probs, "loss", sizes=tuple(sizes.tolist()))
 
     def write(self, split: Split, *, progress: Progress | None = None) -> list[Written]:
         """Has the model write an answer to every example, greedily, until nothing can change the judge's mind.

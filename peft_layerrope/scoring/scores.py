@@ -219,6 +219,7 @@ class PositionScores:
             tokens, each as it is.
         measure: what counts: `"accuracy"`, or `"loss"` for perplexity, where nothing is right or wrong.
         written: more about the answers, where they were written.
+        sizes: of a loss, how many tokens each position stands for; None: the same number.
     """
 
     positions: tuple[int, ...]
@@ -226,6 +227,7 @@ class PositionScores:
     log_prob: np.ndarray
     measure: Measure = "accuracy"
     written: WrittenAnswers | None = None
+    sizes: tuple[int, ...] | None = None
 
     @property
     def values(self) -> np.ndarray:
@@ -251,8 +253,10 @@ class PositionScores:
 
     @property
     def average_by_group(self) -> np.ndarray:
-        """[`values`] averaged over positions, per group: shape `(groups,)`. The unit of paired comparisons."""
-        return self.values.mean(axis=1)
+        """[`values`] averaged over positions, a loss over tokens, per group: shape `(groups,)`. The unit of paired
+        comparisons.
+        """
+        return np.average(self.values, axis=1, weights=self.sizes)
 
     def average(self) -> Interval:
         """Accuracy (or minus the loss) averaged over all positions, with a 95 % interval over groups."""
@@ -285,7 +289,7 @@ class PositionScores:
         """
         values = self.log_prob if objective == "log_prob" else self.values
         if len(self.positions) < 3 or self.measure == "loss":
-            return values.mean(axis=1)
+            return np.average(values, axis=1, weights=self.sizes)
         return np.array([utilisation(row, weights) for row in values])
 
     def paired_difference(self, other: PositionScores) -> Interval:
@@ -336,6 +340,8 @@ class PositionScores:
     def to_plain(self) -> list[Any]:
         """Returns everything as JSON values, without loss; see [`from_plain`]."""
         plain = [list(self.positions), self.correct.astype(int).tolist(), self.log_prob.tolist(), self.measure]
+        if self.sizes is not None:  # of a loss, for which nothing is written
+            return [*plain, None, list(self.sizes)]
         return plain if self.written is None else [*plain, self.written.to_plain()]
 
     @classmethod
@@ -346,11 +352,13 @@ class PositionScores:
             ValueError: they are not such values.
         """
         positions, correct, log_prob, measure, *more = plain
-        written = WrittenAnswers.from_plain(*more) if more else None
+        written, sizes = (*more, None, None)[:2]
+        written = WrittenAnswers.from_plain(written) if written is not None else None
         arrays = np.array(correct, dtype=bool), np.array(log_prob, dtype=np.float64)
-        scores = cls(tuple(positions), *arrays, measure, written)
+        scores = cls(tuple(positions), *arrays, measure, written, tuple(sizes) if sizes is not None else None)
         shape = (len(correct), len(positions))
-        if measure not in MEASURES or scores.correct.shape != shape or scores.log_prob.shape != shape:
+        fits = scores.correct.shape == scores.log_prob.shape == shape and len(scores.sizes or positions) == shape[1]
+        if measure not in MEASURES or not fits:
             raise ValueError(f"not the scores of {shape[0]} groups at {shape[1]} positions.")
         return scores
 
@@ -360,7 +368,7 @@ class PositionScores:
         correct, log_prob = (np.concatenate([getattr(p, name) for p in parts]) for name in ("correct", "log_prob"))
         first = parts[0]
         written = WrittenAnswers.joined([p.written for p in parts]) if first.written is not None else None
-        return cls(first.positions, correct, log_prob, first.measure, written)
+        return cls(first.positions, correct, log_prob, first.measure, written, first.sizes)
 
 
 def paired_interval(values: np.ndarray, other: np.ndarray, measure: Measure) -> Interval:

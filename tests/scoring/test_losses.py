@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, build_model
 from peft import get_peft_model
 
-from peft_layerrope import Example, LayerRopeConfig, Split, TaskError
+from peft_layerrope import Example, LayerRopeConfig, PositionScores, Split, TaskError
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tasks import KeyValueWords
 
@@ -58,6 +60,16 @@ def test_one_bucket_is_the_loss_of_transformers(model, batch_tokens):
         assert found == pytest.approx(expected, abs=2e-5)
         if not hasattr(model, "peft_config"):
             assert found == pytest.approx(model(whole(example), labels=whole(example)).loss.item(), abs=2e-5)
+
+
+@pytest.mark.parametrize("num_buckets", [1, 3, 7])
+def test_the_average_is_over_tokens_however_they_are_cut(num_buckets):
+    model, split = build_model("llama"), windows()
+    scores = Scorer(model).bucket_losses(split, num_buckets)
+    expected = np.mean([reference(model, example, 0, whole(example).shape[1]) for example in split.examples])
+    for found in (scores, PositionScores.from_plain(json.loads(json.dumps(scores.to_plain())))):
+        assert -PositionScores.joined([found, found]).average().value == pytest.approx(expected, abs=2e-5)
+        assert -found.utilisation() == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize(("read", "num_buckets"), [(1, 8), (21, 3), (40, 1)])
