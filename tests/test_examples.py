@@ -71,11 +71,11 @@ def lora_run(tmp_path_factory) -> tuple[Path, list[str]]:
 
 def test_train_lora(lora_run, demo_model):
     folder, lines = lora_run
-    shown = dict(re.findall(r"^(LAYER_ROPE.*?): +(\d+\.\d%) right$", "\n".join(lines), re.MULTILINE))
-    assert list(shown) == ["LAYER_ROPE + LoRA", "LAYER_ROPE alone"]
+    shown = dict(re.findall(r"^(with.*?): +(\d+\.\d%) right$", "\n".join(lines), re.MULTILINE))
+    assert list(shown) == ["with the LoRA", "without the LoRA"]
     scaled = PeftModel.from_pretrained(demo_model, EXAMPLES.parent / "hub_configs" / "demo-plain")
     task = KeyValueWords(AutoTokenizer.from_pretrained(peft_layerrope.demo_model_path()), 512)
-    assert shown["LAYER_ROPE alone"] == f"{evaluate(scaled, task, num_groups=2).average().value:.1%}"
+    assert shown["without the LoRA"] == f"{evaluate(scaled, task, num_groups=2).average().value:.1%}"
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:  # the keys of any LoRA for a Llama
         assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in file.keys()  # noqa: SIM118
         assert not any("base_layer" in key or "rotary" in key for key in file.keys())  # noqa: SIM118
