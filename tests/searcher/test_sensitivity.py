@@ -205,7 +205,7 @@ def test_errors_name_value_and_expectation(arguments, message):
 
 
 def test_errors_of_others_come_before_any_work(monkeypatch):
-    monkeypatch.setattr("peft_layerrope.adapted.get_peft_model", lambda *args: pytest.fail("work"))
+    monkeypatch.setattr("peft_layerrope.base_model.get_peft_model", lambda *args: pytest.fail("work"))
     with pytest.raises(InvalidConfigError, match="has no effect with rope_type='default'"):
         measure(build_model("llama"), factor=2.0)
     with pytest.raises(SearchError, match=r"weights\[1\]=0.0 must"):
