@@ -168,7 +168,7 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 def _plan(
     model: PeftModel, scorer: Scorer, task: Task, settings: SearchSettings, windows: Windows, started: float
 ) -> GradientPlan:
-    spent, probe = since(started), densely_asked(task, 1)
+    spent, probe = since(started), densely_asked(task, "search", 1)
     tokens = len(windows[0]) if windows else _text_tokens(model, probe)
     rates = measured_rates(model, scorer, probe, tokens)
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
@@ -218,8 +218,8 @@ def _splits(
     """The search, the validation and the test split, which share no context."""
     searched = prepared(task, found) if isinstance(task, PromptTask) and found is not None else task
     made = (
-        densely_asked(searched, contexts_to_ask(searched, schedule.search_contexts)),
-        task.split("validation", available(task, "validation", schedule.validation_contexts)),
+        densely_asked(searched, "search", contexts_to_ask(searched, schedule.search_contexts)),
+        densely_asked(task, "validation", available(task, "validation", schedule.validation_contexts)),
         task.split("test", settings.test_groups),
     )
     check_disjoint(made)
