@@ -228,21 +228,14 @@ def test_a_search_that_replaces_another_is_not_taken_for_it_when_it_is_interrupt
 
 
 def test_ray_does_not_take_the_signal_away(monkeypatch):
-    pytest.importorskip("ray")
-    from peft_layerrope.searcher.ray_workers import RayWorkers
+    ray = pytest.importorskip("ray")
+    from peft_layerrope import RayWorkers
 
-    class Greedy:
-        @staticmethod
-        def is_initialized() -> bool:
-            return False
-
-        @staticmethod
-        def init(**options: object) -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    workers, before = RayWorkers(1), signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(workers, "_ray", Greedy)
-    workers._start_ray(1)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    RayWorkers(1)._start_ray(1)
     assert signal.getsignal(signal.SIGTERM) == before
 
 

@@ -408,12 +408,12 @@ class ModelEvaluator:
     def measure(self, vectors: Sequence[Factors], heat: int) -> list[HeatScores]:
         """See [`Evaluator`]."""
         scores = self.score(vectors, heat)
-        found = []
-        for vector in vectors:
-            values = scores[vector].utilisation_by_group(self._objective, self._weights)
-            tail = scores[vector].correct[:, -1]
-            found.append(HeatScores(tuple(values.tolist()), tuple(tail.astype(float).tolist())))
-        return found
+        return [self.heat_scores(scores[vector]) for vector in vectors]
+
+    def heat_scores(self, scores: PositionScores) -> HeatScores:
+        """Returns what a search needs of a vector's full scores."""
+        values = scores.utilisation_by_group(self._objective, self._weights)
+        return HeatScores(tuple(values.tolist()), tuple(scores.correct[:, -1].astype(float).tolist()))
 
     def score(self, vectors: Sequence[Factors], heat: int) -> dict[Factors, PositionScores]:
         """Returns the full scores of each vector on a heat.

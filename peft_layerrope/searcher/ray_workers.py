@@ -5,176 +5,105 @@ from __future__ import annotations
 import io
 import logging
 import os
-import platform
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import field, replace
+from functools import cache, partial
+from importlib.util import find_spec
+from typing import Annotated, Any, NamedTuple
 
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
+from pydantic import Field
 from torch import nn
 
 from ..base_model import ModelSource, load_base
+from ..declaration import declared
 from ..errors import LayerRopeError, SearchError
-from ..messages import is_integer, is_number, named, one_line
+from ..messages import one_line
 from ..scoring.scores import PositionScores
 from ..tuner.sites import embedding_table, find_stack
 from .evaluator import HeatScores, ModelEvaluator, cut_into_chunks
 from .space import Factors
 
+with suppress(ImportError):  # RayWorkers says that it is missing
+    import ray
 
-@dataclass(frozen=True)
-class Reply:
+CHUNKS_PER_WORKER = 3
+"""Pieces a request is cut into, for each worker: a fast one, or one that joins late, takes more of them."""
+
+
+class Reply(NamedTuple):
     """What a worker returns of one chunk."""
 
-    values: dict[Factors, Any]
+    scores: dict[Factors, PositionScores]
     batch_tokens: int
     layers_run: int
     layers_asked: int
 
 
-class Actor:
-    """Lives in a worker process. `__init__` does nothing, so that what goes wrong comes back as an ordinary error."""
-
-    def __init__(self) -> None:
-        self._evaluator: ModelEvaluator | None = None
-
-    def start(self, spec: dict[str, Any], batch_tokens: int, check: bool) -> tuple[str, HeatScores | None]:
-        """Loads the model; returns where this is, and with `check` the scores of the unscaled model on heat 0."""
-        torch.set_num_threads(spec["threads"])
-        if spec["source"] is None:
-            model = torch.load(io.BytesIO(spec["model"]), map_location=spec["device"], weights_only=False)
-        else:
-            model = get_peft_model(_load(spec), spec["adapter"])
-        self._model, self._make = model, spec["make"]
-        self._evaluator = self._make(model, batch_tokens=batch_tokens)
-        scores = self._evaluator.measure([unscaled(model)], 0)[0] if check else None
-        return f"process {os.getpid()} on {platform.node()}", scores
-
-    def run(self, method: str, vectors: list[Factors], heat: int, batch_tokens: int) -> Reply:
-        """Scores vectors with batches of at most `batch_tokens`; fewer, and the reply says so, if memory runs out."""
-        if self._evaluator.batch_tokens != batch_tokens:
-            self._evaluator = self._make(self._model, batch_tokens=batch_tokens)
-        evaluator = self._evaluator
-        before = evaluator.layers_run, evaluator.layers_asked
-        if method == "measure":
-            values = dict(zip(vectors, evaluator.measure(vectors, heat), strict=True))
-        else:
-            values = evaluator.score(vectors, heat)
-        run, asked = evaluator.layers_run - before[0], evaluator.layers_asked - before[1]
-        return Reply(values, evaluator.batch_tokens, run, asked)
-
-
-def _load(spec: dict[str, Any]) -> nn.Module:
-    source = spec["source"]
-    if isinstance(source, str):
-        source = ModelSource(source, dtype=spec["dtype"])
-    if isinstance(source, ModelSource):
-        return load_base(source if source.device_map is not None else replace(source, device=spec["device"]))
-    return spec["source"]().to(spec["device"])
-
-
-def unscaled(model: nn.Module) -> Factors:
-    """The vector that changes nothing."""
-    return (1.0,) * len(find_stack(model.get_base_model()).layers)
-
-
-CHUNKS_PER_WORKER = 3
-"""Pieces a request is cut into, for each worker: a fast one, or one that joins late, takes more of them."""
-
-_POLL = 0.5  # seconds between two looks at the clock while nothing happens
-_RESUMABLE = "What was measured is kept where the search has a folder: it can be resumed from there."
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a pool gives up: after so many deaths; without a worker, or without an answer, for so many seconds."""
-
-    max_deaths: int
-    start_timeout: float
-    chunk_timeout: float
-
-
-@dataclass(eq=False)
-class _Worker:
-    """One actor as the searching process sees it.
-
-    Attributes:
-        number: 0, 1, ...; a replacement keeps it.
-        actor: its Ray handle.
-        pending: the reply it owes: to `start`, or of `chunk`.
-        since: when that was asked for.
-        place: where it runs; None until it has started.
-        chunk: what it is working on.
-        prefixes: beginnings of the vectors it was given, whose layers it probably has in store.
+class Worker:
+    """A process with its own copy of the model. Where it dies, Ray makes it anew from the same `recipe`: references
+    to what loads the model, what makes an evaluator of it, and the number of threads.
     """
 
-    number: int
-    actor: Any
-    pending: Any
-    since: float
-    place: str | None = None
-    chunk: list[Factors] | None = None
-    prefixes: set[Factors] = field(default_factory=set)
+    def __init__(self, recipe: list[Any]) -> None:
+        load, self._make, threads = ray.get(recipe)
+        torch.set_num_threads(threads)
+        self._model = load()
+        self._evaluator: ModelEvaluator | None = None
 
-    def known_depth(self, chunk: Sequence[Factors]) -> int:
-        """How many leading layers of a vector of `chunk` this worker has seen."""
-        return max(next((depth for depth in range(len(v), 0, -1) if v[:depth] in self.prefixes), 0) for v in chunk)
+    def score(self, vectors: list[Factors], heat: int, batch_tokens: int) -> Reply:
+        """Scores vectors with batches of at most `batch_tokens`; fewer, and the reply says so, if memory runs out."""
+        if self._evaluator is None or self._evaluator.batch_tokens != batch_tokens:
+            self._evaluator = self._make(self._model, batch_tokens=batch_tokens)
+        evaluator = self._evaluator
+        run, asked = evaluator.layers_run, evaluator.layers_asked
+        scores = evaluator.score(vectors, heat)
+        return Reply(scores, evaluator.batch_tokens, evaluator.layers_run - run, evaluator.layers_asked - asked)
+
+
+def _load(source: Any, adapter: PeftConfig, device: str, dtype: str) -> nn.Module:
+    """Loads the model in a worker, and gives it the adapter whose factors are searched."""
+    if isinstance(source, str):
+        source = ModelSource(source, dtype=dtype)
+    if not isinstance(source, ModelSource):
+        return get_peft_model(source().to(device), adapter)
+    return get_peft_model(load_base(source if source.device_map else replace(source, device=device)), adapter)
+
+
+def _sent(model: nn.Module, device: str) -> Callable[[], nn.Module]:
+    """Returns what makes a copy of this process's model in another one."""
+    buffer = io.BytesIO()
+    try:
+        # torch's format and not plain pickle: it can be read onto another device, and keeps tied weights tied
+        torch.save(model, buffer, pickle_module=ray.cloudpickle)
+    except Exception as error:  # whatever the model's own classes raise
+        raise SearchError(
+            f"the model cannot be sent to Ray workers ({one_line(error)}): pass model_source=."
+        ) from error
+    buffer.seek(0)
+    return partial(torch.load, buffer, map_location=device, weights_only=False)
 
 
 class WorkerPool:
-    """The workers of one search, as an [`Evaluator`].
+    """The workers of one search, as an [`Evaluator`]. `options` are Ray's for a [`Worker`], `recipe` is its own."""
 
-    Args:
-        ray: the module.
-        local: this process's evaluator.
-        spec: what a worker starts from.
-        expected: scores of the unscaled model on heat 0 that each worker must reproduce; None: any.
-        num_workers: how many.
-        resources: options of their actors.
-        limits: deaths and waiting times.
-    """
-
-    def __init__(
-        self,
-        ray: ModuleType,
-        local: ModelEvaluator,
-        spec: dict[str, Any],
-        expected: HeatScores | None,
-        num_workers: int,
-        resources: dict[str, Any],
-        limits: Limits,
-    ) -> None:
-        self._ray = ray
-        self._local = local
-        self._expected = expected
-        self._resources = resources
-        self._limits = limits
+    def __init__(self, local: ModelEvaluator, settings: RayWorkers, options: dict[str, Any], *recipe: Any) -> None:
+        self._local, self._settings, self._options = local, settings, options
+        self._unscaled = (1.0,) * len(find_stack(local.model.get_base_model()).layers)
+        self._expected = cache(self._unscaled_scores)
         self._batch_tokens = local.batch_tokens
         self._layers_run = self._layers_asked = 0
-        self._actor_class = ray.remote(Actor)
-        self._spec = ray.put(spec)
-        self._last_alive = time.monotonic()
-        self._deaths: list[str] = []
-        self._workers: list[_Worker] = []
-        self._closed = False
-        for number in range(num_workers):
-            self._workers.append(self._new_worker(number))
-
-    @property
-    def deaths(self) -> int:
-        """Workers that died so far."""
-        return len(self._deaths)
-
-    @property
-    def places(self) -> dict[int, str]:
-        """Number of each worker that has started, and where it runs."""
-        return {worker.number: worker.place for worker in self._workers if worker.place is not None}
+        self._recipe = [ray.put(part) for part in recipe]  # kept, for workers that are made anew
+        actor = ray.remote(Worker).options(**options)
+        self._workers = [actor.remote(self._recipe) for _ in range(settings.num_workers)]
+        self._idle: list[Any] = []
+        self._pending: dict[Any, tuple[Any, list[Factors] | None]] = {}  # of every call its worker and its chunk
+        for worker in self._workers:
+            self._check(worker)
 
     @property
     def layers_run(self) -> int:
@@ -192,213 +121,113 @@ class WorkerPool:
         return len(self._workers)
 
     def measure(self, vectors: Sequence[Factors], heat: int) -> list[HeatScores]:
+        """See [`Evaluator`]; raises what `score` does."""
+        scores = self.score(vectors, heat)
+        return [self._local.heat_scores(scores[vector]) for vector in vectors]
+
+    def score(self, vectors: Sequence[Factors], heat: int) -> dict[Factors, PositionScores]:
         """See [`Evaluator`].
 
         Raises:
-            SearchError: too many workers died, none could be started, or one failed.
+            SearchError: a worker failed, died too often, or computes something else than this process; or none started.
             TaskError: a worker's memory does not suffice for a single row.
         """
-        scores = self._request("measure", vectors, heat)
-        return [scores[vector] for vector in vectors]
+        chunks = cut_into_chunks(vectors, CHUNKS_PER_WORKER * len(self._workers))
+        while True:
+            todo, replies = list(chunks), []
+            while len(replies) < len(chunks):
+                while todo and self._idle:
+                    worker, chunk = self._idle.pop(), todo.pop()
+                    self._pending[worker.score.remote(chunk, heat, self._batch_tokens)] = worker, chunk
+                self._take_answer(todo, replies)
+            self._batch_tokens = min([self._batch_tokens, *(reply.batch_tokens for reply in replies)])
+            # Other padding rounds differently: where memory ran out, all is done again with batches that fit everywhere
+            if all(reply.batch_tokens == self._batch_tokens for reply in replies):
+                return dict(sorted(pair for reply in replies for pair in reply.scores.items()))
 
-    def score(self, vectors: Sequence[Factors], heat: int) -> dict[Factors, PositionScores]:
-        """See [`Evaluator`]; raises what `measure` does."""
-        return self._request("score", vectors, heat)
-
-    def wait_until_ready(self, count: int | None = None) -> None:
-        """Waits until `count` workers, or all, have loaded the model.
-
-        Raises:
-            SearchError: they did not within the time for starting, or their scores are not this process's.
-            LayerRopeError: the model could not be loaded.
-        """
-        wanted = len(self._workers) if count is None else count
-        deadline = time.monotonic() + self._limits.start_timeout
-        with self._closing_on_error():
-            while len(self.places) < wanted:
-                if time.monotonic() > deadline:
-                    raise SearchError(self._too_late())
-                self._answers({}, [])
+    def wait_for(self, count: int) -> None:
+        """Waits until so many workers have loaded the model and passed the check; raises what `score` does."""
+        while len(self._idle) < count:
+            self._take_answer([], [])
 
     def close(self) -> None:
         """Ends the workers."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._ray.is_initialized():
+        if ray.is_initialized():
             for worker in self._workers:
-                self._ray.kill(worker.actor)
-        self._workers.clear()
-        self._spec = None
+                ray.kill(worker)
 
-    def _request(self, method: str, vectors: Sequence[Factors], heat: int) -> dict[Factors, Any]:
-        """Has every distinct vector done by somebody."""
-        if self._closed:
-            raise SearchError("the Ray workers of this search were closed.")
-        wanted = sorted(set(vectors))
-        found: dict[Factors, Any] = {}
-        todo = cut_into_chunks(wanted, CHUNKS_PER_WORKER * len(self._workers))
-        with self._closing_on_error():
-            while len(found) < len(wanted):
-                for worker in self._workers:
-                    if todo and worker.pending is None:
-                        self._hand_out(worker, todo.pop(self._choice(worker, todo)), method, heat)
-                self._answers(found, todo)
-        return {vector: found[vector] for vector in wanted}
+    def _unscaled_scores(self, batch_tokens: int) -> HeatScores:
+        """What this process finds of the unscaled model on heat 0."""
+        same = self._local.batch_tokens == batch_tokens
+        evaluator = self._local if same else self._local.recipe()(self._local.model, batch_tokens=batch_tokens)
+        return evaluator.measure([self._unscaled], 0)[0]
 
-    @contextmanager
-    def _closing_on_error(self) -> Iterator[None]:
-        """Ends the workers when a request fails: their answers would belong to nobody."""
-        try:
-            yield
-        except BaseException:
-            self.close()
-            raise
+    def _check(self, worker: Any) -> None:
+        """Has a worker that is being made, also anew, score the unscaled model; Ray repeats that if it dies again."""
+        call = worker.score.options(max_task_retries=-1)
+        self._pending[call.remote([self._unscaled], 0, self._batch_tokens)] = worker, None
 
-    def _new_worker(self, number: int) -> _Worker:
-        actor = self._actor_class.options(**self._resources).remote()
-        check = self._expected is not None
-        return _Worker(number, actor, actor.start.remote(self._spec, self._batch_tokens, check), time.monotonic())
-
-    def _choice(self, worker: _Worker, todo: Sequence[list[Factors]]) -> int:
-        """Index of the chunk whose beginnings `worker` knows best, compared with the others."""
-        others = [other for other in self._workers if other is not worker]
-
-        def advantage(index: int) -> int:
-            theirs = max((other.known_depth(todo[index]) for other in others), default=0)
-            return worker.known_depth(todo[index]) - theirs
-
-        return max(range(len(todo)), key=advantage)
-
-    def _hand_out(self, worker: _Worker, chunk: list[Factors], method: str, heat: int) -> None:
-        worker.chunk, worker.since = chunk, time.monotonic()
-        worker.pending = worker.actor.run.remote(method, chunk, heat, self._batch_tokens)
-        worker.prefixes.update(vector[:depth] for vector in chunk for depth in range(1, len(vector)))
-
-    def _answers(self, found: dict[Factors, Any], todo: list[list[Factors]]) -> None:
-        """Waits for the next answers and enters them into `found`; what has to be done again goes to `todo`."""
-        pending = {worker.pending: worker for worker in self._workers if worker.pending is not None}
-        ready, _ = self._ray.wait(list(pending), timeout=_POLL)
-        for reference in ready:
-            worker = pending[reference]
-            try:
-                answer = self._ray.get(reference)
-            except self._ray.exceptions.RayTaskError as error:
-                raise _failure(error, worker) from error
-            except self._ray.exceptions.RayError as error:
-                self._replace(worker, _reason(error), todo)
-                continue
-            worker.pending, chunk, worker.chunk = None, worker.chunk, None
-            self._last_alive = time.monotonic()
-            if chunk is None:
-                self._enter_start(worker, *answer)
-            else:
-                self._enter(answer, chunk, found, todo)
-        self._look_at_the_clock(todo)
-
-    def _enter_start(self, worker: _Worker, place: str, scores: HeatScores | None) -> None:
-        worker.place = place
-        if scores != self._expected:
+    def _take_answer(self, todo: list[list[Factors]], replies: list[Reply]) -> None:
+        """Waits for a worker, and adds its reply to `replies`; where it died, its chunk goes back to `todo`."""
+        limits = self._settings
+        at_work = any(chunk is not None for _, chunk in self._pending.values())
+        ready, _ = ray.wait(list(self._pending), timeout=None if at_work else limits.start_timeout)
+        if not ready:
             raise SearchError(
-                f"Ray worker {worker.number} ({place}) scores the unscaled model differently from this process: its "
-                "weights, dtype, threads, libraries or processor are others. check=False permits that."
+                f"no Ray worker started within {limits.start_timeout:g} s: see cpus_per_worker, gpus_per_worker and "
+                f"start_timeout. Each is to have {self._options}; the cluster has {ray.cluster_resources()}."
             )
-
-    def _enter(self, reply: Reply, chunk: list[Factors], found: dict[Factors, Any], todo: list[list[Factors]]) -> None:
+        worker, chunk = self._pending.pop(ready[0])
+        try:
+            reply = ray.get(ready[0])
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, LayerRopeError):
+                raise error.cause from error
+            raise SearchError(f"a Ray worker failed: {type(error.cause).__name__}: {one_line(error.cause)}") from error
+        except ray.exceptions.RayError as error:
+            if chunk is None:
+                raise SearchError(
+                    f"a Ray worker could not load the model, or died more than max_restarts={limits.max_restarts} "
+                    f"times; a search that has a folder can be resumed. {one_line(str(error).splitlines()[-1])}"
+                ) from error
+            todo.append(chunk)
+            self._check(worker)
+            return
         self._layers_run += reply.layers_run
         self._layers_asked += reply.layers_asked
-        if reply.batch_tokens == self._batch_tokens:
-            found.update(reply.values)
+        self._idle.append(worker)
+        if chunk is not None:
+            replies.append(reply)
             return
-        # Memory ran out. Other padding rounds differently, so this request is done with one batch size throughout.
-        todo.append(chunk)
-        if reply.batch_tokens < self._batch_tokens:
-            self._batch_tokens = reply.batch_tokens
-            if found:
-                todo += cut_into_chunks(list(found), CHUNKS_PER_WORKER * len(self._workers))
-            found.clear()
-
-    def _replace(self, worker: _Worker, reason: str, todo: list[list[Factors]]) -> None:
-        """Puts a new worker in a dead one's place.
-
-        Raises:
-            SearchError: that is one too many.
-        """
-        place = worker.place or "still starting"
-        self._deaths.append(f"worker {worker.number} ({place}): {reason}")
-        if worker.chunk is not None:
-            todo.append(worker.chunk)
-        self._ray.kill(worker.actor)  # where it only does not answer
-        if len(self._deaths) > self._limits.max_deaths:
+        self._batch_tokens = min(self._batch_tokens, reply.batch_tokens)
+        found = self._local.heat_scores(reply.scores[self._unscaled])
+        if limits.check and found != self._expected(reply.batch_tokens):
             raise SearchError(
-                f"Ray workers died {self.deaths} times, more than max_deaths={self._limits.max_deaths}; the last was "
-                f"{self._deaths[-1]} {_RESUMABLE}"
+                "a Ray worker scores the unscaled model differently from this process: its weights, dtype, threads, "
+                "libraries or processor are others. check=False permits that."
             )
-        self._workers[self._workers.index(worker)] = self._new_worker(worker.number)
-
-    def _look_at_the_clock(self, todo: list[list[Factors]]) -> None:
-        now = time.monotonic()
-        for worker in list(self._workers):
-            if worker.chunk is not None and now - worker.since > self._limits.chunk_timeout:
-                self._replace(worker, f"no answer within {self._limits.chunk_timeout:g} s.", todo)
-        if any(worker.place is not None for worker in self._workers):
-            self._last_alive = now
-        elif now - self._last_alive > self._limits.start_timeout:
-            raise SearchError(self._too_late())
-
-    def _too_late(self) -> str:
-        wanted = {name: self._resources[name] for name in ("num_cpus", "num_gpus")}
-        has = {name: self._ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
-        died = f" {self.deaths} died, the last was {self._deaths[-1]}" if self._deaths else ""
-        return (
-            f"{len(self.places)} of {len(self._workers)} Ray workers started within {self._limits.start_timeout:g} s. "
-            f"Each needs {wanted}, the cluster has {has}; see num_workers, cpus_per_worker, gpus_per_worker and "
-            f"start_timeout.{died} {_RESUMABLE}"
-        )
 
 
-def _failure(error: Any, worker: _Worker) -> Exception:
-    """The error to raise for one that a worker's code raised: its own where it is one of ours."""
-    cause = error.cause
-    if isinstance(cause, LayerRopeError):
-        return type(cause)(str(cause))
-    place = worker.place or "while starting"
-    return SearchError(f"Ray worker {worker.number} ({place}) failed: {type(cause).__name__}: {one_line(cause)}")
-
-
-def _reason(error: Exception) -> str:
-    """What Ray says of a death, without its advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(("class_name:", "actor_id:", "pid:", "namespace:", "ip:"))]
-    return f"{type(error).__name__}: {' '.join(told[:2])}"[:400]
-
-
+@declared(SearchError)
 class RayWorkers:
     """Has a search's evaluations done by Ray workers: `search(..., distribute=RayWorkers(2))`.
 
-    A worker that dies, or does not answer in time, is replaced, and its work is done again.
+    Ray replaces a worker that dies, and its work is done again.
 
     Args:
         num_workers: how many processes, each with its own copy of the model and its own store of shared layers.
-        address: of a Ray cluster, as for `ray.init`; default: the Ray that is running in this process or that
-            `RAY_ADDRESS` names, else one of its own on this machine.
-        model_source: where each worker loads the model: a Hub id or folder that every node can read, a `ModelSource`,
-            or a function that returns the model. Default: this process sends its own copy through Ray's object store.
+        address: of a Ray cluster; default: this process's Ray, that of `RAY_ADDRESS`, or one of its own.
+        model_source: a Hub id or folder that every node can read, a `ModelSource`, or a function that returns the
+            model; default: this process sends its own.
         device: of the workers' models; default: the kind this process's model is on.
         dtype: a torch dtype's name, for a `model_source` that is a name; default: that of this process's model.
-        threads_per_worker: CPU threads of each; default: as many as this process has, because sums are split by
-            threads, and only the same number gives the same bits.
+        threads_per_worker: default: as many as this process has; sums are split by threads, so others give other bits.
         cpus_per_worker: what is asked of Ray; default: the number of threads.
         gpus_per_worker: what is asked of Ray; default: 1 if the workers' device is a GPU.
-        max_deaths: how many workers may die during one search.
+        max_restarts: how often Ray replaces each worker.
         start_timeout: seconds without any worker at all after which the search gives up.
-        chunk_timeout: seconds after which a worker that has not answered counts as dead.
-        check: refuse a worker that scores the unscaled model differently from this process, in any bit: its weights,
-            dtype, threads or processor are others. False where the workers have to compute on other hardware; they
-            should then all have the same.
-
-    Raises:
-        SearchError: Ray is not installed, or a number is out of range.
+        check: refuse a worker that scores the unscaled model differently from this process, in any bit. False where
+            the workers have to compute on other hardware; they should then all have the same.
 
     Example:
     ```py
@@ -407,153 +236,73 @@ class RayWorkers:
     ```
     """
 
-    def __init__(
-        self,
-        num_workers: int,
-        address: str | None = None,
-        model_source: str | ModelSource | Callable[[], nn.Module] | None = None,
-        *,
-        device: str | None = None,
-        dtype: str | None = None,
-        threads_per_worker: int | None = None,
-        cpus_per_worker: float | None = None,
-        gpus_per_worker: float | None = None,
-        max_deaths: int = 10,
-        start_timeout: float = 600,
-        chunk_timeout: float = 3600,
-        check: bool = True,
-    ) -> None:
-        counts = {"num_workers": (num_workers, 1), "max_deaths": (max_deaths, 0)}
-        if threads_per_worker is not None:
-            counts["threads_per_worker"] = threads_per_worker, 1
-        for name, (value, minimum) in counts.items():
-            if not is_integer(value) or value < minimum:
-                raise SearchError(f"{name}={value!r} must be an integer of at least {minimum}.")
-        for name, value, allowed in (
-            ("cpus_per_worker", cpus_per_worker, cpus_per_worker is None or _at_least_zero(cpus_per_worker)),
-            ("gpus_per_worker", gpus_per_worker, gpus_per_worker is None or _at_least_zero(gpus_per_worker)),
-            ("start_timeout", start_timeout, _at_least_zero(start_timeout) and start_timeout > 0),
-            ("chunk_timeout", chunk_timeout, _at_least_zero(chunk_timeout) and chunk_timeout > 0),
-        ):
-            if not allowed:
-                least = "at least 0" if name.endswith("worker") else "more than 0"
-                raise SearchError(f"{name}={named(value)} must be a number of {least}.")
-        self._ray = _import_ray()
-        self._num_workers = num_workers
-        self._address = address
-        self._model_source = model_source
-        self._device = device
-        self._dtype = dtype
-        self._threads = threads_per_worker
-        self._cpus = cpus_per_worker
-        self._gpus = gpus_per_worker
-        self._limits = Limits(max_deaths, start_timeout, chunk_timeout)
-        self._check = check
-        self._started_ray = False
-        self._pool: WorkerPool | None = None
+    num_workers: Annotated[int, Field(ge=1)]
+    address: str | None = None
+    model_source: Any = None
+    device: str | None = None
+    dtype: str | None = None
+    threads_per_worker: Annotated[int, Field(ge=1)] | None = None
+    cpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = None
+    max_restarts: Annotated[int, Field(ge=0)] = 10
+    start_timeout: Annotated[float, Field(gt=0)] = 600
+    check: bool = True
+    _to_close: Any = field(init=False, repr=False, default_factory=ExitStack)
+
+    def __post_init__(self) -> None:
+        if find_spec("ray") is None:
+            raise SearchError("distributing a search needs Ray: pip install 'peft-layerrope[ray]'")
 
     def __call__(self, local: ModelEvaluator) -> WorkerPool:
         """Starts workers for one search, in place of those of an earlier one, and waits for the first of them.
 
-        Args:
-            local: this process's evaluator; it says what the workers do, and is what they are compared with.
-
         Raises:
-            SearchError: Ray cannot be reached, the model cannot be sent, or no worker started.
-            LayerRopeError: a worker could not load the model.
+            SearchError: Ray cannot be reached, the model cannot be sent or loaded, or no worker started.
         """
-        if self._pool is not None:
-            self._pool.close()
-        model = local.model.get_base_model()
-        weight = embedding_table(model)
-        threads = self._threads or torch.get_num_threads()
-        device = self._device or weight.device.type
-        on_gpu = device.split(":")[0] not in ("cpu", "meta")
-        resources = {
-            "num_cpus": threads if self._cpus is None else self._cpus,
-            "num_gpus": int(on_gpu) if self._gpus is None else self._gpus,
+        self.close()
+        model, weight = local.model, embedding_table(local.model.get_base_model())
+        threads = self.threads_per_worker or torch.get_num_threads()
+        device, dtype = self.device or weight.device.type, self.dtype or str(weight.dtype).removeprefix("torch.")
+        options = {
+            "num_cpus": threads if self.cpus_per_worker is None else self.cpus_per_worker,
+            "num_gpus": int(not device.startswith("cpu")) if self.gpus_per_worker is None else self.gpus_per_worker,
             "scheduling_strategy": "SPREAD",
-            "max_restarts": 0,  # a worker that comes back by itself would have no model
+            "max_restarts": self.max_restarts,
         }
-        self._start_ray(resources["num_cpus"])
-        spec = {
-            "make": local.recipe(),
-            "adapter": local.model.peft_config[local.model.active_adapter],
-            "source": self._model_source,
-            "model": None if self._model_source is not None else self._packed(local.model),
-            "device": device,
-            "dtype": self._dtype or str(weight.dtype).removeprefix("torch."),
-            "threads": threads,
-        }
-        expected = local.measure([unscaled(local.model)], 0)[0] if self._check else None
-        self._pool = WorkerPool(self._ray, local, spec, expected, self._num_workers, resources, self._limits)
-        self._pool.wait_until_ready(1)
-        return self._pool
+        self._start_ray(options["num_cpus"])
+        adapter = model.peft_config[model.active_adapter]
+        load = partial(_load, self.model_source, adapter, device, dtype) if self.model_source else _sent(model, device)
+        pool = WorkerPool(local, self, options, load, local.recipe(), threads)
+        self._to_close.callback(pool.close)
+        pool.wait_for(1)
+        return pool
 
     def _start_ray(self, cpus_per_worker: float) -> None:
-        ray = self._ray
         if ray.is_initialized():
             return
-        address = self._address or os.environ.get("RAY_ADDRESS") or "local"
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
         if address == "local":
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             # an actor that asks for more than there is would wait for ever
-            wanted = int(-(-self._num_workers * cpus_per_worker // 1))
+            wanted = int(-(-self.num_workers * cpus_per_worker // 1))
             options |= {"num_cpus": max(os.cpu_count() or 1, wanted), "include_dashboard": False}
+        at_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            with _keeping_sigterm():  # Ray would end this process with status 15 and without a word
-                ray.init(**options)
+            ray.init(**options)
         except (OSError, RuntimeError, ValueError) as error:
             raise SearchError(f"Ray at {address!r} cannot be used: {one_line(error)}") from error
-        self._started_ray = True
-
-    def _packed(self, model: nn.Module) -> bytes:
-        buffer = io.BytesIO()
-        try:
-            # torch's format and not plain pickle: it can be read onto another device, and keeps tied weights tied
-            torch.save(model, buffer, pickle_module=self._ray.cloudpickle)
-        except Exception as error:  # whatever the model's own classes raise
-            raise SearchError(
-                f"the model cannot be sent to Ray workers ({one_line(error)}): pass model_source=, a name or a "
-                "function from which they load it."
-            ) from error
-        return buffer.getvalue()
+        finally:  # Ray's own handler would end this process with status 15 and without a word
+            if at_sigterm is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, at_sigterm)
+        self._to_close.callback(ray.shutdown)
 
     def close(self) -> None:
         """Ends the workers, and Ray if this object started it."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-        if self._started_ray:
-            self._ray.shutdown()
-            self._started_ray = False
+        self._to_close.close()
 
     def __enter__(self) -> RayWorkers:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-@contextmanager
-def _keeping_sigterm() -> Iterator[None]:
-    """Puts what happens at SIGTERM back afterwards."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-
-def _at_least_zero(value: Any) -> bool:
-    return is_number(value) and value >= 0
-
-
-def _import_ray() -> ModuleType:
-    try:
-        import ray
-    except ImportError as error:
-        raise SearchError("distributing a search needs Ray: pip install 'peft-layerrope[ray]'") from error
-    return ray
