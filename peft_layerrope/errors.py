@@ -29,13 +29,13 @@ class NotEnoughMemoryError(TaskError):
     """Not even a single prompt fits into memory."""
 
 
-class RunFolderError(LayerRopeError, ValueError):
-    """A folder's run cannot be begun, or gone on with: it is another one, damaged, or somebody is at work in it."""
-
-
 class HubError(LayerRopeError):
     """The Hub did not do what was asked; the message says why, and what to do."""
 
 
 class SearchError(LayerRopeError, ValueError):
     """A search was asked for with settings that cannot work."""
+
+
+class RunFolderError(SearchError, TaskError):
+    """A folder's run cannot be begun, or gone on with: it is another one, damaged, or somebody is at work in it."""

@@ -19,7 +19,7 @@ from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from .. import __version__
-from ..errors import InvalidConfigError, LayerRopeError, RunFolderError, SearchError, TaskError
+from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
 from ..files import WriteError
 from ..scoring.memory import is_out_of_memory
 
@@ -36,7 +36,7 @@ err = Console(stderr=True)
 
 USAGE_ERROR, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
 _OUT_OF_MEMORY_ADVICE = "use a smaller model or --dtype, shorter prompts, or a larger device."
-_USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError, RunFolderError)
+_USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError)
 
 
 @contextmanager
