@@ -278,13 +278,13 @@ def _print(comparison: Comparison, name: str, remarks: list[str]) -> None:
         out.print(line, highlight=False, markup=False)
     if len(comparison.scores) == 1:
         label, scores = next(iter(comparison.scores.items()))
-        out.print(position_table(scores, f"{name}, {label}"))
+        out.print(position_table(scores, f"{name}, {label}").to_rich())
         return
-    out.print(summary_table(comparison, name))
+    out.print(summary_table(comparison, name).to_rich())
     tables = by_position_tables(comparison, "By position")
     tables += forced_by_position_tables(comparison, "By position, teacher-forced")
     for table in (*tables, written_table(comparison)):
         if table is not None:
-            out.print(table)
+            out.print(table.to_rich())
     for line in fitness_remark(comparison.scores):
         out.print(line, highlight=False, markup=False)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender, contending
 from ..errors import TaskError, UnsupportedModelError
+from ..report import Table, Unit
 from ..scoring.batching import rotation_depends_on_length
 from ..scoring.scorer import Scorer
 from ..scoring.scores import Interval, mean_interval
@@ -21,8 +22,8 @@ from ..tasks import Example, Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import without_memory
 from ..tuner.sites import find_stack, model_type, text_config
-from .measuring import Measuring, Unit, factor_vector, held_out, interval_dict, measured_on, need_positions
-from .section import COLOURS, GREY, Section, SectionFigure, SectionTable, draw_line, legend_below, new_figure, to_png
+from .measuring import Measuring, factor_vector, held_out, interval_dict, measured_on, need_positions
+from .section import COLOURS, GREY, Section, SectionFigure, draw_line, legend_below, new_figure, to_png
 
 EAGER = "eager"
 _TRIAL = (0, 1, 2, 3)  # ids that every vocabulary has
@@ -330,7 +331,7 @@ def _where(up: list[int], down: list[int]) -> str:
     return f"; {' and '.join(parts)}" if parts else ""
 
 
-def _table(title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.ndarray) -> SectionTable:
+def _table(title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.ndarray) -> Table:
     rows = []
     for column, layer in enumerate(layers):
         cells = []
@@ -340,7 +341,7 @@ def _table(title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.n
             cells.append(values + ("*" if change.excludes_zero() else ""))
         rows.append((str(layer), *cells))
     header = ("layer", *(f"gold {place}" for place in PLACES))
-    return SectionTable(header, tuple(rows), f"{title} ({unit.symbol})", _LEGEND, ())
+    return Table(header, tuple(rows), f"{title} ({unit.symbol})", _LEGEND, ())
 
 
 def _figure(

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..comparison.contenders import Contender
 from ..errors import SearchError
+from ..report import NATS, Table, Unit, legend, unit_of
 from ..scoring.scores import Interval
 from ..searcher.genome import BezierGenome
 from ..searcher.space import FactorGrid, Factors, FactorSpace, default_scaled_layers
@@ -15,22 +16,18 @@ from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
 from .measuring import (
-    U_LEGEND,
     Measuring,
-    Unit,
     factor_vector,
     held_out,
     in_force,
     interval_dict,
-    legend,
     log_prob_difference,
     measure,
     measured_on,
-    unit_of,
     utilisation_difference,
     with_factors,
 )
-from .section import COLOURS, Section, SectionFigure, SectionTable, new_figure, to_png
+from .section import COLOURS, Section, SectionFigure, new_figure, to_png
 
 NAME = "control-points"
 DEFAULT_GROUPS = 50
@@ -162,13 +159,13 @@ def run_control_points(
                 "as the curve" if same else _label(vector),
                 unit.value(scores[vector].utilisation()),
                 "0" if same else unit.change(changes[vector]),
-                "0" if same else _nats(log_prob_difference(scores[vector], scores[curve])),
+                "0" if same else NATS.change(log_prob_difference(scores[vector], scores[curve])),
             )
         )
     header = ("moved", "factors", "U" if split.measure == "accuracy" else unit.name, "Δ", "Δ gold log-prob's U")
     caption = (
         f"Each coordinate moved by ±{step:g}, at most to its limit, and rounded to the grid as in the search. Δ: to "
-        "the curve itself. " + legend(split.measure, U_LEGEND)
+        "the curve itself. " + legend(header, split.measure)
     )
     return Section(
         name=NAME,
@@ -176,7 +173,7 @@ def run_control_points(
         question="How much does the result depend on each coordinate of the Bézier curve?",
         measured=measured + in_force(config),
         findings=tuple(_findings(tried, changes, curve, final, unit)),
-        tables=(SectionTable(header, tuple(rows), caption=caption, text_columns=(0, 1)),),
+        tables=(Table(header, tuple(rows), caption=caption, text_columns=(0, 1)),),
         figures=(_tornado(tried, changes, unit, measured),),
         data={
             "task": task.describe(),
@@ -259,7 +256,3 @@ def _move_dict(move: Move, change: Interval) -> dict[str, object]:
 
 def _label(factors: Factors) -> str:
     return " ".join(f"{factor:g}" for factor in factors)
-
-
-def _nats(interval: Interval) -> str:
-    return f"{interval.value:+.3f} ± {(interval.high - interval.low) / 2:.3f}"

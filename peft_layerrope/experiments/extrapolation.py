@@ -9,32 +9,12 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
 from ..errors import TaskError
-from ..scoring.scores import Interval, PositionScores, perplexity, rank_key
+from ..report import Table, Unit, legend, perplexity_of, unit_of
+from ..scoring.scores import Interval, PositionScores, rank_key
 from ..tasks import Task
 from ..tuner.sites import trained_window
-from .measuring import (
-    AVERAGE_LEGEND,
-    Measuring,
-    Unit,
-    held_out,
-    interval_dict,
-    legend,
-    measure,
-    measured_on,
-    unit_of,
-    verdict,
-)
-from .section import (
-    COLOURS,
-    Section,
-    SectionFigure,
-    SectionTable,
-    draw_line,
-    legend_below,
-    new_figure,
-    percent_axis,
-    to_png,
-)
+from .measuring import Measuring, held_out, interval_dict, measure, measured_on, verdict
+from .section import COLOURS, Section, SectionFigure, draw_line, legend_below, new_figure, percent_axis, to_png
 
 NAME = "extrapolation"
 DEFAULT_GROUPS = 30
@@ -162,22 +142,22 @@ def _tables(
     labels: list[str],
     unit: Unit,
     window: int,
-) -> tuple[SectionTable, ...]:
+) -> tuple[Table, ...]:
     header = ("contender", *(f"{length} tokens ({length / window:g}×)" for length in scores))
     measure_name = next(iter(next(iter(scores.values())).values())).measure
-    caption = legend(measure_name, AVERAGE_LEGEND) + " Matched: by length over trained window."
+    caption = legend([unit.name], measure_name) + " Matched: by length over trained window."
     values = [(label, *(unit.mean(by_label[label].average()) for by_label in scores.values())) for label in labels]
     changes = [(label, *(unit.change(by_label[label]) for by_label in gains.values())) for label in labels[1:]]
     tables = [
-        SectionTable(header, tuple(values), f"{unit.name} ({unit.symbol})".capitalize(), caption),
-        SectionTable(header, tuple(changes), f"Difference to {labels[0]} ({unit.step})"),
+        Table(header, tuple(values), f"{unit.name} ({unit.symbol})".capitalize(), caption),
+        Table(header, tuple(changes), f"Difference to {labels[0]} ({unit.step})"),
     ]
     if measure_name == "loss":
         perplexities = [
-            (label, *(f"{perplexity(-by_label[label].average().value):.2f}" for by_label in scores.values()))
+            (label, *(perplexity_of(by_label[label].average().value) for by_label in scores.values()))
             for label in labels
         ]
-        tables.insert(1, SectionTable(header, tuple(perplexities), "Perplexity"))
+        tables.insert(1, Table(header, tuple(perplexities), "Perplexity"))
     return tuple(table for table in tables if table.rows)
 
 

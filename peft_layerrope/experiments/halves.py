@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
+from ..report import Table, legend, score_cells, unit_of
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
 from .measuring import (
@@ -13,17 +14,14 @@ from .measuring import (
     held_out,
     in_force,
     interval_dict,
-    legend,
     measure,
     measured_on,
-    score_cells,
     score_header,
     scores_dict,
-    unit_of,
     verdict,
     with_factors,
 )
-from .section import Section, SectionFigure, SectionTable, draw_positions, legend_below, new_figure, to_png
+from .section import Section, SectionFigure, draw_positions, legend_below, new_figure, to_png
 
 NAME = "halves"
 DEFAULT_GROUPS = 100
@@ -71,16 +69,17 @@ def run_halves(
     unit, measured = unit_of(split.measure), measured_on(model, task, split)
     gains = {label: scores[label].paired_difference(scores[NO_SCALING]) for label in (FIRST, LAST, ALL)}
     short = {label: scores[label].paired_difference(scores[ALL]) for label in (FIRST, LAST)}
+    names = score_header(split.measure)
     rows = [
         (
             label,
             _layers(label, len(factors)),
-            *score_cells(scores[label]),
+            *score_cells(scores[label], names).values(),
             unit.change(gains[label]) if label in gains else "",
         )
         for label in scores
     ]
-    header = ("factors on", "layers", *score_header(split.measure), "Δ to none")
+    header = ("factors on", "layers", *names, "Δ to none")
     figures = ()
     if split.measure == "accuracy":
         figure, (axes,) = new_figure()
@@ -98,7 +97,7 @@ def run_halves(
             verdict(f"Scaling {ALL}", NO_SCALING, gains[ALL], unit),
             *(verdict(f"Scaling the {label} alone", f"scaling {ALL}", short[label], unit) for label in (FIRST, LAST)),
         ),
-        tables=(SectionTable(header, tuple(rows), caption=legend(split.measure), text_columns=(0, 1)),),
+        tables=(Table(header, tuple(rows), caption=legend(header, split.measure), text_columns=(0, 1)),),
         figures=figures,
         data={
             "task": task.describe(),

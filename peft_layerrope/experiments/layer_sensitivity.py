@@ -9,17 +9,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich import box
-from rich.table import Table
 from torch import nn
 
+from ..report import Table, unit_of
 from ..searcher.progress import SearchProgress, SilentProgress
 from ..searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
 from ..searcher.space import format_layers
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
 from .measuring import Measuring, in_force
-from .section import Section, SectionFigure, SectionTable
+from .section import Section, SectionFigure
 
 NAME = "sensitivity"
 DEFAULT_GROUPS = 16
@@ -57,15 +56,6 @@ def run_sensitivity(
         batch_tokens=measuring.batch_tokens,
         progress=_Borrowed(measuring.audience),
     )
-    rows = [
-        (str(layer), *(cell for effect in result.of_layer(layer) for cell in _cells(effect))) for layer in result.layers
-    ]
-    header = ("layer", *(name for factor in result.factors for name in (f"{factor:g}: U", "Δ")))
-    caption = (
-        "Only that layer is scaled. U: context utilisation of the accuracies in %, "
-        f"{100 * result.accuracy:.1f} unscaled. Δ: change of the gold log-prob's U in nats, from {result.log_prob:.3f} "
-        "unscaled. *: the paired 95 % interval over contexts excludes 0, as it does for 1 in 20 by chance."
-    )
     picture = io.BytesIO()
     plot_sensitivity(result, picture, result.subtitle())
     return Section(
@@ -74,7 +64,7 @@ def run_sensitivity(
         question="Which layers does scaling matter to?",
         measured=result.subtitle() + in_force(config),
         findings=tuple(line[:1].upper() + line[1:] for line in result.advice()),
-        tables=(SectionTable(header, tuple(rows), caption=caption, text_columns=()),),
+        tables=(sensitivity_table(result),),
         figures=(SectionFigure("layers", "Effect of scaling one layer by several factors.", picture.getvalue()),),
         data=result.to_dict(),
     )
@@ -96,38 +86,31 @@ class _Borrowed(SilentProgress):
         self._audience.note(text)
 
 
-def _cells(effect: LayerEffect) -> tuple[str, str]:
-    change = effect.log_prob_change
-    return f"{100 * effect.accuracy:.1f}", f"{change.value:+.3f}{'*' if change.excludes_zero() else ''}"
-
-
 _DPI = 150
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
 _MOST_FACTORS_BESIDE = 4  # more do not fit into 80 columns
 _GROUP_WIDTH = 0.6  # of the points of one layer, where the distance of two layers is 1
 
 
-def sensitivity_table(result: Sensitivity, title: str) -> Table:
-    """Returns U and the change of the gold log-probability's U as a rich table of at most 80 columns.
-
-    It has a line for each layer; with more than four factors a line for each layer and factor.
+def sensitivity_table(result: Sensitivity, title: str = "") -> Table:
+    """Returns U and the change of the gold log-probability's U: a line for each layer; with more than four factors a
+    line for each layer and factor.
     """
-    table = Table(
-        title=title, caption=_legend(result), box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left"
-    )
     beside = len(result.factors) <= _MOST_FACTORS_BESIDE
-    table.add_column("layer", overflow="fold", min_width=5)
-    cells = "loss, Δ" if _is_loss(result) else "U, Δ"
-    for header in [f"{factor:g}: {cells}" for factor in result.factors] if beside else ["factor", f" {cells}"]:
-        table.add_column(header, no_wrap=True)
+    name = "loss" if _is_loss(result) else "U"
+    header = [cell for factor in result.factors for cell in (f"{factor:g}: {name}", "Δ")] if beside else [name, "Δ"]
+    rows = []
     for layer in result.layers:
-        effects = result.of_layer(layer)
+        lines = [(f"{effect.factor:g}", *_cells(result, effect)) for effect in result.of_layer(layer)]
         if beside:
-            table.add_row(_label(result, layer), *(_cell(result, effect) for effect in effects))
-            continue
-        for effect in effects:
-            table.add_row(_label(result, layer), f"{effect.factor:g}", _cell(result, effect))
-    return table
+            lines = [tuple(cell for _, *cells in lines for cell in cells)]
+        rows += [(_label(result, layer), *line) for line in lines]
+    return Table(("layer", *([] if beside else ["factor"]), *header), tuple(rows), title, _legend(result))
+
+
+def change_style(cell: str) -> str:
+    """The style of a cell of [`sensitivity_table`] in a terminal."""
+    return "" if not cell.endswith("*") else "green" if cell.startswith("+") else "red"
 
 
 def _label(result: Sensitivity, layer: int) -> str:
@@ -139,13 +122,10 @@ def _is_loss(result: Sensitivity) -> bool:
     return result.split.get("measure") == "loss"
 
 
-def _cell(result: Sensitivity, effect: LayerEffect) -> str:
+def _cells(result: Sensitivity, effect: LayerEffect) -> tuple[str, str]:
     change = effect.log_prob_change
-    text = f"{change.value:+7.3f}"
-    if change.excludes_zero():
-        text = f"[{'green' if change.value > 0 else 'red'}]{text}*[/]"
-    level = f"{-effect.accuracy:5.3f}" if _is_loss(result) else f"{100 * effect.accuracy:5.1f}"
-    return f"{level} {text}"
+    level = unit_of(result.split.get("measure", "accuracy")).value(effect.accuracy)
+    return level, f"{change.value:+.3f}{'*' if change.excludes_zero() else ''}"
 
 
 def _legend(result: Sensitivity) -> str:

@@ -18,19 +18,20 @@ from ..errors import LayerRopeError, SearchError
 from ..files import UntrustedFileError, read_json_object, write_atomically, writing
 from ..messages import shown
 from ..plots import plot_factors_by_depth
-from ..report import TABLE_LEGEND, format_factors
+from ..report import ACCURACY, escape_markdown, format_factors, times_window, unit_of
 from ..scoring.scores import Interval
+from ..searcher.result import NONE, HeldOutTables
 from ..searcher.space import FactorGrid
+from ..searcher.verdict import Harm
+from ..tasks import Measure
 from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from .control_points import genes_of
-from .measuring import ACCURACY, LOSS, Unit, times_window, verdict
+from .measuring import verdict
 from .report_plan import Ran
 from .section import (
     COLOURS,
     Section,
     SectionFigure,
-    SectionTable,
-    escape_markdown,
     legend_below,
     new_figure,
     percent_axis,
@@ -49,7 +50,8 @@ _Text = Annotated[str, StringConstraints(max_length=200)]
 _Factors = Annotated[list[float], Field(min_length=1, max_length=MAX_LAYERS)]
 _Values = Annotated[list[float], Field(max_length=_MAX_POSITIONS)]
 _Pair = tuple[float, float]
-_OpenPair = tuple[float | None, float | None]  # an end that is not finite is null
+_OpenPair = tuple[float | None, float | None]  # what is not finite is null
+_OpenTriple = tuple[float | None, float | None, float | None]
 
 
 class _Checked(BaseModel):
@@ -57,16 +59,39 @@ class _Checked(BaseModel):
 
 
 class RowScores(_Checked):
-    """Held-out scores of one method: accuracies, or losses."""
+    """Held-out scores of one method: accuracies, or losses; as `PositionScores` sum them up."""
 
     positions: Annotated[list[int], Field(max_length=_MAX_POSITIONS)]
     accuracy_by_position: _Values | None = None
     accuracy_intervals: Annotated[list[_Pair], Field(max_length=_MAX_POSITIONS)] | None = None
     average_accuracy: float | None = None
     average_accuracy_interval: _Pair | None = None
-    utilisation: float | None = None
+    utilised: float | None = Field(None, alias="utilisation")
     average_loss: float | None = None
     average_loss_interval: _OpenPair | None = None
+    written: float | None = Field(None, alias="answers_cut_off")
+
+    @property
+    def measure(self) -> Measure:
+        """Of what the scores are."""
+        return "loss" if self.average_accuracy is None else "accuracy"
+
+    def average(self) -> Interval:
+        """Accuracy, or minus the loss, averaged over all positions, with its interval."""
+        if self.measure == "loss":
+            loss = _number(self.average_loss, math.nan)
+            low, high = self.average_loss_interval or (loss, loss)
+            return Interval(-loss, -_number(high, math.inf), -_number(low, -math.inf))
+        return Interval(self.average_accuracy, *(self.average_accuracy_interval or [self.average_accuracy] * 2))
+
+    @property
+    def value_by_position(self) -> list[float]:
+        """Accuracy by position; where that is not known, one value for all."""
+        return self.accuracy_by_position or [self.average().value]
+
+    def utilisation(self) -> float:
+        """Context utilisation of the accuracies."""
+        return _number(self.utilised, math.nan)
 
 
 class Row(_Checked):
@@ -74,10 +99,24 @@ class Row(_Checked):
 
     name: _Text
     label: _Text
-    layer_factors: _Factors
+    factors: _Factors = Field(alias="layer_factors")
+    search_fitness: float | None = None
     evaluations: int
-    test: RowScores
+    scores: RowScores = Field(alias="test")
+    ordinary_text: Annotated[dict[_Text, _OpenTriple], Field(max_length=_MAX_ROWS)] = {}
     average_accuracy_minus: Annotated[dict[_Text, tuple[float, float, float]], Field(max_length=_MAX_ROWS)] = {}
+    average_loss_minus: Annotated[dict[_Text, _OpenTriple], Field(max_length=_MAX_ROWS)] = {}
+
+    @property
+    def fitness(self) -> float:
+        """On the search split."""
+        return _number(self.search_fitness, math.nan)
+
+    @property
+    def harm(self) -> Harm | None:
+        """What the factors do to ordinary text; None where that was not measured."""
+        found = {name: _interval(values) for name, values in self.ordinary_text.items()}
+        return Harm(found["divergence"], found.get("loss_rise")) if "divergence" in found else None
 
 
 class RecordedTask(_Checked):
@@ -99,10 +138,11 @@ class RecordedSplit(_Checked):
 
 
 class _Settings(_Checked):
+    algorithm: _Text = ""
     grid: FactorGrid = FactorGrid()
 
 
-class SearchRecord(_Checked):
+class SearchRecord(HeldOutTables, _Checked):
     """A search, as `search.json` tells it."""
 
     model: _Text
@@ -127,9 +167,21 @@ class SearchRecord(_Checked):
         """The split that the table is from."""
         return next((split for split in self.splits if split.name == "test"), None)
 
-    def row(self, name: str | None) -> Row | None:
-        """Returns the row of a method, or None."""
-        return next((row for row in self.table if row.name == name), None)
+    def difference(self, name: str, baseline: str) -> Interval | None:
+        """Average accuracy (or minus the loss) of row `name` minus that of `baseline`, if the file has it."""
+        row = self.row(name)
+        if baseline in row.average_loss_minus:
+            loss = _interval(row.average_loss_minus[baseline])
+            return Interval(-loss.value, -loss.high, -loss.low)
+        gap = row.average_accuracy_minus.get(baseline)
+        return Interval(*gap) if gap is not None else None
+
+    def subtitle(self) -> str:
+        """Says in one line what was measured."""
+        if (test := self.test) is None:
+            return self.task.name
+        times = times_window(test.max_tokens, self.model_window)
+        return f"{self.task.name}, {test.max_tokens} tokens{times}, {test.groups} held-out contexts (seed {test.seed})"
 
 
 def read_record(folder: Path) -> SearchRecord:
@@ -160,15 +212,12 @@ def _check(record: SearchRecord) -> None:
     if record.row(record.chosen) is None:
         raise SearchError(f"chosen={shown(record.chosen)} is no row of its table.")
     for row in record.table:
-        scores = row.test
+        scores = row.scores
         if scores.average_accuracy is None and "average_loss" not in scores.model_fields_set:
             raise SearchError(f"row {shown(row.name)} has neither an average_accuracy nor an average_loss.")
         curves = (scores.accuracy_by_position, scores.accuracy_intervals)
         if any(curve is not None and len(curve) != len(scores.positions) for curve in curves):
             raise SearchError(f"row {shown(row.name)} has other than {len(scores.positions)} positions.")
-
-
-_NONE, _UNIFORM = "none", "uniform"
 
 
 def facts(record: SearchRecord, config: LayerRopeConfig) -> list[tuple[str, str]]:
@@ -193,37 +242,21 @@ def facts(record: SearchRecord, config: LayerRopeConfig) -> list[tuple[str, str]
 
 def held_out_section(record: SearchRecord) -> Section:
     """The held-out table, as the search wrote it."""
-    loss = record.table[0].test.average_accuracy is None
-    unit = LOSS if loss else ACCURACY
-    against = [name for name in dict.fromkeys([_UNIFORM, record.better_control]) if record.row(name) is not None]
-    names = {_UNIFORM: "vs uniform"}
-    header = ["method", *(["loss"] if loss else ["accuracy", "worst", "U"])]
-    header += [names.get(name, "vs control") for name in against] + ["tried", "factors"]
-    rows = tuple(
-        (
-            row.label,
-            *_score_cells(row, unit),
-            *(_difference(row, name, unit) for name in against),
-            str(row.evaluations),
-            format_factors(row.layer_factors),
-        )
-        for row in record.table
-    )
-    legend = TABLE_LEGEND.format(what="right answers")
-    caption = f"tried: distinct factor vectors evaluated on the search split. {legend}"
-    test = record.test
-    measured = record.task.name
-    if test is not None:
-        measured += f", {test.max_tokens} tokens{times_window(test.max_tokens, record.model_window)}"
-        measured += f", {test.groups} held-out contexts (seed {test.seed})"
-    curves = _curves(record, measured)
+    unit = unit_of(record.table[0].scores.measure)
+    gaps = {name: record.difference(record.chosen, name) for name in dict.fromkeys([NONE, *record.against])}
+    chosen = record.row(record.chosen).label
+    curves = _curves(record)
     return Section(
         name="held-out",
         title="Held-out comparison of the search",
         question="What did each method find on the search split, and how does it do on examples it has not seen?",
-        measured=measured,
-        findings=tuple(_findings(record, against, unit)),
-        tables=(SectionTable(tuple(header), rows, caption=caption, text_columns=(0, len(header) - 1)),),
+        measured=record.subtitle(),
+        findings=tuple(
+            verdict(f'"{chosen}"', f'"{record.row(name).label}"', gap, unit)
+            for name, gap in gaps.items()
+            if gap is not None and record.row(name) is not None
+        ),
+        tables=(record.held_out_table(),),
         figures=(curves,) if curves is not None else (),
     )
 
@@ -255,26 +288,9 @@ def factors_section(config: LayerRopeConfig) -> Section:
     )
 
 
-def _findings(record: SearchRecord, against: list[str], unit: Unit) -> list[str]:
-    chosen = record.row(record.chosen)
-    gaps = {name: chosen.average_accuracy_minus.get(name) for name in (_NONE, *against)}
-    return [
-        verdict(f'"{chosen.label}"', f'"{record.row(name).label}"', Interval(*gap), unit)
-        for name, gap in gaps.items()
-        if gap is not None and record.row(name) is not None
-    ]
-
-
-def _score_cells(row: Row, unit: Unit) -> list[str]:
-    scores = row.test
-    if scores.average_accuracy is None:
-        loss = _number(scores.average_loss, math.nan)
-        low, high = scores.average_loss_interval or (loss, loss)
-        return [unit.mean(Interval(-loss, -_number(high, math.inf), -_number(low, -math.inf)))]
-    average = scores.average_accuracy
-    worst = min(scores.accuracy_by_position or [average])
-    mean = unit.mean(Interval(average, *(scores.average_accuracy_interval or (average, average))))
-    return [mean, unit.value(worst), "" if scores.utilisation is None else unit.value(scores.utilisation)]
+def _interval(values: _OpenTriple) -> Interval:
+    value, low, high = values
+    return Interval(_number(value, math.nan), _number(low, -math.inf), _number(high, math.inf))
 
 
 def _number(value: float | None, otherwise: float) -> float:
@@ -282,32 +298,27 @@ def _number(value: float | None, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
-def _difference(row: Row, name: str, unit: Unit) -> str:
-    gap = row.average_accuracy_minus.get(name)
-    return "" if gap is None else unit.change(Interval(*gap))
-
-
-def _curves(record: SearchRecord, measured: str) -> SectionFigure | None:
+def _curves(record: SearchRecord) -> SectionFigure | None:
     """Accuracy by position of the methods worth a line."""
-    names = dict.fromkeys([_NONE, _UNIFORM, record.better_control, record.chosen])
-    rows = [row for row in map(record.row, names) if row is not None and row.test.accuracy_by_position is not None]
-    rows = [row for row in rows if len(set(row.test.positions)) > 1]
+    names = dict.fromkeys([NONE, *record.against, record.chosen])
+    rows = [row for row in map(record.row, names) if row is not None and row.scores.accuracy_by_position is not None]
+    rows = [row for row in rows if len(set(row.scores.positions)) > 1]
     if not rows:
         return None
     figure, (axes,) = new_figure()
     for row, colour in zip(rows, (COLOURS[0], COLOURS[1], COLOURS[3], COLOURS[2]), strict=False):
-        x = relative_positions(row.test.positions)
-        if row.test.accuracy_intervals is not None:
-            low, high = zip(*row.test.accuracy_intervals, strict=True)
+        x = relative_positions(row.scores.positions)
+        if row.scores.accuracy_intervals is not None:
+            low, high = zip(*row.scores.accuracy_intervals, strict=True)
             axes.fill_between(x, ACCURACY.shown(low), ACCURACY.shown(high), color=colour, alpha=0.15, linewidth=0)
-        y = ACCURACY.shown(row.test.accuracy_by_position)
+        y = ACCURACY.shown(row.scores.accuracy_by_position)
         axes.plot(x, y, "o-", color=colour, label=plain(row.label), markersize=4)
     axes.set_xlabel("place of the answer in the prompt (0: first, 1: last)")
     percent_axis(axes, ACCURACY)
     legend_below(figure, axes, columns=3)
     caption = "Accuracy over the place of the answer on the held-out split; bands: 95 % Wilson intervals."
     title = "Accuracy by position, held out"
-    return SectionFigure("positions", caption, to_png(figure, title, measured))
+    return SectionFigure("positions", caption, to_png(figure, title, record.subtitle()))
 
 
 def _length(record: SearchRecord) -> str:

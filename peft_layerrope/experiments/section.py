@@ -6,7 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from typing import Any
 
@@ -14,41 +14,15 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from ..errors import SearchError
+from ..report import Table, Unit, escape_markdown, printable, unit_of
 from ..scoring.scores import Interval, PositionScores
-from .measuring import Unit, unit_of
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-
-
-@dataclass(frozen=True)
-class SectionTable:
-    """A table of text.
-
-    Attributes:
-        header: one name per column.
-        rows: cells, as many in each row as in the header.
-        title: what it shows.
-        caption: how to read it.
-        text_columns: indices of the columns that hold words, and are aligned left.
-    """
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    title: str = ""
-    caption: str = ""
-    text_columns: tuple[int, ...] = (0,)
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row) != len(self.header):
-                raise ValueError(f"a row has {len(row)} cells, expected {len(self.header)}: {row}.")
 
 
 @dataclass(frozen=True)
@@ -90,7 +64,7 @@ class Section:
     question: str
     measured: str
     findings: tuple[str, ...]
-    tables: tuple[SectionTable, ...] = ()
+    tables: tuple[Table, ...] = ()
     figures: tuple[SectionFigure, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
@@ -110,16 +84,7 @@ class Section:
             "question": self.question,
             "measured": self.measured,
             "findings": list(self.findings),
-            "tables": [
-                {
-                    "title": table.title,
-                    "header": list(table.header),
-                    "rows": [list(row) for row in table.rows],
-                    "caption": table.caption,
-                    "text_columns": list(table.text_columns),
-                }
-                for table in self.tables
-            ],
+            "tables": [asdict(table) for table in self.tables],
             "figures": [
                 {"name": figure.name, "caption": figure.caption, "file": self.figure_file(figure)}
                 for figure in self.figures
@@ -154,8 +119,8 @@ class Section:
             raise SearchError(f"these are not the values of a section: {error!r}.") from error
 
 
-def _table(values: Mapping[str, Any]) -> SectionTable:
-    return SectionTable(
+def _table(values: Mapping[str, Any]) -> Table:
+    return Table(
         header=tuple(map(str, values["header"])),
         rows=tuple(tuple(map(str, row)) for row in values["rows"]),
         title=str(values["title"]),
@@ -260,14 +225,7 @@ def draw_line(
     )
 
 
-_MARKDOWN_SPECIAL = re.compile(r"[\\`*_\[\]|~$]|^(?:[#>+=-]|\d+(?=[.)]))")
 _TEMPLATE = "report.html.j2"
-_WIDEST_WORD = 20  # in a terminal; longer ones are broken
-
-
-def printable(text: str) -> str:
-    """Returns text without control characters, which could move a terminal's cursor or turn the direction of text."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def to_rich(section: Section) -> Group:
@@ -277,41 +235,8 @@ def to_rich(section: Section) -> Group:
         Text(printable(section.question), style="italic"),
         Text(printable(section.measured), style="dim"),
     ]
-    parts += [_rich_table(table) for table in section.tables]
-    parts += [Text(f"• {printable(finding)}") for finding in section.findings]
-    return Group(*(Padding(part, (1, 0, 0, 0)) if isinstance(part, Table) else part for part in parts))
-
-
-def _rich_table(table: SectionTable) -> Table:
-    rendered = Table(
-        title=Text(printable(table.title)) if table.title else None,
-        caption=Text(printable(table.caption)) if table.caption else None,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-    )
-    for index, name in enumerate(table.header):
-        words = [word for cell in (name, *(row[index] for row in table.rows)) for word in cell.split()]
-        rendered.add_column(
-            Text(printable(name)),
-            justify="left" if index in table.text_columns else "right",
-            overflow="fold",
-            min_width=min(max(map(len, words), default=1), _WIDEST_WORD),  # cells break between words alone
-        )
-    for row in table.rows:
-        rendered.add_row(*(Text(printable(cell)) for cell in row))
-    return rendered
-
-
-def escape_markdown(text: str) -> str:
-    """Returns text that Markdown shows as it is: in one line, and free of markup and HTML."""
-    text = printable(" ".join(text.split()))
-    text = text.replace("&", "&amp;").replace("<", "&lt;")
-    return _MARKDOWN_SPECIAL.sub(_escaped, text)
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
+    parts += [Padding(table.to_rich(), (1, 0, 0, 0)) for table in section.tables]
+    return Group(*parts, *(Text(f"• {printable(finding)}") for finding in section.findings))
 
 
 def code_markdown(text: str) -> str:
@@ -331,22 +256,12 @@ def to_markdown(section: Section, figures_at: str = "", level: int = 1) -> str:
     blocks = [f"{'#' * level} {escape_markdown(section.title)}", f"*{escape_markdown(section.question)}*"]
     blocks.append("\n".join(f"- {escape_markdown(finding)}" for finding in section.findings))
     blocks.append(escape_markdown(section.measured))
-    blocks += [table_markdown(table) for table in section.tables]
+    blocks += [table.to_markdown() for table in section.tables]
     for figure in section.figures:
         blocks.append(f"![{escape_markdown(figure.caption)}]({figures_at}{section.figure_file(figure)})")
     if section.command:
         blocks.append(code_markdown(section.command))
     return "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def table_markdown(table: SectionTable) -> str:
-    """Returns a table as Markdown, with its title before and its caption after."""
-    lines = [table.header, ["---" if i in table.text_columns else "---:" for i in range(len(table.header))]]
-    cells = [[escape_markdown(cell) for cell in table.header], lines[1]]
-    cells += [[escape_markdown(cell) for cell in row] for row in table.rows]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in cells)
-    parts = [f"**{escape_markdown(table.title)}**" if table.title else "", body, escape_markdown(table.caption)]
-    return "\n\n".join(part for part in parts if part)
 
 
 def to_html(

@@ -13,13 +13,12 @@ from torch import nn
 from ..comparison.contenders import Contender
 from ..errors import SearchError
 from ..messages import is_number
+from ..report import ACCURACY, Table, legend, score_cells
 from ..scoring.scores import Interval, PositionScores, difference_interval, proportion_interval, rank_key
 from ..tasks import Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
 from .measuring import (
-    ACCURACY,
-    SCORE_LEGEND,
     Measuring,
     Thirds,
     held_out,
@@ -28,7 +27,6 @@ from .measuring import (
     measure,
     measured_on,
     need_positions,
-    score_cells,
     score_header,
     utilisation_difference,
     with_factors,
@@ -37,7 +35,6 @@ from .section import (
     COLOURS,
     Section,
     SectionFigure,
-    SectionTable,
     draw_line,
     legend_below,
     new_figure,
@@ -89,12 +86,13 @@ def _section(
     model: nn.Module, task: Task, split: Split, config: LayerRopeConfig, scores: dict[float, PositionScores]
 ) -> Section:
     changes = {factor: utilisation_difference(of_one, scores[1.0]) for factor, of_one in scores.items()}
+    names = score_header("accuracy")
     rows = [
-        (f"{factor:g}", *score_cells(of_one), "" if factor == 1 else ACCURACY.change(changes[factor]))
+        (f"{factor:g}", *score_cells(of_one, names).values(), "" if factor == 1 else ACCURACY.change(changes[factor]))
         for factor, of_one in scores.items()
     ]
     measured = measured_on(model, task, split)
-    table = SectionTable(("factor", *score_header("accuracy"), "ΔU to 1"), tuple(rows), "", SCORE_LEGEND, ())
+    table = Table(("factor", *names, "ΔU to 1"), tuple(rows), "", legend(names, "accuracy"), ())
     return Section(
         name=NAME,
         title="One uniform factor",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,21 @@ from typing import Any
 import numpy as np
 from peft.utils import CONFIG_NAME
 
-from .. import plots, report
+from .. import plots
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, CardError, HeldOut, model_card, save_card
 from ..files import replacing_files, to_json
 from ..messages import public_name
+from ..report import (
+    Table,
+    fitness_remark,
+    format_factors,
+    legend,
+    meanings,
+    right_answers,
+    score_cells,
+    times_window,
+    unit_of,
+)
 from ..scoring.preflight import Preflight
 from ..scoring.scores import Interval, PositionScores, rank_key
 from ..tasks import Measure
@@ -120,8 +131,72 @@ class ResultTable:
         return self[name].scores.paired_difference(self[baseline].scores)
 
 
+_AGAINST = {NONE: "vs none", UNIFORM: "vs uniform", BOUNDED: "vs uniform"}
+
+
+class HeldOutTables:
+    """The tables and curves of a search, the same of one that has just ended and of what its `search.json` tells.
+
+    Each has a `table` of rows, the `chosen` one, the `better_control` and the `settings`, and knows differences.
+    """
+
+    def row(self, name: str | None) -> TableRow | None:
+        """Returns the row of a method, or None."""
+        return next((row for row in self.table if row.name == name), None)
+
+    @property
+    def against(self) -> tuple[str, ...]:
+        """The rows that others are compared with in tables."""
+        names = (NONE, BOUNDED) if self.settings.algorithm == "gradient" else (UNIFORM, self.better_control)
+        return tuple(name for name in names if self.row(name) is not None)
+
+    def scores_table(self, title: str = "") -> Table:
+        """Returns the held-out scores of every method, and their paired differences to the simpler ones."""
+        rows = []
+        for row in self.table:
+            cells = score_cells(row.scores, ("accuracy", "worst", "U", "loss", "perplexity"))
+            gaps = [self.difference(row.name, name) if name != row.name else None for name in self.against]
+            gains = ["" if gap is None else unit_of(row.scores.measure).gain(gap) for gap in gaps]
+            rows.append((row.label, *cells.values(), *gains))
+        header = ("method", *cells, *(_AGAINST.get(name, "vs control") for name in self.against))
+        return Table(header, tuple(rows), title, self._legend(header))
+
+    def choice_table(self) -> Table:
+        """Returns what each method chose on the search split, and what it does to ordinary text where that is known."""
+        harmed = all(row.harm is not None for row in self.table)
+        rows = []
+        for row in self.table:
+            line = [row.label, str(row.evaluations), f"{row.fitness:.3f}"]
+            if harmed:
+                rise = row.harm.loss_rise
+                line += [f"{row.harm.divergence.value:.4f}", f"{rise.value:+.4f}" if rise is not None else "–"]
+            rows.append((*line, format_factors(row.factors)))
+        header = ("method", "tried", "fitness", *(("KL", "text loss") if harmed else ()), "factors")
+        title = "Chosen on the search split"
+        return Table(header, tuple(rows), title, meanings(header), (0, len(header) - 1))
+
+    def held_out_table(self) -> Table:
+        """Returns both side by side, for a model card or a report."""
+        scores, choice = self.scores_table(), self.choice_table()
+        kept = [i for i, name in enumerate(choice.header) if name not in ("method", "fitness")]
+        header, *rows = (
+            (*left, *(right[i] for i in kept))
+            for left, right in zip((scores.header, *scores.rows), (choice.header, *choice.rows), strict=True)
+        )
+        return Table(header, tuple(rows), "", self._legend(header), (0, len(header) - 1))
+
+    def _legend(self, header: Sequence[str]) -> str:
+        first = next(iter(self.table)).scores
+        return legend(header, first.measure, right_answers(first), gains=True)
+
+    def curves_to_plot(self) -> dict[str, PositionScores]:
+        """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""
+        rows = map(self.row, dict.fromkeys([NONE, *self.against, self.chosen]))
+        return {row.label: row.scores for row in rows if row is not None}
+
+
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(HeldOutTables):
     """Result of [`search`].
 
     Attributes:
@@ -219,6 +294,10 @@ class SearchResult:
     def _measure(self) -> Measure:
         return next(iter(self.table)).scores.measure
 
+    def difference(self, name: str, baseline: str) -> Interval:
+        """Average accuracy (or minus the loss) of row `name` minus that of `baseline`, with a paired 95 % interval."""
+        return self.table.difference(name, baseline)
+
     def _difference(self, name: str, baseline: str) -> tuple[float, float, float]:
         """In accuracy, or in the loss itself rather than minus it; with its 95 % interval."""
         gap = self.table.difference(name, baseline)
@@ -264,23 +343,16 @@ class SearchResult:
 
     def _held_out(self) -> HeldOut:
         """What the model card says of the search."""
-        others = [name for name in self.against if name in self.table and name != self.chosen]
+        others = [name for name in self.against if name != self.chosen]
         return HeldOut(
             self.table[self.chosen].scores,
             self.task,
             self.subtitle(),
-            report.markdown_table(self.table, self.against),
+            self.held_out_table().to_markdown(),
             self.remarks(with_time=False),
-            {f'"{self.table[name].label}"': self.table.difference(self.chosen, name) for name in others},
+            {f'"{self.table[name].label}"': self.difference(self.chosen, name) for name in others},
             self.base,
         )
-
-    @property
-    def against(self) -> tuple[str, ...]:
-        """The rows that others are compared with in tables."""
-        if self._by_gradients:
-            return (NONE, BOUNDED)
-        return (UNIFORM, *([self.better_control] if self.better_control is not None else []))
 
     @property
     def better_control(self) -> str | None:
@@ -292,7 +364,7 @@ class SearchResult:
         """Returns what a reader should know beside the table: cost, guards, edges, and how sure the choice is."""
         looked = [
             *(self.preflight.remarks() if self.preflight is not None else []),
-            *report.fitness_remark({row.label: row.scores for row in self.table}),
+            *fitness_remark({row.label: row.scores for row in self.table}),
         ]
         if self._by_gradients:
             return [self.notes[0], *looked, *self.notes[1:], *self._time_and_edges(with_time)]
@@ -345,13 +417,8 @@ class SearchResult:
         """Says in one line what was measured."""
         test = next(split for split in self.splits if split["name"] == "test")
         length = test["max_tokens"]
-        times = f" = {length / self.model_window:.1f}× the trained window" if self.model_window else ""
+        times = times_window(length, self.model_window)
         return f"{self.task['name']}, {length} tokens{times}, {test['groups']} held-out contexts"
-
-    def curves_to_plot(self) -> dict[str, PositionScores]:
-        """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""
-        names = dict.fromkeys([NONE, *self.against, self.chosen])
-        return {self.table[name].label: self.table[name].scores for name in names if name in self.table}
 
     def gain_over_harm(self) -> dict[str, tuple[Interval, Interval]] | None:
         """Returns for each row the harm to ordinary text in nats, and the held-out gain over no scaling in points of
