@@ -146,7 +146,7 @@ def sensitivity_command(
         finally:  # also where nobody reads what is printed
             if plot is not None:
                 with writing(plot):
-                    plot_sensitivity(result, plot, result.subtitle())
+                    plot.write_bytes(plot_sensitivity(result))
             if json_output is not None:
                 write_json(json_output, result.to_dict())
 

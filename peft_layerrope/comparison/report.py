@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ..plots import plot_by_position
@@ -140,9 +139,9 @@ def comparison_markdown(comparison: Comparison) -> str:
     return "\n\n".join([*parts, *fitness_remark(comparison.scores)]) + "\n"
 
 
-def plot_comparison(comparison: Comparison, path: str | Path) -> None:
+def plot_comparison(comparison: Comparison) -> bytes:
     """Draws every contender's scores over the position, with 95 % bands, as PNG."""
-    plot_by_position(comparison.scores, path, describe_setting(comparison))
+    return plot_by_position(comparison.scores, describe_setting(comparison))
 
 
 def _is_on(value: Any) -> bool:

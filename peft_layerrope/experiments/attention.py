@@ -13,6 +13,7 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender, contending
 from ..errors import TaskError, UnsupportedModelError
+from ..plots import COLOURS, GREY, draw_line, new_figure, to_png
 from ..report import Table, Unit
 from ..scoring.batching import rotation_depends_on_length
 from ..scoring.scorer import Scorer
@@ -23,7 +24,7 @@ from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import without_memory
 from ..tuner.sites import find_stack, model_type, text_config
 from .measuring import Measuring, factor_vector, held_out, interval_dict, measured_on, need_positions
-from .section import COLOURS, GREY, Section, SectionFigure, draw_line, legend_below, new_figure, to_png
+from .section import Section, SectionFigure
 
 EAGER = "eager"
 _TRIAL = (0, 1, 2, 3)  # ids that every vocabulary has
@@ -347,9 +348,9 @@ def _table(title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.n
 def _figure(
     kind: str, title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.ndarray, measured: str
 ) -> SectionFigure:
-    figure, panels = new_figure(height=3.6, panels=len(PLACES), sharey=True)
+    figure, panels = new_figure(height=3.6, columns=len(PLACES), sharey=True)
     for index, (axes, place) in enumerate(zip(panels, PLACES, strict=True)):
-        for values, label, colour, shift in ((old, NO_SCALING, GREY, -0.08), (new, ADAPTER, COLOURS[2], 0.08)):
+        for values, label, colour, shift in ((old, NO_SCALING, GREY, -0.08), (new, ADAPTER, COLOURS[0], 0.08)):
             intervals: list[Interval] = [mean_interval(column) for column in values[index].T]
             draw_line(axes, layers, intervals, unit, label, colour, shift)
         axes.set_title(f"gold {place}", fontsize=9)
@@ -357,6 +358,5 @@ def _figure(
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(f"{unit.name} ({unit.symbol})")
     panels[0].set_ylim(0, min(panels[0].get_ylim()[1], 1.03 * unit.scale))  # no share is above 1
-    legend_below(figure, panels[0])
     caption = f"{title} by layer, with the gold first, in the middle and last; bars: 95 % intervals over contexts."
     return SectionFigure(kind, caption, to_png(figure, title, measured))

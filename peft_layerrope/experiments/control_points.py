@@ -8,6 +8,7 @@ from torch import nn
 
 from ..comparison.contenders import Contender
 from ..errors import SearchError
+from ..plots import COLOURS, new_figure, to_png
 from ..report import NATS, Table, Unit, legend, unit_of
 from ..scoring.scores import Interval
 from ..searcher.genome import BezierGenome
@@ -27,7 +28,7 @@ from .measuring import (
     utilisation_difference,
     with_factors,
 )
-from .section import COLOURS, Section, SectionFigure, new_figure, to_png
+from .section import Section, SectionFigure
 
 NAME = "control-points"
 DEFAULT_GROUPS = 50
@@ -228,7 +229,7 @@ def _tornado(tried: list[Move], changes: dict[Factors, Interval], unit: Unit, me
         change, y = changes[move.factors], order.index(move.coordinate) + 0.2 * move.sign
         value, low, high = unit.shown([change.value, change.low, change.high])
         low, high = min(low, high), max(low, high)
-        axes.barh(y, value, height=0.38, color=COLOURS[1] if move.sign > 0 else COLOURS[2], alpha=0.85)
+        axes.barh(y, value, height=0.38, color=COLOURS[1] if move.sign > 0 else COLOURS[0], alpha=0.85)
         axes.errorbar(value, y, xerr=[[value - low], [high - value]], color="0.25", elinewidth=1, capsize=2)
         axes.annotate(
             f"{move.after:.2f}", (1, y), (4, 0), ("axes fraction", "data"), "offset points", fontsize=7, va="center"
@@ -238,8 +239,7 @@ def _tornado(tried: list[Move], changes: dict[Factors, Interval], unit: Unit, me
     axes.set_yticks(range(len(order)), [f"{coordinate} = {values[coordinate]:.2f}" for coordinate in order])
     axes.set_xlabel(f"change of {'U' if unit.scale > 0 else unit.name} ({unit.step}); right: the value moved to")
     axes.barh(0, 0, color=COLOURS[1], label="moved up")
-    axes.barh(0, 0, color=COLOURS[2], label="moved down")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    axes.barh(0, 0, color=COLOURS[0], label="moved down")
     caption = "Change of U when one coordinate of the curve is moved; lines: paired 95 % intervals over contexts."
     return SectionFigure("tornado", caption, to_png(figure, "Each control point, moved", measured))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
+from ..plots import draw_positions, new_figure, to_png
 from ..report import Table, legend, score_cells, unit_of
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
@@ -21,7 +22,7 @@ from .measuring import (
     verdict,
     with_factors,
 )
-from .section import Section, SectionFigure, draw_positions, legend_below, new_figure, to_png
+from .section import Section, SectionFigure
 
 NAME = "halves"
 DEFAULT_GROUPS = 100
@@ -84,7 +85,6 @@ def run_halves(
     if split.measure == "accuracy":
         figure, (axes,) = new_figure()
         draw_positions(axes, scores, band=False)
-        legend_below(figure, axes)
         caption = "Accuracy over the place of the answer with the adapter's factors on a part of the layers."
         figures = (SectionFigure("positions", caption, to_png(figure, "Factors on half of the layers", measured)),)
     return Section(

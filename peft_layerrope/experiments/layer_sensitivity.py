@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import nn
 
-from ..report import Table, unit_of
+from ..plots import COLOURS, draw_line, new_figure, to_png, unit_axis
+from ..report import NATS, Table, Unit, unit_of
 from ..searcher.progress import SearchProgress, SilentProgress
 from ..searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
 from ..searcher.space import format_layers
@@ -56,8 +51,6 @@ def run_sensitivity(
         batch_tokens=measuring.batch_tokens,
         progress=_Borrowed(measuring.audience),
     )
-    picture = io.BytesIO()
-    plot_sensitivity(result, picture, result.subtitle())
     return Section(
         name=NAME,
         title="One layer at a time",
@@ -65,7 +58,7 @@ def run_sensitivity(
         measured=result.subtitle() + in_force(config),
         findings=tuple(line[:1].upper() + line[1:] for line in result.advice()),
         tables=(sensitivity_table(result),),
-        figures=(SectionFigure("layers", "Effect of scaling one layer by several factors.", picture.getvalue()),),
+        figures=(SectionFigure("layers", "Effect of scaling one layer by several factors.", plot_sensitivity(result)),),
         data=result.to_dict(),
     )
 
@@ -86,8 +79,6 @@ class _Borrowed(SilentProgress):
         self._audience.note(text)
 
 
-_DPI = 150
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
 _MOST_FACTORS_BESIDE = 4  # more do not fit into 80 columns
 _GROUP_WIDTH = 0.6  # of the points of one layer, where the distance of two layers is 1
 
@@ -122,10 +113,13 @@ def _is_loss(result: Sensitivity) -> bool:
     return result.split.get("measure") == "loss"
 
 
+def _unit(result: Sensitivity) -> Unit:
+    return unit_of(result.split.get("measure", "accuracy"))
+
+
 def _cells(result: Sensitivity, effect: LayerEffect) -> tuple[str, str]:
     change = effect.log_prob_change
-    level = unit_of(result.split.get("measure", "accuracy")).value(effect.accuracy)
-    return level, f"{change.value:+.3f}{'*' if change.excludes_zero() else ''}"
+    return _unit(result).value(effect.accuracy), f"{change.value:+.3f}{'*' if change.excludes_zero() else ''}"
 
 
 def _legend(result: Sensitivity) -> str:
@@ -144,68 +138,32 @@ def _legend(result: Sensitivity) -> str:
     return legend
 
 
-def plot_sensitivity(result: Sensitivity, path: str | Path, subtitle: str) -> None:
-    """Draws the change of the gold log-probability's U with 95 % intervals, and U of the accuracies, as PNG.
-
-    Args:
-        result: what to draw: a point for each layer and factor.
-        path: file to write.
-        subtitle: what was measured, under the title.
+def plot_sensitivity(result: Sensitivity) -> bytes:
+    """Draws the change of the gold log-probability's U with 95 % intervals, and U of the accuracies, as PNG: a point
+    for each layer and factor.
     """
-    width = min(max(7.2, 2.2 + 0.09 * len(result.effects)), 14)
-    figure = Figure(figsize=(width, 6.4), layout="constrained")
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-    loss = _is_loss(result)
-    scale = -1 if loss else 100
+    figure, (upper, lower) = new_figure(6.4, rows=2, sharex=True, height_ratios=(3, 2))
+    figure.set_figwidth(min(max(figure.get_figwidth(), 2.2 + 0.09 * len(result.effects)), 14))
+    loss, unit = _is_loss(result), _unit(result)
     for number, factor in enumerate(result.factors):
         effects = [effect for effect in result.effects if effect.factor == factor]
         shift = _GROUP_WIDTH * ((number + 0.5) / len(result.factors) - 0.5)
         x = [result.layers.index(effect.layer) + shift for effect in effects]
-        colour = _COLOURS[number % len(_COLOURS)]
-        changes = [effect.log_prob_change for effect in effects]
-        error = np.array([[c.value - c.low for c in changes], [c.high - c.value for c in changes]])
-        error[~np.isfinite(error)] = 0  # an infinite interval has no bar
-        upper.errorbar(
-            x,
-            [c.value for c in changes],
-            yerr=error,
-            fmt="o",
-            color=colour,
-            markersize=4,
-            elinewidth=1.2,
-            capsize=2,
-            label=f"× {factor:g}",
-        )
-        lower.plot(x, [scale * effect.accuracy for effect in effects], "o", color=colour, markersize=4)
+        colour = COLOURS[number % len(COLOURS)]
+        draw_line(upper, x, [e.log_prob_change for e in effects], NATS, f"× {factor:g}", colour, fmt="o")
+        lower.plot(x, unit.shown([effect.accuracy for effect in effects]), "o", color=colour, markersize=4)
     upper.axhline(0, color="black", linewidth=0.8, label="unscaled")
-    lower.axhline(scale * result.accuracy, color="black", linewidth=0.8)
+    lower.axhline(unit.shown(result.accuracy), color="black", linewidth=0.8)
+    unit_axis(lower, unit)
     upper.set_ylabel("nats saved" if loss else "change of U of the\ngold log-prob (nats)")
     lower.set(ylabel="loss (nats)" if loss else "U of the accuracy (%)", xlabel="layer that is scaled")
-    if not loss:
-        lower.set_ylim(-3, 103)
-    for axes in (upper, lower):
-        _style(axes, result)
-    figure.suptitle("Effect of scaling one layer", x=0.02, ha="left")
-    upper.set_title(subtitle, loc="left", fontsize=8, color="0.35")
-    figure.legend(
-        *upper.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(len(result.factors) + 1, 6),
-        frameon=False,
-        fontsize=8,
-        title="factor of the layer; bars: paired 95 % intervals over contexts",
-        title_fontsize=8,
-    )
-    figure.savefig(path, dpi=_DPI)
-
-
-def _style(axes: Axes, result: Sensitivity) -> None:
-    """Layers as ticks, evenly spaced also where some were left out, with a band behind every other one."""
     count = len(result.layers)
-    for position in range(1, count, 2):
-        axes.axvspan(position - 0.5, position + 0.5, color="0.96", linewidth=0, zorder=0)
     step = -(-count // 40)
-    axes.set_xticks(range(0, count, step), [str(layer) for layer in result.layers[::step]])
-    axes.set_xlim(-0.5, count - 0.5)
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.spines[["top", "right"]].set_visible(False)
+    for axes in (upper, lower):  # layers evenly spaced, also where some were left out, every other one on a band
+        for position in range(1, count, 2):
+            axes.axvspan(position - 0.5, position + 0.5, color="0.96", linewidth=0, zorder=0)
+        axes.set_xticks(range(0, count, step), [str(layer) for layer in result.layers[::step]])
+        axes.set_xlim(-0.5, count - 0.5)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+    title = "Effect of scaling one layer by a factor; bars: paired 95 % intervals over contexts"
+    return to_png(figure, title, result.subtitle())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -17,8 +16,8 @@ from ..declaration import converted
 from ..errors import LayerRopeError, SearchError
 from ..files import UntrustedFileError, read_json_object, write_atomically, writing
 from ..messages import shown
-from ..plots import plot_factors_by_depth
-from ..report import ACCURACY, escape_markdown, format_factors, times_window, unit_of
+from ..plots import plot_by_position, plot_factors_by_depth
+from ..report import escape_markdown, format_factors, times_window, unit_of
 from ..scoring.scores import Interval
 from ..searcher.result import NONE, HeldOutTables
 from ..searcher.space import FactorGrid
@@ -28,19 +27,7 @@ from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from .control_points import genes_of
 from .measuring import verdict
 from .report_plan import Ran
-from .section import (
-    COLOURS,
-    Section,
-    SectionFigure,
-    legend_below,
-    new_figure,
-    percent_axis,
-    plain,
-    relative_positions,
-    to_html,
-    to_markdown,
-    to_png,
-)
+from .section import Section, SectionFigure, to_html, to_markdown
 
 RECORD_NAME = "search.json"
 _MAX_BYTES = 64 * 2**20  # its history has a line for every generation
@@ -88,6 +75,12 @@ class RowScores(_Checked):
     def value_by_position(self) -> list[float]:
         """Accuracy by position; where that is not known, one value for all."""
         return self.accuracy_by_position or [self.average().value]
+
+    def intervals(self) -> list[Interval]:
+        """Accuracy by position with its intervals, which have no width where they are not known."""
+        values = self.value_by_position
+        limits = self.accuracy_intervals or [(value, value) for value in values]
+        return [Interval(value, *ends) for value, ends in zip(values, limits, strict=True)]
 
     def utilisation(self) -> float:
         """Context utilisation of the accuracies."""
@@ -245,7 +238,15 @@ def held_out_section(record: SearchRecord) -> Section:
     unit = unit_of(record.table[0].scores.measure)
     gaps = {name: record.difference(record.chosen, name) for name in dict.fromkeys([NONE, *record.against])}
     chosen = record.row(record.chosen).label
-    curves = _curves(record)
+    curves = {
+        label: scores
+        for label, scores in record.curves_to_plot().items()
+        if scores.accuracy_by_position is not None and len(set(scores.positions)) > 1
+    }
+    figures = ()
+    if curves:
+        caption = "Accuracy by position on the held-out split; bands: 95 % Wilson intervals."
+        figures = (SectionFigure("positions", caption, plot_by_position(curves, record.subtitle())),)
     return Section(
         name="held-out",
         title="Held-out comparison of the search",
@@ -257,7 +258,7 @@ def held_out_section(record: SearchRecord) -> Section:
             if gap is not None and record.row(name) is not None
         ),
         tables=(record.held_out_table(),),
-        figures=(curves,) if curves is not None else (),
+        figures=figures,
     )
 
 
@@ -271,8 +272,7 @@ def factors_section(config: LayerRopeConfig) -> Section:
         points = None
     if not layers or max(layers) >= len(factors):
         layers = None
-    picture = io.BytesIO()
-    plot_factors_by_depth(factors, picture, control_points=points, scaled_layers=layers)
+    picture = plot_factors_by_depth(factors, control_points=points, scaled_layers=layers)
     caption = "Factor of every layer" + (", and the Bézier curve before refinement." if points is not None else ".")
     lowest, highest = min(factors), max(factors)
     finding = (
@@ -284,7 +284,7 @@ def factors_section(config: LayerRopeConfig) -> Section:
         question="",
         measured="",
         findings=(finding,),
-        figures=(SectionFigure("depth", caption, picture.getvalue()),),
+        figures=(SectionFigure("depth", caption, picture),),
     )
 
 
@@ -296,29 +296,6 @@ def _interval(values: _OpenTriple) -> Interval:
 def _number(value: float | None, otherwise: float) -> float:
     """What was not finite is null in the record."""
     return otherwise if value is None else value
-
-
-def _curves(record: SearchRecord) -> SectionFigure | None:
-    """Accuracy by position of the methods worth a line."""
-    names = dict.fromkeys([NONE, *record.against, record.chosen])
-    rows = [row for row in map(record.row, names) if row is not None and row.scores.accuracy_by_position is not None]
-    rows = [row for row in rows if len(set(row.scores.positions)) > 1]
-    if not rows:
-        return None
-    figure, (axes,) = new_figure()
-    for row, colour in zip(rows, (COLOURS[0], COLOURS[1], COLOURS[3], COLOURS[2]), strict=False):
-        x = relative_positions(row.scores.positions)
-        if row.scores.accuracy_intervals is not None:
-            low, high = zip(*row.scores.accuracy_intervals, strict=True)
-            axes.fill_between(x, ACCURACY.shown(low), ACCURACY.shown(high), color=colour, alpha=0.15, linewidth=0)
-        y = ACCURACY.shown(row.scores.accuracy_by_position)
-        axes.plot(x, y, "o-", color=colour, label=plain(row.label), markersize=4)
-    axes.set_xlabel("place of the answer in the prompt (0: first, 1: last)")
-    percent_axis(axes, ACCURACY)
-    legend_below(figure, axes, columns=3)
-    caption = "Accuracy over the place of the answer on the held-out split; bands: 95 % Wilson intervals."
-    title = "Accuracy by position, held out"
-    return SectionFigure("positions", caption, to_png(figure, title, record.subtitle()))
 
 
 def _length(record: SearchRecord) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from ..comparison.contenders import Contender
 from ..errors import SearchError
 from ..messages import is_number
+from ..plots import COLOURS, draw_line, new_figure, relative_positions, to_png, unit_axis
 from ..report import ACCURACY, Table, legend, score_cells
 from ..scoring.scores import Interval, PositionScores, difference_interval, proportion_interval, rank_key
 from ..tasks import Split, Task
@@ -31,17 +32,7 @@ from .measuring import (
     utilisation_difference,
     with_factors,
 )
-from .section import (
-    COLOURS,
-    Section,
-    SectionFigure,
-    draw_line,
-    legend_below,
-    new_figure,
-    percent_axis,
-    relative_positions,
-    to_png,
-)
+from .section import Section, SectionFigure
 
 NAME = "sweep"
 DEFAULT_GROUPS = 50
@@ -138,11 +129,10 @@ def _lines(scores: dict[float, PositionScores], measured: str) -> SectionFigure:
     ends = [of_one.intervals() for of_one in scores.values()]
     lines = {"first": [i[0] for i in ends], "middle": middle, "last": [i[-1] for i in ends]}
     shift = 0.004 * (max(scores) - min(scores))  # so that bars do not hide each other
-    for number, (part, colour) in enumerate(zip(lines, (COLOURS[3], COLOURS[2], COLOURS[1]), strict=True)):
+    for number, (part, colour) in enumerate(zip(lines, (COLOURS[2], COLOURS[0], COLOURS[1]), strict=True)):
         draw_line(axes, list(scores), lines[part], ACCURACY, f"answer {part}", colour, (number - 1) * shift)
     axes.set_xlabel("factor of all layers")
-    percent_axis(axes, ACCURACY)
-    legend_below(figure, axes)
+    unit_axis(axes, ACCURACY)
     caption = "Accuracy with the answer first, in the middle and last, over one factor for all layers; bars: 95 %."
     return SectionFigure("factors", caption, to_png(figure, "Accuracy over a uniform factor", measured))
 
@@ -155,7 +145,7 @@ def _curves(scores: dict[float, PositionScores], measured: str) -> SectionFigure
         axes.plot(relative_positions(of_one.positions), values, "-", color=colours(norm(factor)), linewidth=1.4)
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="factor of all layers")
     axes.set_xlabel("place of the answer in the prompt (0: first, 1: last)")
-    percent_axis(axes, ACCURACY)
+    unit_axis(axes, ACCURACY)
     caption = "Accuracy over the place of the answer, one line for each uniform factor."
     return SectionFigure("positions", caption, to_png(figure, "Accuracy by position, by uniform factor", measured))
 

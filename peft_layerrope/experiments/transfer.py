@@ -9,12 +9,13 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
 from ..errors import TaskError
+from ..plots import new_figure, plain, to_png
 from ..report import Table, Unit, legend, times_window, unit_of
 from ..scoring.scores import Interval, PositionScores
 from ..tasks import Split, Task
 from ..tuner.sites import trained_window
 from .measuring import Measuring, held_out, interval_dict, measure
-from .section import Section, SectionFigure, new_figure, plain, to_png
+from .section import Section, SectionFigure
 
 NAME = "transfer"
 DEFAULT_GROUPS = 50

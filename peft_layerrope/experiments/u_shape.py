@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
+from ..plots import draw_positions, new_figure, to_png
 from ..report import ACCURACY, Table, legend, position_table, score_cells, times_window
 from ..scoring.scores import Interval, PositionScores, difference_interval
 from ..tasks import Task
 from ..tuner.sites import trained_window
 from .measuring import Measuring, Thirds, held_out, interval_dict, measure, measured_on, need_positions, score_header
-from .section import Section, SectionFigure, draw_positions, legend_below, new_figure, to_png
+from .section import Section, SectionFigure
 
 NAME = "u-shape"
 DEFAULT_GROUPS = 100
@@ -94,6 +95,5 @@ def describe_shape(to_first: Interval, to_last: Interval) -> str:
 def _figure(curves: dict[str, PositionScores], measured: str) -> SectionFigure:
     figure, (axes,) = new_figure()
     draw_positions(axes, curves)
-    legend_below(figure, axes)
     caption = "Accuracy of the unscaled model over the place of the answer; bands: 95 % Wilson intervals."
     return SectionFigure("positions", caption, to_png(figure, "Accuracy by position, unscaled", measured))

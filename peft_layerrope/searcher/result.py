@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from peft.utils import CONFIG_NAME
 
-from .. import plots
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, CardError, HeldOut, model_card, save_card
 from ..files import replacing_files, to_json
 from ..messages import public_name
+from ..plots import plot_by_position, plot_factors_by_depth, plot_gain_over_harm
 from ..report import (
     Table,
     fitness_remark,
@@ -324,15 +324,18 @@ class SearchResult(HeldOutTables):
             save_adapter(config, staging)
             (staging / REPORT_NAME).write_text(to_json(self.to_dict(), indent=2) + "\n")
             (staging / TIMING_NAME).write_text(to_json(self.timing, indent=2) + "\n")
-            plots.plot_by_position(self.curves_to_plot(), staging / ACCURACY_PLOT, self.subtitle())
-            plots.plot_factors_by_depth(
-                self.table[self.chosen].factors,
-                staging / FACTORS_PLOT,
-                control_points=self.control_points,
-                scaled_layers=self.config.scaled_layers,
-            )
+            pictures = {
+                ACCURACY_PLOT: plot_by_position(self.curves_to_plot(), self.subtitle()),
+                FACTORS_PLOT: plot_factors_by_depth(
+                    self.table[self.chosen].factors,
+                    control_points=self.control_points,
+                    scaled_layers=self.config.scaled_layers,
+                ),
+            }
             if (points := self.gain_over_harm()) is not None:
-                plots.plot_gain_over_harm(points, self.settings.max_harm, staging / HARM_PLOT, self.subtitle())
+                pictures[HARM_PLOT] = plot_gain_over_harm(points, self.settings.max_harm, self.subtitle())
+            for name, picture in pictures.items():
+                (staging / name).write_bytes(picture)
             files = {path.name for place in (folder, staging) for path in place.iterdir()}
             try:
                 save_card(model_card(base_model, self.config, self._held_out(), files=files), folder, staging)

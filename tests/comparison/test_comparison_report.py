@@ -163,6 +163,5 @@ def test_generated_answers_are_labelled(metric):
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "loss"])
-def test_the_plot_is_written(measure, tmp_path):
-    plot_comparison(comparison(measure), tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 5000
+def test_the_plot_is_written(measure):
+    assert plot_comparison(comparison(measure)).startswith(b"\x89PNG")
