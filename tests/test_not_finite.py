@@ -24,7 +24,7 @@ from peft_layerrope.comparison.contenders import Contender, parse_baseline
 from peft_layerrope.comparison.report import comparison_markdown, summary_table
 from peft_layerrope.errors import SearchError
 from peft_layerrope.experiments.measuring import utilisation_difference
-from peft_layerrope.experiments.report import held_out_section, read_record
+from peft_layerrope.experiments.report import held_out_section
 from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.files import to_json
 from peft_layerrope.report import fitness_remark
@@ -38,6 +38,7 @@ from peft_layerrope.searcher.common import SearchJournal
 from peft_layerrope.searcher.evaluator import HeatScores, Measurement, ModelEvaluator, clearly_worse, plan_heats
 from peft_layerrope.searcher.gradient import GradientSteps
 from peft_layerrope.searcher.memo import BudgetView, Memo
+from peft_layerrope.searcher.result import read_record
 from peft_layerrope.searcher.run import bootstrap_choice
 from peft_layerrope.searcher.sensitivity import sensitivity
 

@@ -2,215 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 from urllib.parse import quote
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-
 from .._version import __version__
-from ..declaration import converted
-from ..errors import LayerRopeError, SearchError
-from ..files import UntrustedFileError, read_json_object, write_atomically, writing
-from ..messages import shown
+from ..errors import SearchError
+from ..files import write_atomically, writing
 from ..plots import plot_by_position, plot_factors_by_depth
 from ..report import escape_markdown, format_factors, times_window, unit_of
-from ..scoring.scores import Interval
-from ..searcher.result import NONE, HeldOutTables
-from ..searcher.space import FactorGrid
-from ..searcher.verdict import Harm
-from ..tasks import Measure
-from ..tuner.config import MAX_LAYERS, LayerRopeConfig
+from ..searcher.result import NONE, SearchRecord
+from ..tuner.config import LayerRopeConfig
 from .control_points import genes_of
 from .measuring import verdict
 from .report_plan import Ran
 from .section import Section, SectionFigure, to_html, to_markdown
-
-RECORD_NAME = "search.json"
-_MAX_BYTES = 64 * 2**20  # its history has a line for every generation
-_MAX_POSITIONS, _MAX_ROWS = 1000, 50
-
-_Text = Annotated[str, StringConstraints(max_length=200)]
-_Factors = Annotated[list[float], Field(min_length=1, max_length=MAX_LAYERS)]
-_Values = Annotated[list[float], Field(max_length=_MAX_POSITIONS)]
-_Pair = tuple[float, float]
-_OpenPair = tuple[float | None, float | None]  # what is not finite is null
-_OpenTriple = tuple[float | None, float | None, float | None]
-
-
-class _Checked(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class RowScores(_Checked):
-    """Held-out scores of one method: accuracies, or losses; as `PositionScores` sum them up."""
-
-    positions: Annotated[list[int], Field(max_length=_MAX_POSITIONS)]
-    accuracy_by_position: _Values | None = None
-    accuracy_intervals: Annotated[list[_Pair], Field(max_length=_MAX_POSITIONS)] | None = None
-    average_accuracy: float | None = None
-    average_accuracy_interval: _Pair | None = None
-    utilised: float | None = Field(None, alias="utilisation")
-    average_loss: float | None = None
-    average_loss_interval: _OpenPair | None = None
-    written: float | None = Field(None, alias="answers_cut_off")
-
-    @property
-    def measure(self) -> Measure:
-        """Of what the scores are."""
-        return "loss" if self.average_accuracy is None else "accuracy"
-
-    def average(self) -> Interval:
-        """Accuracy, or minus the loss, averaged over all positions, with its interval."""
-        if self.measure == "loss":
-            loss = _number(self.average_loss, math.nan)
-            low, high = self.average_loss_interval or (loss, loss)
-            return Interval(-loss, -_number(high, math.inf), -_number(low, -math.inf))
-        return Interval(self.average_accuracy, *(self.average_accuracy_interval or [self.average_accuracy] * 2))
-
-    @property
-    def value_by_position(self) -> list[float]:
-        """Accuracy by position; where that is not known, one value for all."""
-        return self.accuracy_by_position or [self.average().value]
-
-    def intervals(self) -> list[Interval]:
-        """Accuracy by position with its intervals, which have no width where they are not known."""
-        values = self.value_by_position
-        limits = self.accuracy_intervals or [(value, value) for value in values]
-        return [Interval(value, *ends) for value, ends in zip(values, limits, strict=True)]
-
-    def utilisation(self) -> float:
-        """Context utilisation of the accuracies."""
-        return _number(self.utilised, math.nan)
-
-
-class Row(_Checked):
-    """One method of the held-out table."""
-
-    name: _Text
-    label: _Text
-    factors: _Factors = Field(alias="layer_factors")
-    search_fitness: float | None = None
-    evaluations: int
-    scores: RowScores = Field(alias="test")
-    ordinary_text: Annotated[dict[_Text, _OpenTriple], Field(max_length=_MAX_ROWS)] = {}
-    average_accuracy_minus: Annotated[dict[_Text, tuple[float, float, float]], Field(max_length=_MAX_ROWS)] = {}
-    average_loss_minus: Annotated[dict[_Text, _OpenTriple], Field(max_length=_MAX_ROWS)] = {}
-
-    @property
-    def fitness(self) -> float:
-        """On the search split."""
-        return _number(self.search_fitness, math.nan)
-
-    @property
-    def harm(self) -> Harm | None:
-        """What the factors do to ordinary text; None where that was not measured."""
-        found = {name: _interval(values) for name, values in self.ordinary_text.items()}
-        return Harm(found["divergence"], found.get("loss_rise")) if "divergence" in found else None
-
-
-class RecordedTask(_Checked):
-    """The task's description, as far as it is needed to make it again."""
-
-    name: _Text
-    length: int | None = None
-    seed: int = 0
-    positions: Annotated[list[int], Field(max_length=_MAX_POSITIONS)] = []
-
-
-class RecordedSplit(_Checked):
-    """One split's description."""
-
-    name: _Text
-    seed: int
-    groups: int
-    max_tokens: int
-
-
-class _Settings(_Checked):
-    algorithm: _Text = ""
-    grid: FactorGrid = FactorGrid()
-
-
-class SearchRecord(HeldOutTables, _Checked):
-    """A search, as `search.json` tells it."""
-
-    model: _Text
-    searcher_version: _Text | None = None
-    model_window: int | None = None
-    task: RecordedTask
-    splits: Annotated[list[RecordedSplit], Field(max_length=20)]
-    settings: _Settings = _Settings()
-    layer_factors: _Factors
-    chosen: _Text
-    table: Annotated[list[Row], Field(min_length=1, max_length=_MAX_ROWS)]
-    evaluations: Annotated[dict[_Text, int | None], Field(max_length=_MAX_ROWS)] = {}
-    better_control: _Text | None = None
-
-    @property
-    def grid(self) -> FactorGrid:
-        """The factors that the search could choose from."""
-        return self.settings.grid
-
-    @property
-    def test(self) -> RecordedSplit | None:
-        """The split that the table is from."""
-        return next((split for split in self.splits if split.name == "test"), None)
-
-    def difference(self, name: str, baseline: str) -> Interval | None:
-        """Average accuracy (or minus the loss) of row `name` minus that of `baseline`, if the file has it."""
-        row = self.row(name)
-        if baseline in row.average_loss_minus:
-            loss = _interval(row.average_loss_minus[baseline])
-            return Interval(-loss.value, -loss.high, -loss.low)
-        gap = row.average_accuracy_minus.get(baseline)
-        return Interval(*gap) if gap is not None else None
-
-    def subtitle(self) -> str:
-        """Says in one line what was measured."""
-        if (test := self.test) is None:
-            return self.task.name
-        times = times_window(test.max_tokens, self.model_window)
-        return f"{self.task.name}, {test.max_tokens} tokens{times}, {test.groups} held-out contexts (seed {test.seed})"
-
-
-def read_record(folder: Path) -> SearchRecord:
-    """Reads and checks `search.json` in an adapter's folder.
-
-    Raises:
-        SearchError: there is none, it is damaged, or its values are not what a search writes.
-    """
-    path = folder / RECORD_NAME
-    if not path.is_file():
-        raise SearchError(f"{folder} has no {RECORD_NAME}: expected the folder of an adapter that was searched.")
-    try:
-        values = read_json_object(path, _MAX_BYTES)
-        known = {name: values[name] for name in SearchRecord.model_fields if name in values}
-        record = SearchRecord.model_validate_json(json.dumps(known))  # of JSON, strict checks take lists for tuples
-        _check(record)
-    except UntrustedFileError as error:
-        raise SearchError(f"{path} {error}.") from error
-    except ValidationError as error:
-        raise converted(error, SearchRecord, SearchError, str(path)) from error
-    except LayerRopeError as error:
-        raise SearchError(f"{path}: {error}") from error
-    return record
-
-
-def _check(record: SearchRecord) -> None:
-    """What types cannot say."""
-    if record.row(record.chosen) is None:
-        raise SearchError(f"chosen={shown(record.chosen)} is no row of its table.")
-    for row in record.table:
-        scores = row.scores
-        if scores.average_accuracy is None and "average_loss" not in scores.model_fields_set:
-            raise SearchError(f"row {shown(row.name)} has neither an average_accuracy nor an average_loss.")
-        curves = (scores.accuracy_by_position, scores.accuracy_intervals)
-        if any(curve is not None and len(curve) != len(scores.positions) for curve in curves):
-            raise SearchError(f"row {shown(row.name)} has other than {len(scores.positions)} positions.")
 
 
 def facts(record: SearchRecord, config: LayerRopeConfig) -> list[tuple[str, str]]:
@@ -286,16 +92,6 @@ def factors_section(config: LayerRopeConfig) -> Section:
         findings=(finding,),
         figures=(SectionFigure("depth", caption, picture),),
     )
-
-
-def _interval(values: _OpenTriple) -> Interval:
-    value, low, high = values
-    return Interval(_number(value, math.nan), _number(low, -math.inf), _number(high, math.inf))
-
-
-def _number(value: float | None, otherwise: float) -> float:
-    """What was not finite is null in the record."""
-    return otherwise if value is None else value
 
 
 def _length(record: SearchRecord) -> str:

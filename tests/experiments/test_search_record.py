@@ -7,7 +7,7 @@ import json
 import pytest
 
 from peft_layerrope.errors import SearchError
-from peft_layerrope.experiments.report import read_record
+from peft_layerrope.searcher.result import read_record
 from peft_layerrope.searcher.space import FactorGrid
 
 

@@ -31,13 +31,13 @@ from peft_layerrope import (
 )
 from peft_layerrope.bezier import sample_curve
 from peft_layerrope.errors import NotEnoughMemoryError
-from peft_layerrope.experiments.report import read_record
 from peft_layerrope.families import build_tiny
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher import FactorGrid, Guards, ResultTable
 from peft_layerrope.searcher.gradient import GradientSteps
 from peft_layerrope.searcher.progress import SilentProgress
+from peft_layerrope.searcher.result import read_record
 from peft_layerrope.searcher.run import _Run
 from peft_layerrope.searcher.verdict import Harm
 from peft_layerrope.tuner.sites import find_stack
