@@ -18,7 +18,6 @@ from .measuring import (
     measure,
     measured_on,
     score_header,
-    scores_dict,
     verdict,
     with_factors,
 )
@@ -103,7 +102,7 @@ def run_halves(
             "task": task.describe(),
             "split": split.describe(),
             "layer_factors": {label: vector.layer_factors for label, vector in vectors.items()},
-            "scores": scores_dict(scores),
+            "scores": {label: of_one.to_dict() for label, of_one in scores.items()},
             "average_minus_none": {label: interval_dict(gain) for label, gain in gains.items()},
             "average_minus_all": {label: interval_dict(gap) for label, gap in short.items()},
         },

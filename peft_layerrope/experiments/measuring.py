@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -65,11 +64,6 @@ def score_header(measure: Measure) -> tuple[str, ...]:
 def interval_dict(interval: Interval) -> dict[str, float | None]:
     """An interval as JSON values; None for an end that is not finite."""
     return {name: round(value, 6) if math.isfinite(value) else None for name, value in asdict(interval).items()}
-
-
-def scores_dict(scores: dict[str, PositionScores]) -> dict[str, Any]:
-    """Scores by label as JSON values."""
-    return {label: of_one.to_dict() for label, of_one in scores.items()}
 
 
 MakeTask = Callable[[TaskSpecification], Task]
