@@ -1,11 +1,11 @@
-"""Plots as PNG, from plain results and without matplotlib's global state."""
+"""Figures as PNG, in one style, from plain results and without matplotlib's global state."""
 
 from __future__ import annotations
 
+import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,127 +13,190 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .bezier import sample_curve
+from .report import Unit, printable, unit_of
 from .scoring.scores import Interval, PositionScores
 
 UNSCALED = "no scaling"
 """The label whose curve is grey."""
 
-_DPI = 150
-_GREY = "0.55"
-# Okabe and Ito's palette, which people with any colour vision can tell apart; without its yellow, pale on white.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "0.55"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, which people with any colour vision can tell apart; without its yellow, pale on white."""
 _DASHES = ("-", "--", ":")  # one for each round through the colours
-_INSIDE = 5  # curves whose legend fits into the plot
-_LINE, _LABEL = 105, 26  # characters
+_DPI = 150
+_WIDTH = 7.2  # inches
+_LINE, _LABEL, _LEGEND = 105, 34, 100  # characters: of a line of the title, of a legend's label and of its line
+_LONGEST = 120  # characters of a label
+_LEGEND_LINE = 0.17  # inches
+_MANY = 5  # curves whose bands are pale
 
 
-def plot_by_position(curves: Mapping[str, PositionScores], path: str | Path, subtitle: str) -> None:
-    """Draws accuracy (with 95 % Wilson bands) or loss (with 95 % bands over windows) over the position, as PNG.
+def new_figure(height: float = 4.2, rows: int = 1, columns: int = 1, **settings: object) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with its panels, outside of matplotlib's global state."""
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, **settings).flat)
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def plain(text: str, longest: int = _LONGEST) -> str:
+    """Returns text, cut short, that matplotlib draws as it is: between dollar signs it would look for formulas."""
+    text = printable(text)
+    return (text if len(text) <= longest else f"{text[: longest - 1]}…").replace("$", r"\$")
+
+
+def to_png(figure: Figure, title: str, measured: str) -> bytes:
+    """Puts a title over a figure, and a legend that no line can run through below it.
+
+    Returns:
+        The PNG; the same figure gives the same bytes.
+    """
+    subtitle = textwrap.wrap(plain(measured, 10 * _LINE), _LINE)
+    figure.suptitle("\n".join([plain(title), *subtitle]), x=0.01, ha="left", fontsize=9)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if labels:
+        labels = [textwrap.fill(label, _LABEL) for label in labels]
+        columns = min(max(_LEGEND // (8 + max(len(line) for label in labels for line in label.splitlines())), 1), 4)
+        lines = max(label.count("\n") + 1 for label in labels) * -(-len(labels) // columns)
+        figure.set_figheight(figure.get_figheight() + _LEGEND_LINE * (lines - 1))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def unit_axis(axes: Axes, unit: Unit) -> None:
+    """Labels the y axis; an accuracy has all of 0 to 100 %."""
+    axes.set_ylabel(f"{unit.name} ({unit.symbol})")
+    if unit.scale > 1:
+        axes.set_ylim(-3, 103)
+
+
+def relative_positions(positions: Sequence[int]) -> np.ndarray:
+    """Positions from 0, the first, to 1, the last."""
+    values = np.asarray(positions, dtype=np.float64)
+    return (values - values[0]) / (values[-1] - values[0])
+
+
+def draw_positions(axes: Axes, curves: Mapping[str, PositionScores], relative: bool = True, band: bool = True) -> None:
+    """Draws scores over the position, one line per label; the one called `UNSCALED` is grey.
 
     Args:
-        curves: label to scores, all of one measure; the one called `UNSCALED` is grey.
-        path: file to write.
+        axes: to draw on.
+        curves: label to scores, all of one measure.
+        relative: from 0, the first position, to 1, the last.
+        band: draw 95 % intervals too: Wilson's of accuracies, t-intervals over windows of losses.
+    """
+    alpha = 0.07 if len(curves) > _MANY else 0.15
+    styles = ((colour, dash) for dash in cycle(_DASHES) for colour in COLOURS)
+    for number, (label, scores) in enumerate(curves.items()):
+        colour, dash = (GREY, "-") if label == UNSCALED else next(styles)
+        unit = unit_of(scores.measure)
+        x = relative_positions(scores.positions) if relative else scores.positions
+        if band:
+            _, low, high = _ends(scores.intervals(), unit)
+            axes.fill_between(x, low, high, color=colour, alpha=alpha, linewidth=0)
+        width = max(2.6 - 0.4 * number, 1.4)  # so that lines that coincide can be told
+        y = unit.shown(scores.value_by_position)
+        axes.plot(x, y, "o", linestyle=dash, linewidth=width, color=colour, label=plain(label), markersize=4)
+    if relative:
+        axes.set_xlabel("place of the answer in the prompt (0: first, 1: last)")
+    unit_axis(axes, unit)
+
+
+def draw_line(
+    axes: Axes,
+    x: Sequence[float],
+    intervals: Iterable[Interval],
+    unit: Unit,
+    label: str,
+    colour: str,
+    shift: float = 0,
+    fmt: str = "o-",
+) -> None:
+    """Draws means with their intervals as bars; an infinite one has no bar."""
+    middle, low, high = _ends(intervals, unit)
+    low, high = np.where(np.isnan(low), middle, low), np.where(np.isnan(high), middle, high)
+    bars = {"yerr": [middle - low, high - middle], "elinewidth": 1, "capsize": 2}
+    axes.errorbar(np.asarray(x) + shift, middle, fmt=fmt, color=colour, label=plain(label), markersize=4, **bars)
+
+
+def _ends(intervals: Iterable[Interval], unit: Unit) -> np.ndarray:
+    """Value, low and high as drawn, of shape `(3, N)`; NaN for what is infinite."""
+    value, one, other = unit.shown([(i.value, i.low, i.high) for i in intervals]).T
+    ends = np.array([value, np.minimum(one, other), np.maximum(one, other)])
+    return np.where(np.isfinite(ends), ends, np.nan)
+
+
+def plot_by_position(curves: Mapping[str, PositionScores], subtitle: str) -> bytes:
+    """Draws accuracy or loss with its 95 % bands over the position, as PNG; see [`draw_positions`].
+
+    Args:
+        curves: label to scores, all of one measure.
         subtitle: what was measured, under the title.
     """
-    outside = len(curves) > _INSIDE
-    figure = Figure(figsize=(9.4 if outside else 7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
-    alpha = 0.07 if outside else 0.13  # of many bands
-    styles = ((colour, dash) for dash in cycle(_DASHES) for colour in _COLOURS)
-    for label, scores in curves.items():
-        colour, dash = (_GREY, "-") if label == UNSCALED else next(styles)
-        values, low, high = _band(scores)
-        axes.fill_between(scores.positions, low, high, color=colour, alpha=alpha, linewidth=0)
-        name = "\n".join(textwrap.wrap(label, _LABEL))
-        axes.plot(scores.positions, values, marker="o", linestyle=dash, color=colour, label=name, markersize=4)
+    figure, (axes,) = new_figure()
+    draw_positions(axes, curves, relative=False)
     if next(iter(curves.values())).measure == "loss":
-        axes.set(xlabel="position of the token in the window (first of its bucket)", ylabel="loss (nats)")
-        title = "Loss by position of the token"
-    else:
-        axes.set(xlabel="position of the answer in the context", ylabel="accuracy (%)", ylim=(-3, 103))
-        title = "Accuracy by position of the answer"
-    _finish(figure, axes, title, subtitle, path, outside)
+        axes.set_xlabel("position of the token in the window (first of its bucket)")
+        return to_png(figure, "Loss by position of the token", subtitle)
+    axes.set_xlabel("position of the answer in the context")
+    return to_png(figure, "Accuracy by position of the answer", subtitle)
 
 
-def _band(scores: PositionScores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Value, low and high as drawn; the interval of a single window, which is infinite, is left out."""
-    scale = -1 if scores.measure == "loss" else 100
-    rows = np.array([(i.value, i.low, i.high) for i in scores.intervals()])
-    value, one, other = (scale * np.where(np.isfinite(rows), rows, np.nan)).T
-    return value, np.minimum(one, other), np.maximum(one, other)
-
-
-def plot_gain_over_harm(
-    points: Mapping[str, tuple[Interval, Interval]], bound: float | None, path: str | Path, subtitle: str
-) -> None:
+def plot_gain_over_harm(points: Mapping[str, tuple[Interval, Interval]], bound: float | None, subtitle: str) -> bytes:
     """Draws what choices of factors gain on the task over what they cost on ordinary text, as PNG.
 
     Args:
         points: label to harm in nats and gain in points, each with its interval; the one called `UNSCALED` is grey.
         bound: of the harm, drawn as a line; None: none.
-        path: file to write.
         subtitle: what was measured, under the title.
     """
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(0, color=_GREY, linewidth=0.8)
+    figure, (axes,) = new_figure()
+    axes.axhline(0, color=GREY, linewidth=0.8)
     if bound is not None:
-        axes.axvline(bound, color=_GREY, linestyle=":", linewidth=1, label=f"bound, {bound:g} nats")
-    colours = iter(_COLOURS)
+        axes.axvline(bound, color=GREY, linestyle=":", linewidth=1, label=f"bound, {bound:g} nats")
+    colours = iter(COLOURS)
     for label, (harm, gain) in points.items():
-        colour = _GREY if label == UNSCALED else next(colours)
-        ends = [
+        colour = GREY if label == UNSCALED else next(colours)
+        across, along = (
             [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
             for interval in (harm, gain)
-        ]
+        )
         axes.errorbar(
-            harm.value, gain.value, *reversed(ends), fmt="o", color=colour, markersize=5, linewidth=1, label=label
+            harm.value, gain.value, along, across, fmt="o", color=colour, markersize=5, linewidth=1, label=label
         )
     # close to 0 the axis is linear, and far from it a factor that ruins the text does not push the others together
     axes.set_xscale("symlog", linthresh=bound if bound is not None else 0.01)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="harm to ordinary text (nats)", ylabel="gain over no scaling (points)")
-    _finish(figure, axes, "Gain on the task, harm to ordinary text", subtitle, path)
+    return to_png(figure, "Gain on the task, harm to ordinary text", subtitle)
 
 
 def plot_factors_by_depth(
     factors: Sequence[float],
-    path: str | Path,
     *,
     control_points: Sequence[Sequence[float]] | None = None,
     scaled_layers: Sequence[int] | None = None,
-) -> None:
+) -> bytes:
     """Draws the factor of every layer, and the Bézier curve that the search came from, as PNG.
 
     Args:
         factors: one per layer.
-        path: file to write.
         control_points: four `(x, y)` points; x runs over `scaled_layers`.
         scaled_layers: layers that the curve spans; default: all.
     """
-    figure = Figure(figsize=(7.2, 4.0), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure()
     layers = list(range(len(factors)))
-    axes.bar(layers, factors, width=0.6, color="tab:blue", alpha=0.8, label="factor of the layer")
+    axes.bar(layers, factors, width=0.6, color=COLOURS[0], alpha=0.8, label="factor of the layer")
     if control_points is not None:
         spanned = list(scaled_layers) if scaled_layers is not None else layers
         depth = np.linspace(spanned[0], spanned[-1], 200)
-        axes.plot(depth, sample_curve(control_points, 200), color="tab:orange", label="Bézier curve before refinement")
+        axes.plot(depth, sample_curve(control_points, 200), color=COLOURS[1], label="Bézier curve before refinement")
         x = [spanned[0] + point[0] * (spanned[-1] - spanned[0]) for point in control_points]
-        axes.plot(x, [point[1] for point in control_points], "s:", color=_GREY, markersize=4, label="control points")
+        axes.plot(x, [point[1] for point in control_points], "s:", color=GREY, markersize=4, label="control points")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="layer", ylabel="factor")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
-    _finish(figure, axes, "RoPE scaling factor by depth", "1.0 leaves a layer as it was trained", path)
-
-
-def _finish(
-    figure: Figure, axes: Axes, title: str, subtitle: str, path: str | Path, legend_outside: bool = False
-) -> None:
-    lines = textwrap.wrap(subtitle, _LINE)
-    axes.set_title(title, loc="left", pad=9 + 11 * len(lines))
-    axes.annotate("\n".join(lines), (0, 1), (0, 6), "axes fraction", "offset points", fontsize=8, color="0.35")
-    axes.spines[["top", "right"]].set_visible(False)
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if legend_outside else {}
-    axes.legend(frameon=False, fontsize=8, **beside)
-    figure.savefig(path, dpi=_DPI)
+    return to_png(figure, "RoPE scaling factor by depth", "1.0 leaves a layer as it was trained")

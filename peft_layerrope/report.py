@@ -1,269 +1,284 @@
-"""Tables, from plain results. Knows nothing of how they were made."""
+"""Tables for terminals, Markdown and HTML, and how scores are written in them. Knows nothing of how they were made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 
 import numpy as np
+import rich.table
 from rich import box
-from rich.table import Table
+from rich.cells import cell_len
+from rich.text import Text
 
-from .families import NOT_BUILT, REFUSED, SUPPORTED, WRONG, Trial
-from .scoring.scores import Interval, PositionScores, perplexity, rank_key
+from .scoring.scores import DEFAULT_WEIGHTS, Interval, PositionScores, perplexity, rank_key
 from .tasks import Measure
-from .verification import MISMATCH, OK, Verification
+
+_WIDEST, _GAP = 80, 2  # columns of a terminal: of a table, between two of its columns
+_WORD, _PART = 20, 8  # of a word that is not broken, and of what it is broken into where the table is wide
+_MARKDOWN_SPECIAL = re.compile(r"[\\`*_\[\]|~$]|^(?:[#>+=-]|\d+(?=[.)]))")
+_FIGURES = re.compile(r"[-+±–\d.,%\[\] ]*")  # of which Markdown makes nothing in a cell
 
 
-class Row(Protocol):
-    """A line of the held-out table."""
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        header: one name per column.
+        rows: cells, as many in each row as in the header.
+        title: what it shows.
+        caption: how to read it.
+        text_columns: indices of the columns that hold words, and are aligned left.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    title: str = ""
+    caption: str = ""
+    text_columns: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.header):
+                raise ValueError(f"a row has {len(row)} cells, expected {len(self.header)}: {row}.")
+
+    def to_rich(self, style: Callable[[str], str] | None = None) -> rich.table.Table:
+        """Returns the table for a terminal of 80 columns. Only words are broken, unless their columns are not enough.
+
+        Args:
+            style: gives the style of a cell with this text; None: all are plain.
+        """
+        rendered = rich.table.Table(
+            title=Text(printable(self.title), "table.title") if self.title else None,
+            caption=Text(printable(self.caption), "table.caption") if self.caption else None,
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            caption_justify="left",
+            collapse_padding=True,
+            pad_edge=False,
+        )
+        widths, fits = self._widths()
+        for index, (name, width) in enumerate(zip(self.header, widths, strict=True)):
+            text = index in self.text_columns
+            size = {"width": width} if fits and not text else {"min_width": width}
+            rendered.add_column(Text(printable(name)), justify="left" if text else "right", overflow="fold", **size)
+        for row in self.rows:
+            rendered.add_row(*(Text(printable(cell), style(cell) if style is not None else "") for cell in row))
+        return rendered
+
+    def _widths(self) -> tuple[list[int], bool]:
+        """The width of every column of figures, with its name whole or folded, and the least one of every column of
+        words; and whether they fit. Where they do not, the least width of every column.
+        """
+        columns = list(zip(self.header, *self.rows, strict=True))
+        words = [max((cell_len(word) for cell in column for word in cell.split()), default=1) for column in columns]
+        cells = [max(map(cell_len, column[1:]), default=1) for column in columns]
+        whole = list(map(cell_len, self.header))
+        folded = [min(max(map(cell_len, name.split() or [""])), _WORD) for name in self.header]
+        for names, longest in ((whole, _WORD), (folded, _WORD), (folded, _PART)):
+            least = [
+                min(word, longest) if i in self.text_columns else max(cell, name)
+                for i, (word, cell, name) in enumerate(zip(words, cells, names, strict=True))
+            ]
+            if sum(least) + _GAP * len(least) <= _WIDEST:
+                return least, True
+        return [min(word, _WORD) for word in words], False
+
+    def to_markdown(self) -> str:
+        """Returns the table as Markdown, with its title before and its caption after."""
+        rule = ["---" if i in self.text_columns else "---:" for i in range(len(self.header))]
+        cells = [[c if _FIGURES.fullmatch(c) else escape_markdown(c) for c in row] for row in (self.header, *self.rows)]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:]))
+        title = f"**{escape_markdown(self.title)}**" if self.title else ""
+        return "\n\n".join(part for part in (title, body, escape_markdown(self.caption)) if part)
+
+    def to_html(self) -> str:
+        """Returns the table as HTML, in a `figure` with its title and its caption."""
+
+        def line(cells: Sequence[str], tag: str, attributes: str = "") -> str:
+            kinds = [' class="text"' if i in self.text_columns else "" for i in range(len(cells))]
+            parts = [f"<{tag}{attributes}{k}>{_html(c)}</{tag}>" for c, k in zip(cells, kinds, strict=True)]
+            return f"<tr>{''.join(parts)}</tr>"
+
+        head = line(self.header, "th", ' scope="col"')
+        parts = [
+            '<figure class="table">',
+            f'<figcaption class="name">{_html(self.title)}</figcaption>' if self.title else "",
+            f'<div class="scroll" role="region" tabindex="0" aria-label="{_html(self.title or "table")}">',
+            f"<table>\n<thead>{head}</thead>\n<tbody>",
+            *(line(row, "td") for row in self.rows),
+            "</tbody>\n</table>\n</div>",
+            f"<figcaption>{_html(self.caption)}</figcaption>" if self.caption else "",
+            "</figure>",
+        ]
+        return "\n".join(part for part in parts if part)
+
+
+def printable(text: str) -> str:
+    """Returns text without control characters, which could move a terminal's cursor or turn the direction of text."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def escape_markdown(text: str) -> str:
+    """Returns text that Markdown shows as it is: in one line, and free of markup and HTML."""
+    text = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return _MARKDOWN_SPECIAL.sub(lambda found: found[0] + "\\" if found[0].isdigit() else f"\\{found[0]}", text)
+
+
+def _html(text: str) -> str:
+    return escape(printable(text))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What scores are shown in. Scores themselves are higher where they are better.
+
+    Attributes:
+        name: what is measured.
+        symbol: after a value.
+        step: after a difference.
+        scale: from a score to what is shown; negative where less is better.
+        digits: after the point.
+    """
 
     name: str
-    label: str
-    factors: Sequence[float]
-    fitness: float
-    evaluations: int
-    scores: PositionScores
-    harm: Any  # with `divergence` and `loss_rise`, each an `Interval` (the latter maybe None); or None
+    symbol: str
+    step: str
+    scale: float
+    digits: int
+
+    def value(self, score: float) -> str:
+        """A single score."""
+        return f"{self.scale * score:.{self.digits}f}"
+
+    def mean(self, interval: Interval) -> str:
+        """A mean with its interval."""
+        low, high = sorted((interval.low, interval.high), key=lambda end: self.scale * end)
+        return f"{self.value(interval.value)} [{self.value(low)}, {self.value(high)}]"
+
+    def change(self, interval: Interval) -> str:
+        """A difference with half the width of its symmetric interval."""
+        return self._difference(interval, self.scale)
+
+    def gain(self, interval: Interval) -> str:
+        """The same with plus for what is better: nats of loss saved."""
+        return self._difference(interval, abs(self.scale))
+
+    def _difference(self, interval: Interval, scale: float) -> str:
+        half = max(interval.high - interval.value, interval.value - interval.low)  # one end may be cut at ±1
+        return f"{scale * interval.value:+.{self.digits}f} ± {abs(scale) * half:.{self.digits}f}"
+
+    def change_in_words(self, interval: Interval) -> str:
+        """A difference with its interval, for a sentence."""
+        value, low, high = self.shown([interval.value, interval.low, interval.high])
+        low, high = min(low, high), max(low, high)
+        return f"{value:+.{self.digits}f} {self.step} [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
+
+    def shown(self, scores: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Scores as they are drawn."""
+        return self.scale * np.asarray(scores, dtype=np.float64)
 
 
-class Comparison(Protocol):
-    """A held-out table with paired differences."""
-
-    def __iter__(self) -> Iterable[Row]: ...
-
-    def difference(self, name: str, baseline: str) -> Interval:
-        """Average accuracy (or minus the loss) of row `name` minus that of `baseline`, paired."""
+ACCURACY = Unit("accuracy", "%", "points", 100, 1)
+LOSS = Unit("loss", "nats", "nats", -1, 3)
+NATS = Unit("log-prob", "nats", "nats", 1, 3)
 
 
-class Plan(Protocol):
-    """What a search is going to cost."""
-
-    evaluations: Mapping[str, int]
-    num_evaluations: int
-    tokens_per_evaluation: int
-    tokens: int
-    memory_bytes: int
-    seconds_per_evaluation: float
-    seconds: float
+def unit_of(measure: Measure) -> Unit:
+    """Returns the unit of a task's scores."""
+    return LOSS if measure == "loss" else ACCURACY
 
 
-def format_factors(factors: Sequence[float]) -> str:
-    """Writes factors for people; a uniform vector as a single number."""
-    if len(set(factors)) == 1:
-        return f"{factors[0]:g}"
-    return " ".join(f"{factor:g}" for factor in factors)
+def perplexity_of(score: float) -> str:
+    """Writes the perplexity of minus a loss."""
+    return f"{perplexity(-score):.2f}"
 
 
-def percent(value: float) -> str:
-    """Writes a share in percent."""
-    return f"{100 * value:.1f}"
-
-
-def value_with_interval(interval: Interval, measure: Measure) -> str:
-    """Writes an estimate of `PositionScores` with its interval: accuracy in percent, or the loss in nats."""
-    if measure == "loss":
-        return f"{-interval.value:.3f} [{-interval.high:.3f}, {-interval.low:.3f}]"
-    return f"{100 * interval.value:.1f} [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-
-
-def difference(interval: Interval, measure: Measure) -> str:
-    """Writes a paired difference; plus is better: points of accuracy gained, or nats of loss saved."""
-    half = max(interval.high - interval.value, interval.value - interval.low)  # one end may be cut at ±1
-    if measure == "loss":
-        return f"{interval.value:+.3f} ± {half:.3f}"
-    return f"{100 * interval.value:+.1f} ± {100 * half:.1f}"
-
-
-def perplexity_with_interval(interval: Interval) -> str:
-    """Writes the perplexity of minus a loss, with its interval."""
-    value, low, high = (perplexity(-x) for x in (interval.value, interval.high, interval.low))
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-
-_HARM_LEGEND = (
-    "KL: divergence of next-token distributions from the unscaled model's on text that it wrote; text loss: rise of "
-    "the loss on people's text; both in nats."
-)
-TABLE_LEGEND = (
-    "accuracy: {what} in %, mean over all gold positions; worst: at the worst position; U: context utilisation "
-    "of the accuracies. Brackets and ±: 95 % intervals over contexts; differences are paired. Control: of "
-    '"first k at 1, rest b" and "first a, rest b" the one that is better on the search split.'
-)
-LOSS_LEGEND = (
-    "loss: mean over the scored tokens, in nats. Brackets and ±: 95 % intervals over windows; differences are paired, "
-    "and + is better: nats of loss saved."
-)
-
-
-def _measure_of(table: Comparison) -> Measure:
-    return next(iter(table)).scores.measure
-
-
-def _legend(table: Comparison) -> str:
-    if _measure_of(table) == "loss":
-        return LOSS_LEGEND
-    written = next(iter(table)).scores.written is not None
-    return TABLE_LEGEND.format(what="right answers written" if written else "exact match")
-
-
-def _score_cells(scores: PositionScores) -> list[str]:
-    """Accuracy, worst and U; or loss and perplexity."""
-    average = value_with_interval(scores.average(), scores.measure)
-    if scores.measure == "loss":
-        return [average, f"{perplexity(-scores.average().value):.2f}"]
-    return [average, percent(scores.accuracy_by_position.min()), percent(scores.utilisation())]
-
-
-_AGAINST = {"none": "vs none", "uniform": "vs uniform", "uniform_bounded": "vs uniform"}
-
-
-def _comparison_cells(table: Comparison, against: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the held-out scores: method, what [`_score_cells`] has, paired differences."""
-    measure = _measure_of(table)
-    against = [name for name in against if name in {row.name for row in table}]
-    cells = []
-    for row in table:
-        line = [row.label, *_score_cells(row.scores)]
-        for name in against:
-            line.append("" if name == row.name else difference(table.difference(row.name, name), measure))
-        cells.append(line)
-    columns = ["loss", "perplexity"] if measure == "loss" else ["accuracy", "worst", "U"]
-    header = [_AGAINST.get(name, "vs control") for name in against]
-    return ["method", *columns, *header], cells
-
-
-def _choice_cells(table: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of what each method chose on the search split, after how many tries, and what it does to
-    ordinary text where that is known.
+def score_cells(scores: PositionScores, wanted: Iterable[str]) -> dict[str, str]:
+    """Returns the cells of a table's columns that sum up scores, by the column's name: those of `wanted` that there
+    are of such scores.
     """
-    harmed = any(row.harm is not None for row in table)
-    cells = []
-    for row in table:
-        line = [row.label, str(row.evaluations), f"{row.fitness:.3f}"]
-        if harmed:
-            rise = row.harm.loss_rise
-            line += [f"{row.harm.divergence.value:.4f}", f"{rise.value:+.4f}" if rise is not None else "–"]
-        cells.append([*line, format_factors(row.factors)])
-    return ["method", "tried", "fitness", *(["KL", "text loss"] if harmed else []), "factors"], cells
+    unit, average, by_position = unit_of(scores.measure), scores.average(), scores.value_by_position
+    cells = {unit.name: unit.mean(average)}
+    if scores.measure == "loss":
+        cells["perplexity"] = perplexity_of(average.value)
+    else:
+        cells |= {"worst": unit.value(min(by_position)), "U": unit.value(scores.utilisation())}
+    if len(by_position) > 2:
+        cells["middle"] = unit.value(float(np.mean(by_position[1:-1])))
+    if len(by_position) > 1:
+        cells |= {"first": unit.value(by_position[0]), "last": unit.value(by_position[-1])}
+    return {name: cells[name] for name in wanted if name in cells}
 
 
-def comparison_table(table: Comparison, title: str, against: Sequence[str] = ()) -> Table:
-    """Returns the held-out comparison as a rich table of at most 80 columns, compared with these rows."""
-    return rich_table(title, _legend(table), *_comparison_cells(table, against), left=(0,))
+_MEANINGS = {
+    "accuracy": "accuracy: {right} in %, mean over all gold positions",
+    "worst": "worst: at the worst position",
+    "middle": "middle: mean over all inner positions",
+    "U": f"U: context utilisation of the accuracies in % (weights {', '.join(f'{w:g}' for w in DEFAULT_WEIGHTS)} for "
+    "first, middle and last)",
+    "loss": "loss: in nats, mean over the scored tokens",
+    "perplexity": "perplexity: the loss's exponential",
+    "log-prob": "log-prob: of the gold, in nats",
+    "strict": "strict: the first value written is the gold",
+    "forced": "forced: every token of the target the most probable one, in one teacher-forced pass",
+    "vs control": 'control: of "first k at 1, rest b" and "first a, rest b" the one that is better on the search split',
+    "tried": "tried: distinct factor vectors evaluated on the search split",
+    "KL": "KL: divergence of next-token distributions from the unscaled model's on text that it wrote, in nats",
+    "text loss": "text loss: rise of the loss on people's text, in nats",
+}
 
 
-def choice_table(table: Comparison) -> Table:
-    """Returns what each method chose on the search split as a rich table."""
-    title = "Chosen on the search split, from so many distinct factor vectors"
-    header, cells = _choice_cells(table)
-    caption = _HARM_LEGEND if "KL" in header else None
-    return rich_table(title, caption, header, cells, left=(0, len(header) - 1))
+def meanings(columns: Iterable[str], right: str = "right answers") -> str:
+    """Says in a sentence what columns of these names hold; `right`: what counts in an accuracy."""
+    return "; ".join(_MEANINGS[name].format(right=right) for name in dict.fromkeys(columns) if name in _MEANINGS) + "."
 
 
-def rich_table(
-    title: str,
-    caption: str | None,
-    header: list[str],
-    cells: list[list[str]],
-    left: Sequence[int],
-    folded: Sequence[int] = (),
-) -> Table:
-    """Returns a plain table.
+def legend(columns: Iterable[str], measure: Measure, right: str = "right answers", gains: bool = False) -> str:
+    """Says how to read a table of scores.
 
     Args:
-        title: above it.
-        caption: below it.
-        header: names of the columns.
-        cells: lines below the header.
-        left: columns that are flush left; only these, and
-        folded: these, are folded where the table does not fit.
+        columns: names of its columns.
+        measure: of its scores.
+        right: what counts in an accuracy.
+        gains: whether plus is what is better in its differences, also of losses.
     """
-    rendered = Table(
-        title=title,
-        caption=caption,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    for i, column in enumerate(header):
-        rendered.add_column(
-            column, justify="left" if i in left else "right", no_wrap=i not in (*left, *folded), overflow="fold"
-        )
-    for line in cells:
-        rendered.add_row(*line)
-    return rendered
+    loss = measure == "loss"
+    over, better = ("windows", ", in nats of loss saved") if loss else ("contexts", "")
+    paired = f"{better}: + is better" if gains else ", less is better" if loss else ""
+    return f"{meanings(columns, right)} Brackets and ±: 95 % intervals over {over}; differences are paired{paired}."
 
 
-def markdown_table(table: Comparison, against: Sequence[str] = ()) -> str:
-    """Returns the held-out comparison with the factors in Markdown, for a model card."""
-    header, scores = _comparison_cells(table, against)
-    names, choices = _choice_cells(table)
-    kept = [i for i, name in enumerate(names) if name not in ("method", "fitness")]
-    lines = [
-        [*header, *(names[i] for i in kept)],
-        ["---", *["---:"] * (len(header) + len(kept) - 2), "---"],
-        *([*score, *(choice[i] for i in kept)] for score, choice in zip(scores, choices, strict=True)),
-    ]
-    tried = "tried: distinct factor vectors evaluated on the search split."
-    if "KL" in names:
-        tried = f"{tried} {_HARM_LEGEND}"
-    return f"{markdown(lines)}\n\n{tried} {_legend(table)}"
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """Returns lines of cells as a Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def plan_table(plan: Plan) -> Table:
-    """Returns what a search is going to cost at most, stage by stage."""
-    cells = [[name, str(count)] for name, count in plan.evaluations.items()]
-    cells.append(["all", str(plan.num_evaluations)])
-    return rich_table("The search, at most", plan_line(plan), ["stage", "evaluations"], cells, left=(0,))
-
-
-def plan_line(plan: Plan) -> str:
-    """The same in a sentence."""
-    each = f"{plan.num_evaluations} evaluations of {plan.tokens_per_evaluation:,} tokens"
-    total = f"{plan.tokens / 1e6:.1f} M tokens with the held-out splits, {plan.memory_bytes / 2**30:.1f} GiB"
-    return (
-        f"at most {each}, {total}, {duration(plan.seconds)} (one evaluation: {plan.seconds_per_evaluation:.2f} s). "
-        "Racing, shared layers and vectors known already make it shorter."
-    )
-
-
-def duration(seconds: float) -> str:
-    """Writes a time for people."""
-    minutes = seconds / 60
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+def right_answers(scores: PositionScores) -> str:
+    """What counts in an accuracy."""
+    return "exact match" if scores.written is None else "right answers written"
 
 
 def position_table(scores: PositionScores, title: str) -> Table:
-    """Returns the scores by position as a rich table: accuracy and gold log-probability, or loss and perplexity."""
+    """Returns the scores by position: accuracy and gold log-probability, or loss and perplexity."""
     if scores.measure == "loss":
         rows = [*zip(map(str, scores.positions), scores.intervals(), strict=True), ("all", scores.average())]
-        cells = [[name, value_with_interval(i, "loss"), perplexity_with_interval(i)] for name, i in rows]
+        cells = [
+            (name, LOSS.mean(i), f"{perplexity_of(i.value)} [{perplexity_of(i.high)}, {perplexity_of(i.low)}]")
+            for name, i in rows
+        ]
         caption = "Tokens from each position to the next. Brackets: 95 % intervals over windows."
-        return rich_table(title, caption, ["token", "loss in nats", "perplexity"], cells, left=())
+        return Table(("token", "loss in nats", "perplexity"), tuple(cells), title, caption, ())
     more = written_columns(scores)
-    header = ["gold position", "accuracy %", *more, "gold log-prob"]
     cells = []
     for row, (position, interval) in enumerate(zip(scores.positions, scores.intervals(), strict=True)):
-        others = [percent(values[:, row].mean()) for values in more.values()]
-        log_prob = f"{scores.log_prob_by_position[row]:.3f}"
-        cells.append([str(position), value_with_interval(interval, "accuracy"), *others, log_prob])
-    others = [percent(values.mean()) for values in more.values()]
-    log_prob = f"{scores.log_prob_by_position.mean():.3f}"
-    cells.append(["average", value_with_interval(scores.average(), "accuracy"), *others, log_prob])
+        others = [ACCURACY.value(values[:, row].mean()) for values in more.values()]
+        cells.append((str(position), ACCURACY.mean(interval), *others, NATS.value(scores.log_prob_by_position[row])))
+    others = [ACCURACY.value(values.mean()) for values in more.values()]
+    cells.append(("average", ACCURACY.mean(scores.average()), *others, NATS.value(scores.log_prob_by_position.mean())))
     blanks = [""] * len(more)
-    cells.append(["U", percent(scores.utilisation()), *blanks, f"{scores.log_prob_utilisation():.3f}"])
+    cells.append(("U", ACCURACY.value(scores.utilisation()), *blanks, NATS.value(scores.log_prob_utilisation())))
     caption = "Brackets: 95 % intervals, of the average over contexts, else Wilson's; U: context utilisation."
-    return rich_table(title, " ".join([caption, *written_legend(scores)]), header, cells, left=())
+    header = ("gold position", "accuracy %", *more, "gold log-prob")
+    return Table(header, tuple(cells), title, " ".join([caption, *written_legend(scores)]), ())
 
 
 def written_columns(scores: PositionScores) -> dict[str, np.ndarray]:
@@ -277,13 +292,11 @@ def written_legend(scores: PositionScores) -> list[str]:
     """Returns what the columns of [`written_columns`] mean, and how long the answers were, in sentences."""
     if scores.written is None:
         return []
-    meanings = {
-        "strict": "strict: the first value written is the gold.",
-        "forced": "forced: every token of the target the most probable one, in one teacher-forced pass.",
-    }
-    lines = [meanings[name] for name in written_columns(scores)]
     tokens, cut_off = scores.written.num_tokens.mean(), scores.written.cut_off.mean()
-    return [*lines, f"Answers have {tokens:.1f} tokens on average; {percent(cut_off)} % were cut off."]
+    return [
+        *(f"{_MEANINGS[name]}." for name in written_columns(scores)),
+        f"Answers have {tokens:.1f} tokens on average; {ACCURACY.value(cut_off)} % were cut off.",
+    ]
 
 
 def fitness_remark(scores: Mapping[str, PositionScores]) -> list[str]:
@@ -301,38 +314,19 @@ def fitness_remark(scores: Mapping[str, PositionScores]) -> list[str]:
     return [f'note: the answers of "{likeliest}" are the likeliest, but "{best}" writes the most right ones.']
 
 
-def verification_table(verification: Verification, title: str) -> Table:
-    """A line for each layer: its factor as expected and as measured, and what that means."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("layer", "expected", "measured"):
-        table.add_column(column, justify="right")
-    table.add_column("status", overflow="fold")
-    for check in verification.layers:
-        style = {OK: "green", MISMATCH: "bold red"}.get(check.status, "dim")
-        measured = "" if check.measured is None else f"{check.measured:.3f}"
-        status = f"{check.status}: {check.note}" if check.note else check.status
-        table.add_row(str(check.layer), f"{check.expected:.3f}", measured, f"[{style}]{status}[/]")
-    return table
+def format_factors(factors: Sequence[float]) -> str:
+    """Writes factors for people; a uniform vector as a single number."""
+    return " ".join(f"{factor:g}" for factor in (factors[:1] if len(set(factors)) == 1 else factors))
 
 
-def families_table(trials: Sequence[Trial], kinds: Mapping[str, str], title: str) -> Table:
-    """A line for each family: whether the tuner can scale it, and why not or with what exception."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("model type", "kind", "result"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("reason", overflow="fold")
-    styles = {SUPPORTED: "green", REFUSED: "yellow", NOT_BUILT: "dim", WRONG: "bold red"}
-    for trial in trials:
-        reason = trial.reason
-        if trial.unrotated_layers:
-            reason = f"layers {trial.unrotated_layers} of the tiny model have no rotation to scale"
-        table.add_row(
-            trial.model_type, kinds.get(trial.model_type, ""), f"[{styles[trial.status]}]{trial.status}[/]", reason
-        )
-    return table
+def times_window(tokens: int, window: int | None) -> str:
+    """Writes `" = 2.0× the trained window"`, or nothing where that is not known."""
+    return f" = {tokens / window:.1f}× the trained window" if window else ""
 
 
-def count_families(trials: Sequence[Trial]) -> str:
-    """The counts in one line."""
-    counts = [(status, sum(t.status == status for t in trials)) for status in (SUPPORTED, REFUSED, NOT_BUILT, WRONG)]
-    return ", ".join(f"{count} {status}" for status, count in counts)
+def duration(seconds: float) -> str:
+    """Writes a time for people."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

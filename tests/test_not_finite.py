@@ -24,7 +24,7 @@ from peft_layerrope.comparison.contenders import Contender, parse_baseline
 from peft_layerrope.comparison.report import comparison_markdown, summary_table
 from peft_layerrope.errors import SearchError
 from peft_layerrope.experiments.measuring import utilisation_difference
-from peft_layerrope.experiments.report import held_out_section, read_record
+from peft_layerrope.experiments.report import held_out_section
 from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.files import to_json
 from peft_layerrope.report import fitness_remark
@@ -38,6 +38,7 @@ from peft_layerrope.searcher.common import SearchJournal
 from peft_layerrope.searcher.evaluator import HeatScores, Measurement, ModelEvaluator, clearly_worse, plan_heats
 from peft_layerrope.searcher.gradient import GradientSteps
 from peft_layerrope.searcher.memo import BudgetView, Memo
+from peft_layerrope.searcher.result import read_record
 from peft_layerrope.searcher.run import bootstrap_choice
 from peft_layerrope.searcher.sensitivity import sensitivity
 
@@ -246,7 +247,7 @@ def test_a_contender_that_breaks_does_not_win_a_comparison_that_it_enters_first(
     strict(to_json(found.to_dict()))
     assert not found.difference("good", "broken").excludes_zero() or measure == "accuracy"
     assert "good" in comparison_markdown(found)
-    assert summary_table(found, "title").row_count == 3
+    assert len(summary_table(found, "title").rows) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from peft_layerrope import PositionScores
-from peft_layerrope.plots import UNSCALED, plot_by_position, plot_gain_over_harm
+from peft_layerrope.plots import UNSCALED, draw_positions, new_figure, plot_by_position, plot_gain_over_harm, to_png
 from peft_layerrope.scoring.scores import Interval
 
 
@@ -29,10 +31,9 @@ def scores(groups: int = 20, measure: str = "accuracy", seed: int = 0) -> Positi
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 20])
-def test_every_curve_is_drawn_and_told_apart(count, drawn, tmp_path):
+def test_every_curve_is_drawn_and_told_apart(count, drawn):
     curves = {UNSCALED: scores(), **{f"contender {i}": scores(seed=i) for i in range(1, count)}}
-    plot_by_position(curves, tmp_path / "a.png", "a subtitle")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert plot_by_position(curves, "a subtitle").startswith(b"\x89PNG")
     lines = drawn[0].get_lines()
     assert [line.get_label() for line in lines] == list(curves)
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
@@ -40,42 +41,42 @@ def test_every_curve_is_drawn_and_told_apart(count, drawn, tmp_path):
     for line, found in zip(lines, curves.values(), strict=True):
         np.testing.assert_allclose(line.get_ydata(), 100 * found.accuracy_by_position)
     assert len(drawn[0].collections) == count  # a band each
-    legend = drawn[0].get_legend()
-    assert len(legend.get_texts()) == count
-    inside = legend.get_window_extent().x0 < drawn[0].get_window_extent().x1
-    assert inside == (count <= 5)
+    legend = drawn[0].figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == list(curves)
+    assert legend.get_window_extent().y1 < drawn[0].get_window_extent().y0  # below, where no line runs through it
+    assert drawn[0].get_window_extent().height > 300  # and it takes no room from the curves
 
 
-def test_bands_are_the_intervals(drawn, tmp_path):
+def test_bands_are_the_intervals(drawn):
     found = scores()
-    plot_by_position({"a": found}, tmp_path / "a.png", "")
+    plot_by_position({"a": found}, "")
     corners = drawn[0].collections[0].get_paths()[0].vertices
     for position, interval in zip(found.positions, found.intervals(), strict=True):
         heights = corners[corners[:, 0] == position][:, 1]
         assert (heights.min(), heights.max()) == pytest.approx((100 * interval.low, 100 * interval.high))
 
 
-def test_losses_are_drawn_as_losses(drawn, tmp_path):
+def test_losses_are_drawn_as_losses(drawn):
     found = scores(measure="loss")
-    plot_by_position({"a": found}, tmp_path / "a.png", "words " * 40)
+    plot_by_position({"a": found}, "words " * 40)
     axes = drawn[0]
     np.testing.assert_allclose(axes.get_lines()[0].get_ydata(), -found.log_prob.mean(axis=0))
     assert "nats" in axes.get_ylabel()
     assert axes.get_ylim()[1] < 5
 
 
-def test_a_single_window_has_no_band(drawn, tmp_path):
-    plot_by_position({"a": scores(1, "loss")}, tmp_path / "a.png", "")
+def test_a_single_window_has_no_band(drawn):
+    plot_by_position({"a": scores(1, "loss")}, "")
     assert np.isfinite(drawn[0].get_ylim()).all()
 
 
-def test_gain_over_harm_has_each_choice_with_both_intervals(drawn, tmp_path):
+def test_gain_over_harm_has_each_choice_with_both_intervals(drawn):
     points = {
         UNSCALED: (Interval(0.0, 0.0, 0.0), Interval(0.0, 0.0, 0.0)),
         "one factor": (Interval(0.05, 0.04, 0.07), Interval(8.0, 3.0, 13.0)),
         "per layer": (Interval(0.008, 0.002, 0.014), Interval(6.0, np.nan, np.nan)),
     }
-    plot_gain_over_harm(points, 0.01, tmp_path / "a.png", "a subtitle")
+    plot_gain_over_harm(points, 0.01, "a subtitle")
     axes = drawn[0]
     bars = {bar.get_label(): bar for bar in axes.containers}
     assert list(bars) == list(points)
@@ -86,3 +87,15 @@ def test_gain_over_harm_has_each_choice_with_both_intervals(drawn, tmp_path):
     np.testing.assert_allclose(across[:, 0], (0.04, 0.07))
     np.testing.assert_allclose(along[:, 1], (3.0, 13.0))
     assert any(list(line.get_xdata()) == [0.01, 0.01] for line in axes.get_lines())
+
+
+@pytest.mark.parametrize(("measure", "scale"), [("accuracy", 100), ("loss", -1)])
+def test_curves_of_several_lengths_share_an_axis_from_first_to_last(measure, scale):
+    figure, (axes,) = new_figure()
+    curves = {"short": scores(measure=measure), UNSCALED: replace(scores(measure=measure), positions=(3, 30, 300))}
+    draw_positions(axes, curves)
+    for line, found, inner in zip(axes.get_lines(), curves.values(), (0.5, 27 / 297), strict=True):
+        np.testing.assert_allclose(line.get_xdata(), (0, inner, 1))
+        np.testing.assert_allclose(line.get_ydata(), scale * found.value_by_position)
+    assert to_png(figure, "a title", "what $was$ measured").startswith(b"\x89PNG")
+    assert figure.get_suptitle().splitlines() == ["a title", r"what \$was\$ measured"]

@@ -12,7 +12,25 @@ from rich.console import Console
 from scipy import stats
 
 from peft_layerrope import PositionScores, plots, report
-from peft_layerrope.searcher import ResultTable, TableRow
+from peft_layerrope.report import Table
+from peft_layerrope.searcher import ResultTable, SearchSettings, TableRow
+from peft_layerrope.searcher.result import HeldOutTables
+
+
+class Held(HeldOutTables):
+    """What of a search is shown in tables."""
+
+    settings, chosen = SearchSettings(algorithm="genetic"), "refined"
+
+    def __init__(self, table: ResultTable, better_control: str | None = None) -> None:
+        self.table, self.better_control, self.difference = table, better_control, table.difference
+
+
+def rendered(*tables: Table) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    for table in tables:
+        console.print(table.to_rich())
+    return console.export_text()
 
 
 def scores(hits: list[list[int]]) -> PositionScores:
@@ -34,7 +52,7 @@ def table() -> ResultTable:
 
 
 def test_markdown_table(table):
-    lines = report.markdown_table(table, ("uniform", "first_and_rest")).splitlines()
+    lines = Held(table, "first_and_rest").held_out_table().to_markdown().splitlines()
     assert lines[0] == "| method | accuracy | worst | U | vs uniform | vs control | tried | factors |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5]]
     assert [row[0] for row in cells] == [
@@ -50,17 +68,18 @@ def test_markdown_table(table):
 
 
 def test_a_table_without_the_baselines_compares_with_nothing(table):
-    assert report.markdown_table(ResultTable(table.rows[2:]), ("uniform",)).startswith(
-        "| method | accuracy | worst | U | tried |"
+    assert (
+        Held(ResultTable(table.rows[2:]))
+        .held_out_table()
+        .to_markdown()
+        .startswith("| method | accuracy | worst | U | tried |")
     )
 
 
 def test_terminal_tables_fit_80_columns(table):
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.choice_table(table))
-    console.print(report.comparison_table(table, "Held out", ("uniform", "first_and_rest")))
-    console.print(report.position_table(table["refined"].scores, "demo"))
-    text = console.export_text()
+    held = Held(table, "first_and_rest")
+    positions = report.position_table(table["refined"].scores, "demo")
+    text = rendered(held.choice_table(), held.scores_table("Held out"), positions)
     assert "…" not in text
     for words in ("per layer: refined", "+33.3 ± ", "1.1 2", "83.3 ["):
         assert words in text
@@ -74,15 +93,14 @@ def test_differences_are_paired_and_signed(table):
         table["random"]
 
 
-def test_plots_need_no_display_and_no_pyplot(table, tmp_path):
-    plots.plot_by_position({row.label: row.scores for row in table}, tmp_path / "a.png", "a subtitle")
-    plots.plot_factors_by_depth(
-        [1.0, 1.0, 1.4, 2.0],
-        tmp_path / "f.png",
-        control_points=[(0, 1.0), (0.3, 1.2), (0.6, 1.8), (1, 2.0)],
-        scaled_layers=[2, 3],
-    )
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("a.png", "f.png"))
+def test_plots_need_no_display_and_no_pyplot(table):
+    curves = {row.label: row.scores for row in table}
+    points = [(0, 1.0), (0.3, 1.2), (0.6, 1.8), (1, 2.0)]
+    for picture in (
+        plots.plot_by_position(curves, "a subtitle"),
+        plots.plot_factors_by_depth([1.0, 1.0, 1.4, 2.0], control_points=points, scaled_layers=[2, 3]),
+    ):
+        assert picture.startswith(b"\x89PNG")
     assert "matplotlib.pyplot" not in sys.modules
 
 
@@ -110,7 +128,7 @@ def losses() -> ResultTable:
 
 
 def test_a_search_by_loss_has_a_table_of_losses(losses):
-    lines = report.markdown_table(losses, ("uniform",)).splitlines()
+    lines = Held(losses).held_out_table().to_markdown().splitlines()
     assert lines[0] == "| method | loss | perplexity | vs uniform | tried | factors |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
     mean = (2 + 1 + 3 + 2 + 2.5 + 1) / 6
@@ -122,10 +140,8 @@ def test_a_search_by_loss_has_a_table_of_losses(losses):
 
 
 def test_loss_tables_of_the_terminal(losses):
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.comparison_table(losses, "Held out", ("uniform",)))
-    console.print(report.position_table(losses["uniform"].scores, "demo"))
-    text = console.export_text()
+    positions = report.position_table(losses["uniform"].scores, "demo")
+    text = rendered(Held(losses).scores_table("Held out"), positions)
     low, high = stats.ttest_1samp([2.0, 3.0, 2.5], 0).confidence_interval(0.95)
     for words in (
         f"2.500 [{low:.3f}, {high:.3f}]",
@@ -135,3 +151,13 @@ def test_loss_tables_of_the_terminal(losses):
         assert words in text
     assert "…" not in text
     assert "U" not in text.replace("Uniform", "")
+
+
+@pytest.mark.parametrize("title", ["", "What it shows"])
+@pytest.mark.parametrize("form", ["rich", "markdown", "html"])
+def test_a_table_has_its_cells_in_every_form(form, title):
+    table = Table(("name", "accuracy"), (("a_b <c>", "50.0 [40.1, 59.9]"), ("d", "-1.0 ± 2.0")), title, "How to read.")
+    text = rendered(table) if form == "rich" else getattr(table, f"to_{form}")()
+    for words in (*table.header, *table.rows[1], title, table.caption, "50.0 [40.1, 59.9]"):
+        assert words in text
+    assert {"rich": "a_b <c>", "markdown": r"a\_b &lt;c>", "html": "a_b &lt;c&gt;"}[form] in text

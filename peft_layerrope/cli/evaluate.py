@@ -197,7 +197,7 @@ def evaluate_command(
                     write_json(json_output, content)
                 if plot is not None:
                     with writing(plot):
-                        plot_comparison(comparison, plot)
+                        plot.write_bytes(plot_comparison(comparison))
                 if output is not None:
                     _save(comparison, name, content, output)
 
@@ -214,7 +214,7 @@ def _save(comparison: Comparison, name: str, content: dict[str, Any], output: Pa
     """Writes the report last in JSON, so that where it is everything is."""
     image = output / _PLOT_NAME.format(measure=comparison.measure)
     with writing(image):
-        plot_comparison(comparison, image)
+        image.write_bytes(plot_comparison(comparison))
     write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
     write_atomically(output / _JSON_NAME, to_json(content, indent=2) + "\n")
     out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
@@ -278,13 +278,13 @@ def _print(comparison: Comparison, name: str, remarks: list[str]) -> None:
         out.print(line, highlight=False, markup=False)
     if len(comparison.scores) == 1:
         label, scores = next(iter(comparison.scores.items()))
-        out.print(position_table(scores, f"{name}, {label}"))
+        out.print(position_table(scores, f"{name}, {label}").to_rich())
         return
-    out.print(summary_table(comparison, name))
+    out.print(summary_table(comparison, name).to_rich())
     tables = by_position_tables(comparison, "By position")
     tables += forced_by_position_tables(comparison, "By position, teacher-forced")
     for table in (*tables, written_table(comparison)):
         if table is not None:
-            out.print(table)
+            out.print(table.to_rich())
     for line in fitness_remark(comparison.scores):
         out.print(line, highlight=False, markup=False)

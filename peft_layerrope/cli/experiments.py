@@ -18,7 +18,6 @@ from ..declaration import changed, declared, option
 from ..errors import SearchError, TaskError
 from ..experiments import attention, control_points, extrapolation, halves, sweep, transfer, u_shape
 from ..experiments.measuring import Measuring, default_lengths, task_of_length, window_and_task
-from ..experiments.report import RECORD_NAME, read_record
 from ..experiments.section import Section, to_rich
 from ..experiments.storage import command_line, kept_section, work_folder
 from ..fingerprint import model_fingerprint
@@ -26,6 +25,7 @@ from ..loading import load_adapter_config
 from ..runs import check_free
 from ..searcher import FactorGrid, SearchSettings
 from ..searcher.progress import RichProgress
+from ..searcher.result import REPORT_NAME, read_record
 from ..tasks import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
 from ..tuner.config import LayerRopeConfig
@@ -369,7 +369,7 @@ def transfer_command(
 def _grid_of(adapter: str) -> FactorGrid:
     """The grid that the adapter was searched on, if its folder says so."""
     folder = Path(adapter)
-    return read_record(folder).grid if (folder / RECORD_NAME).is_file() else FactorGrid()
+    return read_record(folder).grid if (folder / REPORT_NAME).is_file() else FactorGrid()
 
 
 def _lengths(text: str | None) -> list[int] | None:

@@ -14,13 +14,14 @@ from ..declaration import changed, spellings
 from ..demo import DEMO_NAME
 from ..errors import SearchError
 from ..experiments.measuring import factor_vector
-from ..experiments.report import SearchRecord, read_record, write_report
+from ..experiments.report import write_report
 from ..experiments.report_plan import ReportRequest, run_steps
 from ..experiments.storage import command_line
 from ..loading import load_adapter_config
 from ..messages import last_component
 from ..runs import check_free, locked
 from ..searcher.progress import RichProgress
+from ..searcher.result import SearchRecord, read_record
 from ..searcher.settings import SearchSpecification, read_specification
 from ..tasks.specification import TASK_NAMES, TaskSpecification
 from ..tuner.config import LayerRopeConfig

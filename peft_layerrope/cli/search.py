@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .. import report
 from ..base_model import check_source, load_tokenizer
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT
 from ..declaration import changed
@@ -24,7 +23,6 @@ from ..runs import RUN_FOLDER, check_free, locked
 from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
 from ..searcher.gradient_run import GradientPlan
-from ..searcher.plan import Plan
 from ..searcher.result import REPORT_NAME, TIMING_NAME
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
@@ -125,7 +123,7 @@ def search(
             specification, built = replace(specification, task=task), build_task(task, tokenizer)
         if dry_run:
             plan = plan_search(loaded, built, specification.search)
-            out.print(plan.sentence() if isinstance(plan, GradientPlan) else report.plan_table(plan))
+            out.print(plan.sentence() if isinstance(plan, GradientPlan) else plan.table().to_rich())
             return
 
         with ExitStack() as stack:
@@ -147,7 +145,7 @@ def search(
                 folder=output / RUN_FOLDER,
                 resume=resume,
                 overwrite=overwrite,
-                on_plan=lambda plan: err.print(_sentence(plan), highlight=False),
+                on_plan=lambda plan: err.print(plan.sentence(), highlight=False),
                 on_begin=begun,
                 distribute=distribute,
                 enough=stack.enter_context(_first_interrupt()) if by_gradients else None,
@@ -174,10 +172,6 @@ def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed)
             "trust_remote_code=true if you trust it, or trust_remote_code=false."
         )
     return asked
-
-
-def _sentence(plan: Plan | GradientPlan) -> str:
-    return plan.sentence() if isinstance(plan, GradientPlan) else report.plan_line(plan)
 
 
 @contextmanager
@@ -233,8 +227,8 @@ def _clear(output: Path) -> None:
 
 def _print_result(result: SearchResult, output: Path) -> None:
     out.print()
-    out.print(report.choice_table(result.table))
-    out.print(report.comparison_table(result.table, f"Held out: {result.subtitle()}", result.against))
+    out.print(result.choice_table().to_rich())
+    out.print(result.scores_table(f"Held out: {result.subtitle()}").to_rich())
     for line in result.remarks():
         out.print(line, highlight=False)
     out.print(f"adapter, report and plots: {output}", highlight=False)

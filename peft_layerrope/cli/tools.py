@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,13 +14,15 @@ import transformers
 import typer
 from rich.progress import track
 
-from .. import families, report
+from .. import families
 from ..base_model import load_tokenizer
 from ..errors import LayerRopeError, SearchError, TaskError
-from ..experiments.layer_sensitivity import plot_sensitivity, sensitivity_table
+from ..experiments.layer_sensitivity import change_style, plot_sensitivity, sensitivity_table
+from ..families import NOT_BUILT, REFUSED, SUPPORTED, WRONG
 from ..files import to_json, writing
 from ..lm_eval_tasks import lm_eval_tasks_path
 from ..loading import load_adapter, load_adapter_config
+from ..report import Table
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import Scorer
 from ..searcher import SearchSettings
@@ -28,7 +30,7 @@ from ..searcher.sensitivity import DEFAULT_FACTORS, sensitivity
 from ..searcher.space import parse_layers
 from ..tasks import PromptTask, SplitName, Task
 from ..tasks.specification import TaskSpecification
-from ..verification import verify
+from ..verification import MISMATCH, NO_ROTATION, OK, Verification, verify
 from .app import app, err, out, plain_errors
 from .options import (
     Compute,
@@ -87,7 +89,7 @@ def verify_command(
         if json_output is not None:
             write_json(json_output, result.to_dict())
         name = display_name(source.model)
-        out.print(report.verification_table(result, f"{name} + {adapter}" if adapter else name))
+        out.print(_verification_table(result, f"{name} + {adapter}" if adapter else name).to_rich(_style))
         result.raise_for_mismatch()
 
 
@@ -137,13 +139,14 @@ def sensitivity_command(
             **measured,
         )
         try:
-            out.print(sensitivity_table(result, f"{display_name(source.model)}: {result.subtitle()}"))
+            table = sensitivity_table(result, f"{display_name(source.model)}: {result.subtitle()}")
+            out.print(table.to_rich(change_style))
             for line in result.advice():
                 out.print(line, highlight=False)
         finally:  # also where nobody reads what is printed
             if plot is not None:
                 with writing(plot):
-                    plot_sensitivity(result, plot, result.subtitle())
+                    plot.write_bytes(plot_sensitivity(result))
             if json_output is not None:
                 write_json(json_output, result.to_dict())
 
@@ -252,11 +255,44 @@ def families_command(
         trials = [families.try_family(n) for n in track(names, "trying", console=err, transient=True)]
         if json_output is not None:
             write_json(json_output, [asdict(trial) for trial in trials])
-        out.print(report.families_table(trials, kinds, f"Families of transformers {transformers.__version__}"))
-        out.print(report.count_families(trials), highlight=False)
+        title = f"Families of transformers {transformers.__version__}"
+        out.print(_families_table(trials, kinds, title).to_rich(_style))
+        counts = {status: sum(trial.status == status for trial in trials) for status in _TRIED}
+        out.print(", ".join(f"{count} {status}" for status, count in counts.items()), highlight=False)
         wrong = [trial.model_type for trial in trials if trial.status == families.WRONG]
         if wrong:
             raise LayerRopeError(f"{', '.join(wrong)}: scaling does not do what it claims. Please report this.")
+
+
+_TRIED = (SUPPORTED, REFUSED, NOT_BUILT, WRONG)
+_STYLES = {OK: "green", MISMATCH: "bold red", NO_ROTATION: "dim"}
+_STYLES |= {SUPPORTED: "green", REFUSED: "yellow", NOT_BUILT: "dim", WRONG: "bold red"}
+
+
+def _style(cell: str) -> str:
+    """The style of a cell that begins with a status."""
+    return _STYLES.get(cell.partition(":")[0], "")
+
+
+def _verification_table(verification: Verification, title: str) -> Table:
+    """A line for each layer: its factor as expected and as measured, and what that means."""
+    rows = []
+    for check in verification.layers:
+        measured = "" if check.measured is None else f"{check.measured:.3f}"
+        status = f"{check.status}: {check.note}" if check.note else check.status
+        rows.append((str(check.layer), f"{check.expected:.3f}", measured, status))
+    return Table(("layer", "expected", "measured", "status"), tuple(rows), title, text_columns=(3,))
+
+
+def _families_table(trials: Sequence[families.Trial], kinds: Mapping[str, str], title: str) -> Table:
+    """A line for each family: whether the tuner can scale it, and why not or with what exception."""
+    rows = []
+    for trial in trials:
+        reason = trial.reason
+        if trial.unrotated_layers:
+            reason = f"layers {trial.unrotated_layers} of the tiny model have no rotation to scale"
+        rows.append((trial.model_type, kinds.get(trial.model_type, ""), trial.status, reason))
+    return Table(("model type", "kind", "result", "reason"), tuple(rows), title, text_columns=(0, 1, 2, 3))
 
 
 INCLUDE = "--include_path"

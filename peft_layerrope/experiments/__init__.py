@@ -6,7 +6,7 @@ from .extrapolation import Line, matched_baselines, run_extrapolation
 from .halves import run_halves
 from .layer_sensitivity import run_sensitivity
 from .measuring import Measuring
-from .section import Section, SectionFigure, SectionTable
+from .section import Section, SectionFigure
 from .sweep import run_sweep
 from .transfer import run_transfer
 from .u_shape import run_u_shape
@@ -16,7 +16,6 @@ __all__ = [
     "Measuring",
     "Section",
     "SectionFigure",
-    "SectionTable",
     "matched_baselines",
     "run_attention",
     "run_control_points",

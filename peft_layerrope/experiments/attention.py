@@ -13,6 +13,8 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender, contending
 from ..errors import TaskError, UnsupportedModelError
+from ..plots import COLOURS, GREY, draw_line, new_figure, to_png
+from ..report import Table, Unit
 from ..scoring.batching import rotation_depends_on_length
 from ..scoring.scorer import Scorer
 from ..scoring.scores import Interval, mean_interval
@@ -21,8 +23,8 @@ from ..tasks import Example, Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import without_memory
 from ..tuner.sites import find_stack, model_type, text_config
-from .measuring import Measuring, Unit, factor_vector, held_out, interval_dict, measured_on, need_positions
-from .section import COLOURS, GREY, Section, SectionFigure, SectionTable, draw_line, legend_below, new_figure, to_png
+from .measuring import Measuring, factor_vector, held_out, interval_dict, measured_on, need_positions
+from .section import Section, SectionFigure
 
 EAGER = "eager"
 _TRIAL = (0, 1, 2, 3)  # ids that every vocabulary has
@@ -330,7 +332,7 @@ def _where(up: list[int], down: list[int]) -> str:
     return f"; {' and '.join(parts)}" if parts else ""
 
 
-def _table(title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.ndarray) -> SectionTable:
+def _table(title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.ndarray) -> Table:
     rows = []
     for column, layer in enumerate(layers):
         cells = []
@@ -340,15 +342,15 @@ def _table(title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.n
             cells.append(values + ("*" if change.excludes_zero() else ""))
         rows.append((str(layer), *cells))
     header = ("layer", *(f"gold {place}" for place in PLACES))
-    return SectionTable(header, tuple(rows), f"{title} ({unit.symbol})", _LEGEND, ())
+    return Table(header, tuple(rows), f"{title} ({unit.symbol})", _LEGEND, ())
 
 
 def _figure(
     kind: str, title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.ndarray, measured: str
 ) -> SectionFigure:
-    figure, panels = new_figure(height=3.6, panels=len(PLACES), sharey=True)
+    figure, panels = new_figure(height=3.6, columns=len(PLACES), sharey=True)
     for index, (axes, place) in enumerate(zip(panels, PLACES, strict=True)):
-        for values, label, colour, shift in ((old, NO_SCALING, GREY, -0.08), (new, ADAPTER, COLOURS[2], 0.08)):
+        for values, label, colour, shift in ((old, NO_SCALING, GREY, -0.08), (new, ADAPTER, COLOURS[0], 0.08)):
             intervals: list[Interval] = [mean_interval(column) for column in values[index].T]
             draw_line(axes, layers, intervals, unit, label, colour, shift)
         axes.set_title(f"gold {place}", fontsize=9)
@@ -356,6 +358,5 @@ def _figure(
         axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].set_ylabel(f"{unit.name} ({unit.symbol})")
     panels[0].set_ylim(0, min(panels[0].get_ylim()[1], 1.03 * unit.scale))  # no share is above 1
-    legend_below(figure, panels[0])
     caption = f"{title} by layer, with the gold first, in the middle and last; bars: 95 % intervals over contexts."
     return SectionFigure(kind, caption, to_png(figure, title, measured))

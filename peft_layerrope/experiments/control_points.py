@@ -8,6 +8,8 @@ from torch import nn
 
 from ..comparison.contenders import Contender
 from ..errors import SearchError
+from ..plots import COLOURS, new_figure, to_png
+from ..report import NATS, Table, Unit, legend, unit_of
 from ..scoring.scores import Interval
 from ..searcher.genome import BezierGenome
 from ..searcher.space import FactorGrid, Factors, FactorSpace, default_scaled_layers
@@ -15,22 +17,18 @@ from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
 from .measuring import (
-    U_LEGEND,
     Measuring,
-    Unit,
     factor_vector,
     held_out,
     in_force,
     interval_dict,
-    legend,
     log_prob_difference,
     measure,
     measured_on,
-    unit_of,
     utilisation_difference,
     with_factors,
 )
-from .section import COLOURS, Section, SectionFigure, SectionTable, new_figure, to_png
+from .section import Section, SectionFigure
 
 NAME = "control-points"
 DEFAULT_GROUPS = 50
@@ -162,13 +160,13 @@ def run_control_points(
                 "as the curve" if same else _label(vector),
                 unit.value(scores[vector].utilisation()),
                 "0" if same else unit.change(changes[vector]),
-                "0" if same else _nats(log_prob_difference(scores[vector], scores[curve])),
+                "0" if same else NATS.change(log_prob_difference(scores[vector], scores[curve])),
             )
         )
     header = ("moved", "factors", "U" if split.measure == "accuracy" else unit.name, "Δ", "Δ gold log-prob's U")
     caption = (
         f"Each coordinate moved by ±{step:g}, at most to its limit, and rounded to the grid as in the search. Δ: to "
-        "the curve itself. " + legend(split.measure, U_LEGEND)
+        "the curve itself. " + legend(header, split.measure)
     )
     return Section(
         name=NAME,
@@ -176,7 +174,7 @@ def run_control_points(
         question="How much does the result depend on each coordinate of the Bézier curve?",
         measured=measured + in_force(config),
         findings=tuple(_findings(tried, changes, curve, final, unit)),
-        tables=(SectionTable(header, tuple(rows), caption=caption, text_columns=(0, 1)),),
+        tables=(Table(header, tuple(rows), caption=caption, text_columns=(0, 1)),),
         figures=(_tornado(tried, changes, unit, measured),),
         data={
             "task": task.describe(),
@@ -231,7 +229,7 @@ def _tornado(tried: list[Move], changes: dict[Factors, Interval], unit: Unit, me
         change, y = changes[move.factors], order.index(move.coordinate) + 0.2 * move.sign
         value, low, high = unit.shown([change.value, change.low, change.high])
         low, high = min(low, high), max(low, high)
-        axes.barh(y, value, height=0.38, color=COLOURS[1] if move.sign > 0 else COLOURS[2], alpha=0.85)
+        axes.barh(y, value, height=0.38, color=COLOURS[1] if move.sign > 0 else COLOURS[0], alpha=0.85)
         axes.errorbar(value, y, xerr=[[value - low], [high - value]], color="0.25", elinewidth=1, capsize=2)
         axes.annotate(
             f"{move.after:.2f}", (1, y), (4, 0), ("axes fraction", "data"), "offset points", fontsize=7, va="center"
@@ -241,8 +239,7 @@ def _tornado(tried: list[Move], changes: dict[Factors, Interval], unit: Unit, me
     axes.set_yticks(range(len(order)), [f"{coordinate} = {values[coordinate]:.2f}" for coordinate in order])
     axes.set_xlabel(f"change of {'U' if unit.scale > 0 else unit.name} ({unit.step}); right: the value moved to")
     axes.barh(0, 0, color=COLOURS[1], label="moved up")
-    axes.barh(0, 0, color=COLOURS[2], label="moved down")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    axes.barh(0, 0, color=COLOURS[0], label="moved down")
     caption = "Change of U when one coordinate of the curve is moved; lines: paired 95 % intervals over contexts."
     return SectionFigure("tornado", caption, to_png(figure, "Each control point, moved", measured))
 
@@ -259,7 +256,3 @@ def _move_dict(move: Move, change: Interval) -> dict[str, object]:
 
 def _label(factors: Factors) -> str:
     return " ".join(f"{factor:g}" for factor in factors)
-
-
-def _nats(interval: Interval) -> str:
-    return f"{interval.value:+.3f} ± {(interval.high - interval.low) / 2:.3f}"

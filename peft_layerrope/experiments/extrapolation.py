@@ -4,37 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
 from ..errors import TaskError
-from ..scoring.scores import Interval, PositionScores, perplexity, rank_key
+from ..plots import COLOURS, GREY, draw_line, new_figure, to_png, unit_axis
+from ..report import Table, Unit, legend, perplexity_of, unit_of
+from ..scoring.scores import Interval, PositionScores, rank_key
 from ..tasks import Task
 from ..tuner.sites import trained_window
-from .measuring import (
-    AVERAGE_LEGEND,
-    Measuring,
-    Unit,
-    held_out,
-    interval_dict,
-    legend,
-    measure,
-    measured_on,
-    unit_of,
-    verdict,
-)
-from .section import (
-    COLOURS,
-    Section,
-    SectionFigure,
-    SectionTable,
-    draw_line,
-    legend_below,
-    new_figure,
-    percent_axis,
-    to_png,
-)
+from .measuring import Measuring, held_out, interval_dict, measure, measured_on, verdict
+from .section import Section, SectionFigure
 
 NAME = "extrapolation"
 DEFAULT_GROUPS = 30
@@ -162,22 +144,22 @@ def _tables(
     labels: list[str],
     unit: Unit,
     window: int,
-) -> tuple[SectionTable, ...]:
+) -> tuple[Table, ...]:
     header = ("contender", *(f"{length} tokens ({length / window:g}×)" for length in scores))
     measure_name = next(iter(next(iter(scores.values())).values())).measure
-    caption = legend(measure_name, AVERAGE_LEGEND) + " Matched: by length over trained window."
+    caption = legend([unit.name], measure_name) + " Matched: by length over trained window."
     values = [(label, *(unit.mean(by_label[label].average()) for by_label in scores.values())) for label in labels]
     changes = [(label, *(unit.change(by_label[label]) for by_label in gains.values())) for label in labels[1:]]
     tables = [
-        SectionTable(header, tuple(values), f"{unit.name} ({unit.symbol})".capitalize(), caption),
-        SectionTable(header, tuple(changes), f"Difference to {labels[0]} ({unit.step})"),
+        Table(header, tuple(values), f"{unit.name} ({unit.symbol})".capitalize(), caption),
+        Table(header, tuple(changes), f"Difference to {labels[0]} ({unit.step})"),
     ]
     if measure_name == "loss":
         perplexities = [
-            (label, *(f"{perplexity(-by_label[label].average().value):.2f}" for by_label in scores.values()))
+            (label, *(perplexity_of(by_label[label].average().value) for by_label in scores.values()))
             for label in labels
         ]
-        tables.insert(1, SectionTable(header, tuple(perplexities), "Perplexity"))
+        tables.insert(1, Table(header, tuple(perplexities), "Perplexity"))
     return tuple(table for table in tables if table.rows)
 
 
@@ -186,14 +168,13 @@ def _figure(
 ) -> SectionFigure:
     figure, (axes,) = new_figure()
     lengths = list(scores)
-    for number, label in enumerate(labels):
+    for label, colour in zip(labels, cycle([GREY, *COLOURS])):
         intervals = [by_label[label].average() for by_label in scores.values()]
-        draw_line(axes, lengths, intervals, unit, label, COLOURS[number % len(COLOURS)])
+        draw_line(axes, lengths, intervals, unit, label, colour)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.minorticks_off()
     axes.set_xlabel("prompt length in tokens")
-    percent_axis(axes, unit)
-    legend_below(figure, axes, columns=3)
+    unit_axis(axes, unit)
     caption = f"Average {unit.name} over the length of the prompt, one line for each contender; bars: 95 % intervals."
     return SectionFigure("lengths", caption, to_png(figure, f"{unit.name} over prompt length".capitalize(), measured))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
+from ..plots import draw_positions, new_figure, to_png
+from ..report import Table, legend, score_cells, unit_of
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
 from .measuring import (
@@ -13,17 +15,13 @@ from .measuring import (
     held_out,
     in_force,
     interval_dict,
-    legend,
     measure,
     measured_on,
-    score_cells,
     score_header,
-    scores_dict,
-    unit_of,
     verdict,
     with_factors,
 )
-from .section import Section, SectionFigure, SectionTable, draw_positions, legend_below, new_figure, to_png
+from .section import Section, SectionFigure
 
 NAME = "halves"
 DEFAULT_GROUPS = 100
@@ -71,21 +69,21 @@ def run_halves(
     unit, measured = unit_of(split.measure), measured_on(model, task, split)
     gains = {label: scores[label].paired_difference(scores[NO_SCALING]) for label in (FIRST, LAST, ALL)}
     short = {label: scores[label].paired_difference(scores[ALL]) for label in (FIRST, LAST)}
+    names = score_header(split.measure)
     rows = [
         (
             label,
             _layers(label, len(factors)),
-            *score_cells(scores[label]),
+            *score_cells(scores[label], names).values(),
             unit.change(gains[label]) if label in gains else "",
         )
         for label in scores
     ]
-    header = ("factors on", "layers", *score_header(split.measure), "Δ to none")
+    header = ("factors on", "layers", *names, "Δ to none")
     figures = ()
     if split.measure == "accuracy":
         figure, (axes,) = new_figure()
         draw_positions(axes, scores, band=False)
-        legend_below(figure, axes)
         caption = "Accuracy over the place of the answer with the adapter's factors on a part of the layers."
         figures = (SectionFigure("positions", caption, to_png(figure, "Factors on half of the layers", measured)),)
     return Section(
@@ -98,13 +96,13 @@ def run_halves(
             verdict(f"Scaling {ALL}", NO_SCALING, gains[ALL], unit),
             *(verdict(f"Scaling the {label} alone", f"scaling {ALL}", short[label], unit) for label in (FIRST, LAST)),
         ),
-        tables=(SectionTable(header, tuple(rows), caption=legend(split.measure), text_columns=(0, 1)),),
+        tables=(Table(header, tuple(rows), caption=legend(header, split.measure), text_columns=(0, 1)),),
         figures=figures,
         data={
             "task": task.describe(),
             "split": split.describe(),
             "layer_factors": {label: vector.layer_factors for label, vector in vectors.items()},
-            "scores": scores_dict(scores),
+            "scores": {label: of_one.to_dict() for label, of_one in scores.items()},
             "average_minus_none": {label: interval_dict(gain) for label, gain in gains.items()},
             "average_minus_all": {label: interval_dict(gap) for label, gap in short.items()},
         },

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich import box
-from rich.table import Table
 from torch import nn
 
+from ..plots import COLOURS, draw_line, new_figure, to_png, unit_axis
+from ..report import NATS, Table, Unit, unit_of
 from ..searcher.progress import SearchProgress, SilentProgress
 from ..searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
 from ..searcher.space import format_layers
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
 from .measuring import Measuring, in_force
-from .section import Section, SectionFigure, SectionTable
+from .section import Section, SectionFigure
 
 NAME = "sensitivity"
 DEFAULT_GROUPS = 16
@@ -57,25 +51,14 @@ def run_sensitivity(
         batch_tokens=measuring.batch_tokens,
         progress=_Borrowed(measuring.audience),
     )
-    rows = [
-        (str(layer), *(cell for effect in result.of_layer(layer) for cell in _cells(effect))) for layer in result.layers
-    ]
-    header = ("layer", *(name for factor in result.factors for name in (f"{factor:g}: U", "Δ")))
-    caption = (
-        "Only that layer is scaled. U: context utilisation of the accuracies in %, "
-        f"{100 * result.accuracy:.1f} unscaled. Δ: change of the gold log-prob's U in nats, from {result.log_prob:.3f} "
-        "unscaled. *: the paired 95 % interval over contexts excludes 0, as it does for 1 in 20 by chance."
-    )
-    picture = io.BytesIO()
-    plot_sensitivity(result, picture, result.subtitle())
     return Section(
         name=NAME,
         title="One layer at a time",
         question="Which layers does scaling matter to?",
         measured=result.subtitle() + in_force(config),
         findings=tuple(line[:1].upper() + line[1:] for line in result.advice()),
-        tables=(SectionTable(header, tuple(rows), caption=caption, text_columns=()),),
-        figures=(SectionFigure("layers", "Effect of scaling one layer by several factors.", picture.getvalue()),),
+        tables=(sensitivity_table(result),),
+        figures=(SectionFigure("layers", "Effect of scaling one layer by several factors.", plot_sensitivity(result)),),
         data=result.to_dict(),
     )
 
@@ -96,38 +79,29 @@ class _Borrowed(SilentProgress):
         self._audience.note(text)
 
 
-def _cells(effect: LayerEffect) -> tuple[str, str]:
-    change = effect.log_prob_change
-    return f"{100 * effect.accuracy:.1f}", f"{change.value:+.3f}{'*' if change.excludes_zero() else ''}"
-
-
-_DPI = 150
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
 _MOST_FACTORS_BESIDE = 4  # more do not fit into 80 columns
 _GROUP_WIDTH = 0.6  # of the points of one layer, where the distance of two layers is 1
 
 
-def sensitivity_table(result: Sensitivity, title: str) -> Table:
-    """Returns U and the change of the gold log-probability's U as a rich table of at most 80 columns.
-
-    It has a line for each layer; with more than four factors a line for each layer and factor.
+def sensitivity_table(result: Sensitivity, title: str = "") -> Table:
+    """Returns U and the change of the gold log-probability's U: a line for each layer; with more than four factors a
+    line for each layer and factor.
     """
-    table = Table(
-        title=title, caption=_legend(result), box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left"
-    )
     beside = len(result.factors) <= _MOST_FACTORS_BESIDE
-    table.add_column("layer", overflow="fold", min_width=5)
-    cells = "loss, Δ" if _is_loss(result) else "U, Δ"
-    for header in [f"{factor:g}: {cells}" for factor in result.factors] if beside else ["factor", f" {cells}"]:
-        table.add_column(header, no_wrap=True)
+    name = "loss" if _is_loss(result) else "U"
+    header = [cell for factor in result.factors for cell in (f"{factor:g}: {name}", "Δ")] if beside else [name, "Δ"]
+    rows = []
     for layer in result.layers:
-        effects = result.of_layer(layer)
+        lines = [(f"{effect.factor:g}", *_cells(result, effect)) for effect in result.of_layer(layer)]
         if beside:
-            table.add_row(_label(result, layer), *(_cell(result, effect) for effect in effects))
-            continue
-        for effect in effects:
-            table.add_row(_label(result, layer), f"{effect.factor:g}", _cell(result, effect))
-    return table
+            lines = [tuple(cell for _, *cells in lines for cell in cells)]
+        rows += [(_label(result, layer), *line) for line in lines]
+    return Table(("layer", *([] if beside else ["factor"]), *header), tuple(rows), title, _legend(result))
+
+
+def change_style(cell: str) -> str:
+    """The style of a cell of [`sensitivity_table`] in a terminal."""
+    return "" if not cell.endswith("*") else "green" if cell.startswith("+") else "red"
 
 
 def _label(result: Sensitivity, layer: int) -> str:
@@ -139,13 +113,13 @@ def _is_loss(result: Sensitivity) -> bool:
     return result.split.get("measure") == "loss"
 
 
-def _cell(result: Sensitivity, effect: LayerEffect) -> str:
+def _unit(result: Sensitivity) -> Unit:
+    return unit_of(result.split.get("measure", "accuracy"))
+
+
+def _cells(result: Sensitivity, effect: LayerEffect) -> tuple[str, str]:
     change = effect.log_prob_change
-    text = f"{change.value:+7.3f}"
-    if change.excludes_zero():
-        text = f"[{'green' if change.value > 0 else 'red'}]{text}*[/]"
-    level = f"{-effect.accuracy:5.3f}" if _is_loss(result) else f"{100 * effect.accuracy:5.1f}"
-    return f"{level} {text}"
+    return _unit(result).value(effect.accuracy), f"{change.value:+.3f}{'*' if change.excludes_zero() else ''}"
 
 
 def _legend(result: Sensitivity) -> str:
@@ -164,68 +138,32 @@ def _legend(result: Sensitivity) -> str:
     return legend
 
 
-def plot_sensitivity(result: Sensitivity, path: str | Path, subtitle: str) -> None:
-    """Draws the change of the gold log-probability's U with 95 % intervals, and U of the accuracies, as PNG.
-
-    Args:
-        result: what to draw: a point for each layer and factor.
-        path: file to write.
-        subtitle: what was measured, under the title.
+def plot_sensitivity(result: Sensitivity) -> bytes:
+    """Draws the change of the gold log-probability's U with 95 % intervals, and U of the accuracies, as PNG: a point
+    for each layer and factor.
     """
-    width = min(max(7.2, 2.2 + 0.09 * len(result.effects)), 14)
-    figure = Figure(figsize=(width, 6.4), layout="constrained")
-    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-    loss = _is_loss(result)
-    scale = -1 if loss else 100
+    figure, (upper, lower) = new_figure(6.4, rows=2, sharex=True, height_ratios=(3, 2))
+    figure.set_figwidth(min(max(figure.get_figwidth(), 2.2 + 0.09 * len(result.effects)), 14))
+    loss, unit = _is_loss(result), _unit(result)
     for number, factor in enumerate(result.factors):
         effects = [effect for effect in result.effects if effect.factor == factor]
         shift = _GROUP_WIDTH * ((number + 0.5) / len(result.factors) - 0.5)
         x = [result.layers.index(effect.layer) + shift for effect in effects]
-        colour = _COLOURS[number % len(_COLOURS)]
-        changes = [effect.log_prob_change for effect in effects]
-        error = np.array([[c.value - c.low for c in changes], [c.high - c.value for c in changes]])
-        error[~np.isfinite(error)] = 0  # an infinite interval has no bar
-        upper.errorbar(
-            x,
-            [c.value for c in changes],
-            yerr=error,
-            fmt="o",
-            color=colour,
-            markersize=4,
-            elinewidth=1.2,
-            capsize=2,
-            label=f"× {factor:g}",
-        )
-        lower.plot(x, [scale * effect.accuracy for effect in effects], "o", color=colour, markersize=4)
+        colour = COLOURS[number % len(COLOURS)]
+        draw_line(upper, x, [e.log_prob_change for e in effects], NATS, f"× {factor:g}", colour, fmt="o")
+        lower.plot(x, unit.shown([effect.accuracy for effect in effects]), "o", color=colour, markersize=4)
     upper.axhline(0, color="black", linewidth=0.8, label="unscaled")
-    lower.axhline(scale * result.accuracy, color="black", linewidth=0.8)
+    lower.axhline(unit.shown(result.accuracy), color="black", linewidth=0.8)
+    unit_axis(lower, unit)
     upper.set_ylabel("nats saved" if loss else "change of U of the\ngold log-prob (nats)")
     lower.set(ylabel="loss (nats)" if loss else "U of the accuracy (%)", xlabel="layer that is scaled")
-    if not loss:
-        lower.set_ylim(-3, 103)
-    for axes in (upper, lower):
-        _style(axes, result)
-    figure.suptitle("Effect of scaling one layer", x=0.02, ha="left")
-    upper.set_title(subtitle, loc="left", fontsize=8, color="0.35")
-    figure.legend(
-        *upper.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(len(result.factors) + 1, 6),
-        frameon=False,
-        fontsize=8,
-        title="factor of the layer; bars: paired 95 % intervals over contexts",
-        title_fontsize=8,
-    )
-    figure.savefig(path, dpi=_DPI)
-
-
-def _style(axes: Axes, result: Sensitivity) -> None:
-    """Layers as ticks, evenly spaced also where some were left out, with a band behind every other one."""
     count = len(result.layers)
-    for position in range(1, count, 2):
-        axes.axvspan(position - 0.5, position + 0.5, color="0.96", linewidth=0, zorder=0)
     step = -(-count // 40)
-    axes.set_xticks(range(0, count, step), [str(layer) for layer in result.layers[::step]])
-    axes.set_xlim(-0.5, count - 0.5)
-    axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.spines[["top", "right"]].set_visible(False)
+    for axes in (upper, lower):  # layers evenly spaced, also where some were left out, every other one on a band
+        for position in range(1, count, 2):
+            axes.axvspan(position - 0.5, position + 0.5, color="0.96", linewidth=0, zorder=0)
+        axes.set_xticks(range(0, count, step), [str(layer) for layer in result.layers[::step]])
+        axes.set_xlim(-0.5, count - 0.5)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+    title = "Effect of scaling one layer by a factor; bars: paired 95 % intervals over contexts"
+    return to_png(figure, title, result.subtitle())

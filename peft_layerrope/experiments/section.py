@@ -3,52 +3,20 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import cycle
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
 from ..errors import SearchError
-from ..scoring.scores import Interval, PositionScores
-from .measuring import Unit, unit_of
+from ..report import Table, escape_markdown, printable
 
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-
-
-@dataclass(frozen=True)
-class SectionTable:
-    """A table of text.
-
-    Attributes:
-        header: one name per column.
-        rows: cells, as many in each row as in the header.
-        title: what it shows.
-        caption: how to read it.
-        text_columns: indices of the columns that hold words, and are aligned left.
-    """
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    title: str = ""
-    caption: str = ""
-    text_columns: tuple[int, ...] = (0,)
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            if len(row) != len(self.header):
-                raise ValueError(f"a row has {len(row)} cells, expected {len(self.header)}: {row}.")
 
 
 @dataclass(frozen=True)
@@ -90,7 +58,7 @@ class Section:
     question: str
     measured: str
     findings: tuple[str, ...]
-    tables: tuple[SectionTable, ...] = ()
+    tables: tuple[Table, ...] = ()
     figures: tuple[SectionFigure, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
@@ -110,16 +78,7 @@ class Section:
             "question": self.question,
             "measured": self.measured,
             "findings": list(self.findings),
-            "tables": [
-                {
-                    "title": table.title,
-                    "header": list(table.header),
-                    "rows": [list(row) for row in table.rows],
-                    "caption": table.caption,
-                    "text_columns": list(table.text_columns),
-                }
-                for table in self.tables
-            ],
+            "tables": [asdict(table) for table in self.tables],
             "figures": [
                 {"name": figure.name, "caption": figure.caption, "file": self.figure_file(figure)}
                 for figure in self.figures
@@ -154,8 +113,8 @@ class Section:
             raise SearchError(f"these are not the values of a section: {error!r}.") from error
 
 
-def _table(values: Mapping[str, Any]) -> SectionTable:
-    return SectionTable(
+def _table(values: Mapping[str, Any]) -> Table:
+    return Table(
         header=tuple(map(str, values["header"])),
         rows=tuple(tuple(map(str, row)) for row in values["rows"]),
         title=str(values["title"]),
@@ -170,104 +129,7 @@ def _check_name(name: object) -> None:
         raise ValueError(f"name {name!r} must be lower-case letters, digits and hyphens.")
 
 
-GREY = "0.5"
-COLOURS = (GREY, "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""The first is for the model as it is. The others, Okabe and Ito's, can be told apart with any colour vision."""
-
-_DASHES = ("-", "-", "--", ":")
-_DPI = 150
-_WIDTH = 7.2
-_LONGEST = 120  # characters of a label or a title
-
-
-def new_figure(height: float = 4.2, panels: int = 1, **settings: object) -> tuple[Figure, list[Axes]]:
-    """Returns a figure with panels side by side, outside of matplotlib's global state."""
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False, **settings)[0]
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
-
-
-def plain(text: str) -> str:
-    """Returns text, cut short, that matplotlib draws as it is: between dollar signs it would look for formulas."""
-    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
-    return (text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…").replace("$", r"\$")
-
-
-def to_png(figure: Figure, title: str, measured: str) -> bytes:
-    """Puts a title over a figure and returns it as PNG; the same figure gives the same bytes."""
-    figure.suptitle(f"{plain(title)}\n{plain(measured)}", x=0.01, ha="left", fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def legend_below(figure: Figure, axes: Axes, columns: int = 4) -> None:
-    """A legend that no line can run through."""
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False, fontsize=8
-    )
-
-
-def percent_axis(axes: Axes, unit: Unit) -> None:
-    """Labels the y axis; an accuracy has all of 0 to 100 %."""
-    axes.set_ylabel(f"{unit.name} ({unit.symbol})")
-    if unit.scale > 0:
-        axes.set_ylim(-3, 103)
-
-
-def relative_positions(positions: Sequence[int]) -> np.ndarray:
-    """Positions from 0, the first, to 1, the last."""
-    values = np.asarray(positions, dtype=np.float64)
-    return (values - values[0]) / (values[-1] - values[0])
-
-
-def draw_positions(axes: Axes, curves: Mapping[str, PositionScores], band: bool = True) -> None:
-    """Draws scores over the relative position of the answer, one line per label, with 95 % bands."""
-    styles = zip(cycle(COLOURS), cycle(_DASHES), strict=False)
-    for (label, scores), (colour, dash) in zip(curves.items(), styles, strict=False):
-        unit, x = unit_of(scores.measure), relative_positions(scores.positions)
-        if band:
-            intervals = scores.intervals()
-            edges = np.array([unit.shown([getattr(i, end) for i in intervals]) for end in ("low", "high")])
-            axes.fill_between(x, *np.where(np.isfinite(edges), edges, np.nan), color=colour, alpha=0.15, linewidth=0)
-        y = unit.shown(scores.value_by_position)
-        width = 2.6 if dash == "-" else 1.6  # so that lines that coincide can be told
-        axes.plot(x, y, marker="o", linestyle=dash, linewidth=width, color=colour, label=plain(label), markersize=4)
-    axes.set_xlabel("place of the answer in the prompt (0: first, 1: last)")
-    percent_axis(axes, unit)
-
-
-def draw_line(
-    axes: Axes, x: Sequence[float], intervals: Sequence[Interval], unit: Unit, label: str, colour: str, shift: float = 0
-) -> None:
-    """Draws means with their intervals as bars."""
-    middle = unit.shown([i.value for i in intervals])
-    ends = np.sort([unit.shown([i.low for i in intervals]), unit.shown([i.high for i in intervals])], axis=0)
-    ends = np.where(np.isfinite(ends), ends, middle)  # an infinite interval has no bar
-    axes.errorbar(
-        np.asarray(x) + shift,
-        middle,
-        yerr=[middle - ends[0], ends[1] - middle],
-        fmt="o-",
-        color=colour,
-        label=plain(label),
-        markersize=4,
-        elinewidth=1,
-        capsize=2,
-    )
-
-
-_MARKDOWN_SPECIAL = re.compile(r"[\\`*_\[\]|~$]|^(?:[#>+=-]|\d+(?=[.)]))")
 _TEMPLATE = "report.html.j2"
-_WIDEST_WORD = 20  # in a terminal; longer ones are broken
-
-
-def printable(text: str) -> str:
-    """Returns text without control characters, which could move a terminal's cursor or turn the direction of text."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def to_rich(section: Section) -> Group:
@@ -277,41 +139,8 @@ def to_rich(section: Section) -> Group:
         Text(printable(section.question), style="italic"),
         Text(printable(section.measured), style="dim"),
     ]
-    parts += [_rich_table(table) for table in section.tables]
-    parts += [Text(f"• {printable(finding)}") for finding in section.findings]
-    return Group(*(Padding(part, (1, 0, 0, 0)) if isinstance(part, Table) else part for part in parts))
-
-
-def _rich_table(table: SectionTable) -> Table:
-    rendered = Table(
-        title=Text(printable(table.title)) if table.title else None,
-        caption=Text(printable(table.caption)) if table.caption else None,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-    )
-    for index, name in enumerate(table.header):
-        words = [word for cell in (name, *(row[index] for row in table.rows)) for word in cell.split()]
-        rendered.add_column(
-            Text(printable(name)),
-            justify="left" if index in table.text_columns else "right",
-            overflow="fold",
-            min_width=min(max(map(len, words), default=1), _WIDEST_WORD),  # cells break between words alone
-        )
-    for row in table.rows:
-        rendered.add_row(*(Text(printable(cell)) for cell in row))
-    return rendered
-
-
-def escape_markdown(text: str) -> str:
-    """Returns text that Markdown shows as it is: in one line, and free of markup and HTML."""
-    text = printable(" ".join(text.split()))
-    text = text.replace("&", "&amp;").replace("<", "&lt;")
-    return _MARKDOWN_SPECIAL.sub(_escaped, text)
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
+    parts += [Padding(table.to_rich(), (1, 0, 0, 0)) for table in section.tables]
+    return Group(*parts, *(Text(f"• {printable(finding)}") for finding in section.findings))
 
 
 def code_markdown(text: str) -> str:
@@ -331,22 +160,12 @@ def to_markdown(section: Section, figures_at: str = "", level: int = 1) -> str:
     blocks = [f"{'#' * level} {escape_markdown(section.title)}", f"*{escape_markdown(section.question)}*"]
     blocks.append("\n".join(f"- {escape_markdown(finding)}" for finding in section.findings))
     blocks.append(escape_markdown(section.measured))
-    blocks += [table_markdown(table) for table in section.tables]
+    blocks += [table.to_markdown() for table in section.tables]
     for figure in section.figures:
         blocks.append(f"![{escape_markdown(figure.caption)}]({figures_at}{section.figure_file(figure)})")
     if section.command:
         blocks.append(code_markdown(section.command))
     return "\n\n".join(block for block in blocks if block) + "\n"
-
-
-def table_markdown(table: SectionTable) -> str:
-    """Returns a table as Markdown, with its title before and its caption after."""
-    lines = [table.header, ["---" if i in table.text_columns else "---:" for i in range(len(table.header))]]
-    cells = [[escape_markdown(cell) for cell in table.header], lines[1]]
-    cells += [[escape_markdown(cell) for cell in row] for row in table.rows]
-    body = "\n".join("| " + " | ".join(line) + " |" for line in cells)
-    parts = [f"**{escape_markdown(table.title)}**" if table.title else "", body, escape_markdown(table.caption)]
-    return "\n\n".join(part for part in parts if part)
 
 
 def to_html(

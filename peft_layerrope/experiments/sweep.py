@@ -13,13 +13,13 @@ from torch import nn
 from ..comparison.contenders import Contender
 from ..errors import SearchError
 from ..messages import is_number
+from ..plots import COLOURS, draw_line, new_figure, relative_positions, to_png, unit_axis
+from ..report import ACCURACY, Table, legend, score_cells
 from ..scoring.scores import Interval, PositionScores, difference_interval, proportion_interval, rank_key
 from ..tasks import Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
 from .measuring import (
-    ACCURACY,
-    SCORE_LEGEND,
     Measuring,
     Thirds,
     held_out,
@@ -28,23 +28,11 @@ from .measuring import (
     measure,
     measured_on,
     need_positions,
-    score_cells,
     score_header,
     utilisation_difference,
     with_factors,
 )
-from .section import (
-    COLOURS,
-    Section,
-    SectionFigure,
-    SectionTable,
-    draw_line,
-    legend_below,
-    new_figure,
-    percent_axis,
-    relative_positions,
-    to_png,
-)
+from .section import Section, SectionFigure
 
 NAME = "sweep"
 DEFAULT_GROUPS = 50
@@ -89,12 +77,13 @@ def _section(
     model: nn.Module, task: Task, split: Split, config: LayerRopeConfig, scores: dict[float, PositionScores]
 ) -> Section:
     changes = {factor: utilisation_difference(of_one, scores[1.0]) for factor, of_one in scores.items()}
+    names = score_header("accuracy")
     rows = [
-        (f"{factor:g}", *score_cells(of_one), "" if factor == 1 else ACCURACY.change(changes[factor]))
+        (f"{factor:g}", *score_cells(of_one, names).values(), "" if factor == 1 else ACCURACY.change(changes[factor]))
         for factor, of_one in scores.items()
     ]
     measured = measured_on(model, task, split)
-    table = SectionTable(("factor", *score_header("accuracy"), "ΔU to 1"), tuple(rows), "", SCORE_LEGEND, ())
+    table = Table(("factor", *names, "ΔU to 1"), tuple(rows), "", legend(names, "accuracy"), ())
     return Section(
         name=NAME,
         title="One uniform factor",
@@ -140,11 +129,10 @@ def _lines(scores: dict[float, PositionScores], measured: str) -> SectionFigure:
     ends = [of_one.intervals() for of_one in scores.values()]
     lines = {"first": [i[0] for i in ends], "middle": middle, "last": [i[-1] for i in ends]}
     shift = 0.004 * (max(scores) - min(scores))  # so that bars do not hide each other
-    for number, (part, colour) in enumerate(zip(lines, (COLOURS[3], COLOURS[2], COLOURS[1]), strict=True)):
+    for number, (part, colour) in enumerate(zip(lines, (COLOURS[2], COLOURS[0], COLOURS[1]), strict=True)):
         draw_line(axes, list(scores), lines[part], ACCURACY, f"answer {part}", colour, (number - 1) * shift)
     axes.set_xlabel("factor of all layers")
-    percent_axis(axes, ACCURACY)
-    legend_below(figure, axes)
+    unit_axis(axes, ACCURACY)
     caption = "Accuracy with the answer first, in the middle and last, over one factor for all layers; bars: 95 %."
     return SectionFigure("factors", caption, to_png(figure, "Accuracy over a uniform factor", measured))
 
@@ -157,7 +145,7 @@ def _curves(scores: dict[float, PositionScores], measured: str) -> SectionFigure
         axes.plot(relative_positions(of_one.positions), values, "-", color=colours(norm(factor)), linewidth=1.4)
     figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="factor of all layers")
     axes.set_xlabel("place of the answer in the prompt (0: first, 1: last)")
-    percent_axis(axes, ACCURACY)
+    unit_axis(axes, ACCURACY)
     caption = "Accuracy over the place of the answer, one line for each uniform factor."
     return SectionFigure("positions", caption, to_png(figure, "Accuracy by position, by uniform factor", measured))
 

@@ -9,11 +9,13 @@ from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
 from ..errors import TaskError
+from ..plots import new_figure, plain, to_png
+from ..report import Table, Unit, legend, times_window, unit_of
 from ..scoring.scores import Interval, PositionScores
 from ..tasks import Split, Task
 from ..tuner.sites import trained_window
-from .measuring import AVERAGE_LEGEND, Measuring, Unit, held_out, interval_dict, legend, measure, times_window, unit_of
-from .section import Section, SectionFigure, SectionTable, new_figure, plain, to_png
+from .measuring import Measuring, held_out, interval_dict, measure
+from .section import Section, SectionFigure
 
 NAME = "transfer"
 DEFAULT_GROUPS = 50
@@ -104,7 +106,7 @@ def _tables(
     units: dict[str, Unit],
     splits: dict[str, Split],
     window: int | None,
-) -> tuple[SectionTable, ...]:
+) -> tuple[Table, ...]:
     header = ("adapter", *(f"{cell} ({unit.symbol})" for cell, unit in units.items()))
     values = [
         (label, *(units[cell].mean(by_label[label].average()) for cell, by_label in scores.items()))
@@ -116,10 +118,10 @@ def _tables(
     lengths = "; ".join(
         f"{cell}: {split.max_tokens} tokens{times_window(split.max_tokens, window)}" for cell, split in splits.items()
     )
-    legends = " ".join(dict.fromkeys(legend(split.measure, AVERAGE_LEGEND) for split in splits.values()))
+    legends = " ".join(dict.fromkeys(legend([unit_of(split.measure).name], split.measure) for split in splits.values()))
     return (
-        SectionTable(header, tuple(values), "Average accuracy or loss", f"{lengths}. {legends}"),
-        SectionTable(header, tuple(changes), f"Difference to {NO_SCALING}"),
+        Table(header, tuple(values), "Average accuracy or loss", f"{lengths}. {legends}"),
+        Table(header, tuple(changes), f"Difference to {NO_SCALING}"),
     )
 
 

@@ -7,24 +7,13 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..comparison.contenders import NO_SCALING, Contender
+from ..plots import draw_positions, new_figure, to_png
+from ..report import ACCURACY, Table, legend, position_table, score_cells, times_window
 from ..scoring.scores import Interval, PositionScores, difference_interval
 from ..tasks import Task
 from ..tuner.sites import trained_window
-from .measuring import (
-    ACCURACY,
-    SCORE_LEGEND,
-    Measuring,
-    Thirds,
-    held_out,
-    interval_dict,
-    measure,
-    measured_on,
-    need_positions,
-    score_cells,
-    score_header,
-    times_window,
-)
-from .section import Section, SectionFigure, SectionTable, draw_positions, legend_below, new_figure, to_png
+from .measuring import Measuring, Thirds, held_out, interval_dict, measure, measured_on, need_positions, score_header
+from .section import Section, SectionFigure
 
 NAME = "u-shape"
 DEFAULT_GROUPS = 100
@@ -60,14 +49,13 @@ def run_u_shape(
         ends = Thirds.of(scores)
         gaps[label] = difference_interval(ends.middle - ends.first), difference_interval(ends.middle - ends.last)
         findings.append(f"{label}: {describe_shape(*gaps[label])}.")
-        by_position.append(_position_table(label, scores))
+        by_position.append(position_table(scores, f"By position, {label}"))
+    names = score_header("accuracy")
     rows = [
-        (label, *score_cells(scores), *(ACCURACY.change(gap) for gap in gaps[label]))
+        (label, *score_cells(scores, names).values(), *(ACCURACY.change(gap) for gap in gaps[label]))
         for label, scores in curves.items()
     ]
-    table = SectionTable(
-        ("length", *score_header("accuracy"), "middle − first", "middle − last"), tuple(rows), caption=SCORE_LEGEND
-    )
+    table = Table(("length", *names, "middle − first", "middle − last"), tuple(rows), caption=legend(names, "accuracy"))
     return Section(
         name=NAME,
         title="Accuracy by position of the unscaled model",
@@ -104,29 +92,8 @@ def describe_shape(to_first: Interval, to_last: Interval) -> str:
     return f"{text} ({gaps})"
 
 
-def _position_table(label: str, scores: PositionScores) -> SectionTable:
-    rows = [
-        (
-            str(position),
-            f"{ACCURACY.value(interval.value)} [{ACCURACY.value(interval.low)}, {ACCURACY.value(interval.high)}]",
-            f"{log_prob:.3f}",
-        )
-        for position, interval, log_prob in zip(
-            scores.positions, scores.intervals(), scores.log_prob_by_position, strict=True
-        )
-    ]
-    return SectionTable(
-        ("gold position", "accuracy", "gold log-prob"),
-        tuple(rows),
-        title=f"By position, {label}",
-        caption="Brackets: 95 % Wilson intervals.",
-        text_columns=(),
-    )
-
-
 def _figure(curves: dict[str, PositionScores], measured: str) -> SectionFigure:
     figure, (axes,) = new_figure()
     draw_positions(axes, curves)
-    legend_below(figure, axes)
     caption = "Accuracy of the unscaled model over the place of the answer; bands: 95 % Wilson intervals."
     return SectionFigure("positions", caption, to_png(figure, "Accuracy by position, unscaled", measured))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import SearchError
+from ..report import Table, duration
 from ..tuner.sites import embedding_table
 from .algorithms import first_and_rest_vectors, first_layers_alone_vectors, line_vectors
 from .gradient import STEP_COST
@@ -54,6 +55,21 @@ class Plan:
     def seconds(self) -> float:
         """How long the whole search would take with nothing shared, given up or known."""
         return self.seconds_per_evaluation * self.tokens / self.tokens_per_evaluation
+
+    def sentence(self) -> str:
+        """Says it to people."""
+        each = f"{self.num_evaluations} evaluations of {self.tokens_per_evaluation:,} tokens"
+        total = f"{self.tokens / 1e6:.1f} M tokens with the held-out splits, {self.memory_bytes / 2**30:.1f} GiB"
+        return (
+            f"at most {each}, {total}, {duration(self.seconds)} (one evaluation: {self.seconds_per_evaluation:.2f} s). "
+            "Racing, shared layers and vectors known already make it shorter."
+        )
+
+    def table(self) -> Table:
+        """Returns the evaluations stage by stage."""
+        rows = [*self.evaluations.items(), ("all", self.num_evaluations)]
+        cells = tuple((name, str(count)) for name, count in rows)
+        return Table(("stage", "evaluations"), cells, "The search, at most", self.sentence())
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values."""

@@ -1,29 +1,45 @@
-"""What a search returns: the adapter, the held-out table, and everything needed to check them."""
+"""What a search returns and writes: the adapter, the held-out table, and `search.json`, which is read here too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from peft.utils import CONFIG_NAME
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from .. import plots, report
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, CardError, HeldOut, model_card, save_card
-from ..files import replacing_files, to_json
-from ..messages import public_name
+from ..declaration import converted
+from ..errors import LayerRopeError, SearchError
+from ..files import UntrustedFileError, read_json_object, replacing_files, to_json
+from ..messages import public_name, shown
+from ..plots import plot_by_position, plot_factors_by_depth, plot_gain_over_harm
+from ..report import (
+    Table,
+    fitness_remark,
+    format_factors,
+    legend,
+    meanings,
+    right_answers,
+    score_cells,
+    times_window,
+    unit_of,
+)
 from ..scoring.preflight import Preflight
 from ..scoring.scores import Interval, PositionScores, rank_key
 from ..tasks import Measure
 from ..tuner.artifacts import save_adapter
-from ..tuner.config import LayerRopeConfig
+from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from .algorithms import Candidate
 from .gradient import STEP_COST
 from .settings import SearchSettings
-from .space import Factors
+from .space import FactorGrid, Factors
 from .verdict import Harm
 
 NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (
@@ -82,14 +98,7 @@ class TableRow:
     @classmethod
     def of(cls, candidate: Candidate, scores: PositionScores) -> TableRow:
         """Returns a candidate's row."""
-        return cls(
-            candidate.name,
-            candidate.factors,
-            candidate.fitness,
-            candidate.evaluations,
-            candidate.exhaustive,
-            scores,
-        )
+        return cls(*(getattr(candidate, field.name) for field in fields(candidate)), scores)
 
     @property
     def label(self) -> str:
@@ -120,8 +129,75 @@ class ResultTable:
         return self[name].scores.paired_difference(self[baseline].scores)
 
 
+_AGAINST = {NONE: "vs none", UNIFORM: "vs uniform", BOUNDED: "vs uniform"}
+
+
+class HeldOutTables:
+    """The tables and curves of a search, the same of one that has just ended and of what its `search.json` tells.
+
+    Both have a `table` of rows, the `chosen` one, `better_control`, `settings`, `model_window`, and know differences.
+    """
+
+    def row(self, name: str | None) -> TableRow | None:
+        """Returns the row of a method, or None."""
+        return next((row for row in self.table if row.name == name), None)
+
+    @property
+    def against(self) -> tuple[str, ...]:
+        """The rows that others are compared with in tables."""
+        names = (NONE, BOUNDED) if self.settings.algorithm == "gradient" else (UNIFORM, self.better_control)
+        return tuple(name for name in names if self.row(name) is not None)
+
+    def scores_table(self, title: str = "") -> Table:
+        """Returns the held-out scores of every method, and their paired differences to the simpler ones."""
+        rows = []
+        for row in self.table:
+            cells = score_cells(row.scores, ("accuracy", "worst", "U", "loss", "perplexity"))
+            gaps = [self.difference(row.name, name) if name != row.name else None for name in self.against]
+            gains = ["" if gap is None else unit_of(row.scores.measure).gain(gap) for gap in gaps]
+            rows.append((row.label, *cells.values(), *gains))
+        header = ("method", *cells, *(_AGAINST.get(name, "vs control") for name in self.against))
+        return Table(header, tuple(rows), title, self._legend(header))
+
+    def choice_table(self) -> Table:
+        """Returns what each method chose on the search split, and what it does to ordinary text where that is known."""
+        harmed = all(row.harm is not None for row in self.table)
+        rows = []
+        for row in self.table:
+            line = [row.label, str(row.evaluations), f"{row.fitness:.3f}"]
+            if harmed:
+                rise = row.harm.loss_rise
+                line += [f"{row.harm.divergence.value:.4f}", f"{rise.value:+.4f}" if rise is not None else "–"]
+            rows.append((*line, format_factors(row.factors)))
+        header = ("method", "tried", "fitness", *(("KL", "text loss") if harmed else ()), "factors")
+        title = "Chosen on the search split"
+        return Table(header, tuple(rows), title, meanings(header), (0, len(header) - 1))
+
+    def held_out_table(self) -> Table:
+        """Returns both side by side, for a model card or a report."""
+        scores, choice = self.scores_table(), self.choice_table()
+        kept = [i for i, name in enumerate(choice.header) if name not in ("method", "fitness")]
+        header, *rows = (
+            (*left, *(right[i] for i in kept))
+            for left, right in zip((scores.header, *scores.rows), (choice.header, *choice.rows), strict=True)
+        )
+        return Table(header, tuple(rows), "", self._legend(header), (0, len(header) - 1))
+
+    def _legend(self, header: Sequence[str]) -> str:
+        first = next(iter(self.table)).scores
+        return legend(header, first.measure, right_answers(first), gains=True)
+
+    def _measured(self, task: str, tokens: int, groups: int) -> str:
+        return f"{task}, {tokens} tokens{times_window(tokens, self.model_window)}, {groups} held-out contexts"
+
+    def curves_to_plot(self) -> dict[str, PositionScores]:
+        """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""
+        rows = map(self.row, dict.fromkeys([NONE, *self.against, self.chosen]))
+        return {row.label: row.scores for row in rows if row is not None}
+
+
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(HeldOutTables):
     """Result of [`search`].
 
     Attributes:
@@ -219,6 +295,10 @@ class SearchResult:
     def _measure(self) -> Measure:
         return next(iter(self.table)).scores.measure
 
+    def difference(self, name: str, baseline: str) -> Interval:
+        """Average accuracy (or minus the loss) of row `name` minus that of `baseline`, with a paired 95 % interval."""
+        return self.table.difference(name, baseline)
+
     def _difference(self, name: str, baseline: str) -> tuple[float, float, float]:
         """In accuracy, or in the loss itself rather than minus it; with its 95 % interval."""
         gap = self.table.difference(name, baseline)
@@ -245,15 +325,18 @@ class SearchResult:
             save_adapter(config, staging)
             (staging / REPORT_NAME).write_text(to_json(self.to_dict(), indent=2) + "\n")
             (staging / TIMING_NAME).write_text(to_json(self.timing, indent=2) + "\n")
-            plots.plot_by_position(self.curves_to_plot(), staging / ACCURACY_PLOT, self.subtitle())
-            plots.plot_factors_by_depth(
-                self.table[self.chosen].factors,
-                staging / FACTORS_PLOT,
-                control_points=self.control_points,
-                scaled_layers=self.config.scaled_layers,
-            )
+            pictures = {
+                ACCURACY_PLOT: plot_by_position(self.curves_to_plot(), self.subtitle()),
+                FACTORS_PLOT: plot_factors_by_depth(
+                    self.table[self.chosen].factors,
+                    control_points=self.control_points,
+                    scaled_layers=self.config.scaled_layers,
+                ),
+            }
             if (points := self.gain_over_harm()) is not None:
-                plots.plot_gain_over_harm(points, self.settings.max_harm, staging / HARM_PLOT, self.subtitle())
+                pictures[HARM_PLOT] = plot_gain_over_harm(points, self.settings.max_harm, self.subtitle())
+            for name, picture in pictures.items():
+                (staging / name).write_bytes(picture)
             files = {path.name for place in (folder, staging) for path in place.iterdir()}
             try:
                 save_card(model_card(base_model, self.config, self._held_out(), files=files), folder, staging)
@@ -264,23 +347,16 @@ class SearchResult:
 
     def _held_out(self) -> HeldOut:
         """What the model card says of the search."""
-        others = [name for name in self.against if name in self.table and name != self.chosen]
+        others = [name for name in self.against if name != self.chosen]
         return HeldOut(
             self.table[self.chosen].scores,
             self.task,
             self.subtitle(),
-            report.markdown_table(self.table, self.against),
+            self.held_out_table().to_markdown(),
             self.remarks(with_time=False),
-            {f'"{self.table[name].label}"': self.table.difference(self.chosen, name) for name in others},
+            {f'"{self.table[name].label}"': self.difference(self.chosen, name) for name in others},
             self.base,
         )
-
-    @property
-    def against(self) -> tuple[str, ...]:
-        """The rows that others are compared with in tables."""
-        if self._by_gradients:
-            return (NONE, BOUNDED)
-        return (UNIFORM, *([self.better_control] if self.better_control is not None else []))
 
     @property
     def better_control(self) -> str | None:
@@ -292,7 +368,7 @@ class SearchResult:
         """Returns what a reader should know beside the table: cost, guards, edges, and how sure the choice is."""
         looked = [
             *(self.preflight.remarks() if self.preflight is not None else []),
-            *report.fitness_remark({row.label: row.scores for row in self.table}),
+            *fitness_remark({row.label: row.scores for row in self.table}),
         ]
         if self._by_gradients:
             return [self.notes[0], *looked, *self.notes[1:], *self._time_and_edges(with_time)]
@@ -344,14 +420,7 @@ class SearchResult:
     def subtitle(self) -> str:
         """Says in one line what was measured."""
         test = next(split for split in self.splits if split["name"] == "test")
-        length = test["max_tokens"]
-        times = f" = {length / self.model_window:.1f}× the trained window" if self.model_window else ""
-        return f"{self.task['name']}, {length} tokens{times}, {test['groups']} held-out contexts"
-
-    def curves_to_plot(self) -> dict[str, PositionScores]:
-        """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""
-        names = dict.fromkeys([NONE, *self.against, self.chosen])
-        return {self.table[name].label: self.table[name].scores for name in names if name in self.table}
+        return self._measured(self.task["name"], test["max_tokens"], test["groups"])
 
     def gain_over_harm(self) -> dict[str, tuple[Interval, Interval]] | None:
         """Returns for each row the harm to ordinary text in nats, and the held-out gain over no scaling in points of
@@ -376,3 +445,195 @@ def _short(guards: dict[str, Any]) -> str:
         return "; short prompts were not tried."
     limit = _limit(guards["max_short_rise"], " (may rise by {:g})")
     return f"; loss on prompts of {guards['short_tokens']} tokens {before:.3f} → {after:.3f} nats{limit}."
+
+
+_MAX_BYTES = 64 * 2**20  # its history has a line for every generation
+_MAX_POSITIONS, _MAX_ROWS = 1000, 50
+
+_Text = Annotated[str, StringConstraints(max_length=200)]
+_Factors = Annotated[list[float], Field(min_length=1, max_length=MAX_LAYERS)]
+_Values = Annotated[list[float], Field(max_length=_MAX_POSITIONS)]
+_Pair = tuple[float, float]
+_OpenPair = tuple[float | None, float | None]  # what is not finite is null
+_OpenTriple = tuple[float | None, float | None, float | None]
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class RecordedScores(_Checked):
+    """Held-out scores of one method: accuracies, or losses; as `PositionScores` sum them up."""
+
+    positions: Annotated[list[int], Field(max_length=_MAX_POSITIONS)]
+    accuracy_by_position: _Values | None = None
+    accuracy_intervals: Annotated[list[_Pair], Field(max_length=_MAX_POSITIONS)] | None = None
+    average_accuracy: float | None = None
+    average_accuracy_interval: _Pair | None = None
+    utilised: float | None = Field(None, alias="utilisation")
+    average_loss: float | None = None
+    average_loss_interval: _OpenPair | None = None
+    written: float | None = Field(None, alias="answers_cut_off")
+
+    @property
+    def measure(self) -> Measure:
+        """Of what the scores are."""
+        return "loss" if self.average_accuracy is None else "accuracy"
+
+    def average(self) -> Interval:
+        """Accuracy, or minus the loss, averaged over all positions, with its interval."""
+        if self.measure == "loss":
+            loss = _number(self.average_loss, math.nan)
+            low, high = self.average_loss_interval or (loss, loss)
+            return Interval(-loss, -_number(high, math.inf), -_number(low, -math.inf))
+        return Interval(self.average_accuracy, *(self.average_accuracy_interval or [self.average_accuracy] * 2))
+
+    @property
+    def value_by_position(self) -> list[float]:
+        """Accuracy by position; where that is not known, one value for all."""
+        return self.accuracy_by_position or [self.average().value]
+
+    def intervals(self) -> list[Interval]:
+        """Accuracy by position with its intervals, which have no width where they are not known."""
+        values = self.value_by_position
+        limits = self.accuracy_intervals or [(value, value) for value in values]
+        return [Interval(value, *ends) for value, ends in zip(values, limits, strict=True)]
+
+    def utilisation(self) -> float:
+        """Context utilisation of the accuracies."""
+        return _number(self.utilised, math.nan)
+
+
+class RecordedRow(_Checked):
+    """One method of the held-out table."""
+
+    name: _Text
+    label: _Text
+    factors: _Factors = Field(alias="layer_factors")
+    search_fitness: float | None = None
+    evaluations: int
+    scores: RecordedScores = Field(alias="test")
+    ordinary_text: Annotated[dict[_Text, _OpenTriple], Field(max_length=_MAX_ROWS)] = {}
+    average_accuracy_minus: Annotated[dict[_Text, tuple[float, float, float]], Field(max_length=_MAX_ROWS)] = {}
+    average_loss_minus: Annotated[dict[_Text, _OpenTriple], Field(max_length=_MAX_ROWS)] = {}
+
+    @property
+    def fitness(self) -> float:
+        """On the search split."""
+        return _number(self.search_fitness, math.nan)
+
+    @property
+    def harm(self) -> Harm | None:
+        """What the factors do to ordinary text; None where that was not measured."""
+        found = {name: _interval(values) for name, values in self.ordinary_text.items()}
+        return Harm(found["divergence"], found.get("loss_rise")) if "divergence" in found else None
+
+
+class RecordedTask(_Checked):
+    """The task's description, as far as it is needed to make it again."""
+
+    name: _Text
+    length: int | None = None
+    seed: int = 0
+    positions: Annotated[list[int], Field(max_length=_MAX_POSITIONS)] = []
+
+
+class RecordedSplit(_Checked):
+    """One split's description."""
+
+    name: _Text
+    seed: int
+    groups: int
+    max_tokens: int
+
+
+class _Settings(_Checked):
+    algorithm: _Text = ""
+    grid: FactorGrid = FactorGrid()
+
+
+class SearchRecord(HeldOutTables, _Checked):
+    """A search, as `search.json` tells it."""
+
+    model: _Text
+    searcher_version: _Text | None = None
+    model_window: int | None = None
+    task: RecordedTask
+    splits: Annotated[list[RecordedSplit], Field(max_length=20)]
+    settings: _Settings = _Settings()
+    layer_factors: _Factors
+    chosen: _Text
+    table: Annotated[list[RecordedRow], Field(min_length=1, max_length=_MAX_ROWS)]
+    evaluations: Annotated[dict[_Text, int | None], Field(max_length=_MAX_ROWS)] = {}
+    better_control: _Text | None = None
+
+    @property
+    def grid(self) -> FactorGrid:
+        """The factors that the search could choose from."""
+        return self.settings.grid
+
+    @property
+    def test(self) -> RecordedSplit | None:
+        """The split that the table is from."""
+        return next((split for split in self.splits if split.name == "test"), None)
+
+    def difference(self, name: str, baseline: str) -> Interval | None:
+        """Average accuracy (or minus the loss) of row `name` minus that of `baseline`, if the file has it."""
+        row = self.row(name)
+        if baseline in row.average_loss_minus:
+            loss = _interval(row.average_loss_minus[baseline])
+            return Interval(-loss.value, -loss.high, -loss.low)
+        gap = row.average_accuracy_minus.get(baseline)
+        return Interval(*gap) if gap is not None else None
+
+    def subtitle(self) -> str:
+        """Says in one line what was measured."""
+        if (test := self.test) is None:
+            return self.task.name
+        return f"{self._measured(self.task.name, test.max_tokens, test.groups)} (seed {test.seed})"
+
+
+def read_record(folder: Path) -> SearchRecord:
+    """Reads and checks `search.json` in an adapter's folder.
+
+    Raises:
+        SearchError: there is none, it is damaged, or its values are not what a search writes.
+    """
+    path = folder / REPORT_NAME
+    if not path.is_file():
+        raise SearchError(f"{folder} has no {REPORT_NAME}: expected the folder of an adapter that was searched.")
+    try:
+        values = read_json_object(path, _MAX_BYTES)
+        known = {name: values[name] for name in SearchRecord.model_fields if name in values}
+        record = SearchRecord.model_validate_json(json.dumps(known))  # of JSON, strict checks take lists for tuples
+        _check(record)
+    except UntrustedFileError as error:
+        raise SearchError(f"{path} {error}.") from error
+    except ValidationError as error:
+        raise converted(error, SearchRecord, SearchError, str(path)) from error
+    except LayerRopeError as error:
+        raise SearchError(f"{path}: {error}") from error
+    return record
+
+
+def _check(record: SearchRecord) -> None:
+    """What types cannot say."""
+    if record.row(record.chosen) is None:
+        raise SearchError(f"chosen={shown(record.chosen)} is no row of its table.")
+    for row in record.table:
+        scores = row.scores
+        if scores.average_accuracy is None and "average_loss" not in scores.model_fields_set:
+            raise SearchError(f"row {shown(row.name)} has neither an average_accuracy nor an average_loss.")
+        curves = (scores.accuracy_by_position, scores.accuracy_intervals)
+        if any(curve is not None and len(curve) != len(scores.positions) for curve in curves):
+            raise SearchError(f"row {shown(row.name)} has other than {len(scores.positions)} positions.")
+
+
+def _interval(values: _OpenTriple) -> Interval:
+    value, low, high = values
+    return Interval(_number(value, math.nan), _number(low, -math.inf), _number(high, math.inf))
+
+
+def _number(value: float | None, otherwise: float) -> float:
+    """What was not finite is null in the record."""
+    return otherwise if value is None else value

@@ -51,7 +51,7 @@ def comparison(measure: str = "accuracy", count: int = 5, num_positions: int = 5
 def rendered(*tables: object) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
     for table in tables:
-        console.print(table)
+        console.print(table.to_rich())
     return console.export_text()
 
 
@@ -60,7 +60,7 @@ def cells_of(markdown: str, table: int) -> list[list[str]]:
     tables, rows = [], []
     for line in [*markdown.splitlines(), ""]:
         if line.startswith("|"):
-            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+            rows.append([cell.strip().replace("\\", "") for cell in line.strip("|").split("|")])
         elif rows:
             tables.append([rows[0], *rows[2:]])
             rows = []
@@ -163,6 +163,5 @@ def test_generated_answers_are_labelled(metric):
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "loss"])
-def test_the_plot_is_written(measure, tmp_path):
-    plot_comparison(comparison(measure), tmp_path / "a.png")
-    assert (tmp_path / "a.png").stat().st_size > 5000
+def test_the_plot_is_written(measure):
+    assert plot_comparison(comparison(measure)).startswith(b"\x89PNG")

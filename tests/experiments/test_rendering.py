@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 from test_section import PNG, section
 
-from peft_layerrope.experiments import SectionFigure, SectionTable
-from peft_layerrope.experiments.section import code_markdown, escape_markdown, to_html, to_markdown, to_rich
+from peft_layerrope.experiments import SectionFigure
+from peft_layerrope.experiments.section import code_markdown, to_html, to_markdown, to_rich
+from peft_layerrope.report import Table, escape_markdown
 
 HOSTILE = '<script>alert(1)</script> "><img src=x onerror=y> {{ 7*7 }} $x_ [a](http://h) | `c` & \x1b[31m\u202e'
 
@@ -24,7 +25,7 @@ def hostile():
         measured=HOSTILE,
         findings=(HOSTILE,),
         command=HOSTILE,
-        tables=(SectionTable((HOSTILE, "b"), ((HOSTILE, HOSTILE),), HOSTILE, HOSTILE),),
+        tables=(Table((HOSTILE, "b"), ((HOSTILE, HOSTILE),), HOSTILE, HOSTILE),),
         figures=(SectionFigure("one", HOSTILE, PNG),),
     )
 
@@ -103,7 +104,7 @@ def test_a_terminal_gets_no_control_characters():
 
 def test_narrow_terminals_break_between_words_and_lose_nothing():
     console = Console(width=80, file=io.StringIO())
-    table = SectionTable(("what it is", *"abcdefg"), (("scaling layers", *["12.3 ± 45.6"] * 7),))
+    table = Table(("what it is", *"abcdefg"), (("scaling layers", *["12.3 ± 45.6"] * 7),))
     console.print(to_rich(section(tables=(table,))))
     text = console.file.getvalue()
     assert re.search(r"^\s+scaling ", text, re.MULTILINE)

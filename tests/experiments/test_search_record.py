@@ -7,7 +7,7 @@ import json
 import pytest
 
 from peft_layerrope.errors import SearchError
-from peft_layerrope.experiments.report import read_record
+from peft_layerrope.searcher.result import read_record
 from peft_layerrope.searcher.space import FactorGrid
 
 
@@ -64,7 +64,7 @@ def test_it_is_read(tmp_path):
     record = read_record(tmp_path)
     assert record.grid == FactorGrid()
     assert record.test.groups == 200
-    assert record.row("refined").test.average_accuracy == 0.6
+    assert record.row("refined").scores.average_accuracy == 0.6
     assert record.row("line") is None
 
 

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from peft_layerrope.errors import SearchError
-from peft_layerrope.experiments import Section, SectionFigure, SectionTable, storage
+from peft_layerrope.experiments import Section, SectionFigure, storage
 from peft_layerrope.experiments.storage import command_line, find_section, load_section, save_section
+from peft_layerrope.report import Table
 
 PNG = b"\x89PNG\r\n\x1a\nnot really"
 
@@ -20,7 +21,7 @@ def section(**changes) -> Section:
         "question": "Why?",
         "measured": "a task",
         "findings": ("first", "second"),
-        "tables": (SectionTable(("a", "b"), (("1", "2"),), "t", "c", (0, 1)),),
+        "tables": (Table(("a", "b"), (("1", "2"),), "t", "c", (0, 1)),),
         "figures": (SectionFigure("one", "a picture", PNG),),
         "data": {"x": [1, 2.5, None]},
         "command": "layerrope experiment halves",
@@ -81,7 +82,7 @@ def test_names_that_become_files_are_checked(name):
 
 def test_a_row_has_as_many_cells_as_the_header():
     with pytest.raises(ValueError, match="expected 2"):
-        SectionTable(("a", "b"), (("1",),))
+        Table(("a", "b"), (("1",),))
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,13 @@ from scipy import stats
 
 from peft_layerrope import PositionScores
 from peft_layerrope.experiments.measuring import (
-    ACCURACY,
-    LOSS,
     Thirds,
     interval_dict,
-    score_cells,
     score_header,
     utilisation_difference,
     verdict,
 )
+from peft_layerrope.report import ACCURACY, LOSS, score_cells
 from peft_layerrope.scoring.scores import Interval
 
 
@@ -53,12 +51,13 @@ def test_thirds_average_all_inner_positions():
 
 def test_cells_match_their_header_for_both_measures():
     accuracy = scores_of([[1, 0, 0], [1, 1, 0]])
-    assert len(score_cells(accuracy)) == len(score_header("accuracy"))
-    assert score_cells(accuracy)[:3] == ("100.0", "50.0", "0.0")
+    cells = score_cells(accuracy, score_header("accuracy"))
+    assert tuple(cells) == score_header("accuracy")
+    assert list(cells.values())[:3] == ["100.0", "50.0", "0.0"]
     loss = PositionScores((0, 9), np.zeros((2, 2), dtype=bool), np.array([[-1.0, -2.0], [-1.2, -2.2]]), "loss")
     low, high = stats.ttest_1samp([1.5, 1.7], 0).confidence_interval(0.95)
-    assert score_cells(loss) == (f"1.600 [{low:.3f}, {high:.3f}]", f"{np.exp(1.6):.2f}")
-    assert len(score_header("loss")) == 2
+    cells = score_cells(loss, score_header("loss"))
+    assert cells == {"loss": f"1.600 [{low:.3f}, {high:.3f}]", "perplexity": f"{np.exp(1.6):.2f}"}
 
 
 def test_utilisation_difference_is_paired():

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_layerrope import (
     LayerRopeConfig,
+    PositionScores,
     SearchError,
     SearchSettings,
     Split,
@@ -31,10 +33,13 @@ from peft_layerrope.bezier import sample_curve
 from peft_layerrope.errors import NotEnoughMemoryError
 from peft_layerrope.families import build_tiny
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.searcher import FactorGrid, Guards
+from peft_layerrope.scoring.scores import Interval
+from peft_layerrope.searcher import FactorGrid, Guards, ResultTable
 from peft_layerrope.searcher.gradient import GradientSteps
 from peft_layerrope.searcher.progress import SilentProgress
+from peft_layerrope.searcher.result import read_record
 from peft_layerrope.searcher.run import _Run
+from peft_layerrope.searcher.verdict import Harm
 from peft_layerrope.tuner.sites import find_stack
 
 SMALL = {**SMALL_SEARCH, "share_mib": 8}
@@ -333,6 +338,30 @@ def test_saved_folder_is_complete_and_loads(result, ids, tmp_path):
     assert torch.equal(logits(loaded, ids), logits(expected, ids))
     for plot in tmp_path.glob("*.png"):
         assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("by_gradients", [False, True])
+@pytest.mark.parametrize("measure", ["accuracy", "loss"])
+def test_a_saved_search_has_the_tables_of_the_one_that_ended(result, tmp_path, measure, by_gradients):
+    shifts = np.random.default_rng(0).normal(0, 0.1, (8, 3))
+    rows = []
+    for i, row in enumerate(result.table):
+        scores = PositionScores((0, 5, 10), shifts > 0.05 * i, np.minimum(shifts - 1 - 0.1 * i, 0), measure)
+        harm = Harm(Interval(0.01 * i, 0.0, 0.02 * i), Interval(-0.01, -0.02, 0.03)) if by_gradients else None
+        rows.append(replace(row, scores=scores, harm=harm))
+    ended = replace(
+        result,
+        table=ResultTable(tuple(rows)),
+        settings=replace(result.settings, algorithm="gradient" if by_gradients else "genetic"),
+        notes=("result", "harm", "cost"),
+    )
+    ended.save(tmp_path)
+    saved = read_record(tmp_path)
+    assert saved.held_out_table() == ended.held_out_table()
+    assert saved.choice_table() == ended.choice_table()
+    assert ended.held_out_table().to_markdown() in (tmp_path / "README.md").read_text()
+    shown = [name in ended.held_out_table().header for name in ("KL", "vs none", "vs control")]
+    assert shown == [by_gradients, by_gradients, not by_gradients]
 
 
 def test_report_says_what_it_stands_on(result, tmp_path):
