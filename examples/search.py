@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from peft_layerrope import Example, TokenTask, load_model, search
-from peft_layerrope.searcher.progress import SilentProgress
+from peft_layerrope.searcher.plan import SilentProgress
 from peft_layerrope.tasks.kv import key_words, value_words
 
 PAIRS, POSITIONS = 100, (0, 25, 50, 75, 99)

@@ -29,7 +29,7 @@ from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher import run as search_run
 from peft_layerrope.searcher.evaluator import ModelEvaluator
-from peft_layerrope.searcher.progress import SilentProgress
+from peft_layerrope.searcher.plan import SilentProgress
 
 SMALL = {
     "algorithm": "genetic",

@@ -29,7 +29,7 @@ from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.files import to_json
 from peft_layerrope.report import fitness_remark
 from peft_layerrope.runs import JOURNAL_NAME
-from peft_layerrope.scoring.judging import judge
+from peft_layerrope.scoring.batching import judge
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import WrittenAnswers
 from peft_layerrope.searcher import Guards

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from .. import __version__
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
 from ..files import WriteError
-from ..scoring.memory import is_out_of_memory
+from ..scoring.batching import is_out_of_memory
 
 app = typer.Typer(
     name="layerrope",

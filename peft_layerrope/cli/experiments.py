@@ -24,7 +24,7 @@ from ..fingerprint import model_fingerprint
 from ..loading import load_adapter_config
 from ..runs import check_free
 from ..searcher import FactorGrid, SearchSettings
-from ..searcher.progress import RichProgress
+from ..searcher.plan import RichProgress
 from ..searcher.result import REPORT_NAME, read_record
 from ..tasks import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification

@@ -20,7 +20,7 @@ from ..experiments.storage import command_line
 from ..loading import load_adapter_config
 from ..messages import last_component
 from ..runs import check_free, locked
-from ..searcher.progress import RichProgress
+from ..searcher.plan import RichProgress
 from ..searcher.result import SearchRecord, read_record
 from ..searcher.settings import SearchSpecification, read_specification
 from ..tasks.specification import TASK_NAMES, TaskSpecification

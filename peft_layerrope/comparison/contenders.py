@@ -21,8 +21,7 @@ from ..messages import last_component, named
 from ..tuner.artifacts import check_weights_file
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import frequencies_at, inv_freq_names, own_frequencies, rope_type_reaches
-from ..tuner.proof import prove_rotary_scales
-from ..tuner.sites import RotarySite, find_stack, model_type, text_config, trained_window
+from ..tuner.sites import RotarySite, find_stack, model_type, prove_rotary_scales, text_config, trained_window
 
 _KEPT = ("_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks")
 

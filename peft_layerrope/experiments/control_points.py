@@ -11,8 +11,7 @@ from ..errors import SearchError
 from ..plots import COLOURS, new_figure, to_png
 from ..report import NATS, Table, Unit, legend, unit_of
 from ..scoring.scores import Interval
-from ..searcher.genome import BezierGenome
-from ..searcher.space import FactorGrid, Factors, FactorSpace, default_scaled_layers
+from ..searcher.space import BezierGenome, FactorGrid, Factors, FactorSpace, default_scaled_layers
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..plots import COLOURS, draw_line, new_figure, to_png, unit_axis
 from ..report import NATS, Table, Unit, unit_of
-from ..searcher.progress import SearchProgress, SilentProgress
+from ..searcher.plan import SearchProgress, SilentProgress
 from ..searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
 from ..searcher.space import format_layers
 from ..tasks import Task

@@ -16,7 +16,7 @@ from ..errors import AdapterMismatchError, TaskError
 from ..report import Unit, times_window
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import Interval, PositionScores, mean_interval, paired_interval
-from ..searcher.progress import SearchProgress, SilentProgress
+from ..searcher.plan import SearchProgress, SilentProgress
 from ..tasks import Measure, Split, Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig

@@ -16,8 +16,7 @@ from torch import nn
 
 from ..tasks import Example, Split
 from ..tuner.sites import embedding_table
-from .batching import rotation_depends_on_length
-from .memory import is_out_of_memory
+from .batching import is_out_of_memory, rotation_depends_on_length
 
 _TRIAL = (tuple(range(1, 9)), tuple(range(9, 12)))
 """Token ids of the trial's context and of its question."""

@@ -22,8 +22,8 @@ from ..errors import TaskError
 from ..tasks import Example, Split
 from ..tasks.metrics import METRICS, Judge
 from ..tuner.sites import embedding_table
+from .batching import cells
 from .context_cache import ContextBatch, padded_left
-from .judging import cells
 from .scores import PositionScores, WrittenAnswers
 
 

@@ -20,7 +20,17 @@ from ..messages import check_callable, whole_number
 from ..tasks import Example, Split, SplitName, Task
 from ..tasks.base import check_task
 from ..tuner.frequencies import without_memory
-from .batching import attends_fully, check_vocabulary, make_batches, rotation_depends_on_length
+from .batching import (
+    ScoreSheet,
+    answer_logits,
+    attends_fully,
+    check_finite,
+    check_vocabulary,
+    judge_tokens,
+    make_batches,
+    rotation_depends_on_length,
+    with_halving,
+)
 from .context_cache import (
     ContextBatch,
     can_cache_contexts,
@@ -30,8 +40,6 @@ from .context_cache import (
     shares_contexts,
 )
 from .generation import AnswerWriter, Written, judge_written, prompt_batches
-from .judging import ScoreSheet, answer_logits, check_finite, judge_tokens
-from .memory import with_halving
 from .scores import PositionScores
 
 DEFAULT_BATCH_TOKENS = 8192

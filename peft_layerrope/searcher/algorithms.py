@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from deap import algorithms, base, cma, tools
 
-from .genome import Genome, LinearGenome, make_genome
 from .memo import BudgetView, Individual
 from .settings import ELITES, SearchSettings
-from .space import Factors, FactorSpace
+from .space import Factors, FactorSpace, Genome, LinearGenome, make_genome
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ from ..tasks import PromptTask, Split, SplitName, Task, check_disjoint
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table, trained_window
 from .evaluator import HeatScores, Measurement
-from .plan import check_length
-from .progress import SearchProgress
+from .plan import SearchProgress, check_length
 from .settings import SearchSettings
 from .space import Factors
 

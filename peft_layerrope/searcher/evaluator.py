@@ -15,9 +15,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from ..scoring.batching import Batch, make_batches
-from ..scoring.judging import ScoreSheet, answer_logits
-from ..scoring.memory import is_out_of_memory, with_halving
+from ..scoring.batching import Batch, ScoreSheet, answer_logits, is_out_of_memory, make_batches, with_halving
 from ..scoring.scores import Objective, PositionScores
 from ..tasks import Split
 from ..tuner.sites import find_stack

@@ -12,9 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..scoring.batching import Batch, make_batches
-from ..scoring.judging import answer_logits, judge
-from ..scoring.memory import recomputing, with_halving
+from ..scoring.batching import Batch, answer_logits, judge, make_batches, recomputing, with_halving
 from ..scoring.scores import DEFAULT_WEIGHTS
 from ..tasks import Split
 from ..tuner.injection import scaling_for

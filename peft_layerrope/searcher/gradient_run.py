@@ -34,8 +34,7 @@ from .gradient_search import (
     measured_rates,
 )
 from .ordinary_text import SAMPLE_NAME, Windows, read_windows
-from .plan import check_length
-from .progress import SearchProgress, audience_of
+from .plan import SearchProgress, audience_of, check_length
 from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .schedule import Rates, Schedule, schedule_for
 from .settings import SearchSettings

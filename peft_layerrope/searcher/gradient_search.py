@@ -37,7 +37,7 @@ from .gradient import (
     uniform_family,
 )
 from .ordinary_text import NUM_WRITTEN, Windows, divergences, losses, sample_windows, scored_positions, window_logits
-from .progress import SearchProgress
+from .plan import SearchProgress
 from .result import BOUNDED, DECAY, FIRST_REST, NONE, PER_LAYER, UNIFORM
 from .schedule import CONTEXTS_PER_STEP, UNIFORM_VALUES, Rates, Schedule
 from .settings import SearchSettings

@@ -19,8 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import TaskError
 from ..messages import one_line
-from ..scoring.judging import judge_tokens, logits_at
-from ..scoring.memory import with_halving
+from ..scoring.batching import judge_tokens, logits_at, with_halving
 from ..tasks.perplexity import tokenised
 from ..tuner.sites import embedding_table
 

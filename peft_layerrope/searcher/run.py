@@ -52,8 +52,7 @@ from .evaluator import Evaluator, Heats, Measurement, ModelEvaluator, plan_heats
 from .gradient import STEP_COST, GradientSteps
 from .gradient_run import GradientPlan, plan_by_gradients, search_by_gradients
 from .memo import BudgetView, Memo
-from .plan import MIN_CONTROL_BUDGET, Plan, memory_in_use, planned_evaluations
-from .progress import SearchProgress, audience_of
+from .plan import MIN_CONTROL_BUDGET, Plan, SearchProgress, audience_of, memory_in_use, planned_evaluations
 from .result import (
     ALONE,
     CURVE,

@@ -21,7 +21,7 @@ from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window
 from .common import model_name
 from .evaluator import ModelEvaluator
-from .progress import SearchProgress, audience_of
+from .plan import SearchProgress, audience_of
 from .settings import SearchSettings
 from .space import Factors, FactorSpace, format_layers
 

@@ -24,10 +24,9 @@ from ..scoring.scores import DEFAULT_WEIGHTS, Objective
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import FACTOR_RANGE, LayerRopeConfig
 from ..tuner.scaling import RopeType
-from .genome import Curve
 from .memo import Guards
 from .schedule import MIN_STEPS
-from .space import FactorGrid, FactorSpace, default_scaled_layers, parse_layers
+from .space import Curve, FactorGrid, FactorSpace, default_scaled_layers, parse_layers
 
 ELITES = 2
 """Of a generation, who go on as they are."""

@@ -1,13 +1,23 @@
 """Tasks: where examples come from. One file each; `base` says what a task is."""
 
-from .base import MEASURES, SPLIT_NAMES, Example, Measure, Split, SplitName, Task, check_disjoint, spread_positions
+from .base import (
+    MEASURES,
+    SPLIT_NAMES,
+    Example,
+    Measure,
+    Split,
+    SplitName,
+    Task,
+    TokenTask,
+    check_disjoint,
+    spread_positions,
+)
 from .kv import KeyValueRetrieval, KeyValueWords
 from .metrics import METRICS, best_subspan_em, contains_value
 from .multi_doc_qa import MultiDocumentQA
 from .perplexity import Perplexity
 from .prompts import Prompt, PromptTask
 from .specification import TaskSpecification, make_task
-from .token_task import TokenTask
 
 __all__ = [
     "MEASURES",

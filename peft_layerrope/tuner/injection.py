@@ -13,9 +13,17 @@ from ..errors import AdapterMismatchError, InvalidConfigError, LayerRopeError
 from ..messages import shown
 from .config import LayerRopeConfig
 from .frequencies import inv_freq_names, is_length_dependent, layer_type_of, own_frequencies, rope_type_reaches
-from .proof import prove_rotary_scales, tables_can_be_stacked
 from .rotary import BakedLayerRope, LayerRopeLayer, RotaryTraits
-from .sites import DecoderStack, RotarySite, find_stack, model_type, text_config, trained_window
+from .sites import (
+    DecoderStack,
+    RotarySite,
+    find_stack,
+    model_type,
+    prove_rotary_scales,
+    tables_can_be_stacked,
+    text_config,
+    trained_window,
+)
 from .tables import LayerScaling, LayerTableHook
 
 BAKED_CONFIG_KEY = "layer_rope"

@@ -30,8 +30,7 @@ from peft_layerrope import KeyValueWords, PositionScores, SearchSettings, Split,
 from peft_layerrope.searcher import Factors
 from peft_layerrope.searcher.algorithms import random_vectors
 from peft_layerrope.searcher.evaluator import ModelEvaluator
-from peft_layerrope.searcher.genome import make_genome
-from peft_layerrope.searcher.space import FactorSpace
+from peft_layerrope.searcher.space import FactorSpace, make_genome
 from peft_layerrope.tuner.sites import find_stack
 
 SHARE_BYTES = 2**30

@@ -10,7 +10,7 @@ from test_cli import run
 
 from peft_layerrope.cli import tools
 from peft_layerrope.errors import NotEnoughMemoryError
-from peft_layerrope.scoring.memory import free_cached_memory, is_out_of_memory, with_halving
+from peft_layerrope.scoring.batching import free_cached_memory, is_out_of_memory, with_halving
 
 OUT_OF_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."),

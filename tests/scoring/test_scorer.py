@@ -14,9 +14,7 @@ from scipy import stats
 
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
 from peft_layerrope.families import build_tiny
-from peft_layerrope.scoring.batching import can_pack, check_vocabulary
-from peft_layerrope.scoring.judging import judge
-from peft_layerrope.scoring.memory import with_halving
+from peft_layerrope.scoring.batching import can_pack, check_vocabulary, judge, with_halving
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import utilisation
 

@@ -10,7 +10,7 @@ from fakes import space_of
 
 from peft_layerrope import SearchError
 from peft_layerrope.searcher import FactorGrid, default_scaled_layers
-from peft_layerrope.searcher.genome import CURVES, make_genome
+from peft_layerrope.searcher.space import CURVES, make_genome
 
 
 def test_grid_is_the_papers():

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_layerrope import LayerRopeConfig, Split
-from peft_layerrope.scoring.memory import recomputing
+from peft_layerrope.scoring.batching import recomputing
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher.gradient import GradientSteps
 from peft_layerrope.tuner.sites import find_stack

@@ -38,7 +38,7 @@ from peft_layerrope.searcher.ordinary_text import (
     scored_positions,
     window_logits,
 )
-from peft_layerrope.searcher.progress import SilentProgress
+from peft_layerrope.searcher.plan import SilentProgress
 from peft_layerrope.searcher.schedule import MIN_STEPS, Rates, Schedule, schedule_for
 from peft_layerrope.searcher.verdict import Harm, choose
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from peft_layerrope import Example, SearchError, SearchSettings, TaskError, TokenTask, search
 from peft_layerrope.base_model import ModelSource
 from peft_layerrope.searcher.evaluator import ModelEvaluator, cut_into_chunks, shared_depth
-from peft_layerrope.searcher.progress import SilentProgress
+from peft_layerrope.searcher.plan import SilentProgress
 from peft_layerrope.searcher.ray_workers import RayWorkers
 
 ray = pytest.importorskip("ray")

@@ -12,8 +12,8 @@ from fakes import NO_GUARDS, ONE_HEAT, Formula, minus_distance, space_of, view_o
 from peft_layerrope import SearchSettings
 from peft_layerrope.searcher import Guards
 from peft_layerrope.searcher.algorithms import Found, Generation, adapt, evolve, isolated_random, run_strategy
-from peft_layerrope.searcher.genome import make_genome
 from peft_layerrope.searcher.memo import BudgetView, Memo
+from peft_layerrope.searcher.space import make_genome
 
 STRATEGIES = {
     **{f"genetic {curve}": {"algorithm": "genetic", "curve": curve} for curve in ("bezier", "linear", "direct")},
