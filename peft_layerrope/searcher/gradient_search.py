@@ -51,7 +51,7 @@ _PROBE = 0.1  # log-factor at which the harm of a uniform factor is measured to 
 _FARTHEST = 1.0  # log-factor that is tried where a uniform factor does no harm
 _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
 _READ_TO_WRITTEN = 1.3  # divergence on people's text, of which gradients are taken, to that on what the model writes
-_COMPARED = 512  # positions of a written window at which distributions are compared
+_COMPARED, _READ = 512, 2048  # positions of a window at most: of distributions that are compared, of losses
 # Questions to a context, in times of the task's positions. Of the variance of a gradient on 14 questions (100 pairs,
 # Qwen2.5 0.5B, six contexts) four fifths are theirs and one the context's; 42 questions take a quarter more time.
 _DENSER = 8
@@ -347,7 +347,7 @@ class GradientSearch:
         found: list[list[np.ndarray]] = [[], []]
         unscaled = self._rounded(np.zeros(self._space.num_layers))
         for part, window in [*((0, w) for w in self._written), *((1, w) for w in self._read)]:
-            positions = scored_positions(len(window), most=_COMPARED if part == 0 else len(window))
+            positions = scored_positions(len(window), most=_COMPARED if part == 0 else _READ)
             logits = []
             for vector in (unscaled, factors):
                 self._set(vector)
