@@ -188,7 +188,7 @@ class WorkerPool:
             if chunk is None:
                 raise SearchError(
                     f"a Ray worker could not load the model, or died more than max_restarts={limits.max_restarts} "
-                    f"times; a search that has a folder can be resumed. {one_line(str(error).splitlines()[-1])}"
+                    f"times; a search that has a folder can be resumed. {one_line(str(error).strip().splitlines()[-1])}"
                 ) from error
             todo.append(chunk)
             self._check(worker)

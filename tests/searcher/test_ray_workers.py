@@ -41,6 +41,7 @@ def cluster():
     head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 2**27}
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patched.setenv("RAY_worker_niceness", "0")  # Ray's 15 makes them wait for whatever else the machine does
         patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # workers load their models by functions of the tests
         cluster = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
