@@ -11,29 +11,16 @@ from __future__ import annotations
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from peft_layerrope import KeyValueRetrieval, KeyValueWords, Task, demo_model_path, evaluate
 
 ROPE = Path(__file__).parent.parent / "hub_configs" / "demo-plain"
-LENGTH, PAIRS, QUESTIONS, BATCH = 512, 100, 27, 8  # a list and its questions, of four tokens each, fit into LENGTH
-
-
-def make_task(tokenizer: PreTrainedTokenizerBase, pairs: int | None, **questions: int) -> Task:
-    """Lists of words, which the demo model knows, or of key-value pairs."""
-    if pairs is None:
-        return KeyValueWords(tokenizer, LENGTH, **questions)
-    return KeyValueRetrieval(tokenizer, num_keys=pairs, keys="syllables", **questions)
+LENGTH, PAIRS, QUESTIONS = 512, 100, 27  # a list and its questions, of four tokens each, fit into LENGTH
 
 
 def training_rows(task: Task, count: int) -> list[dict[str, list[int]]]:
@@ -49,30 +36,29 @@ def training_rows(task: Task, count: int) -> list[dict[str, list[int]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hub id or folder; default: the demo model")
-    parser.add_argument("--rope", help="LAYER_ROPE adapter; default: the demo model's, and none for another")
-    parser.add_argument("--pairs", type=int, default=20, help="of a list, for another than the demo model")
+    parser.add_argument("--model", help="default: the demo model, with its adapter")
+    parser.add_argument("--rope", help="LAYER_ROPE adapter of --model")
+    parser.add_argument("--pairs", type=int, default=20, help="key-value pairs that --model is asked about")
     parser.add_argument("--output", default="demo-lora", help="folder for the LoRA")
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--contexts", type=int, default=100, help="to evaluate on, each asked at 11 positions")
+    parser.add_argument("--contexts", type=int, default=100, help="to evaluate on, each asked at every position")
     args = parser.parse_args()
-    name, rope, pairs = args.model or demo_model_path(), args.rope, args.pairs
-    if args.model is None:
-        rope, pairs = rope or ROPE, None
-    tokenizer, base = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
-    # the factors are part of the model from then on
-    baked = PeftModel.from_pretrained(base, rope).merge_and_unload() if rope is not None else base
+    name, rope = (args.model, args.rope) if args.model else (demo_model_path(), ROPE)
+    tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
+    make, lists, batch, rate = partial(KeyValueWords, tokenizer, LENGTH), {"num_pairs": PAIRS}, 8, 3e-3
+    if args.model:  # its lists are not all of one length
+        make, lists, batch, rate = partial(KeyValueRetrieval, tokenizer, num_keys=args.pairs), {}, 1, 2e-4
+    if rope:
+        model = PeftModel.from_pretrained(model, rope).merge_and_unload()  # the factors are part of the model now
     set_seed(0)
-    model = get_peft_model(baked, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    batch, rate = (BATCH, 3e-3) if pairs is None else (1, 2e-4)  # lists of other models are not all of one length
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     settings = {"max_steps": args.steps, "per_device_train_batch_size": batch, "learning_rate": rate}
     arguments = TrainingArguments(args.output, **settings, logging_steps=20, save_strategy="no", report_to=[])
-    questions = {"num_positions": min(QUESTIONS, pairs or QUESTIONS), "seed": 1}
-    lists = make_task(tokenizer, pairs, **questions, **({"num_pairs": PAIRS} if pairs is None else {}))
-    trainer = Trainer(model, arguments, train_dataset=training_rows(lists, args.steps * batch))
+    task = make(num_positions=min(QUESTIONS, args.pairs) if args.model else QUESTIONS, seed=1, **lists)
+    trainer = Trainer(model, arguments, train_dataset=training_rows(task, args.steps * batch))
     trainer.train()
     trainer.save_model(args.output)
-    held_out = make_task(tokenizer, pairs)  # its test split was seen by neither the LoRA nor the search
+    held_out = make()  # its test split was seen by neither the LoRA nor the search
     print(f"with the LoRA:    {evaluate(model, held_out, num_groups=args.contexts).average().value:.1%} right")
     with model.disable_adapter():
         print(f"without the LoRA: {evaluate(model, held_out, num_groups=args.contexts).average().value:.1%} right")

@@ -50,7 +50,7 @@ def training() -> ModuleType:
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_examples_are_short_and_say_how_to_run_them(script):
     text = (EXAMPLES / script).read_text()
-    assert script == "train_demo_model.py" or len(text.splitlines()) < 60
+    assert script == "train_demo_model.py" or len(text.splitlines()) < 80
     assert f"python examples/{script}" in text
 
 

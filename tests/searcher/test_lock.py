@@ -123,7 +123,7 @@ def test_overwriting_what_a_call_from_python_writes_is_refused(tmp_path, command
         path.write_text("{}")
     with held_by_another_process(tmp_path / "run") as pid:
         done = run_command(*command.format(folder=tmp_path).split(), "--overwrite")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert done.stderr.count("error:") == 1
     assert f"is in use by process {pid}" in done.stderr
     assert all(path.read_text() == "{}" for path in precious)
