@@ -21,12 +21,13 @@ from fakes import journal_of, token_task
 from test_cli import TINY_SEARCH
 from test_cli import run as run_command
 
-from peft_layerrope import LayerRopeConfig, SearchResult, plots, search
+from peft_layerrope import LayerRopeConfig, SearchResult, search
 from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
 from peft_layerrope.files import WriteError, write_atomically
 from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.searcher import FactorGrid
+from peft_layerrope.searcher import result as search_result
 from peft_layerrope.searcher import run as search_run
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.plan import SilentProgress
@@ -90,7 +91,7 @@ def assert_resumes(folder: Path, whole: tuple) -> None:
 @pytest.fixture
 def plain_plots(monkeypatch):
     for name in ("plot_by_position", "plot_factors_by_depth"):
-        monkeypatch.setattr(plots, name, lambda what, path, *args, **more: Path(path).write_bytes(b"plot"))
+        monkeypatch.setattr(search_result, name, lambda *args, **more: b"plot")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -200,7 +201,7 @@ def interrupted(*args: object, **more: object) -> None:
 def test_interrupted_while_the_result_is_saved(undisturbed, tmp_path, monkeypatch):
     folder = tmp_path / "it"
     with monkeypatch.context() as patched:
-        patched.setattr(plots, "plot_factors_by_depth", interrupted)
+        patched.setattr(search_result, "plot_factors_by_depth", interrupted)
         done = run_command("search", "--output", str(folder), *QUICK_SEARCH)
     assert done.exit_code == 130
     assert "nothing is lost. Go on with layerrope search" in done.stderr
