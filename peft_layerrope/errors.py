@@ -38,4 +38,8 @@ class SearchError(LayerRopeError, ValueError):
 
 
 class RunFolderError(SearchError, TaskError):
-    """A folder's run cannot be begun, or gone on with: it is another one, damaged, or somebody is at work in it."""
+    """A folder's run cannot be begun, or gone on with: it is another one, or damaged."""
+
+
+class FolderInUseError(LayerRopeError, RuntimeError):
+    """Somebody else is at work in a folder."""

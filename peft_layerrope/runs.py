@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from .errors import LayerRopeError, RunFolderError
+from .errors import FolderInUseError, LayerRopeError, RunFolderError
 from .files import to_json, write_atomically, writing
 
 JOURNAL_NAME, LOCK_NAME = "journal.jsonl", ".lock"
@@ -39,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
             is held; one that a killed process left is in nobody's way, for the lock itself is the system's.
 
     Raises:
-        RunFolderError: somebody else is in; the message names the process.
+        FolderInUseError: somebody else is in; the message names the process.
         WriteError: the folder or the file cannot be made.
     """
     path = folder / LOCK_NAME
@@ -54,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # which is done by now, perhaps
                 text = path.read_text(errors="replace")
                 who = f"process {text}" if text.isdecimal() else who
-            raise RunFolderError(
+            raise FolderInUseError(
                 f"{folder} is in use by {who}: wait until it is done, end it, or use another folder."
             ) from error
     try:
@@ -74,7 +74,7 @@ def check_free(folder: Path) -> None:
     """Looks whether [`locked`] would let us in, where nothing is to be written yet.
 
     Raises:
-        RunFolderError: somebody else is in.
+        FolderInUseError: somebody else is in.
         WriteError: the lock file that is there cannot be opened.
     """
     if (folder / LOCK_NAME).exists():
@@ -99,7 +99,7 @@ class Journal:
     Raises:
         RunFolderError: there is a journal, and neither `resume` nor `overwrite` was asked for; or it is damaged, or of
             another run, and the message names the first difference.
-        RunFolderError: another run is at work in `folder`.
+        FolderInUseError: another run is at work in `folder`.
         WriteError: the folder cannot be made.
     """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_layerrope.errors import RunFolderError
+from peft_layerrope.errors import FolderInUseError, RunFolderError
 from peft_layerrope.files import WriteError
 from peft_layerrope.runs import JOURNAL_NAME, LOCK_NAME, Journal, locked
 
@@ -184,7 +184,7 @@ def test_two_processes_at_once_write_one_after_the_other(tmp_path):
             try:
                 done = 0
                 while done < 10:
-                    with suppress(RunFolderError), Journal(tmp_path, IDENTITY, resume=True) as journal:
+                    with suppress(FolderInUseError), Journal(tmp_path, IDENTITY, resume=True) as journal:
                         fill(journal, [(str(os.getpid()), number, number) for number in (2 * done, 2 * done + 1)])
                         done += 1
                 os._exit(0)
@@ -222,7 +222,7 @@ def held_by_another_process(folder: Path) -> Iterator[int]:
 def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path):
     with held_by_another_process(tmp_path) as pid:
         for _ in range(2):
-            with pytest.raises(RunFolderError, match=f"^{tmp_path} is in use by process {pid}"), locked(tmp_path):
+            with pytest.raises(FolderInUseError, match=f"^{tmp_path} is in use by process {pid}"), locked(tmp_path):
                 pass
     assert (tmp_path / LOCK_NAME).exists()  # of the one that was killed
     with locked(tmp_path):
@@ -233,7 +233,7 @@ def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path):
 def test_a_second_call_of_the_same_process_is_kept_out_and_leaves_the_first_alone(tmp_path):
     with locked(tmp_path):
         for _ in range(2):
-            with pytest.raises(RunFolderError, match=str(os.getpid())), locked(tmp_path):
+            with pytest.raises(FolderInUseError, match=str(os.getpid())), locked(tmp_path):
                 pass
         with locked(tmp_path / "another"):
             pass

@@ -121,7 +121,7 @@ def compare(
 
     Raises:
         TaskError: contenders of one label, settings that cannot work, or a folder that does not fit.
-        RunFolderError: another comparison is at work in `folder`.
+        FolderInUseError: another comparison is at work in `folder`.
         WriteError: the scores cannot be written, as on a full disk; make room and resume.
         LayerRopeError: an adapter that cannot be loaded or does not fit, before anything is scored.
     """

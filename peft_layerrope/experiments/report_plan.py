@@ -11,7 +11,7 @@ from torch import nn
 
 from ..comparison.contenders import Contender
 from ..declaration import as_options
-from ..errors import LayerRopeError, RunFolderError
+from ..errors import LayerRopeError, FolderInUseError
 from ..files import WriteError
 from ..fingerprint import model_fingerprint
 from ..searcher.space import FactorGrid
@@ -184,7 +184,7 @@ def run_steps(
         audience: whom to tell how far it is.
 
     Raises:
-        RunFolderError: another run is at work in `folder`.
+        FolderInUseError: another run is at work in `folder`.
         WriteError: a file cannot be written.
     """
     steps, skipped = report_steps(request)
@@ -198,7 +198,7 @@ def run_steps(
         asked = _asked(request, step)  # an adapter that cannot be read concerns all of them
         try:
             sections.append(kept_section(folder, step.name, asked, resume, make))
-        except (RunFolderError, WriteError):  # of no single step
+        except (FolderInUseError, WriteError):  # of no single step
             raise
         except LayerRopeError as error:
             skipped.append((step.name, str(error)))

@@ -70,7 +70,7 @@ def kept_section(
         make: makes it, given a folder for its parts.
 
     Raises:
-        RunFolderError: another run is making this section in `folder`.
+        FolderInUseError: another run is making this section in `folder`.
         WriteError: a file cannot be written.
     """
     work = work_folder(folder, name)

@@ -166,7 +166,7 @@ def search(
         TaskError: the splits cannot be made, overlap, or do not fit the model.
         TaskError: the unscaled model answers nothing, or everything, and `anyway` is off.
         UnsupportedModelError: the model's rotation cannot be scaled per layer.
-        RunFolderError: another search is at work in `folder`.
+        FolderInUseError: another search is at work in `folder`.
         WriteError: the journal cannot be written, as on a full disk; make room and resume.
 
     Example:

@@ -17,7 +17,7 @@ from peft_layerrope.cli import evaluate as evaluate_command
 from peft_layerrope.cli import experiments as experiments_command
 from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
-from peft_layerrope.errors import RunFolderError
+from peft_layerrope.errors import FolderInUseError
 from peft_layerrope.experiments import report_plan
 from peft_layerrope.experiments.measuring import Measuring, measure
 from peft_layerrope.experiments.report_plan import Step
@@ -33,7 +33,7 @@ SEARCHED = Path(__file__).parents[2] / "hub_configs" / "demo-plain"
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_search_is_kept_out_before_it_writes(tmp_path, resume):
     with held_by_another_process(tmp_path) as pid:
-        with pytest.raises(RunFolderError, match=f"process {pid}"):
+        with pytest.raises(FolderInUseError, match=f"process {pid}"):
             search(small_model(), token_task(groups=40), **SMALL, folder=tmp_path, resume=resume, progress=False)
         assert [path.name for path in tmp_path.iterdir()] == [LOCK_NAME]
         assert plan_search(small_model(), token_task(groups=40), **SMALL).seconds > 0
@@ -55,10 +55,10 @@ def test_a_comparison_that_another_call_wants_to_join_ends_as_it_would_have_alon
     def join(label: str, done: int, total: int) -> None:
         if done == 3:
             for resume in (False, True):
-                with pytest.raises(RunFolderError, match=str(os.getpid())):
+                with pytest.raises(FolderInUseError, match=str(os.getpid())):
                     comparison(tmp_path / "joined", resume=resume)
             split = token_task().split("test", 4)
-            with pytest.raises(RunFolderError):
+            with pytest.raises(FolderInUseError):
                 measure(small_model(), split, [parse_baseline("none")], "x", Measuring(folder=tmp_path / "joined"))
             refused.append(label)
 
@@ -78,7 +78,7 @@ def test_a_second_run_of_an_experiment_is_kept_out_of_its_folder(tmp_path, resum
     asked = {"groups": 3}
 
     def joined(work: Path) -> Section:
-        with pytest.raises(RunFolderError, match=str(os.getpid())):
+        with pytest.raises(FolderInUseError, match=str(os.getpid())):
             kept_section(tmp_path, "halves", asked, resume, lambda work: pytest.fail("it was let in"))
         beside = replace(section(), name="sweep")
         assert kept_section(tmp_path, "sweep", asked, resume, lambda work: beside) == beside
@@ -123,7 +123,7 @@ def test_overwriting_what_a_call_from_python_writes_is_refused(tmp_path, command
         path.write_text("{}")
     with held_by_another_process(tmp_path / "run") as pid:
         done = run_command(*command.format(folder=tmp_path).split(), "--overwrite")
-    assert done.exit_code == 2
+    assert done.exit_code == 1
     assert done.stderr.count("error:") == 1
     assert f"is in use by process {pid}" in done.stderr
     assert all(path.read_text() == "{}" for path in precious)
@@ -137,7 +137,7 @@ def test_a_lock_that_a_killed_process_left_is_in_nobodys_way(tmp_path, command, 
     assert not any(name.endswith(LOCK_NAME) for name in files(tmp_path))
 
 
-@pytest.mark.parametrize("error", [RunFolderError, WriteError])
+@pytest.mark.parametrize("error", [FolderInUseError, WriteError])
 def test_a_report_skips_no_experiment_because_its_output_fails(tmp_path, monkeypatch, error):
     def fail(measuring: Measuring) -> Section:
         raise error("somebody else's")
