@@ -11,7 +11,7 @@ from torch import nn
 
 from ..comparison.contenders import Contender
 from ..declaration import as_options
-from ..errors import LayerRopeError, FolderInUseError
+from ..errors import FolderInUseError, LayerRopeError
 from ..files import WriteError
 from ..fingerprint import model_fingerprint
 from ..searcher.space import FactorGrid
