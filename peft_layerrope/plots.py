@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .bezier import sample_curve
-from .report import Unit, printable, unit_of
+from .report import ACCURACY, Unit, printable, unit_of
 from .scoring.scores import Interval, PositionScores
 
 UNSCALED = "no scaling"
@@ -145,13 +145,17 @@ def plot_by_position(curves: Mapping[str, PositionScores], subtitle: str) -> byt
     return to_png(figure, "Accuracy by position of the answer", subtitle)
 
 
-def plot_gain_over_harm(points: Mapping[str, tuple[Interval, Interval]], bound: float | None, subtitle: str) -> bytes:
+def plot_gain_over_harm(
+    points: Mapping[str, tuple[Interval, Interval]], bound: float | None, subtitle: str, unit: Unit = ACCURACY
+) -> bytes:
     """Draws what choices of factors gain on the task over what they cost on ordinary text, as PNG.
 
     Args:
-        points: label to harm in nats and gain in points, each with its interval; the one called `UNSCALED` is grey.
+        points: label to harm in nats and gain in steps of `unit`, each with its interval; the one called `UNSCALED` is
+            grey.
         bound: of the harm, drawn as a line; None: none.
         subtitle: what was measured, under the title.
+        unit: of the scores.
     """
     figure, (axes,) = new_figure()
     axes.axhline(0, color=GREY, linewidth=0.8)
@@ -170,7 +174,7 @@ def plot_gain_over_harm(points: Mapping[str, tuple[Interval, Interval]], bound: 
     # close to 0 the axis is linear, and far from it a factor that ruins the text does not push the others together
     axes.set_xscale("symlog", linthresh=bound if bound is not None else 0.01)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="harm to ordinary text (nats)", ylabel="gain over no scaling (points)")
+    axes.set(xlabel="harm to ordinary text (nats)", ylabel=f"gain over no scaling ({unit.step})")
     return to_png(figure, "Gain on the task, harm to ordinary text", subtitle)
 
 

@@ -13,12 +13,11 @@ from peft import PeftModel
 from torch import nn
 
 from ..base_model import adapted, describe_loading
-from ..report import duration
+from ..report import ACCURACY, Unit, duration
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import Preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
-from ..scoring.scores import Interval
 from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
 from ..tuner.sites import find_stack, trained_window
@@ -43,6 +42,7 @@ from .space import FactorSpace
 _PREFLIGHT_COST = 2.5  # of a context whose questions are answered in writing, in times of scoring it
 _WRITING_COST = 2.0  # the same of the held-out test
 _MIN_TEST_GROUPS = 20
+_HARM = Unit("harm", "nats", "nats", 1, 4)
 
 
 @dataclass(frozen=True)
@@ -297,14 +297,14 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
             f'result: "{label}". On the validation split no more elaborate choice under {bound} on ordinary text is '
             "better than it by an interval that excludes 0."
         )
-    text = f"harm: divergence on text that the unscaled model wrote {_with_interval(harm.divergence)} nats"
+    text = f"harm: divergence on text that the unscaled model wrote {_HARM.mean(harm.divergence)} nats"
     if harm.loss_rise is not None:
-        text += f", rise of the loss on people's text ({_source(settings)}) {_with_interval(harm.loss_rise)} nats"
+        text += f", rise of the loss on people's text ({_source(settings)}) {_HARM.mean(harm.loss_rise)} nats"
     text += "."
     if chosen != NONE and outcome.test[chosen].measure != "loss":
         ends = end_changes(outcome.test[chosen], outcome.test[NONE])
-        first, last = (f"{100 * e.value:+.1f} [{100 * e.low:+.1f}, {100 * e.high:+.1f}]" for e in ends)
-        text += f" Held-out accuracy at the first position {first} points, at the last {last}."
+        first, last = map(ACCURACY.change_in_words, ends)
+        text += f" Held-out accuracy at the first position {first}, at the last {last}."
     schedule, taken = ready.plan.schedule, len(outcome.found[PER_LAYER].steps)
     early = f" (ended early: {schedule.steps} were planned)" if taken < schedule.steps else ""
     cost = (
@@ -312,7 +312,3 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
         f"simpler choice of two numbers, {outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
     )
     return verdict, text, cost
-
-
-def _with_interval(interval: Interval) -> str:
-    return f"{interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ _PROBE = 0.1  # log-factor at which the harm of a uniform factor is measured to 
 _FARTHEST = 1.0  # log-factor that is tried where a uniform factor does no harm
 _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
 _READ_TO_WRITTEN = 1.3  # divergence on people's text, of which gradients are taken, to that on what the model writes
-_COMPARED, _READ = 512, 2048  # positions of a window at most: of distributions that are compared, of losses
+_COMPARED, _LOSSES = 512, 2048  # positions of a window at most: of distributions that are compared, of losses
 # Questions to a context, in times of the task's positions. Of the variance of a gradient on 14 questions (100 pairs,
 # Qwen2.5 0.5B, six contexts) four fifths are theirs and one the context's; 42 questions take a quarter more time.
 _DENSER = 8
@@ -127,6 +128,7 @@ class GradientSearch:
         self._read = windows
         self._text_tokens = text_tokens
         self._written: Windows = ()
+        self._unscaled = cache(self._unscaled_on)
         self._scorer = scorer
         self._journal = journal
         self._audience = audience
@@ -344,22 +346,24 @@ class GradientSearch:
     @torch.no_grad()
     def _measured_harm(self, factors: Factors) -> list[list[float]]:
         """Divergence on what the unscaled model wrote, rise of the loss on people's text, with their intervals."""
-        found: list[list[np.ndarray]] = [[], []]
-        unscaled = self._rounded(np.zeros(self._space.num_layers))
-        for part, window in [*((0, w) for w in self._written), *((1, w) for w in self._read)]:
-            positions = scored_positions(len(window), most=_COMPARED if part == 0 else _READ)
-            logits = []
-            for vector in (unscaled, factors):
-                self._set(vector)
-                logits.append(window_logits(self._model, window, positions))
-            if part == 0:
-                values = divergences(*logits)
-            else:
-                before, after = (losses(each, window, positions) for each in logits)
-                values = after - before
-            found[part].append(values.double().cpu().numpy())
-        intervals = [mean_interval(np.concatenate(parts)) for parts in found if parts]
-        return [[interval.value, interval.low, interval.high] for interval in intervals]
+        rises = [self._losses(factors, window) - self._unscaled(self._losses, window) for window in self._read]
+        divergence = [
+            divergences(self._unscaled(self._logits, window), self._logits(factors, window)) for window in self._written
+        ]
+        measured = [torch.cat(parts).double().cpu().numpy() for parts in (divergence, rises) if parts]
+        return [[each.value, each.low, each.high] for each in map(mean_interval, measured)]
+
+    def _unscaled_on(self, what: Callable[[Factors, tuple[int, ...]], torch.Tensor], window: tuple[int, ...]) -> Any:
+        """Logits or losses of the unscaled model, by which those of every vector are judged."""
+        return what(self._rounded(np.zeros(self._space.num_layers)), window)
+
+    def _logits(self, factors: Factors, window: tuple[int, ...], most: int = _COMPARED) -> torch.Tensor:
+        self._set(factors)
+        return window_logits(self._model, window, scored_positions(len(window), most=most))
+
+    def _losses(self, factors: Factors, window: tuple[int, ...]) -> torch.Tensor:
+        positions = scored_positions(len(window), most=_LOSSES)
+        return losses(self._logits(factors, window, _LOSSES), window, positions)
 
 
 def farthest(probe: float, divergence: float, rise: float, rise_beyond: float, bound: float) -> float:

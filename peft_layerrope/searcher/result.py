@@ -334,7 +334,9 @@ class SearchResult(HeldOutTables):
                 ),
             }
             if (points := self.gain_over_harm()) is not None:
-                pictures[HARM_PLOT] = plot_gain_over_harm(points, self.settings.max_harm, self.subtitle())
+                pictures[HARM_PLOT] = plot_gain_over_harm(
+                    points, self.settings.max_harm, self.subtitle(), unit_of(self._measure)
+                )
             for name, picture in pictures.items():
                 (staging / name).write_bytes(picture)
             files = {path.name for place in (folder, staging) for path in place.iterdir()}
@@ -424,14 +426,14 @@ class SearchResult(HeldOutTables):
 
     def gain_over_harm(self) -> dict[str, tuple[Interval, Interval]] | None:
         """Returns for each row the harm to ordinary text in nats, and the held-out gain over no scaling in points of
-        accuracy or hundredths of a nat; None where harm was not measured.
+        accuracy or in nats of loss saved; None where harm was not measured.
         """
         if any(row.harm is None for row in self.table):
             return None
-        points = {}
+        points, scale = {}, abs(unit_of(self._measure).scale)
         for row in self.table:
             gain = self.table.difference(row.name, NONE)
-            points[row.label] = row.harm.on_text, Interval(100 * gain.value, 100 * gain.low, 100 * gain.high)
+            points[row.label] = row.harm.on_text, Interval(scale * gain.value, scale * gain.low, scale * gain.high)
         return points
 
 

@@ -31,8 +31,11 @@ class Harm:
     @property
     def on_text(self) -> Interval:
         """The worse of the two on ordinary text, in nats."""
-        known = [self.divergence, *([self.loss_rise] if self.loss_rise is not None else [])]
-        return max(known, key=lambda interval: -rank_key(-interval.value))
+        return max(self._on_text, key=lambda interval: -rank_key(-interval.value))
+
+    @property
+    def _on_text(self) -> tuple[Interval, ...]:
+        return (self.divergence, self.loss_rise) if self.loss_rise is not None else (self.divergence,)
 
     def to_dict(self) -> dict[str, list[float]]:
         """Returns plain values: each with its interval."""
@@ -49,9 +52,8 @@ class Harm:
         """Whether a bound is broken for sure: that on text, in nats, or [`MAX_END_DROP`]. No bound, none of them."""
         if bound is None:
             return False
-        on_text = (self.divergence, *([self.loss_rise] if self.loss_rise is not None else []))
         return not (
-            all(interval.low <= bound for interval in on_text)
+            all(interval.low <= bound for interval in self._on_text)
             and all(interval.high >= -MAX_END_DROP for interval in self.ends or ())
         )
 
