@@ -224,7 +224,7 @@ _MEANINGS = {
     "perplexity": "perplexity: the loss's exponential",
     "log-prob": "log-prob: of the gold, in nats",
     "strict": "strict: the first value written is the gold",
-    "forced": "forced: every token of the target the most probable one, in one teacher-forced pass",
+    "forced": "forced: every token of the target, as the answer was opened, the most probable one in one forced pass",
     "vs control": 'control: of "first k at 1, rest b" and "first a, rest b" the one that is better on the search split',
     "tried": "tried: distinct factor vectors evaluated on the search split",
     "KL": "KL: divergence of next-token distributions from the unscaled model's on text that it wrote, in nats",

@@ -129,7 +129,7 @@ def compare(
     check_callable("progress", progress)
     whole_number("batch_tokens", batch_tokens, 1)
     judged = _how(split, num_buckets)
-    check_vocabulary(model, split)
+    check_vocabulary(model, split.examples)
     described = _described(model, contenders)
     identity = {
         "dtype": str(embedding_table(model).dtype),

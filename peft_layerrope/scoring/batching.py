@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -134,12 +134,14 @@ class Batch:
         return self.inputs["input_ids"].numel()
 
 
-def make_batches(model: nn.Module, split: Split, batch_tokens: int, packed: bool | None = None) -> list[Batch]:
-    """Plans the forward passes that score `split`, in order of length.
+def make_batches(
+    model: nn.Module, examples: Sequence[Example], batch_tokens: int, packed: bool | None = None
+) -> list[Batch]:
+    """Plans the forward passes that score some examples, in order of length.
 
     Args:
         model: decides what may share a row or a batch; not run.
-        split: the examples.
+        examples: the examples.
         batch_tokens: padded tokens per forward pass; a longer row has one to itself.
         packed: run the context that several queries share once; default: where the model allows it. Both ways give
             the same scores up to rounding.
@@ -147,20 +149,20 @@ def make_batches(model: nn.Module, split: Split, batch_tokens: int, packed: bool
     Raises:
         TaskError: a token id is outside the model's vocabulary.
     """
-    check_vocabulary(model, split)
+    check_vocabulary(model, examples)
     if packed is None:
         packed = can_pack(model)
     same_length = rotation_depends_on_length(model)
-    rows = _packed_rows(split, same_length) if packed else [[i] for i in range(len(split.examples))]
+    rows = _packed_rows(examples, same_length) if packed else [[i] for i in range(len(examples))]
     embeddings, windows = embedding_table(model), _windows(model) or {}
     return [
-        _batch(split.examples, group, embeddings.dtype, embeddings.device, windows)
-        for group in _batched_rows(rows, split.examples, batch_tokens, same_length)
+        _batch(examples, group, embeddings.dtype, embeddings.device, windows)
+        for group in _batched_rows(rows, examples, batch_tokens, same_length)
     ]
 
 
-def check_vocabulary(model: nn.Module, split: Split) -> None:
-    """Checks that a model can be given a split.
+def check_vocabulary(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Checks that a model can be given some examples.
 
     Raises:
         TaskError: a token id is outside the model's vocabulary.
@@ -168,7 +170,7 @@ def check_vocabulary(model: nn.Module, split: Split) -> None:
     """
     if not hasattr(model, "get_input_embeddings"):
         raise UnsupportedModelError(f"{model_type(model)}: not a transformers model.")
-    ids = [f(e.context_ids + e.asked_ids + e.answer_ids) for e in split.examples for f in (min, max)]
+    ids = [f(e.context_ids + e.asked_ids + e.answer_ids) for e in examples for f in (min, max)]
     vocabulary = embedding_table(model).shape[0]
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocabulary:
@@ -230,10 +232,10 @@ def _takes_masks_by_layer_type(model: nn.Module, windows: dict[str, int | None])
     return bool((found.float() - expected).abs().max() <= 0.1 * expected.std())  # False where they are not numbers
 
 
-def _packed_rows(split: Split, same_length: bool) -> list[list[int]]:
+def _packed_rows(examples: Sequence[Example], same_length: bool) -> list[list[int]]:
     """Groups examples that share a context (and, for a length-dependent rotation, their length)."""
     rows: dict[tuple, list[int]] = {}
-    for index, example in enumerate(split.examples):
+    for index, example in enumerate(examples):
         shared = example.context_ids or index  # nothing is nothing to share
         rows.setdefault((shared, example.num_tokens if same_length else 0), []).append(index)
     return list(rows.values())
@@ -365,9 +367,8 @@ def check_finite(model: nn.Module, split: Split, batch_tokens: int) -> None:
             weights that are not finite if any are.
     """
     first = next(example for example in split.examples if example.position == 0)
-    alone = replace(split, positions=split.positions[:1], examples=(first,))
     with torch.no_grad():
-        for batch in make_batches(model, alone, batch_tokens, packed=False):
+        for batch in make_batches(model, [first], batch_tokens, packed=False):
             if judge_tokens(answer_logits(model, batch), batch.gold)[0].isfinite().any():
                 return
     dtype = str(embedding_table(model).dtype).removeprefix("torch.")
@@ -431,12 +432,23 @@ class ScoreSheet:
         shape = (split.num_groups, len(split.positions))
         self._correct, self._log_prob = np.zeros(shape, dtype=bool), np.zeros(shape)
 
-    def add(self, examples: Sequence[int], logits: torch.Tensor, gold: torch.Tensor, owner: torch.Tensor) -> None:
-        """Enters some examples, given as indices into the split's, by their answer tokens; see [`judge`]."""
+    def add(
+        self,
+        examples: Sequence[int],
+        logits: torch.Tensor,
+        gold: torch.Tensor,
+        owner: torch.Tensor,
+        again: bool = False,
+    ) -> None:
+        """Enters some examples, given as indices into the split's, by their answer tokens; see [`judge`]. `again`:
+        after another opening, which says whether they are right and leaves the log-probability as it is.
+        """
         mean = self._split.measure == "loss"
         hits, values = (tensor.tolist() for tensor in judge(logits, gold, owner, len(examples), mean))
         for index, hit, value in zip(examples, hits, values, strict=True):
-            self._correct[self._cells[index]], self._log_prob[self._cells[index]] = hit, value
+            self._correct[self._cells[index]] = hit
+            if not again:
+                self._log_prob[self._cells[index]] = value
 
     def scores(self) -> PositionScores:
         """The scores, once every example is in."""

@@ -6,7 +6,7 @@ metric, is what figures are made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,7 +86,7 @@ class Scorer:
         Raises:
             TaskError: a token id is outside the model's vocabulary, or the model gives no finite score.
         """
-        check_vocabulary(self.model, split)
+        check_vocabulary(self.model, split.examples)
         if not self._is_checked:
             with keeping_modes(self.model):
                 self._halving(lambda: check_finite(self.model, split, self.batch_tokens))
@@ -110,7 +110,7 @@ class Scorer:
         if packed is None and self._caches(split):
             self._halving(lambda: self._ask_contexts(split.examples, progress, sheet=sheet))
         else:
-            self._halving(lambda: self._score_rows(split, sheet, progress, packed))
+            self._halving(lambda: self._score_rows(dict(enumerate(split.examples)), sheet, progress, packed))
         return sheet.scores()
 
     def bucket_losses(
@@ -160,7 +160,7 @@ class Scorer:
 
         Returns:
             Scores whose `correct` is judged on what was written, whose `log_prob` is the teacher-forced one, and whose
-            `written` says more about both.
+            `written` says more about both: its `forced` is of the opening that was written, where that is a known one.
         """
         sheet = ScoreSheet(split)
         written = self._answers(split, progress, sheet)
@@ -186,7 +186,7 @@ class Scorer:
             return self._halving(lambda: ask(examples, writer=writer, **options))
 
         if sheet is not None and not cached:
-            self._halving(lambda: self._score_rows(split, sheet, None, None))
+            self._halving(lambda: self._score_rows(dict(enumerate(split.examples)), sheet))
         sheets = {"sheet": sheet} if cached else {}
         short = writer.limited(_USUAL_NEW_TOKENS)
         written = write(short, split.examples, progress=progress, **sheets)
@@ -194,6 +194,10 @@ class Scorer:
         if long and writer.max_new_tokens > short.max_new_tokens:
             for index, answer in zip(long, write(writer, [split.examples[index] for index in long]), strict=True):
                 written[index] = answer
+        if sheet is not None and not cached:
+            opened = _otherwise_opened(split.examples, dict(enumerate(written)))
+            if opened:
+                self._halving(lambda: self._score_rows(opened, sheet, again=True))
         return written
 
     def _halving(self, attempt: Callable[[], object]) -> object:
@@ -219,10 +223,19 @@ class Scorer:
         self.num_tokens += tokens
 
     @torch.no_grad()
-    def _score_rows(self, split: Split, sheet: ScoreSheet, progress: Progress | None, packed: bool | None) -> None:
-        batches = make_batches(self.model, split, self.batch_tokens, packed)
+    def _score_rows(
+        self,
+        examples: Mapping[int, Example],
+        sheet: ScoreSheet,
+        progress: Progress | None = None,
+        packed: bool | None = None,
+        again: bool = False,
+    ) -> None:
+        indices = list(examples)
+        batches = make_batches(self.model, list(examples.values()), self.batch_tokens, packed)
         for batch in progress(batches) if progress is not None else batches:
-            sheet.add(batch.examples, answer_logits(self.model, batch), batch.gold, batch.owner)
+            members = [indices[index] for index in batch.examples]
+            sheet.add(members, answer_logits(self.model, batch), batch.gold, batch.owner, again)
             self._count(batch.num_tokens)
 
     def _write_rows(
@@ -257,11 +270,20 @@ class Scorer:
             if sheet is not None:
                 self._score_questions(sheet, contexts, rows, examples)
             if writer is not None:
-                found |= self._write_answers(writer, contexts, rows, examples)
+                written = self._write_answers(writer, contexts, rows, examples)
+                found |= written
+                if sheet is not None and (opened := _otherwise_opened(examples, written)):
+                    again = [(row, index) for row, index in rows if index in opened]
+                    self._score_questions(sheet, contexts, again, opened, again=True)
         return [found[index] for index in sorted(found)]
 
     def _score_questions(
-        self, sheet: ScoreSheet, contexts: ContextBatch, rows: list[tuple[int, int]], examples: Sequence[Example]
+        self,
+        sheet: ScoreSheet,
+        contexts: ContextBatch,
+        rows: list[tuple[int, int]],
+        examples: Sequence[Example] | Mapping[int, Example],
+        again: bool = False,
     ) -> None:
         for part in self._chunks(rows, contexts.ids.shape[1]):
             asked = [examples[index] for _, index in part]
@@ -274,7 +296,7 @@ class Scorer:
                 for place, token in enumerate(example.answer_ids)
             ]
             owner, columns, gold = torch.tensor(answers, device=logits.device).T
-            sheet.add([index for _, index in part], logits[owner, columns], gold, owner)
+            sheet.add([index for _, index in part], logits[owner, columns], gold, owner, again)
 
     def _write_answers(
         self, writer: AnswerWriter, contexts: ContextBatch, rows: list[tuple[int, int]], examples: Sequence[Example]
@@ -303,12 +325,18 @@ class Scorer:
     def _token_log_probs(self, split: Split, scored: int, progress: Progress | None) -> np.ndarray:
         """Shape `(windows, scored)`, float64, in the order of the split's examples."""
         found = np.empty((len(split.examples), scored))
-        batches = make_batches(self.model, split, self.batch_tokens, packed=False)
+        batches = make_batches(self.model, split.examples, self.batch_tokens, packed=False)
         for batch in progress(batches) if progress is not None else batches:
             log_probs, _ = judge_tokens(answer_logits(self.model, batch), batch.gold)
             found[list(batch.examples)] = log_probs.view(len(batch.examples), scored).double().cpu().numpy()
             self._count(batch.num_tokens)
         return found
+
+
+def _otherwise_opened(examples: Sequence[Example], written: Mapping[int, Written]) -> dict[int, Example]:
+    """Those of some examples whose answer was written after another opening than their own, with that one."""
+    opened = {index: examples[index].opened_as(answer.ids) for index, answer in written.items()}
+    return {index: example for index, example in opened.items() if example != examples[index]}
 
 
 def evaluate(

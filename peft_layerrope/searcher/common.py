@@ -84,7 +84,7 @@ def make_data(model: nn.Module, task: Task, settings: SearchSettings, found: Pre
     )
     check_disjoint(data.all)
     for split in data.all:
-        check_vocabulary(model, split)
+        check_vocabulary(model, split.examples)
     return data
 
 

@@ -440,7 +440,7 @@ class ModelEvaluator:
 
     def _batches_of(self, heat: int) -> list[Batch]:
         if heat not in self._batches:
-            self._batches[heat] = make_batches(self._model, self._heats[heat], self.batch_tokens)
+            self._batches[heat] = make_batches(self._model, self._heats[heat].examples, self.batch_tokens)
         return self._batches[heat]
 
     @torch.no_grad()

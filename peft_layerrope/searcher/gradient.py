@@ -86,7 +86,7 @@ class FactorGradient:
         """
         value, gradient = 0.0, np.zeros(len(log_factors))
         mean = split.measure == "loss"
-        for batch in make_batches(self._model, split, 1):  # one row at a time: a backward pass holds a lot
+        for batch in make_batches(self._model, split.examples, 1):  # one row at a time: a backward pass holds a lot
 
             def fitness(batch: Batch = batch) -> torch.Tensor:
                 _, log_probs = judge(
@@ -356,7 +356,7 @@ class GradientSteps:
 
         def attempt(batch_tokens: int) -> torch.Tensor:
             if not self._batches or batch_tokens != self._batch_tokens:  # made once, and again when memory ran out
-                self._batches = make_batches(self._model, self._split, batch_tokens)
+                self._batches = make_batches(self._model, self._split.examples, batch_tokens)
             total, mean = torch.zeros_like(values), self._split.measure == "loss"
             for batch in self._batches:
                 leaf = values.detach().clone().requires_grad_(True)

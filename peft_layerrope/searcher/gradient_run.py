@@ -223,7 +223,7 @@ def _splits(
     )
     check_disjoint(made)
     for split in made:
-        check_vocabulary(model, split)
+        check_vocabulary(model, split.examples)
     search, validation, test = (with_targets(split, found, task) if found is not None else split for split in made)
     return search, validation, test
 

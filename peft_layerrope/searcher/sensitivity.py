@@ -267,7 +267,7 @@ def sensitivity(
     key_sources = find_stack(model).key_sources
     space = FactorSpace(settings.grid, _checked_layers(layers, key_sources), key_sources)
     data = task.split(split, num_groups)
-    check_vocabulary(model, data)
+    check_vocabulary(model, data.examples)
     scorer = Scorer(model, batch_tokens=batch_tokens)
     if isinstance(task, PromptTask):
         with keeping_modes(model):

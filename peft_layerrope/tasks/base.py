@@ -47,6 +47,7 @@ class Example:
         opening_ids: token ids that the model is known to write before the answer. Scoring gives them and does not
             judge them; they are no part of the prompt.
         question: what is asked, as text: a key, a question; empty where the task has no text.
+        other_targets: pairs of `opening_ids` and `answer_ids` by which the model now and then writes the answer too.
     """
 
     context_ids: tuple[int, ...]
@@ -58,6 +59,7 @@ class Example:
     gold_span: tuple[int, int] | None = None
     opening_ids: tuple[int, ...] = ()
     question: str = ""
+    other_targets: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -68,6 +70,15 @@ class Example:
     def asked_ids(self) -> tuple[int, ...]:
         """Token ids after the context and before the answer: the question, and what opens the answer."""
         return self.query_ids + self.opening_ids
+
+    def opened_as(self, written_ids: tuple[int, ...]) -> Example:
+        """Returns the example with the longest of its known openings that `written_ids` begin with, or their beginning
+        if they were cut off in it; with its own if they begin with none.
+        """
+        own = (self.opening_ids, self.answer_ids)
+        fitting = [t for t in (own, *self.other_targets) if t[0][: len(written_ids)] == written_ids[: len(t[0])]]
+        opening_ids, answer_ids = max(fitting, key=lambda target: len(target[0]), default=own)
+        return replace(self, opening_ids=opening_ids, answer_ids=answer_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -63,12 +63,14 @@ class Targets:
         own: by question, its target.
         num_samples: right answers that the opening was learnt from, or questions that were tried.
         num_agreeing: how many of them the opening fits, or have a target.
+        others: further openings that some right answers had.
     """
 
     opening: str | None = None
     own: Mapping[str, Target] = field(default_factory=dict)
     num_samples: int = 0
     num_agreeing: int = 0
+    others: tuple[str, ...] = ()
 
     def applied(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> Split:
         """Returns the split with its targets. A common opening is given and not scored; a question's own is scored with
@@ -83,12 +85,13 @@ class Targets:
             # Scored together they rank factors a little more as written answers do: benchmarks/real_measurement.py.
             return replace(example, answer_ids=opening_ids + answer_ids)
         if self.opening is not None:
-            return replace(example, **rendered(self.opening, example, tokenizer)._asdict())
+            target, *others = (rendered(opening, example, tokenizer) for opening in (self.opening, *self.others))
+            return replace(example, **target._asdict(), other_targets=tuple(others))
         return example
 
     def describe(self) -> dict[str, Any]:
         """Returns opening, counts and a hash, for a report; no texts of questions or answers."""
-        digest = hashlib.sha256(repr((self.opening, sorted(self.own.items()))).encode())
+        digest = hashlib.sha256(repr((self.opening, self.others, sorted(self.own.items()))).encode())
         return {
             "opening": self.opening if self.opening is not None else "each question's own, scored with the answer",
             "samples": self.num_samples,
@@ -99,13 +102,14 @@ class Targets:
     def to_plain(self) -> dict[str, Any]:
         """Returns everything as JSON values; see [`from_plain`]."""
         own = {question: [list(part) for part in target] for question, target in self.own.items()}
-        return {"opening": self.opening, "own": own, "samples": self.num_samples, "agreeing": self.num_agreeing}
+        counts = {"samples": self.num_samples, "agreeing": self.num_agreeing}
+        return {"opening": self.opening, "others": list(self.others), "own": own, **counts}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Targets:
         """The inverse of [`to_plain`]."""
         own = {question: Target(tuple(o), tuple(a)) for question, (o, a) in plain["own"].items()}
-        return cls(plain["opening"], own, plain["samples"], plain["agreeing"])
+        return cls(plain["opening"], own, plain["samples"], plain["agreeing"], tuple(plain["others"]))
 
 
 def common_opening(
@@ -119,18 +123,20 @@ def common_opening(
         tokenizer: the model's.
 
     Returns:
-        The most common opening, or None: there are fewer than `MIN_SAMPLES` right answers, or in less than `MIN_SHARE`
-        of them opening and answer are written by just the tokens that [`rendered`] gives.
+        The most common opening, and the others, where opening and answer are written by just the tokens that
+        [`rendered`] gives. None: there are fewer than `MIN_SAMPLES` right answers, or less than `MIN_SHARE` of them are
+        so written with the most common one.
     """
     right = [(example, target) for example, target in zip(examples, targets, strict=True) if target is not None]
     if len(right) < MIN_SAMPLES:
         return None
     openings = Counter(_pattern(tokenizer.decode(t.opening_ids), example.question) for example, t in right)
-    opening, _ = openings.most_common(1)[0]
-    agreeing = sum(rendered(opening, example, tokenizer) == target for example, target in right)
-    if agreeing < MIN_SHARE * len(right):
+    opening, *others = (opening for opening, _ in openings.most_common())
+    agreeing = {o: sum(rendered(o, example, tokenizer) == target for example, target in right) for o in openings}
+    if agreeing[opening] < MIN_SHARE * len(right):
         return None
-    return Targets(opening, num_samples=len(right), num_agreeing=agreeing)
+    others = [other for other in others if agreeing[other]]
+    return Targets(opening, num_samples=len(right), num_agreeing=agreeing[opening], others=tuple(others))
 
 
 def rendered(opening: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Target:

@@ -212,7 +212,7 @@ def _cost(
 ) -> Cost:
     layers = len(find_stack(model).layers)
     tokens = {
-        name: sum(batch.num_tokens for batch in make_batches(model, split, result.settings.batch_tokens))
+        name: sum(batch.num_tokens for batch in make_batches(model, split.examples, result.settings.batch_tokens))
         for name, split in splits.items()
     }
     requested = result.evaluations["all_methods"] + result.evaluations["saved_by_memo"]

@@ -288,9 +288,9 @@ def test_the_vocabulary_is_found_where_the_embeddings_have_no_weight_of_their_ow
     model = build_tiny("kyutai_speech_to_text")  # its input embeddings are a module around a table
     assert not hasattr(model.get_input_embeddings(), "weight")
     rows = model.get_input_embeddings().embed_tokens.num_embeddings
-    check_vocabulary(model, one_token(rows - 1))
+    check_vocabulary(model, one_token(rows - 1).examples)
     with pytest.raises(TaskError, match=f"token id {rows} is outside the model's vocabulary of {rows}"):
-        check_vocabulary(model, one_token(rows))
+        check_vocabulary(model, one_token(rows).examples)
 
 
 def one_token(token: int) -> Split:

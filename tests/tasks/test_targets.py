@@ -112,7 +112,23 @@ def test_answers_of_other_tokens_than_a_tokenizer_writes_teach_nothing():
 def test_openings_of_which_none_is_common_teach_nothing():
     assert learnt([f"{'x' * n}: {PAIRS[n][1]}" for n in range(1, 7)][:6]) is None
     mostly = learnt([opened(PLAIN if n else KEYED, n) + PAIRS[n][1] for n in range(4)])
-    assert (mostly.opening, mostly.num_samples, mostly.num_agreeing) == (PLAIN, 4, 3)
+    assert (mostly.opening, mostly.num_samples, mostly.num_agreeing, mostly.others) == (PLAIN, 4, 3, (KEYED,))
+
+
+def test_an_example_is_opened_as_its_answer_is():
+    """By the longest opening that the answer begins with, be it cut off in the middle of one; else as before."""
+    alone = replace(split_of(), positions=(0,), examples=(example(0),))
+    [asked] = Targets(KEYED, others=("", "The ")).applied(alone, TOKENIZER).examples
+    value = PAIRS[0][1]
+    for opening in (KEYED, "", "The "):
+        target = rendered(opening, example(0), TOKENIZER)
+        written = ids_of(opened(opening, 0) + value)
+        assert asked.opened_as(written) == replace(asked, **target._asdict())
+    keyed = ids_of(opened(KEYED, 0))
+    assert asked.opened_as(keyed[: len(keyed) // 2]) == asked
+    assert asked.opened_as(ids_of('"' + value)) == replace(asked, **rendered("", example(0), TOKENIZER)._asdict())
+    [only] = Targets(KEYED).applied(alone, TOKENIZER).examples
+    assert only.opened_as(ids_of(value)) == only
 
 
 @pytest.mark.parametrize("opening", [PLAIN, KEYED, "", " "])
@@ -156,7 +172,7 @@ def test_what_is_rendered_is_what_the_model_wrote():
     "targets",
     [
         Targets(),
-        Targets(KEYED, num_samples=9, num_agreeing=7),
+        Targets(KEYED, num_samples=9, num_agreeing=7, others=("", PLAIN)),
         Targets(None, {"who?": Target((1, 2), (3,)), "wo?": Target((), (4, 5))}, 5, 2),
     ],
 )
