@@ -12,7 +12,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..scoring.batching import Batch, answer_logits, judge, make_batches, recomputing, with_halving
+from ..scoring.batching import (
+    Batch,
+    answer_logits,
+    free_cached_memory,
+    is_out_of_memory,
+    judge,
+    make_batches,
+    recomputing,
+    with_halving,
+)
 from ..scoring.scores import DEFAULT_WEIGHTS
 from ..tasks import Split
 from ..tuner.injection import scaling_for
@@ -58,8 +67,15 @@ class Slope:
         return bool(np.isfinite(self.value) and np.isfinite(self.gradient).all())
 
 
+KEPT_BYTES = 3 << 29
+"""Activations that a backward pass may find kept; the layers of all others run again. Of Qwen2.5 0.5B at 1,000 tokens
+with 43 questions 21 of 24 layers keep theirs, and a gradient takes three quarters of the time.
+"""
+
+
 class FactorGradient:
-    """Values and gradients by the log-factors. Weights get no gradient, and layers run again in the backward pass.
+    """Values and gradients by the log-factors. Weights get no gradient, and layers run again in the backward pass where
+    memory is dear.
 
     Args:
         model: a `PeftModel` with one LAYER_ROPE adapter, whose scaling is changed in place and given back.
@@ -72,6 +88,7 @@ class FactorGradient:
         self._stack = find_stack(self._base)
         self._wrappers: list[LayerRopeLayer] = self._stack.wrappers()
         self._unscaled: dict[tuple[Sequence[int], tuple[int, ...]], torch.Tensor] = {}
+        self._kept_bytes = KEPT_BYTES
 
     def of_answers(self, split: Split, log_factors: np.ndarray) -> Slope:
         """Of the probability of the targets, averaged over the examples of a split; of running text, of minus the loss.
@@ -111,10 +128,21 @@ class FactorGradient:
 
     def _slope(self, value: Callable[[], torch.Tensor], log_factors: np.ndarray) -> Slope:
         leaf = torch.tensor(log_factors, dtype=torch.float32, requires_grad=True)
-        with self.scaled_by(leaf.exp()), recomputing(self._stack.layers):
-            result = value()
-            (gradient,) = torch.autograd.grad(result, leaf)
-        return Slope(float(result.detach()), gradient.double().numpy())
+
+        def attempt() -> Slope:
+            with self.scaled_by(leaf.exp()), recomputing(self._stack.layers, self._kept_bytes):
+                result = value()
+                (gradient,) = torch.autograd.grad(result, leaf)
+            return Slope(float(result.detach()), gradient.double().numpy())
+
+        try:
+            return attempt()
+        except (RuntimeError, MemoryError) as error:
+            if not (is_out_of_memory(error) and self._kept_bytes):
+                raise
+        self._kept_bytes = 0  # for good
+        free_cached_memory()
+        return attempt()
 
     @contextmanager
     def scaled_by(self, factors: torch.Tensor) -> Iterator[None]:
@@ -186,7 +214,7 @@ class Step:
     """
 
     log_factors: np.ndarray
-    fitness: float
+    fitness: Slope
     divergence: float
     price: float
 
@@ -228,7 +256,7 @@ def climb(
             seen = harm.value / max_divergence
             share_of_bound = seen if number == 0 else _MEMORY * share_of_bound + (1 - _MEMORY) * seen
         paid = price * share_of_bound
-        yield Step(log_factors, fitness.value, harm.value, paid)
+        yield Step(log_factors, fitness, harm.value, paid)
         share = 1 - (1 - LAST_SHARE) * number / max(steps - 1, 1)
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * share
         kept = GRADIENT_MEMORY * (1 - GRADIENT_MEMORY**number) / (1 - GRADIENT_MEMORY ** (number + 1))

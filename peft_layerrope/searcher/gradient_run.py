@@ -23,6 +23,7 @@ from ..tasks.base import check_task
 from ..tuner.sites import find_stack, trained_window
 from .common import adapter_config, identity_of, keep_look, look, model_name, since
 from .gradient_search import (
+    CONTROLS,
     SIMPLEST_FIRST,
     GradientSearch,
     Outcome,
@@ -74,11 +75,18 @@ class GradientPlan:
         """Says it to people."""
         schedule = self.schedule
         return (
-            f"{schedule.steps} gradient steps on a factor for each layer, {schedule.control_steps} on each of two "
-            f"simpler choices, {schedule.validation_contexts} contexts of {self.prompt_tokens:,} tokens to choose by: "
+            f"{schedule.steps} gradient steps on a factor for each layer, {_controls(schedule)}, "
+            f"{schedule.validation_contexts} contexts of {self.prompt_tokens:,} tokens to choose by: "
             f"about {duration(self.seconds)}. The held-out test on {self.test_groups} contexts: about "
             f"{duration(self.test_seconds)} more. --steps {schedule.steps} repeats this plan on any machine."
         )
+
+
+def _controls(schedule: Schedule) -> str:
+    """What choices of two numbers are climbed on."""
+    if schedule.full_controls:
+        return f"{schedule.steps} on each of {len(CONTROLS)} simpler choices"
+    return f"the same gradients for {len(CONTROLS)} choices of two numbers"
 
 
 @dataclass(frozen=True)
@@ -247,7 +255,7 @@ def _result(
     best = outcome.found[outcome.chosen].factors
     low, high = settings.factor_limits
     history = [
-        {"step": i, "fitness": s.fitness, "divergence": s.divergence, "price": s.price}
+        {"step": i, "fitness": s.fitness.value, "divergence": s.divergence, "price": s.price}
         for i, s in enumerate(outcome.found[PER_LAYER].steps)
     ]
     return SearchResult(
@@ -265,7 +273,7 @@ def _result(
         evaluations={
             "per_layer_search": plan.schedule.steps,
             "all_methods": sum(f.evaluations for f in outcome.found.values()),
-            "gradient_steps": plan.schedule.steps + 2 * plan.schedule.control_steps,
+            "gradient_steps": plan.schedule.steps + len(CONTROLS) * plan.schedule.control_steps,
         },
         guards={
             "max_harm": settings.max_harm,
@@ -308,7 +316,7 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
     schedule, taken = ready.plan.schedule, len(outcome.found[PER_LAYER].steps)
     early = f" (ended early: {schedule.steps} were planned)" if taken < schedule.steps else ""
     cost = (
-        f"cost: {taken} gradient steps for a factor for each layer{early}, {schedule.control_steps} for each "
-        f"simpler choice of two numbers, {outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
+        f"cost: {taken} gradient steps for a factor for each layer{early}, {_controls(schedule)}, "
+        f"{outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
     )
     return verdict, text, cost

@@ -19,6 +19,7 @@ from peft import PeftModel
 from ..errors import SearchError
 from ..files import to_float
 from ..runs import Journal
+from ..scoring.batching import can_pack
 from ..scoring.scorer import Scorer
 from ..scoring.scores import Interval, PositionScores, difference_interval, mean_interval, rank_key
 from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task
@@ -45,7 +46,9 @@ from .settings import SearchSettings
 from .space import Factors, FactorSpace
 from .verdict import Harm, choose
 
-SIMPLEST_FIRST = (NONE, BOUNDED, FIRST_REST, DECAY, PER_LAYER)
+CONTROLS = {FIRST_REST: first_and_rest_family, DECAY: decay_family}
+"""Choices of two numbers."""
+SIMPLEST_FIRST = (NONE, BOUNDED, *CONTROLS, PER_LAYER)
 """What may be the result. `UNIFORM` knows no bound: it is shown beside them."""
 UNIFORM_RANGE = (0.4, 2.5)
 _PROBE = 0.1  # log-factor at which the harm of a uniform factor is measured to find where it meets the bound
@@ -155,17 +158,20 @@ class GradientSearch:
             self._written = tuple(map(tuple, self._once("text", "written", self._write)))
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
-        sources, layers = self._space.key_sources, self._space.scaled_layers
-        origin = np.zeros(self._space.num_layers)  # a race on few contexts may begin on the wrong side of it
-        for name, family, steps in (
-            (FIRST_REST, first_and_rest_family(sources, layers), schedule.control_steps),
-            (DECAY, decay_family(sources, layers), schedule.control_steps),
-            (PER_LAYER, per_layer_family(sources, layers), schedule.steps),
-        ):
-            results[name] = self._climbed(name, family, origin, steps, start)
-            start += steps * CONTEXTS_PER_STEP
+        layers = self._space.key_sources, self._space.scaled_layers
+        per_layer = self._climbed(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
+        for name, family in CONTROLS.items():
+            if schedule.full_controls:
+                start += schedule.steps * CONTEXTS_PER_STEP
+                results[name] = self._climbed(name, family(*layers), schedule.steps, start)
+            else:
+                results[name] = self._replayed(name, family(*layers), per_layer.steps, schedule)
+        results[PER_LAYER] = per_layer
         scores = self._scored(
-            "validation", "choice on the validation split", results, lambda: self._scorer.score(validation)
+            "validation",
+            "choice on the validation split",
+            {name: results[name] for name in SIMPLEST_FIRST},
+            lambda: self._score(validation),
         )
         harm = self._harm(results, scores)
         fitness = {name: fitness_by_context(score) for name, score in scores.items()}
@@ -210,10 +216,7 @@ class GradientSearch:
         wide = np.linspace(*np.log(UNIFORM_RANGE), UNIFORM_VALUES)
         races = {UNIFORM: wide, BOUNDED: self._bounded_values(family)}
         unscaled = self._rounded(np.zeros(self._space.num_layers))
-        fitness = self._once(
-            "raced", "unscaled", lambda: self._by_context(unscaled, self._part(0, sum(schedule.rounds)))
-        )
-        results = {NONE: Found(unscaled, float(np.mean(fitness)), 1)}
+        results = {NONE: Found(unscaled, self._fitness(unscaled, schedule.rounds), 1)}
         for name, values in races.items():
             vectors = list(dict.fromkeys(self._rounded(family.log_factors(np.array([value]))) for value in values))
             with self._stage(f"race: {name}", sum(schedule.running(len(vectors)))):
@@ -245,21 +248,33 @@ class GradientSearch:
         start, running = 0, list(vectors)
         values: dict[Factors, list[float]] = {vector: [] for vector in vectors}
         for contexts, count in zip(schedule.rounds, schedule.running(len(vectors)), strict=True):
-            split, running = self._part(start, contexts), running[:count]
+            running = running[:count]
             for vector in running:
-                values[vector] += self._once(
-                    "raced", f"{start}+{contexts} {vector}", lambda at=vector, on=split: self._by_context(at, on)
-                )
+                values[vector] += self._by_context(vector, start, contexts)
             start += contexts
             running.sort(key=lambda vector: -rank_key(np.mean(values[vector])))
             self._audience.note(f"best {running[0][-1]:g} {np.mean(values[running[0]]):.3f}")
         return Found(running[0], float(np.mean(values[running[0]])), len(vectors))
 
-    def _by_context(self, factors: Factors, split: Split) -> list[float]:
-        self._set(factors)
-        return fitness_by_context(self._scorer.score(split)).tolist()
+    def _fitness(self, factors: Factors, rounds: Sequence[int]) -> float:
+        """Of a vector that runs in every round of a race."""
+        starts = np.cumsum([0, *rounds[:-1]]).tolist()
+        parts = [self._by_context(factors, *part) for part in zip(starts, rounds, strict=True)]
+        return float(np.mean(np.concatenate(parts)))
 
-    def _climbed(self, name: str, family: Family, origin: np.ndarray, count: int, start: int) -> Found:
+    def _by_context(self, factors: Factors, start: int, contexts: int) -> list[float]:
+        def scored() -> list[float]:
+            self._set(factors)
+            return fitness_by_context(self._score(self._part(start, contexts))).tolist()
+
+        return self._once("raced", f"{start}+{contexts} {factors}", scored)
+
+    def _score(self, split: Split) -> PositionScores:
+        """By likelihood: a context in one row with its many questions, which is quicker than through the KV cache."""
+        return self._scorer.score(split, packed=can_pack(self._model) or None)
+
+    def _climbed(self, name: str, family: Family, count: int, start: int) -> Found:
+        origin = np.zeros(self._space.num_layers)  # a race on few contexts may begin on the wrong side of it
         steps: list[Step] = []
 
         def slopes(number: int, log_factors: np.ndarray) -> tuple[Slope, Slope]:
@@ -278,7 +293,7 @@ class GradientSearch:
         with self._stage(f"gradient steps: {name}", count):
             for step in climb(family, origin, count, slopes, max_divergence=self._max_divergence, limits=self._limits):
                 steps.append(step)
-                recent = [s.fitness for s in steps[-5:]]
+                recent = [s.fitness.value for s in steps[-5:]]
                 self._audience.note(f"fitness {np.mean(recent):.3f} · text {step.divergence:.4f}")
                 if len(steps) == ended or (
                     ended is None and len(steps) < count and self._enough is not None and self._enough()
@@ -288,9 +303,30 @@ class GradientSearch:
             self._journal.append("ended", name, len(steps))
         if not steps:
             raise SearchError(f"{name}: the gradient is not finite at its first step; use another --dtype.")
-        last = steps[len(steps) // 2 :]
-        fitness = float(np.mean([step.fitness for step in last]))
+        fitness = float(np.mean([step.fitness.value for step in steps[len(steps) // 2 :]]))
         return Found(self._rounded(self._within_bound(averaged(steps))), fitness, len(steps), tuple(steps))
+
+    def _replayed(self, name: str, family: Family, steps: Sequence[Step], schedule: Schedule) -> Found:
+        """Climbs once more, in a smaller family, on the slopes of fitness that the steps of a larger one saw where they
+        were, which is near; of the divergence on the parabola that it is near the unscaled model.
+        """
+        inverse, columns = np.linalg.pinv(family.basis), []
+        with self._stage(f"the same gradients: {name}", family.num_parameters):
+            for number, direction in enumerate(family.basis.T):
+                at = _PROBE * direction
+                slope = _slope(self._once("bend", f"{name} {number}", lambda at=at: _plain(self._of_text(0, at))))
+                columns.append(family.basis.T @ slope.gradient / _PROBE)
+        bend = (np.array(columns) + np.array(columns).T) / 2
+
+        def slopes(number: int, log_factors: np.ndarray) -> tuple[Slope, Slope]:
+            values = inverse @ log_factors
+            pull = bend @ values
+            return steps[number].fitness, Slope(float(values @ pull) / 2, inverse.T @ pull)
+
+        origin, bounds = np.zeros(self._space.num_layers), (self._max_divergence, self._limits)
+        climbed = list(climb(family, origin, len(steps), slopes, max_divergence=bounds[0], limits=bounds[1]))
+        factors = self._rounded(self._within_bound(averaged(climbed)))
+        return Found(factors, self._fitness(factors, schedule.rounds[:1]), len(steps))
 
     @property
     def _max_divergence(self) -> float | None:
@@ -337,7 +373,8 @@ class GradientSearch:
             harm = {name: self._harm_on_text(found.factors) for name, found in results.items()}
         if scores[NONE].measure == "loss":
             return harm
-        return {name: replace(harm[name], ends=end_changes(scores[name], scores[NONE])) for name in harm}
+        ends = {name: end_changes(score, scores[NONE]) for name, score in scores.items()}
+        return {name: replace(harm[name], ends=ends.get(name)) for name in harm}
 
     def _harm_on_text(self, factors: Factors) -> Harm:
         kept = self._once("harm", f"{factors}", lambda: self._measured_harm(factors))
@@ -422,9 +459,10 @@ def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: in
     """
     gradient, window = FactorGradient(model), (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
     unscaled = np.zeros(len(model.peft_config[model.active_adapter].layer_factors))
-    scorer.score(one)
+    packed = can_pack(model) or None
+    scorer.score(one, packed=packed)
     passes = (
-        lambda: scorer.score(one),
+        lambda: scorer.score(one, packed=packed),
         lambda: gradient.of_answers(one, unscaled),
         lambda: gradient.of_divergence(window, scored_positions(len(window)), unscaled),
     )

@@ -10,9 +10,9 @@ CONTEXTS_PER_STEP = 2
 MIN_STEPS, MAX_STEPS = 4, 400
 UNIFORM_VALUES = 11  # factors of the coarse grid from one end of the range to the other
 BOUNDED_VALUES = 7
-_FAMILIES = 2  # controls that are climbed: two numbers each
+_FAMILIES, _NUMBERS = 2, 2  # controls of two numbers each
 _CHECKED_WINDOWS = 3  # as far as time goes, in gradients of a window
-_WRITTEN_COST = 10  # what the unscaled model writes, in contexts of the same length
+_WRITTEN_COST = 8  # what the unscaled model writes, in contexts of the same length
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Schedule:
 
     @property
     def control_steps(self) -> int:
-        """Steps of each control of two numbers."""
-        return self.steps if self.full_controls else max(2, self.steps // 8)
+        """Steps of its own of each control of two numbers."""
+        return self.steps if self.full_controls else 0
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -72,14 +72,16 @@ class Schedule:
         step = CONTEXTS_PER_STEP * rates.context_gradient + rates.text_gradient
         raced = sum(
             contexts * running
-            for values in (UNIFORM_VALUES, BOUNDED_VALUES)
+            for values in (1, UNIFORM_VALUES - 1, BOUNDED_VALUES - 1)
             for contexts, running in zip(self.rounds, self.running(values), strict=True)
         )
-        finalists = _FAMILIES + 4  # beside them none, two uniform ones, and the per-layer vector
+        finalists = _FAMILIES + 3  # beside them none, a uniform one, and the per-layer vector
+        own = self.control_steps * step if self.full_controls else _NUMBERS * rates.text_gradient
         return (
-            (self.steps + _FAMILIES * self.control_steps) * step
+            self.steps * step
+            + _FAMILIES * own
             + (_WRITTEN_COST + raced + finalists * self.validation_contexts) * rates.context
-            + (2 + finalists) * _CHECKED_WINDOWS * rates.text_gradient
+            + (3 + finalists + 1) * _CHECKED_WINDOWS * rates.text_gradient
         )
 
     def to_dict(self) -> dict[str, Any]:

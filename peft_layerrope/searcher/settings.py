@@ -105,7 +105,10 @@ class SearchSettings:
     ] = None
     full_controls: Annotated[
         bool,
-        _search("gradient: as many steps for simpler choices of two numbers as for the factors of all layers."),
+        _search(
+            "gradient: steps of their own for simpler choices of two numbers, as many as for the factors of all "
+            "layers. Default: they are climbed on the same gradients, taken on the way of the latter."
+        ),
     ] = False
     test_minutes: Annotated[
         float, _search("gradient: time for the held-out test, which has at most --test-groups contexts.", gt=0)
