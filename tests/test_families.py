@@ -7,26 +7,27 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import IS_OLDER
-from peft import get_peft_model
-from torch import nn
-
-from peft_layerrope import AdapterMismatchError, LayerRopeConfig, UnsupportedModelError
-from peft_layerrope.families import (
+from families import (
     NOT_BUILT,
     REFUSED,
     SUPPORTED,
     WRONG,
     build_tiny,
+    main,
     model_types,
     tiny_inputs,
     try_family,
 )
+from peft import get_peft_model
+from torch import nn
+
+from peft_layerrope import AdapterMismatchError, LayerRopeConfig, UnsupportedModelError
 from peft_layerrope.tuner import sites
 from peft_layerrope.tuner.sites import find_stack
 from peft_layerrope.tuner.tables import LayerScaling, LayerTableHook
 
 KNOWN_SUPPORTED = (Path(__file__).parent / "supported_families.txt").read_text().split()
-"""What `layerrope families` found with transformers 5.23. A family leaves this list only for a stated reason."""
+"""What `python tests/families.py` found with transformers 5.23. A family leaves this list only for a stated reason."""
 
 NOT_BUILT_BY_OLDER = {"phi4_multimodal", "qwen2_5_omni", "qwen3_omni_moe", "zamba2"} if IS_OLDER else set()
 """Families whose configurations, as transformers 5.0 has them, make no tiny model; it lacks others altogether."""
@@ -42,6 +43,15 @@ def test_every_family(model_type):
         assert trial.status == SUPPORTED, trial.reason
     else:
         assert trial.reason or trial.status == SUPPORTED
+
+
+def test_the_script_counts_and_names_what_it_tried(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["families.py", "llama", "gpt2", "smollm3", "nonesuch"])
+    assert main() == 0
+    shown = capsys.readouterr().out
+    assert "2 supported, 2 refused" in shown
+    assert "smollm3 (decoder): supported: layers [1, 3] have no rotation" in shown
+    assert "gpt2 (decoder): refused: no rotary embedding" in shown
 
 
 def skip_newer(model_type: str) -> None:

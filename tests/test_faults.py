@@ -406,7 +406,6 @@ def test_a_stdout_on_a_full_disk_is_told_in_one_line():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("families", "llama"),
         ("verify", "--adapter", str(Path(__file__).parents[1] / "hub_configs" / "demo-plain")),
         EVALUATE[:-1],
         ("sensitivity", "--length", "128", "--positions", "3", "--groups", "2", "--layers", "3", "--try", "1.5"),
@@ -422,7 +421,7 @@ def test_a_json_file_that_cannot_be_written_is_told_in_one_line(arguments):
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize(
     "arguments",
-    [("families", "llama"), ("verify",), EVALUATE[:-1], ("sensitivity",)],
+    [("verify",), EVALUATE[:-1], ("sensitivity",)],
     ids=lambda arguments: arguments[0],
 )
 def test_a_folder_that_is_read_only_is_noticed_before_any_work(arguments, exists, tmp_path, monkeypatch):

@@ -7,13 +7,13 @@ import json
 import pytest
 import torch
 from conftest import NUM_LAYERS, build_model, logits
+from families import build_tiny, tiny_inputs
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from typer.testing import CliRunner
 
 from peft_layerrope import LayerRopeConfig, LayerRopeError, demo_model_path, restore_baked, verify
 from peft_layerrope.cli import app
-from peft_layerrope.families import build_tiny, tiny_inputs
 from peft_layerrope.tuner.artifacts import save_adapter
 from peft_layerrope.tuner.sites import find_stack
 from peft_layerrope.tuner.tables import LayerScaling, LayerTableHook

@@ -1,24 +1,21 @@
-"""Smaller commands: verify, sensitivity, prompts, families, lm-eval, push, pull."""
+"""Smaller commands: verify, sensitivity, prompts, lm-eval, push, pull."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
 import typer
-from rich.progress import track
 
-from .. import families, hub
+from .. import hub
 from ..base_model import load_tokenizer
-from ..errors import LayerRopeError, SearchError, TaskError
+from ..errors import LayerRopeError, TaskError
 from ..experiments.layer_sensitivity import change_style, plot_sensitivity, sensitivity_table
-from ..families import NOT_BUILT, REFUSED, SUPPORTED, WRONG
 from ..files import to_json, writing
 from ..lm_eval_tasks import lm_eval_tasks_path
 from ..loading import load_adapter, load_adapter_config
@@ -229,44 +226,7 @@ def _targets(task: Task, compute: Compute, split: SplitName, groups: int) -> lis
     ]
 
 
-@app.command(name="families")
-def families_command(
-    model_types: Annotated[
-        list[str] | None, typer.Argument(help="transformers model types, such as llama gemma3_text. Default: all.")
-    ] = None,
-    json_output: JsonOption = None,
-    debug: DebugOption = False,
-) -> None:
-    """Try which model families of the installed transformers can be scaled, and print why others cannot.
-
-    Each is built from a shrunken configuration and has to pass four checks: all factors 1 change nothing, all factors
-    2 equal halved frequencies bit for bit, one layer's factor changes that layer's output and none before it, and
-    only differences of positions count. Nothing is downloaded. All families take about a minute.
-
-    Example: `layerrope families llama gemma3_text gpt2`
-    """
-    kinds = families.model_types()
-    with plain_errors(debug):
-        unknown = [name for name in model_types or [] if name not in kinds]
-        if unknown:
-            raise SearchError(f"{', '.join(unknown)}: not a decoder family of the installed transformers.")
-        check_file(json_output, "--json")
-        names = model_types or list(kinds)
-        trials = [families.try_family(n) for n in track(names, "trying", console=err, transient=True)]
-        if json_output is not None:
-            write_json(json_output, [asdict(trial) for trial in trials])
-        title = f"Families of transformers {transformers.__version__}"
-        out.print(_families_table(trials, kinds, title).to_rich(_style))
-        counts = {status: sum(trial.status == status for trial in trials) for status in _TRIED}
-        out.print(", ".join(f"{count} {status}" for status, count in counts.items()), highlight=False)
-        wrong = [trial.model_type for trial in trials if trial.status == families.WRONG]
-        if wrong:
-            raise LayerRopeError(f"{', '.join(wrong)}: scaling does not do what it claims. Please report this.")
-
-
-_TRIED = (SUPPORTED, REFUSED, NOT_BUILT, WRONG)
 _STYLES = {OK: "green", MISMATCH: "bold red", NO_ROTATION: "dim"}
-_STYLES |= {SUPPORTED: "green", REFUSED: "yellow", NOT_BUILT: "dim", WRONG: "bold red"}
 
 
 def _style(cell: str) -> str:
@@ -282,17 +242,6 @@ def _verification_table(verification: Verification, title: str) -> Table:
         status = f"{check.status}: {check.note}" if check.note else check.status
         rows.append((str(check.layer), f"{check.expected:.3f}", measured, status))
     return Table(("layer", "expected", "measured", "status"), tuple(rows), title, text_columns=(3,))
-
-
-def _families_table(trials: Sequence[families.Trial], kinds: Mapping[str, str], title: str) -> Table:
-    """A line for each family: whether the tuner can scale it, and why not or with what exception."""
-    rows = []
-    for trial in trials:
-        reason = trial.reason
-        if trial.unrotated_layers:
-            reason = f"layers {trial.unrotated_layers} of the tiny model have no rotation to scale"
-        rows.append((trial.model_type, kinds.get(trial.model_type, ""), trial.status, reason))
-    return Table(("model type", "kind", "result", "reason"), tuple(rows), title, text_columns=(0, 1, 2, 3))
 
 
 INCLUDE = "--include_path"

@@ -215,23 +215,6 @@ def test_another_model_is_searched_inside_its_window_by_default(tmp_path, demo_t
     assert json.loads((tmp_path / "s.json").read_text())["task"]["length"] == 128
 
 
-def test_families_of_a_few(tmp_path):
-    written = tmp_path / "families.json"
-    done = run("families", "llama", "gpt2", "smollm3", "--json", str(written))
-    assert done.exit_code == 0
-    assert "2 supported, 1 refused, 0 not built, 0 wrong" in done.stdout
-    trials = {trial["model_type"]: trial for trial in json.loads(written.read_text())}
-    assert trials["llama"] == {"model_type": "llama", "status": "supported", "reason": "", "unrotated_layers": []}
-    assert trials["smollm3"]["unrotated_layers"] == [1, 3]
-    assert "no rotary embedding" in trials["gpt2"]["reason"]
-
-
-def test_an_unknown_family_is_named_before_any_work():
-    done = run("families", "llama", "nonesuch")
-    assert done.exit_code == 2
-    assert done.stderr == "error: nonesuch: not a decoder family of the installed transformers.\n"
-
-
 def test_sensitivity_says_what_to_search(tmp_path):
     arguments = ("--length", "512", "--groups", "4", "--try", "1.5", "--layers", "0,1,5", "--plot")
     done = run("sensitivity", *arguments, str(tmp_path / "s.png"), "--json", str(tmp_path / "s.json"))

@@ -9,13 +9,13 @@ import shutil
 import pytest
 import torch
 from conftest import FAMILIES, IS_OLDER, NUM_LAYERS, VOCAB, WINDOW, build_model, logits
+from families import build_tiny
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from reference import hand_patched
 from safetensors.torch import load_file, save_file
 
 from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError, TaskError
 from peft_layerrope.comparison.contenders import BASELINES, Contender, contending, parse_baseline
-from peft_layerrope.families import build_tiny
 from peft_layerrope.tuner.artifacts import save_adapter
 
 THETA = 10_000.0

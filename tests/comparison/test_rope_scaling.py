@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 from conftest import IS_OLDER, NUM_LAYERS, VOCAB, WINDOW, build_model, logits
+from families import build_tiny, model_types, tiny_inputs
 from peft import get_peft_model
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, LayerRopeError, TaskError, verify
 from peft_layerrope.comparison.contenders import contending, describe_scaling, parse_baseline
-from peft_layerrope.families import build_tiny, model_types, tiny_inputs
 from peft_layerrope.tuner.frequencies import rope_type_reaches
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, build_model, logits
+from families import build_tiny
 from peft import get_peft_model
 from scipy import stats
 
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
-from peft_layerrope.families import build_tiny
 from peft_layerrope.scoring.batching import can_pack, check_vocabulary, judge, with_halving
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import utilisation

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import IS_OLDER, NUM_LAYERS, build_model
 from fakes import token_task
+from families import build_tiny
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, Split, TaskError
-from peft_layerrope.families import build_tiny
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.space import Factors

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import IS_OLDER, NUM_LAYERS, VOCAB, build_model, logits
 from fakes import SMALL_SEARCH, TaskWithShortPrompts, token_task
+from families import build_tiny
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from scipy import stats
@@ -31,7 +32,6 @@ from peft_layerrope import (
 )
 from peft_layerrope.bezier import sample_curve
 from peft_layerrope.errors import NotEnoughMemoryError
-from peft_layerrope.families import build_tiny
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher import FactorGrid, Guards, ResultTable

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_LAYERS, VOCAB, WINDOW, build_model, logits
+from families import build_tiny
 from peft import get_peft_model
 from rich.console import Console
 from scipy import stats
 
 from peft_layerrope import Example, InvalidConfigError, KeyValueWords, LayerRopeConfig, SearchError, TaskError
 from peft_layerrope.experiments.layer_sensitivity import plot_sensitivity, sensitivity_table
-from peft_layerrope.families import build_tiny
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval, difference_interval, utilisation
 from peft_layerrope.searcher.sensitivity import LayerEffect, Sensitivity, sensitivity

@@ -13,13 +13,13 @@ from contextvars import copy_context
 import pytest
 import torch
 from conftest import VOCAB, WINDOW, build_model, logits
+from families import build_tiny
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import peft_layerrope.tuner.rotary
 from peft_layerrope import LayerRopeConfig, LayerRopeError, use_adapter
-from peft_layerrope.families import build_tiny
 from peft_layerrope.tuner.injection import BAKED_CONFIG_KEY
 
 FACTORS = {"rising": [1.0, 1.4, 2.0, 1.2], "falling": [2.5, 1.7, 1.3, 1.0], "flat": [1.6, 1.6, 1.6, 1.6]}

@@ -9,12 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import IS_OLDER, NUM_LAYERS, WINDOW, build_model, length_dependent_ropes, logits
+from families import build_tiny, model_types
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, demo_model_path, restore_baked, use_adapter, verify
-from peft_layerrope.families import build_tiny, model_types
 from peft_layerrope.tuner.frequencies import inv_freq_names, own_frequencies, without_memory
 from peft_layerrope.tuner.sites import find_stack
 from peft_layerrope.tuner.tables import LayerScaling
