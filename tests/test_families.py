@@ -49,9 +49,9 @@ def test_the_script_counts_and_names_what_it_tried(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["families.py", "llama", "gpt2", "smollm3", "nonesuch"])
     assert main() == 0
     shown = capsys.readouterr().out
-    assert "2 supported, 2 refused" in shown
-    assert "smollm3 (decoder): supported: layers [1, 3] have no rotation" in shown
-    assert "gpt2 (decoder): refused: no rotary embedding" in shown
+    assert "2 supported, 1 refused, 1 not built" in shown
+    assert "smollm3 (causal-lm): supported: layers [1, 3] have no rotation" in shown
+    assert "gpt2 (causal-lm): refused: no rotary embedding" in shown
 
 
 def skip_newer(model_type: str) -> None:
