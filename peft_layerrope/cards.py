@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .demo import DEMO_NAME
-from .errors import LayerRopeError
+from .errors import InvalidConfigError
 from .files import write_atomically
 from .messages import is_machine_path, public_name
 from .report import format_factors
@@ -29,15 +29,11 @@ _TRANSFORMERS_SENTENCE = "This is the model card of a 🤗 transformers model th
 _PEFT_FOOTER = re.compile(r"^### Framework versions\s*(?:^- PEFT .*\s*)*", re.MULTILINE)
 
 
-class CardError(LayerRopeError, ValueError):
-    """An existing model card cannot be read, so that it would be lost if a new one were written."""
-
-
 def read_card(path: Path) -> ModelCard | None:
     """Reads a model card; None if there is no such file.
 
     Raises:
-        CardError: its metadata is no YAML, or not what the Hub knows.
+        InvalidConfigError: its metadata is no YAML, or not what the Hub knows.
     """
     if not path.is_file():
         return None
@@ -45,7 +41,7 @@ def read_card(path: Path) -> ModelCard | None:
         return ModelCard.load(path)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CardError(
+        raise InvalidConfigError(
             f"{path}: its metadata cannot be read ({reason}); mend it or move the file away, nothing was changed."
         ) from error
 
@@ -59,7 +55,7 @@ def save_card(card: ModelCard, folder: Path, target: Path | None = None) -> None
         target: folder to write into; default: `folder`.
 
     Raises:
-        CardError: the existing card cannot be read. It is left as it is.
+        InvalidConfigError: the existing card cannot be read. It is left as it is.
     """
     existing = read_card(folder / CARD_NAME)
     write_atomically((target or folder) / CARD_NAME, str(card if existing is None else merged(existing, card)))

@@ -10,7 +10,7 @@ class LayerRopeError(Exception):
 
 
 class InvalidConfigError(LayerRopeError, ValueError):
-    """A value that cannot work: of a field of `LayerRopeConfig`, of an argument, or in an adapter's folder."""
+    """A value that cannot work: of a field of `LayerRopeConfig`, of an argument, or in a folder."""
 
 
 class UnsupportedModelError(LayerRopeError, ValueError):
@@ -22,11 +22,7 @@ class AdapterMismatchError(LayerRopeError, ValueError):
 
 
 class TaskError(LayerRopeError, ValueError):
-    """A task cannot be built, or its prompts do not fit the model."""
-
-
-class NotEnoughMemoryError(TaskError):
-    """Not even a single prompt fits into memory."""
+    """A task cannot be built, or its prompts do not fit the model or the memory."""
 
 
 class HubError(LayerRopeError):
@@ -35,11 +31,3 @@ class HubError(LayerRopeError):
 
 class SearchError(LayerRopeError, ValueError):
     """A search was asked for with settings that cannot work."""
-
-
-class RunFolderError(SearchError, TaskError):
-    """A folder's run cannot be begun, or gone on with: it is another one, or damaged."""
-
-
-class FolderInUseError(LayerRopeError, RuntimeError):
-    """Somebody else is at work in a folder."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -17,33 +18,30 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
-from .errors import AdapterMismatchError, LayerRopeError
+from .errors import AdapterMismatchError
 from .messages import one_line, shown
 
 MAX_BYTES = 2**20
 """Upper limit of an adapter's files: a hundred times what 100 layers take."""
 
 
-class UntrustedFileError(Exception):
-    """A file cannot be read as what it should be. Callers make it an error that says what the file was for."""
-
-
 def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     """Reads a file of at most `limit` bytes.
 
     Raises:
-        UntrustedFileError: it is no file, cannot be read, or is larger.
+        ValueError: it is no file, cannot be read, or is larger. Callers say what the file was for.
     """
-    path = Path(path)
+    path, content = Path(path), None
     try:
-        if not path.is_file():
-            raise UntrustedFileError("there is no such file")
-        with path.open("rb") as file:
-            content = file.read(limit + 1)  # and not as many as `stat` says: some files say 0
+        if path.is_file():
+            with path.open("rb") as file:
+                content = file.read(limit + 1)  # and not as many as `stat` says: some files say 0
     except (OSError, ValueError) as error:
-        raise UntrustedFileError(f"cannot be read: {one_line(error)}") from error
+        raise ValueError(f"cannot be read: {one_line(error)}") from error
+    if content is None:
+        raise ValueError("there is no such file")
     if len(content) > limit:
-        raise UntrustedFileError(f"is larger than {limit} bytes")
+        raise ValueError(f"is larger than {limit} bytes")
     return content
 
 
@@ -51,17 +49,18 @@ def read_json_object(path: str | Path, limit: int = MAX_BYTES) -> dict[str, Any]
     """Reads a JSON object in which no name occurs twice.
 
     Raises:
-        UntrustedFileError: it cannot be read, is not JSON, or is something else than an object.
+        ValueError: it cannot be read, is not JSON, or is something else than an object. Callers say what the file was
+            for.
     """
     content = read_bytes(path, limit)
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except RecursionError as error:
-        raise UntrustedFileError("is nested too deep") from error
+        raise ValueError("is nested too deep") from error
     except ValueError as error:
-        raise UntrustedFileError(f"is not JSON: {one_line(error)}") from error
+        raise ValueError(f"is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
-        raise UntrustedFileError(f"must hold a JSON object, got {type(values).__name__}")
+        raise ValueError(f"must hold a JSON object, got {type(values).__name__}")
     return values
 
 
@@ -69,7 +68,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in pairs:
         if name in values:
-            raise UntrustedFileError(f"has {shown(name)} twice")
+            raise ValueError(f"it has {shown(name)} twice")
         values[name] = value
     return values
 
@@ -137,32 +136,32 @@ def parse_yaml(text: str) -> Any:
 _STAGING = "result.partial"
 
 
-class WriteError(LayerRopeError, OSError):
-    """A file cannot be written: the disk is full, or not writable. What was there before is still there."""
+_UNWRITTEN = "cannot be written: "
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the system says of a failed write into a `WriteError` that names the file.
+    """Makes of an `OSError` of a failed write one that names the file, in `filename`, and says so, in `strerror`.
 
     Args:
         path: file or folder to name where the system names none.
     """
     try:
         yield
-    except WriteError:
-        raise
     except OSError as error:
-        raise WriteError(f"{error.filename or path} cannot be written: {error.strerror or error}.") from error
+        if (error.strerror or "").startswith(_UNWRITTEN):
+            raise
+        reason = f"{_UNWRITTEN}{error.strerror or error}"
+        raise OSError(error.errno or errno.EIO, reason, str(error.filename or path)) from error
     except SafetensorError as error:  # its writer has no OSError
-        raise WriteError(f"{path} cannot be written: {error}.") from error
+        raise OSError(errno.EIO, f"{_UNWRITTEN}{error}", str(path)) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file in one step: whoever reads it, or resumes after a crash, finds the old text or the new.
 
     Raises:
-        WriteError: it cannot be written; the old text is still there.
+        OSError: it cannot be written; the old text is still there.
     """
     temporary = path.with_name(path.name + ".partial")
     with writing(path):
@@ -193,7 +192,7 @@ def replacing_files(folder: Path, last: str) -> Iterator[Path]:
         The folder to write them into.
 
     Raises:
-        WriteError: one cannot be written; as long as they are not all there, `folder` is as it was.
+        OSError: one cannot be written; as long as they are not all there, `folder` is as it was.
     """
     staging = folder / _STAGING
     with writing(folder):

@@ -218,7 +218,7 @@ def address_card(target: Path, repo_id: str, published: Path | None) -> None:
             something was written in the staged card: then that is the newer one.
 
     Raises:
-        CardError: the published card cannot be read.
+        InvalidConfigError: the published card cannot be read.
     """
     card = read_card(target / CARD_NAME)
     existing = read_card(published) if published is not None else None

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .errors import InvalidConfigError, LayerRopeError
-from .files import MAX_BYTES, AdapterFiles, UntrustedFileError, read_json_object
+from .files import MAX_BYTES, AdapterFiles, read_json_object
 from .messages import is_machine_path, named, one_line, shown, shown_names
 from .tuner.config import LayerRopeConfig
 from .tuner.injection import has_other_tuner_layers
@@ -174,18 +174,20 @@ def _adapter_errors(files: AdapterFiles) -> Iterator[PeftType]:
     if files.folder.is_dir() and not (files.folder / CONFIG_NAME).is_file():
         raise LayerRopeError(f"{str(files.folder)!r} is not an adapter folder: it has no {CONFIG_NAME}.")
     try:
-        yield _peft_type(files.find(CONFIG_NAME))
+        yield _peft_type(files)
     except LayerRopeError:
         raise
-    except UntrustedFileError as error:
-        reason = f"its {CONFIG_NAME} {error}; expected a JSON object"
-        raise LayerRopeError(f"cannot load adapter {adapter!r}: {reason}.") from error
     except _PEFT_ERRORS as error:
         raise LayerRopeError(f"cannot load adapter {adapter!r}: {one_line(error)}") from error
 
 
-def _peft_type(path: Path) -> PeftType:
-    name = read_json_object(path).get("peft_type")
-    if not isinstance(name, str) or name not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise UntrustedFileError(f"has peft_type={shown(name)}, which PEFT does not know")
+def _peft_type(files: AdapterFiles) -> PeftType:
+    path = files.find(CONFIG_NAME)
+    try:
+        name = read_json_object(path).get("peft_type")
+        if not isinstance(name, str) or name not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise ValueError(f"has peft_type={shown(name)}, which PEFT does not know")
+    except ValueError as error:
+        reason = f"its {CONFIG_NAME} {error}; expected a JSON object"
+        raise LayerRopeError(f"cannot load adapter {files.location!r}: {reason}.") from error
     return PeftType(name)

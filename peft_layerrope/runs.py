@@ -8,6 +8,7 @@ has `format` and `identity`; each other one `kind`, `key`, `value`, and for read
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -19,7 +20,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from .errors import FolderInUseError, LayerRopeError, RunFolderError
+from .errors import InvalidConfigError, LayerRopeError
 from .files import to_json, write_atomically, writing
 
 JOURNAL_NAME, LOCK_NAME = "journal.jsonl", ".lock"
@@ -39,24 +40,23 @@ def locked(folder: Path) -> Iterator[None]:
             is held; one that a killed process left is in nobody's way, for the lock itself is the system's.
 
     Raises:
-        FolderInUseError: somebody else is in; the message names the process.
-        WriteError: the folder or the file cannot be made.
+        BlockingIOError: somebody else is in; the message names the process.
+        OSError: the folder or the file cannot be made.
     """
     path = folder / LOCK_NAME
     new = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
     lock = FileLock(path)
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
+        with suppress(Timeout):
             lock.acquire(blocking=False)
-        except Timeout as error:
-            who = "another process"
-            with suppress(OSError):  # which is done by now, perhaps
-                text = path.read_text(errors="replace")
-                who = f"process {text}" if text.isdecimal() else who
-            raise FolderInUseError(
-                f"{folder} is in use by {who}: wait until it is done, end it, or use another folder."
-            ) from error
+    if not lock.is_locked:
+        who = "another process"
+        with suppress(OSError):  # which is done by now, perhaps
+            text = path.read_text(errors="replace")
+            who = f"process {text}" if text.isdecimal() else who
+        advice = "wait until it is done, end it, or use another folder"
+        raise BlockingIOError(errno.EAGAIN, f"in use by {who}: {advice}", str(folder))
     try:
         with suppress(OSError):  # a full disk: the lock is what counts
             path.write_text(str(os.getpid()))
@@ -74,8 +74,8 @@ def check_free(folder: Path) -> None:
     """Looks whether [`locked`] would let us in, where nothing is to be written yet.
 
     Raises:
-        FolderInUseError: somebody else is in.
-        WriteError: the lock file that is there cannot be opened.
+        BlockingIOError: somebody else is in.
+        OSError: the lock file that is there cannot be opened.
     """
     if (folder / LOCK_NAME).exists():
         with locked(folder):  # one that a killed process left goes away
@@ -97,10 +97,10 @@ class Journal:
         folder: see above.
 
     Raises:
-        RunFolderError: there is a journal, and neither `resume` nor `overwrite` was asked for; or it is damaged, or of
-            another run, and the message names the first difference.
-        FolderInUseError: another run is at work in `folder`.
-        WriteError: the folder cannot be made.
+        InvalidConfigError: there is a journal, and neither `resume` nor `overwrite` was asked for; or it is damaged, or
+            of another run, and the message names the first difference.
+        BlockingIOError: another run is at work in `folder`.
+        OSError: the folder cannot be made.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class Journal:
         self._values: dict[str, dict[str, Any]] = {}
         self._size: int | None = None  # in bytes, without what is left of an entry that was being written
         if resume and (overwrite or folder is None):
-            raise RunFolderError("resume=True needs the folder of the run to go on with, and no overwrite=True.")
+            raise InvalidConfigError("resume=True needs the folder of the run to go on with, and no overwrite=True.")
         with ExitStack() as stack:
             if folder is not None:
                 stack.enter_context(locked(folder))
                 if resume:
                     self._load()
                 elif self._path.exists() and not overwrite:
-                    raise RunFolderError(
+                    raise InvalidConfigError(
                         f"{folder} holds an unfinished or finished run: resume it, overwrite it, or use another folder."
                     )
             self._lock = stack.pop_all()
@@ -139,7 +139,7 @@ class Journal:
             value: JSON values.
 
         Raises:
-            WriteError: it cannot be written; the entries before are there.
+            OSError: it cannot be written; the entries before are there.
         """
         entry = {"kind": kind, "key": key, "value": value, "time": round(time.time(), 3)}
         line = to_json(entry)
@@ -163,7 +163,7 @@ class Journal:
         except (KeyError, TypeError, ValueError, AttributeError) as damage:
             if isinstance(damage, LayerRopeError):
                 raise
-            raise RunFolderError(f"{self._path} is damaged ({damage!r}): begin anew, overwriting it.") from damage
+            raise InvalidConfigError(f"{self._path} is damaged ({damage!r}): begin anew, overwriting it.") from damage
 
     def _keep(self, entry: Mapping[str, Any]) -> None:
         self._values.setdefault(entry["kind"], {})[to_json(entry["key"])] = entry["value"]
@@ -188,16 +188,16 @@ class Journal:
         except FileNotFoundError:  # killed before its first entry
             return
         except OSError as error:
-            raise RunFolderError(f"{self._path} cannot be read: {error}.") from error
+            raise InvalidConfigError(f"{self._path} cannot be read: {error}.") from error
         *lines, _ = content.split(b"\n")  # what was being written at the kill has no line end
         self._size = sum(len(line) + 1 for line in lines)
         with self.reading():
             head, *entries = map(json.loads, lines)
             if head["format"] != _FORMAT:
-                raise RunFolderError(f"{self._path} has format {head['format']!r}, expected {_FORMAT}.")
+                raise InvalidConfigError(f"{self._path} has format {head['format']!r}, expected {_FORMAT}.")
             difference = first_difference(head["identity"], self._head["identity"])
             if difference is not None:
-                raise RunFolderError(f"{self._path} is of another run: {difference}.")
+                raise InvalidConfigError(f"{self._path} is of another run: {difference}.")
             for entry in entries:
                 self._keep(entry)
 

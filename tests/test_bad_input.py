@@ -413,8 +413,6 @@ VERIFY = [
 ]
 OTHERS = [
     ("nonesuch", USAGE, "No such command 'nonesuch'"),
-    ("families nonesuch", USAGE, "nonesuch: not a decoder family"),
-    ("families llama --json nowhere/a.json", USAGE, "--json nowhere/a.json cannot be written"),
     ("push", USAGE, "Missing argument"),
     ("push {R}/nowhere me/name", FAILED, "nowhere"),
     ("push {R}/full me/name", FAILED, "full"),

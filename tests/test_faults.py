@@ -24,7 +24,7 @@ from test_cli import run as run_command
 from peft_layerrope import LayerRopeConfig, SearchResult, search
 from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
-from peft_layerrope.files import WriteError, write_atomically
+from peft_layerrope.files import write_atomically
 from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher import result as search_result
@@ -254,7 +254,7 @@ def test_a_journal_that_cannot_be_written_goes_on_afterwards(whole, tmp_path, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(WriteError, match=rf"{JOURNAL_NAME} cannot be written: No space left on device\.$"):
+        with pytest.raises(OSError, match=rf"cannot be written: No space left on device: .*{JOURNAL_NAME}"):
             run(tmp_path)
     assert_resumes(tmp_path, whole)
 
@@ -264,7 +264,7 @@ def test_a_failed_write_leaves_the_file_and_nothing_in_the_way(tmp_path, monkeyp
     write_atomically(path, "old")
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(FULL))
-        with pytest.raises(WriteError, match=r"file\.txt cannot be written"):
+        with pytest.raises(OSError, match=r"cannot be written: .*file\.txt"):
             write_atomically(path, "new")
     assert files(tmp_path) == {"file.txt": b"old"}
 
@@ -298,9 +298,9 @@ def fill(disk: Path, leave: int = 0) -> None:
 def test_a_disk_that_fills_up_during_the_search(whole, small_disk, share):
     run_folder = small_disk / "run"
     audience = Audience(max(1, round(share * (whole[2] - 1))), lambda: fill(small_disk))
-    with pytest.raises(WriteError, match=rf"({JOURNAL_NAME}|run) cannot be written: No space left on device\.$"):
+    with pytest.raises(OSError, match=rf"cannot be written: No space left on device: .*({JOURNAL_NAME}|run)"):
         run(run_folder, audience)
-    with pytest.raises(WriteError, match="No space left on device"):
+    with pytest.raises(OSError, match="No space left on device"):
         run(run_folder, resume=True)
     (small_disk / "ballast").unlink()
     assert_resumes(run_folder, whole)
@@ -312,7 +312,7 @@ def test_a_disk_that_is_full_when_the_result_is_saved(whole, small_disk, leave):
     folder.mkdir()
     (folder / "README.md").write_text("# Mine\n")
     fill(small_disk, leave)
-    with pytest.raises(WriteError, match=f"{folder}.* cannot be written: .*No space left on device") as caught:
+    with pytest.raises(OSError, match=f"cannot be written: .*No space left on device.*{folder}") as caught:
         result.save(folder)
     assert "\n" not in str(caught.value)
     assert files(folder) == {"README.md": b"# Mine\n"}
@@ -347,7 +347,7 @@ def test_a_comparison_on_a_full_disk_goes_on_afterwards(tmp_path, monkeypatch):
         done = run_command(*arguments, str(tmp_path / "it"))
     assert done.exit_code == 1
     assert (
-        f"{JOURNAL_NAME} cannot be written: No space left on device. Nothing that was measured is lost" in done.stderr
+        f"{JOURNAL_NAME}: cannot be written: No space left on device. Nothing that was measured is lost" in done.stderr
     )
     assert not (tmp_path / "it" / "evaluation.json").exists()
     assert run_command(*arguments, str(tmp_path / "it"), "--resume").exit_code == 0
@@ -415,7 +415,7 @@ def test_a_stdout_on_a_full_disk_is_told_in_one_line():
 def test_a_json_file_that_cannot_be_written_is_told_in_one_line(arguments):
     done = run_command(*arguments, "--json", "/dev/full")
     assert done.exit_code == 1
-    assert done.stderr.strip().splitlines()[-1] == "error: /dev/full cannot be written: No space left on device."
+    assert done.stderr.strip().splitlines()[-1] == "error: /dev/full: cannot be written: No space left on device."
 
 
 @pytest.mark.parametrize("exists", [False, True])

@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 
 from .. import __version__
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
-from ..files import WriteError
 from ..scoring.batching import is_out_of_memory
 
 app = typer.Typer(
@@ -49,6 +48,11 @@ def plain_errors(debug: bool) -> Iterator[None]:
             raise
         err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE_ERROR if isinstance(error, _USAGE_ERRORS) else FAILURE) from error
+    except OSError as error:
+        if debug or error.filename is None:  # stdout
+            raise
+        err.print(f"[bold red]error:[/] {escape(told(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(FAILURE) from error
     except (RuntimeError, MemoryError) as error:
         if debug or not is_out_of_memory(error):
             raise
@@ -71,8 +75,16 @@ def resumable(how: str) -> Iterator[None]:
     except KeyboardInterrupt:
         err.print(f"interrupted; nothing is lost. Go on with {how}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
-    except WriteError as error:
-        raise WriteError(f"{error} Nothing that was measured is lost: make room, then go on with {how}") from error
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        kept = f"Nothing that was measured is lost: make room, then go on with {how}"
+        raise OSError(error.errno, f"{error.strerror or error}. {kept}", error.filename) from error
+
+
+def told(error: OSError) -> str:
+    """What the system says, in a sentence."""
+    return f"{error.filename}: {error.strerror or error}".removesuffix(".") + "."
 
 
 def shell_word(path: Path) -> str:

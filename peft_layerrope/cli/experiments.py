@@ -84,7 +84,7 @@ class Kept:
         Raises:
             SearchError: options that exclude each other.
             TaskError: an output that is no folder, cannot be written, or holds a result already.
-            FolderInUseError: another run of this experiment is at work there.
+            BlockingIOError: another run of this experiment is at work there.
         """
         if self.output is None:
             if self.resume or self.overwrite:

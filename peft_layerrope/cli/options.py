@@ -68,7 +68,7 @@ def write_json(path: Path, content: Any) -> None:
     """Writes a result for `--json`.
 
     Raises:
-        WriteError: it cannot be written.
+        OSError: it cannot be written.
     """
     with writing(path):
         path.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
@@ -92,7 +92,7 @@ def keep_date(task: TaskSpecification, folder: Path) -> None:
     """Writes down the date of a resolved task, where its chat template writes one.
 
     Raises:
-        WriteError: it cannot be written.
+        OSError: it cannot be written.
     """
     path = folder / DATE_NAME
     with writing(path):

@@ -121,8 +121,8 @@ def compare(
 
     Raises:
         TaskError: contenders of one label, settings that cannot work, or a folder that does not fit.
-        FolderInUseError: another comparison is at work in `folder`.
-        WriteError: the scores cannot be written, as on a full disk; make room and resume.
+        BlockingIOError: another comparison is at work in `folder`.
+        OSError: the scores cannot be written, as on a full disk; make room and resume.
         LayerRopeError: an adapter that cannot be loaded or does not fit, before anything is scored.
     """
     _check_types(split, contenders)

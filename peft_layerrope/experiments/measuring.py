@@ -164,7 +164,7 @@ def measure(
 
     Raises:
         TaskError: see `compare`.
-        FolderInUseError: another run is at work in the same folder.
+        BlockingIOError: another run is at work in the same folder.
         LayerRopeError: a contender that cannot be put onto the model, before anything is scored.
     """
     keeps = measuring.folder is not None

@@ -121,7 +121,7 @@ def write_report(
         markdown: Markdown instead of HTML.
 
     Raises:
-        WriteError: a file cannot be written.
+        OSError: a file cannot be written.
     """
     head = [held_out_section(record), factors_section(config)]
     title = f"Report on {name}: per-layer RoPE scaling for {record.model}"

@@ -11,8 +11,7 @@ from torch import nn
 
 from ..comparison.contenders import Contender
 from ..declaration import as_options
-from ..errors import FolderInUseError, LayerRopeError
-from ..files import WriteError
+from ..errors import LayerRopeError
 from ..fingerprint import model_fingerprint
 from ..searcher.space import FactorGrid
 from ..tasks import Task
@@ -184,8 +183,8 @@ def run_steps(
         audience: whom to tell how far it is.
 
     Raises:
-        FolderInUseError: another run is at work in `folder`.
-        WriteError: a file cannot be written.
+        BlockingIOError: another run is at work in `folder`.
+        OSError: a file cannot be written.
     """
     steps, skipped = report_steps(request)
     sections = []
@@ -198,8 +197,6 @@ def run_steps(
         asked = _asked(request, step)  # an adapter that cannot be read concerns all of them
         try:
             sections.append(kept_section(folder, step.name, asked, resume, make))
-        except (FolderInUseError, WriteError):  # of no single step
-            raise
         except LayerRopeError as error:
             skipped.append((step.name, str(error)))
     return Ran(tuple(sections), tuple(skipped))

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import SearchError
-from ..files import UntrustedFileError, read_bytes, read_json_object, to_json, write_atomically, writing
+from ..files import read_bytes, read_json_object, to_json, write_atomically, writing
 from ..messages import last_component
 from ..runs import RUN_FOLDER, locked
 from .section import Section, to_markdown
@@ -70,8 +70,8 @@ def kept_section(
         make: makes it, given a folder for its parts.
 
     Raises:
-        FolderInUseError: another run is making this section in `folder`.
-        WriteError: a file cannot be written.
+        BlockingIOError: another run is making this section in `folder`.
+        OSError: a file cannot be written.
     """
     work = work_folder(folder, name)
     with locked(work):
@@ -99,7 +99,7 @@ def save_section(section: Section, folder: Path, asked: Mapping[str, Any] | None
         The path of the JSON file.
 
     Raises:
-        WriteError: a file cannot be written.
+        OSError: a file cannot be written.
     """
     path = folder / f"{section.name}.json"
     with writing(folder):
@@ -143,6 +143,6 @@ def _load(folder: Path, name: str) -> tuple[Section, str]:
             for figure in names
             if isinstance(figure, str) and figure.replace("-", "").isalnum()
         }
-    except (UntrustedFileError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise SearchError(f"{path} cannot be read as a section: {error}.") from error
     return Section.from_dict(values, pictures), str(values.get("asked"))

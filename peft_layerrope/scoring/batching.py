@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import NotEnoughMemoryError, TaskError, UnsupportedModelError
+from ..errors import TaskError, UnsupportedModelError
 from ..messages import whole_number
 from ..tasks import Example, Split
 from ..tuner.frequencies import is_length_dependent
@@ -61,7 +61,7 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
 
     Raises:
         TaskError: `batch_tokens` is no whole number of at least 1.
-        NotEnoughMemoryError: memory does not suffice for a single row.
+        TaskError: memory does not suffice for a single row.
     """
     whole_number("batch_tokens", batch_tokens, 1)
     while True:
@@ -71,7 +71,7 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
             if not is_out_of_memory(error):
                 raise
             if batch_tokens <= MIN_BATCH_TOKENS:
-                raise NotEnoughMemoryError(
+                raise TaskError(
                     f"out of memory even with --batch-tokens {batch_tokens}: use shorter prompts, a smaller dtype "
                     "or a larger device."
                 ) from error

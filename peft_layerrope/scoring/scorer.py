@@ -103,7 +103,7 @@ class Scorer:
 
         Raises:
             TaskError: see [`check`].
-            NotEnoughMemoryError: memory does not suffice for a single row.
+            TaskError: memory does not suffice for a single row.
         """
         self.check(split)
         sheet = ScoreSheet(split)

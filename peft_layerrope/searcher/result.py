@@ -14,10 +14,10 @@ import numpy as np
 from peft.utils import CONFIG_NAME
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, CardError, HeldOut, model_card, save_card
+from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, HeldOut, model_card, save_card
 from ..declaration import converted
-from ..errors import LayerRopeError, SearchError
-from ..files import UntrustedFileError, read_json_object, replacing_files, to_json
+from ..errors import InvalidConfigError, LayerRopeError, SearchError
+from ..files import read_json_object, replacing_files, to_json
 from ..messages import public_name, shown
 from ..plots import plot_by_position, plot_factors_by_depth, plot_gain_over_harm
 from ..report import (
@@ -314,8 +314,8 @@ class SearchResult(HeldOutTables):
             directory: created if missing; files of the same names are replaced.
 
         Raises:
-            CardError: the model card that is there cannot be read; everything else is written by then.
-            WriteError: a file cannot be written; the folder is as it was, or has no `adapter_config.json`.
+            InvalidConfigError: the model card that is there cannot be read; everything else is written by then.
+            OSError: a file cannot be written; the folder is as it was, or has no `adapter_config.json`.
         """
         folder = Path(directory)
         config = copy(self.config)
@@ -342,7 +342,7 @@ class SearchResult(HeldOutTables):
             files = {path.name for place in (folder, staging) for path in place.iterdir()}
             try:
                 save_card(model_card(base_model, self.config, self._held_out(), files=files), folder, staging)
-            except CardError as error:
+            except InvalidConfigError as error:
                 unreadable = error
         if unreadable is not None:
             raise unreadable
@@ -606,11 +606,12 @@ def read_record(folder: Path) -> SearchRecord:
         raise SearchError(f"{folder} has no {REPORT_NAME}: expected the folder of an adapter that was searched.")
     try:
         values = read_json_object(path, _MAX_BYTES)
+    except ValueError as error:
+        raise SearchError(f"{path} {error}.") from error
+    try:
         known = {name: values[name] for name in SearchRecord.model_fields if name in values}
         record = SearchRecord.model_validate_json(json.dumps(known))  # of JSON, strict checks take lists for tuples
         _check(record)
-    except UntrustedFileError as error:
-        raise SearchError(f"{path} {error}.") from error
     except ValidationError as error:
         raise converted(error, SearchRecord, SearchError, str(path)) from error
     except LayerRopeError as error:

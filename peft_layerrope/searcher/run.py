@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..base_model import adapted, describe_loading, keeping_modes
-from ..errors import NotEnoughMemoryError, SearchError
+from ..errors import SearchError, TaskError
 from ..messages import named
 from ..scoring.preflight import Preflight
 from ..scoring.scorer import Scorer
@@ -166,8 +166,8 @@ def search(
         TaskError: the splits cannot be made, overlap, or do not fit the model.
         TaskError: the unscaled model answers nothing, or everything, and `anyway` is off.
         UnsupportedModelError: the model's rotation cannot be scaled per layer.
-        FolderInUseError: another search is at work in `folder`.
-        WriteError: the journal cannot be written, as on a full disk; make room and resume.
+        BlockingIOError: another search is at work in `folder`.
+        OSError: the journal cannot be written, as on a full disk; make room and resume.
 
     Example:
     ```py
@@ -441,7 +441,7 @@ class _Run:
             count = self.settings.gradient_steps
             try:
                 path = steps.climb(curve.factors, count, self.audience.advance)
-            except NotEnoughMemoryError as error:  # a backward pass takes far more of it; the coordinate steps do not
+            except TaskError as error:  # a backward pass takes far more of it; the coordinate steps do not
                 self.state.log("skipped", stage="gradient steps", reason=str(error))
                 path = []
             if not steps.is_finite:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 
 from ..errors import AdapterMismatchError, InvalidConfigError
-from ..files import UntrustedFileError, read_bytes
+from ..files import read_bytes
 from ..messages import one_line, shown, shown_names
 from .config import LayerRopeConfig
 
@@ -53,7 +53,7 @@ def check_weights_file(path: str | Path, layer_factors: Sequence[float] | None) 
     """
     try:
         entries = deserialize(read_bytes(path))
-    except (UntrustedFileError, SafetensorError) as error:
+    except (ValueError, SafetensorError) as error:
         reason = f"is not a safetensors file: {one_line(error)}" if isinstance(error, SafetensorError) else error
         raise AdapterMismatchError(f"{path} {reason}; expected the one tensor {FACTORS_KEY}.") from error
     entry = dict(entries)[_check_key([name for name, _ in entries])]

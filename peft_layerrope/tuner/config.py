@@ -12,7 +12,7 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, TaskType
 
 from ..errors import InvalidConfigError
-from ..files import AdapterFiles, UntrustedFileError, read_json_object
+from ..files import AdapterFiles, read_json_object
 from ..messages import is_integer, is_number, shown, shown_names
 from .registration import LAYER_ROPE, PEFT_TYPE_NAME
 from .scaling import ROPE_TYPES
@@ -125,7 +125,7 @@ class LayerRopeConfig(PeftConfig):
         """
         try:
             values = read_json_object(path_json_file)
-        except UntrustedFileError as error:
+        except ValueError as error:
             raise InvalidConfigError(f"it {error}; expected a JSON object, as save_pretrained writes it.") from error
         if values.get("peft_type") != PEFT_TYPE_NAME:
             raise InvalidConfigError(f"peft_type={shown(values.get('peft_type'))}, expected {PEFT_TYPE_NAME!r}.")

@@ -16,13 +16,12 @@ from reference import hand_patched
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_layerrope
-from peft_layerrope import LayerRopeConfig, PositionScores, search
+from peft_layerrope import InvalidConfigError, LayerRopeConfig, PositionScores, search
 from peft_layerrope.cards import (
     ADAPTER_PLACEHOLDER,
     BEGIN,
     END,
     OWN_METRICS,
-    CardError,
     HeldOut,
     generated_part,
     has_own_text,
@@ -348,7 +347,7 @@ def test_windows_line_ends_stay(tmp_path):
 def test_a_card_that_cannot_be_read_is_left_alone(metadata, tmp_path):
     text = f"---\n{metadata}\n---\nmine\n"
     (tmp_path / "README.md").write_text(text)
-    with pytest.raises(CardError, match=r"README\.md: its metadata cannot be read") as caught:
+    with pytest.raises(InvalidConfigError, match=r"README\.md: its metadata cannot be read") as caught:
         save_card(card(), tmp_path)
     assert len(str(caught.value).splitlines()) == 1
     assert (tmp_path / "README.md").read_text() == text

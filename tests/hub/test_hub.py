@@ -35,7 +35,7 @@ from peft_layerrope import (
     push_to_hub,
     search,
 )
-from peft_layerrope.cards import ADAPTER_PLACEHOLDER, BEGIN, CardError, model_card, save_card
+from peft_layerrope.cards import ADAPTER_PLACEHOLDER, BEGIN, model_card, save_card
 from peft_layerrope.cli import app
 from peft_layerrope.demo import DEMO_NAME, demo_model_path
 from peft_layerrope.hub import PULL_RECORD, HubError, InvalidConfigError
@@ -307,7 +307,7 @@ def test_a_card_on_the_hub_that_cannot_be_read_is_not_replaced(alice, folder):
     push_to_hub(folder, "alice/adapter")
     repo = alice.repos["alice/adapter"]
     broken = repo.commit("main", {"README.md": b"---\na: [\n---\nmine"})
-    with pytest.raises(CardError) as caught:
+    with pytest.raises(InvalidConfigError) as caught:
         push_to_hub(folder, "alice/adapter")
     one_line(caught)
     assert repo.branches["main"] == broken
@@ -341,7 +341,7 @@ SPOILERS = {
     "no base": (forget_the_base, InvalidConfigError, "names no base model: pass base_model"),
     "report": (lambda folder: (folder / "search.json").write_text("["), InvalidConfigError, "search.json"),
     "yaml": (lambda folder: (folder / "search.yaml").write_text("- a"), InvalidConfigError, "search.yaml"),
-    "card": (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), CardError, "README.md"),
+    "card": (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), InvalidConfigError, "README.md"),
 }
 
 

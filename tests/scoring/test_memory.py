@@ -9,7 +9,7 @@ import torch
 from test_cli import run
 
 from peft_layerrope.cli import tools
-from peft_layerrope.errors import NotEnoughMemoryError
+from peft_layerrope.errors import TaskError
 from peft_layerrope.scoring.batching import free_cached_memory, is_out_of_memory, with_halving
 
 OUT_OF_MEMORY = {
@@ -55,7 +55,7 @@ def test_every_device_that_is_out_of_memory_gets_smaller_batches(name):
 
     assert with_halving(attempt, 1000) == ("done", 250)
     assert tried == [1000, 500, 250]
-    with pytest.raises(NotEnoughMemoryError, match="out of memory even with --batch-tokens 64") as caught:
+    with pytest.raises(TaskError, match="out of memory even with --batch-tokens 64") as caught:
         with_halving(fail, 200)
     assert caught.value.__cause__ is error
 

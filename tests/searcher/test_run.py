@@ -31,7 +31,6 @@ from peft_layerrope import (
     search,
 )
 from peft_layerrope.bezier import sample_curve
-from peft_layerrope.errors import NotEnoughMemoryError
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher import FactorGrid, Guards, ResultTable
@@ -197,7 +196,7 @@ def test_gradient_steps_offer_nothing_that_was_ruled_out(monkeypatch, broken):
 
 def test_without_memory_for_a_backward_pass_the_search_goes_on(monkeypatch, task):
     def climb(*args):
-        raise NotEnoughMemoryError("out of memory")
+        raise TaskError("out of memory")
 
     expected = search(build_model("llama"), task, **{**SMALL, "gradient_steps": 0})
     monkeypatch.setattr(GradientSteps, "climb", climb)
