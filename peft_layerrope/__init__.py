@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
-from .demo import demo_model_path
+__version__ = "0.1.0"  # before our own modules, some of which read it
+
 from .errors import (
     AdapterMismatchError,
     InvalidConfigError,
@@ -15,13 +15,14 @@ from .errors import (
     TaskError,
     UnsupportedModelError,
 )
+from .messages import demo_model_path
 from .tuner import LayerRopeConfig, LayerRopeModel
 from .tuner.injection import restore_baked
 from .tuner.rotary import use_adapter
 
 if TYPE_CHECKING:
     from .base_model import load_model
-    from .comparison.compare import Comparison, compare
+    from .comparison import Comparison, compare
     from .comparison.contenders import Contender, parse_baseline
     from .hub import pull, push_to_hub
     from .loading import load_adapter
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 # Loaded at first use, so that serving an adapter needs neither DEAP nor SciPy nor matplotlib.
 _LAZY = {
-    "Comparison": ".comparison.compare",
+    "Comparison": ".comparison",
     "Contender": ".comparison.contenders",
     "Example": ".tasks",
     "Guards": ".searcher",
@@ -62,7 +63,7 @@ _LAZY = {
     "TokenTask": ".tasks",
     "Verification": ".verification",
     "best_subspan_em": ".tasks",
-    "compare": ".comparison.compare",
+    "compare": ".comparison",
     "evaluate": ".scoring.scorer",
     "load_adapter": ".loading",
     "load_model": ".base_model",

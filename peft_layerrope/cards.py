@@ -13,10 +13,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .demo import DEMO_NAME
 from .errors import InvalidConfigError
 from .files import write_atomically
-from .messages import is_machine_path, public_name
+from .messages import DEMO_NAME, is_machine_path, public_name
 from .report import format_factors
 from .scoring.scores import Interval, PositionScores, perplexity
 from .tuner.config import LayerRopeConfig

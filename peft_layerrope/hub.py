@@ -43,11 +43,10 @@ from .cards import (
     with_adapter_id,
     with_base_model,
 )
-from .demo import DEMO_NAME
 from .errors import AdapterMismatchError, HubError, InvalidConfigError, LayerRopeError
 from .files import parse_yaml, to_json
 from .loading import load_adapter_config
-from .messages import is_local_path, is_machine_path, last_component, public_name
+from .messages import DEMO_NAME, is_local_path, is_machine_path, last_component, public_name
 from .tuner.artifacts import check_weights_file
 from .tuner.config import LayerRopeConfig
 

@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 from .errors import InvalidConfigError, LayerRopeError
 from .files import MAX_BYTES, AdapterFiles, read_json_object
 from .messages import is_machine_path, named, one_line, shown, shown_names
-from .tuner.config import LayerRopeConfig
+from .tuner.config import LAYER_ROPE, LayerRopeConfig
 from .tuner.injection import has_other_tuner_layers
-from .tuner.registration import LAYER_ROPE
 
 
 def check_present(kind: str, name: str) -> None:

@@ -9,14 +9,23 @@ from numbers import Integral, Real
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .demo import DEMO_NAME, demo_model_path
 from .errors import LayerRopeError, TaskError
+
+DEMO_NAME = "peft_layerrope/demo"
+"""How reports and adapters call the demo model: its path in the repository, whatever the machine."""
 
 _LONGEST = 200  # characters of a value, or of another library's message, in one of ours
 
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxdict, _repr.maxlist, _repr.maxtuple, _repr.maxset = 3, 4, 6, 6, 6
 _repr.maxstring = _repr.maxother = 80
+
+
+def demo_model_path() -> str:
+    """Returns the folder of the demo model, a small Llama trained by `examples/train_demo_model.py`, for
+    `AutoModelForCausalLM.from_pretrained`.
+    """
+    return str(Path(__file__).with_name("demo"))
 
 
 def shown(value: Any) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import WINDOW, build_model, length_dependent_ropes
 
-from peft_layerrope.fingerprint import model_fingerprint
+from peft_layerrope.base_model import model_fingerprint
 
 
 @pytest.fixture(scope="module")

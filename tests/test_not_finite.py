@@ -19,9 +19,8 @@ from typer.testing import CliRunner
 
 from peft_layerrope import PositionScores, SearchSettings, TaskError, compare, demo_model_path, evaluate, search
 from peft_layerrope.cli import app
-from peft_layerrope.comparison.compare import Comparison
+from peft_layerrope.comparison import Comparison, comparison_markdown, summary_table
 from peft_layerrope.comparison.contenders import Contender, parse_baseline
-from peft_layerrope.comparison.report import comparison_markdown, summary_table
 from peft_layerrope.errors import SearchError
 from peft_layerrope.experiments.measuring import utilisation_difference
 from peft_layerrope.experiments.report import held_out_section

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from .. import __version__
 from ..base_model import describe_loading, load_tokenizer
-from ..comparison.compare import Comparison, compare
-from ..comparison.contenders import BASELINES, Contender, parse_baseline
-from ..comparison.report import (
+from ..comparison import (
+    Comparison,
     by_position_tables,
+    compare,
     comparison_markdown,
     describe_setting,
     forced_by_position_tables,
@@ -26,6 +26,7 @@ from ..comparison.report import (
     summary_table,
     written_table,
 )
+from ..comparison.contenders import BASELINES, Contender, parse_baseline
 from ..errors import TaskError
 from ..files import to_json, write_atomically, writing
 from ..messages import public_name

@@ -12,15 +12,13 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base_model import load_tokenizer
+from ..base_model import load_tokenizer, model_fingerprint
 from ..comparison.contenders import Contender, parse_baseline
 from ..declaration import changed, declared, option
 from ..errors import SearchError, TaskError
 from ..experiments import attention, control_points, extrapolation, halves, sweep, transfer, u_shape
 from ..experiments.measuring import Measuring, default_lengths, task_of_length, window_and_task
-from ..experiments.section import Section, to_rich
-from ..experiments.storage import command_line, kept_section, work_folder
-from ..fingerprint import model_fingerprint
+from ..experiments.section import Section, command_line, kept_section, to_rich, work_folder
 from ..loading import load_adapter_config
 from ..runs import check_free
 from ..searcher import FactorGrid, SearchSettings

@@ -17,10 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import ModelSource, check_source, describe_loading, load_base, load_config, parse_model_args
 from ..declaration import changed, declarations, declared, default_of, spellings
-from ..demo import demo_model_path
 from ..errors import InvalidConfigError, SearchError, TaskError
 from ..files import to_json, write_atomically, writing
-from ..messages import public_name, shown
+from ..messages import demo_model_path, public_name, shown
 from ..runs import LOCK_NAME
 from ..scoring.preflight import find_difficulty
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer

@@ -11,14 +11,12 @@ import typer
 
 from ..base_model import ModelSource, check_source, format_model_args, load_tokenizer
 from ..declaration import changed, spellings
-from ..demo import DEMO_NAME
 from ..errors import SearchError
 from ..experiments.measuring import factor_vector
-from ..experiments.report import write_report
-from ..experiments.report_plan import ReportRequest, run_steps
-from ..experiments.storage import command_line
+from ..experiments.report import ReportRequest, run_steps, write_report
+from ..experiments.section import command_line
 from ..loading import load_adapter_config
-from ..messages import last_component
+from ..messages import DEMO_NAME, last_component
 from ..runs import check_free, locked
 from ..searcher.plan import RichProgress
 from ..searcher.result import SearchRecord, read_record

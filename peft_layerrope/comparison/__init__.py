@@ -1,1 +1,381 @@
-"""Contenders on the same examples: baselines, adapters, and what is written of them."""
+"""Comparing contenders on one split, and the tables of what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..base_model import describe_loading, library_versions, model_fingerprint
+from ..errors import TaskError
+from ..messages import check_callable, named, whole_number
+from ..plots import plot_by_position
+from ..report import (
+    ACCURACY,
+    NATS,
+    Table,
+    fitness_remark,
+    legend,
+    score_cells,
+    unit_of,
+    written_columns,
+    written_legend,
+)
+from ..runs import Journal
+from ..scoring.batching import check_vocabulary
+from ..scoring.generation import check_judged
+from ..scoring.scorer import DEFAULT_BATCH_TOKENS, DEFAULT_BUCKETS, Scorer, aligned_windows, check_buckets
+from ..scoring.scores import Interval, PositionScores
+from ..tasks import Split
+from ..tuner.config import LayerRopeConfig
+from ..tuner.sites import embedding_table, find_stack
+from .contenders import ROPE_TYPES, Contender, contending, describe_scaling
+
+MAX_PARTS = 10
+"""A split is scored in so many parts of whole groups, each kept as soon as it is there."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with the label at work, parts done and parts in all, before each part and once at the end."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What [`compare`] found.
+
+    Attributes:
+        scores: by label, in the order of the contenders.
+        contenders: by label, what each is: its identity, and the factor of every layer where it has some.
+        task: the task's description.
+        split: the split's description.
+        judged: how: `by`, and where answers are written the `metric` and the `max_new_tokens`.
+    """
+
+    scores: Mapping[str, PositionScores]
+    contenders: Mapping[str, Mapping[str, Any]]
+    task: Mapping[str, Any]
+    split: Mapping[str, Any]
+    judged: Mapping[str, Any]
+
+    @property
+    def baseline(self) -> str:
+        """The label that the others are compared with: the first."""
+        return next(iter(self.scores))
+
+    @property
+    def measure(self) -> str:
+        """`"accuracy"`, or `"loss"` for running text."""
+        return self.scores[self.baseline].measure
+
+    def difference(self, label: str, other: str) -> Interval:
+        """Average accuracy (or minus the loss) of `label` minus that of `other`, paired, so that more is better.
+
+        Raises:
+            KeyError: no such label.
+        """
+        for name in (label, other):
+            if name not in self.scores:
+                raise KeyError(f"no contender {name!r}; there are {', '.join(self.scores)}.")
+        return self.scores[label].paired_difference(self.scores[other])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything as plain values for a JSON report."""
+        return {
+            "task": dict(self.task),
+            "split": dict(self.split),
+            "judged": dict(self.judged),
+            "baseline": self.baseline,
+            "contenders": {label: dict(what) for label, what in self.contenders.items()},
+            "scores": {label: scores.to_dict() for label, scores in self.scores.items()},
+            "difference_of": "minus the loss, in nats" if self.measure == "loss" else "average accuracy",
+            "differences": {
+                label: {other: _plain(self.difference(label, other)) for other in self.scores if other != label}
+                for label in self.scores
+            },
+        }
+
+
+def compare(
+    model: nn.Module,
+    split: Split,
+    contenders: Sequence[Contender],
+    *,
+    task_description: Mapping[str, Any] | None = None,
+    num_buckets: int = DEFAULT_BUCKETS,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Scores every contender on the same examples. The model is as it was found afterwards.
+
+    Args:
+        model: a transformers model without an adapter.
+        split: the examples. Where it has a judge the models write their answers, which it judges; of windows of text
+            (measure `"loss"`) the loss by bucket is measured; else an answer is right where every token of it is the
+            most probable one.
+        contenders: what is put onto the model in turn; the first is what the others are compared with.
+        task_description: the task's `describe()`, for the report.
+        num_buckets: for windows of text.
+        batch_tokens: tokens per forward pass; halved when memory runs out.
+        folder: keeps `journal.jsonl`, from which an interrupted comparison goes on; None keeps nothing.
+        resume: go on with what is in `folder`, if there is something; the result is the same as of one uninterrupted
+            run.
+        overwrite: begin anew in `folder`; what is there is replaced once all is checked.
+        progress: see `Progress`; first called when all is checked and the journal has begun.
+
+    Raises:
+        TaskError: contenders of one label, settings that cannot work, or a folder that does not fit.
+        BlockingIOError: another comparison is at work in `folder`.
+        OSError: the scores cannot be written, as on a full disk; make room and resume.
+        LayerRopeError: an adapter that cannot be loaded or does not fit, before anything is scored.
+    """
+    _check_types(split, contenders)
+    check_callable("progress", progress)
+    whole_number("batch_tokens", batch_tokens, 1)
+    judged = _how(split, num_buckets)
+    check_vocabulary(model, split.examples)
+    described = _described(model, contenders)
+    identity = {
+        "dtype": str(embedding_table(model).dtype),
+        "device": embedding_table(model).device.type,
+        "model": model_fingerprint(model),
+        "base": describe_loading(model),
+        "split": split.describe(),
+        "answers": hashlib.sha256(repr([e.answers for e in split.examples]).encode()).hexdigest()[:16],
+        "judged": judged,
+        "contenders": {contender.label: contender.identity() for contender in contenders},
+        "versions": library_versions(),
+    }
+
+    scorer = Scorer(model, batch_tokens=batch_tokens)
+    parts = _parts(aligned_windows(split) if split.measure == "loss" else split)
+    total = len(parts) * len(contenders)
+    scores = {}
+    with Journal(Path(folder) if folder is not None else None, identity, resume, overwrite) as journal:
+        for index, contender in enumerate(contenders):
+            found = _kept_parts(journal, contender.label)
+            if len(found) < len(parts):
+                scorer.model = model
+                scorer.check(split)  # as it is: a contender whose scores are not finite is shown with them
+                journal.append("contender", contender.label, {"kept": len(found), "of": len(parts)})
+                with contending(model, contender) as scorer.model:
+                    for number in range(len(found), len(parts)):
+                        if progress is not None:
+                            progress(contender.label, index * len(parts) + number, total)
+                        found.append(scorer.measure(parts[number], num_buckets=num_buckets))
+                        journal.append("part", [contender.label, number], found[number].to_plain())
+            scores[contender.label] = PositionScores.joined(found)
+    if progress is not None:
+        progress(contenders[-1].label, total, total)
+    return Comparison(scores, described, dict(task_description or {}), split.describe(), judged)
+
+
+def _kept_parts(journal: Journal, label: str) -> list[PositionScores]:
+    """The parts that a contender was scored on so far, in order."""
+    found: list[PositionScores] = []
+    with journal.reading():
+        while (plain := journal.get("part", [label, len(found)])) is not None:
+            found.append(PositionScores.from_plain(plain))
+    return found
+
+
+def _check_types(split: Split, contenders: Sequence[Contender]) -> None:
+    if not isinstance(split, Split):
+        raise TaskError(f"split={named(split)} must be examples such as task.split('test', 100).")
+    if isinstance(contenders, str) or not isinstance(contenders, Sequence):
+        raise TaskError(f"contenders={named(contenders)} must be a list, such as [parse_baseline('none')].")
+    for contender in contenders:
+        if not isinstance(contender, Contender):
+            raise TaskError(
+                f"contenders: {named(contender)} must be a Contender, such as parse_baseline('none') or "
+                "Contender.of_adapter('my-adapter')."
+            )
+        if contender.kind == "config" and not isinstance(contender.config, LayerRopeConfig):
+            raise TaskError(f"contender {contender.label!r}: {named(contender.config)} must be a LayerRopeConfig.")
+
+
+def _how(split: Split, num_buckets: int) -> dict[str, Any]:
+    """How the split is judged, after checking that it can be."""
+    if split.measure == "loss":
+        check_buckets(aligned_windows(split), num_buckets)
+        return split.judged() | {"buckets": num_buckets}
+    check_judged(split)
+    return split.judged()
+
+
+def _described(model: nn.Module, contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
+    """What each contender is, after putting every one onto the model once: a wrong one must not cost hours."""
+    if not contenders:
+        raise TaskError("there is nothing to compare: pass at least one contender.")
+    labels = [contender.label for contender in contenders]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise TaskError(f"two contenders are called {twice!r}: give each a label of its own.")
+    described = {}
+    for contender in contenders:
+        with contending(model, contender):
+            described[contender.label] = contender.identity()
+        config = contender.layer_rope(len(find_stack(model).layers))
+        if config is not None:
+            described[contender.label]["layer_factors"] = config.layer_factors
+        if config is not None:
+            scaling = describe_scaling(model, config.rope_type, "on top of")
+        elif contender.kind in ROPE_TYPES:
+            scaling = describe_scaling(model, contender.kind, "in place of")
+        else:
+            scaling = describe_scaling(model, "default", "with")
+        described[contender.label] |= {"scaling": scaling} if scaling else {}
+    return described
+
+
+def _parts(split: Split) -> list[Split]:
+    count = min(MAX_PARTS, split.num_groups)
+    bounds = [part * split.num_groups // count for part in range(count + 1)]
+    return [split.part(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _plain(interval: Interval) -> dict[str, float | None]:
+    """JSON knows no infinity, which is how wide the interval of a single group is."""
+    values = {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
+
+
+_ROOM, _GAP = 70, 2  # of 80 columns beside the positions; between two columns
+_MIDDLE_NEEDS = 3  # positions
+
+POSITION_LEGEND = "Accuracy in % by gold position, with 95 % Wilson intervals."
+BUCKET_LEGEND = "Loss in nats of the tokens from each position to the next, with 95 % intervals over windows."
+
+
+def describe_task(task: Mapping[str, Any]) -> str:
+    """Writes a task's description in one line: its name and every setting that is on."""
+    settings = [f"{name.replace('_', ' ')}: {_shown(v)}" for name, v in task.items() if name != "name" and _is_on(v)]
+    return f"{task.get('name', 'task')} ({'; '.join(settings)})" if settings else str(task.get("name", "task"))
+
+
+def describe_setting(comparison: Comparison) -> str:
+    """Writes what was measured in one line: task, split, how it was judged, and what a scaling's name does not say."""
+    split, unit = comparison.split, "windows" if comparison.measure == "loss" else "contexts"
+    held = f"{split['name']} split, {split['groups']} {unit}, up to {split['max_tokens']} tokens"
+    if "protocol" in split:
+        held += f", {split['protocol']}"
+    scalings = [f"{label}: {what['scaling']}" for label, what in comparison.contenders.items() if what.get("scaling")]
+    return "; ".join([describe_task(comparison.task), held, describe_judge(comparison.judged), *scalings])
+
+
+def describe_judge(judged: Mapping[str, Any]) -> str:
+    """Writes how answers were judged."""
+    if judged["by"] == "loss":
+        return "loss of the next token"
+    if judged["by"] != "generate()":
+        return "teacher-forced exact match"
+    return f"generate(), judged by {judged['metric']}, up to {judged['max_new_tokens']} new tokens"
+
+
+def summary_table(comparison: Comparison, title: str = "") -> Table:
+    """Returns a line for each contender: average, ends, U, and the paired difference to the first."""
+    base, unit = comparison.baseline, unit_of(comparison.measure)
+    first = comparison.scores[base]
+    wanted = ("loss", "perplexity", "first", "last") if comparison.measure == "loss" else ("accuracy",)
+    if comparison.measure != "loss" and len(first.positions) >= _MIDDLE_NEEDS:
+        wanted = ("accuracy", "first", "middle", "last", "U")
+    several = len(comparison.scores) > 1
+    rows = []
+    for label, scores in comparison.scores.items():
+        gain = "" if label == base else unit.gain(comparison.difference(label, base))
+        rows.append((label, *score_cells(scores, wanted).values(), *([gain] if several else [])))
+    header = ("", *score_cells(first, wanted), *(["vs first"] if several else []))
+    right = "right answers written" if comparison.judged["by"] == "generate()" else "exact match"
+    return Table(header, tuple(rows), title, legend(header, comparison.measure, right, gains=True))
+
+
+def written_table(comparison: Comparison) -> Table | None:
+    """Returns a line for each contender with what is known of its written answers beside the metric; None where none
+    were written.
+    """
+    first = comparison.scores[comparison.baseline]
+    if first.written is None:
+        return None
+    rows = []
+    for label, scores in comparison.scores.items():
+        shares = [scores.average().value, *(values.mean() for values in written_columns(scores).values())]
+        lengths = f"{scores.written.num_tokens.mean():.1f}", ACCURACY.value(scores.written.cut_off.mean())
+        rows.append((label, *map(ACCURACY.value, shares), NATS.value(scores.log_prob.mean()), *lengths))
+    header = ("", "accuracy", *written_columns(first), "log-prob", "tokens", "cut off %")
+    return Table(header, tuple(rows), "Written answers and likelihood", " ".join(written_legend(first)[:-1]))
+
+
+def forced_by_position_tables(comparison: Comparison, title: str) -> list[Table]:
+    """Returns, where answers were written, the same by position for the teacher-forced pass; see
+    [`by_position_tables`].
+    """
+    forced = {
+        label: replace(scores, correct=scores.written.forced)
+        for label, scores in comparison.scores.items()
+        if scores.written is not None and scores.written.forced is not None
+    }
+    return by_position_tables(replace(comparison, scores=forced), title) if forced else []
+
+
+def by_position_tables(comparison: Comparison, title: str) -> list[Table]:
+    """Returns scores by position with their intervals, a column for each contender; several tables of at most 80
+    columns where one would be wider.
+    """
+    whole = _position_table(comparison)
+    widths = [max(len(row[i]) for row in whole.rows) for i in range(1, len(whole.header))]
+    tables: list[Table] = []
+    for columns in _fitting(widths):
+        header, *rows = ((line[0], *(line[i + 1] for i in columns)) for line in (whole.header, *whole.rows))
+        parts = ("", "") if tables else (title, whole.caption)
+        tables.append(Table(header, tuple(rows), *parts, text_columns=()))
+    return tables
+
+
+def _position_table(comparison: Comparison) -> Table:
+    unit = unit_of(comparison.measure)
+    positions = map(str, comparison.scores[comparison.baseline].positions)
+    columns = [[unit.mean(interval) for interval in scores.intervals()] for scores in comparison.scores.values()]
+    loss = comparison.measure == "loss"
+    header = ("token" if loss else "position", *comparison.scores)
+    caption = BUCKET_LEGEND if loss else POSITION_LEGEND
+    return Table(header, tuple(zip(positions, *columns, strict=True)), "", caption, ())
+
+
+def _fitting(widths: Sequence[int]) -> list[list[int]]:
+    """Groups columns of such widths, in order, so that each group fits beside the positions."""
+    groups: list[list[int]] = [[]]
+    for i, width in enumerate(widths):
+        taken = sum(widths[k] + _GAP for k in groups[-1])
+        if groups[-1] and taken + width + _GAP > _ROOM:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """Returns the tables in Markdown, with what was measured and what the columns mean."""
+    tables = summary_table(comparison), _position_table(comparison), written_table(comparison)
+    parts = [describe_setting(comparison) + ".", *(table.to_markdown() for table in tables if table is not None)]
+    return "\n\n".join([*parts, *fitness_remark(comparison.scores)]) + "\n"
+
+
+def plot_comparison(comparison: Comparison) -> bytes:
+    """Draws every contender's scores over the position, with 95 % bands, as PNG."""
+    return plot_by_position(comparison.scores, describe_setting(comparison))
+
+
+def _is_on(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _shown(value: Any) -> str:
+    if value is True:
+        return "yes"
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from ..comparison.compare import compare
+from ..comparison import compare
 from ..comparison.contenders import Contender
 from ..errors import AdapterMismatchError, TaskError
 from ..report import Unit, times_window

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from ..base_model import ModelSource, load_tokenizer
 from ..errors import TaskError
 from ..tasks import metrics
-from ..tasks.records import read_records
+from ..tasks.prompts import read_records
 
 FIELDS = ("prompt", "answers", "position")
 SPLIT = "test"

@@ -14,12 +14,10 @@ from peft import PeftModel
 from torch import nn
 
 from .._version import __version__
-from ..base_model import describe_loading
-from ..demo import DEMO_NAME
+from ..base_model import describe_loading, library_versions, model_fingerprint
 from ..errors import SearchError, TaskError
 from ..files import to_float, to_json, write_atomically, writing
-from ..fingerprint import library_versions, model_fingerprint
-from ..messages import public_name
+from ..messages import DEMO_NAME, public_name
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, prepared, with_targets

@@ -28,7 +28,7 @@ from ..tuner.injection import scaling_for
 from ..tuner.rotary import LayerRopeLayer
 from ..tuner.sites import find_stack
 from ..tuner.tables import LayerScaling
-from .ordinary_text import divergence, window_logits
+from .harm import divergence, window_logits
 from .space import Factors, FactorSpace
 
 

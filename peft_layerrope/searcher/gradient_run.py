@@ -33,10 +33,9 @@ from .gradient_search import (
     end_changes,
     measured_rates,
 )
-from .ordinary_text import SAMPLE_NAME, Windows, read_windows
-from .plan import SearchProgress, audience_of, check_length
+from .harm import SAMPLE_NAME, Windows, read_windows
+from .plan import Rates, Schedule, SearchProgress, audience_of, check_length, schedule_for
 from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
-from .schedule import Rates, Schedule, schedule_for
 from .settings import SearchSettings
 from .space import FactorSpace
 

@@ -38,13 +38,21 @@ from .gradient import (
     per_layer_family,
     uniform_family,
 )
-from .ordinary_text import NUM_WRITTEN, Windows, divergences, losses, sample_windows, scored_positions, window_logits
-from .plan import SearchProgress
+from .harm import (
+    NUM_WRITTEN,
+    Harm,
+    Windows,
+    choose,
+    divergences,
+    losses,
+    sample_windows,
+    scored_positions,
+    window_logits,
+)
+from .plan import CONTEXTS_PER_STEP, UNIFORM_VALUES, Rates, Schedule, SearchProgress
 from .result import BOUNDED, DECAY, FIRST_REST, NONE, PER_LAYER, UNIFORM
-from .schedule import CONTEXTS_PER_STEP, UNIFORM_VALUES, Rates, Schedule
 from .settings import SearchSettings
 from .space import Factors, FactorSpace
-from .verdict import Harm, choose
 
 CONTROLS = {FIRST_REST: first_and_rest_family, DECAY: decay_family}
 """Choices of two numbers."""

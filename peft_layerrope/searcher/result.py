@@ -38,9 +38,9 @@ from ..tuner.artifacts import save_adapter
 from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from .algorithms import Candidate
 from .gradient import STEP_COST
+from .harm import Harm
 from .settings import SearchSettings
 from .space import FactorGrid, Factors
-from .verdict import Harm
 
 NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (
     "none",

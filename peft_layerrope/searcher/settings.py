@@ -25,7 +25,7 @@ from ..tasks.specification import TaskSpecification
 from ..tuner.config import FACTOR_RANGE, LayerRopeConfig
 from ..tuner.scaling import RopeType
 from .memo import Guards
-from .schedule import MIN_STEPS
+from .plan import MIN_STEPS
 from .space import Curve, FactorGrid, FactorSpace, default_scaled_layers, parse_layers
 
 ELITES = 2

@@ -72,12 +72,16 @@ class Example:
         return self.query_ids + self.opening_ids
 
     def opened_as(self, written_ids: tuple[int, ...]) -> Example:
-        """Returns the example with the longest of its known openings that `written_ids` begin with, or their beginning
-        if they were cut off in it; with its own if they begin with none.
+        """Returns the example with that of its known openings which `written_ids` share most tokens with: a model that
+        gets the key wrong in a sentence still wrote the sentence. Of several, a whole one goes before a part.
         """
-        own = (self.opening_ids, self.answer_ids)
-        fitting = [t for t in (own, *self.other_targets) if t[0][: len(written_ids)] == written_ids[: len(t[0])]]
-        opening_ids, answer_ids = max(fitting, key=lambda target: len(target[0]), default=own)
+
+        def likeness(target: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, bool]:
+            pairs = enumerate(zip(target[0], written_ids, strict=False))
+            shared = next((i for i, (one, other) in pairs if one != other), min(len(target[0]), len(written_ids)))
+            return shared, shared == len(target[0])
+
+        opening_ids, answer_ids = max(((self.opening_ids, self.answer_ids), *self.other_targets), key=likeness)
         return replace(self, opening_ids=opening_ids, answer_ids=answer_ids)
 
     @property

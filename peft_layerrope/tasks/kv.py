@@ -28,8 +28,18 @@ from .base import (
     split_stream,
     spread_positions,
 )
-from .prompts import ASKED_EVERYWHERE, GOLD_MOVES, Prompt, PromptEncoder, PromptTask, check_positions, check_tokenizer
-from .records import cut_into_splits, data_path, read_records
+from .prompts import (
+    ASKED_EVERYWHERE,
+    GOLD_MOVES,
+    Prompt,
+    PromptEncoder,
+    PromptTask,
+    check_positions,
+    check_tokenizer,
+    cut_into_splits,
+    data_path,
+    read_records,
+)
 
 _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"

@@ -17,8 +17,17 @@ from ..errors import TaskError
 from ..messages import whole_number
 from .base import SPLIT_NAMES, Split, SplitName, check_request, check_seed
 from .metrics import normalised
-from .prompts import ASKED_EVERYWHERE, GOLD_MOVES, Prompt, PromptEncoder, PromptTask, check_positions
-from .records import cut_into_splits, data_path, read_records
+from .prompts import (
+    ASKED_EVERYWHERE,
+    GOLD_MOVES,
+    Prompt,
+    PromptEncoder,
+    PromptTask,
+    check_positions,
+    cut_into_splits,
+    data_path,
+    read_records,
+)
 
 PUBLISHED_NUM_POSITIONS = {10: 3, 20: 5, 30: 7}
 """By number of documents; spread evenly they are 0, 4, 9 of 10, and so on."""

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import TaskError
 from ..messages import named, whole_number
 from .base import SPLIT_NAMES, Example, Split, SplitName, check_length, check_request, check_seed
-from .prompts import check_tokenizer
-from .records import FRACTIONS, read_records
+from .prompts import FRACTIONS, check_tokenizer, read_records
 
 DATASETS_PREFIX = "datasets:"
 _SEAM = "\n\n"  # between the texts of a source, as is usual for WikiText

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from .config import LayerRopeConfig
+from .config import LayerRopeConfig, register
 from .model import LayerRopeModel
-from .registration import register
 
 register(LayerRopeConfig, LayerRopeModel)
 

@@ -14,9 +14,8 @@ from torch import nn
 
 from ..errors import LayerRopeError
 from .artifacts import FACTORS_KEY, KEY_PREFIX, check_factors_tensor, check_weights_file
-from .config import LayerRopeConfig
+from .config import PREFIX, LayerRopeConfig
 from .injection import BAKED_CONFIG_KEY, bake, has_other_tuner_layers, scaling_for, wrap
-from .registration import PREFIX
 from .rotary import LayerRopeLayer
 from .sites import DecoderStack, find_stack
 

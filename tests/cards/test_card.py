@@ -30,8 +30,7 @@ from peft_layerrope.cards import (
     save_card,
     with_adapter_id,
 )
-from peft_layerrope.demo import DEMO_NAME, demo_model_path
-from peft_layerrope.messages import is_local_path, public_name
+from peft_layerrope.messages import DEMO_NAME, demo_model_path, is_local_path, public_name
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.tuner.artifacts import save_adapter

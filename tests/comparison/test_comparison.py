@@ -16,7 +16,7 @@ from test_losses import windows
 from test_scorer import random_split, with_greedy_answers
 
 from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError, PositionScores, TaskError
-from peft_layerrope.comparison.compare import MAX_PARTS, Comparison, compare
+from peft_layerrope.comparison import MAX_PARTS, Comparison, compare
 from peft_layerrope.comparison.contenders import Contender, parse_baseline
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import difference_interval

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from peft_layerrope import PositionScores
-from peft_layerrope.comparison.compare import Comparison
-from peft_layerrope.comparison.report import (
+from peft_layerrope.comparison import (
+    Comparison,
     by_position_tables,
     comparison_markdown,
     describe_setting,

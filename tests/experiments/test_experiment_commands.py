@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from peft_layerrope import LayerRopeConfig
 from peft_layerrope.cli import app
-from peft_layerrope.experiments import report_plan, sweep
-from peft_layerrope.experiments.storage import load_section
+from peft_layerrope.experiments import report as report_plan
+from peft_layerrope.experiments import sweep
+from peft_layerrope.experiments.section import load_section
 from peft_layerrope.tuner.artifacts import save_adapter
 
 EXPERIMENTS = ("u-shape", "sweep", "halves", "control-points", "attention", "extrapolation", "transfer")

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from peft_layerrope.errors import SearchError
-from peft_layerrope.experiments import Section, SectionFigure, storage
-from peft_layerrope.experiments.storage import command_line, find_section, load_section, save_section
+from peft_layerrope.experiments import Section, SectionFigure
+from peft_layerrope.experiments import section as storage
+from peft_layerrope.experiments.section import command_line, find_section, load_section, save_section
 from peft_layerrope.report import Table
 
 PNG = b"\x89PNG\r\n\x1a\nnot really"

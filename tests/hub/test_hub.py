@@ -37,8 +37,8 @@ from peft_layerrope import (
 )
 from peft_layerrope.cards import ADAPTER_PLACEHOLDER, BEGIN, model_card, save_card
 from peft_layerrope.cli import app
-from peft_layerrope.demo import DEMO_NAME, demo_model_path
 from peft_layerrope.hub import PULL_RECORD, HubError, InvalidConfigError
+from peft_layerrope.messages import DEMO_NAME, demo_model_path
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.tuner.artifacts import FACTORS_KEY, save_adapter
 

@@ -14,7 +14,7 @@ from test_losses import windows
 from test_scorer import one_by_one, random_split
 
 from peft_layerrope import LayerRopeConfig
-from peft_layerrope.comparison.compare import compare
+from peft_layerrope.comparison import compare
 from peft_layerrope.comparison.contenders import contending, parse_baseline
 from peft_layerrope.experiments.attention import AttentionReader
 from peft_layerrope.scoring.scorer import Scorer

@@ -30,8 +30,10 @@ from peft_layerrope.searcher.gradient import (
     uniform_family,
 )
 from peft_layerrope.searcher.gradient_search import SIMPLEST_FIRST, farthest
-from peft_layerrope.searcher.ordinary_text import (
+from peft_layerrope.searcher.harm import (
     NUM_WINDOWS,
+    Harm,
+    choose,
     divergences,
     losses,
     read_windows,
@@ -39,9 +41,7 @@ from peft_layerrope.searcher.ordinary_text import (
     scored_positions,
     window_logits,
 )
-from peft_layerrope.searcher.plan import SilentProgress
-from peft_layerrope.searcher.schedule import MIN_STEPS, Rates, Schedule, schedule_for
-from peft_layerrope.searcher.verdict import Harm, choose
+from peft_layerrope.searcher.plan import MIN_STEPS, Rates, Schedule, SilentProgress, schedule_for
 
 LAYERS, LIMITS = range(NUM_LAYERS), (math.log(0.25), math.log(4))
 START = np.log([1.2, 0.7, 1.5, 0.9])

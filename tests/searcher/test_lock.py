@@ -17,11 +17,10 @@ from peft_layerrope.cli import evaluate as evaluate_command
 from peft_layerrope.cli import experiments as experiments_command
 from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
-from peft_layerrope.experiments import report_plan
+from peft_layerrope.experiments import report as report_plan
 from peft_layerrope.experiments.measuring import Measuring, measure
-from peft_layerrope.experiments.report_plan import Step
-from peft_layerrope.experiments.section import Section
-from peft_layerrope.experiments.storage import kept_section
+from peft_layerrope.experiments.report import Step
+from peft_layerrope.experiments.section import Section, kept_section
 from peft_layerrope.runs import JOURNAL_NAME, LOCK_NAME
 from peft_layerrope.searcher import plan_search
 

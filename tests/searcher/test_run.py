@@ -35,10 +35,10 @@ from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher import FactorGrid, Guards, ResultTable
 from peft_layerrope.searcher.gradient import GradientSteps
+from peft_layerrope.searcher.harm import Harm
 from peft_layerrope.searcher.plan import SilentProgress
 from peft_layerrope.searcher.result import read_record
 from peft_layerrope.searcher.run import _Run
-from peft_layerrope.searcher.verdict import Harm
 from peft_layerrope.tuner.sites import find_stack
 
 SMALL = {**SMALL_SEARCH, "share_mib": 8}

@@ -116,7 +116,7 @@ def test_openings_of_which_none_is_common_teach_nothing():
 
 
 def test_an_example_is_opened_as_its_answer_is():
-    """By the longest opening that the answer begins with, be it cut off in the middle of one; else as before."""
+    """By the opening that the answer shares most with, be it cut off in the middle of one, or wrong at its end."""
     alone = replace(split_of(), positions=(0,), examples=(example(0),))
     [asked] = Targets(KEYED, others=("", "The ")).applied(alone, TOKENIZER).examples
     value = PAIRS[0][1]
@@ -126,6 +126,7 @@ def test_an_example_is_opened_as_its_answer_is():
         assert asked.opened_as(written) == replace(asked, **target._asdict())
     keyed = ids_of(opened(KEYED, 0))
     assert asked.opened_as(keyed[: len(keyed) // 2]) == asked
+    assert asked.opened_as(keyed[: len(keyed) // 2] + ids_of(value)) == asked
     assert asked.opened_as(ids_of('"' + value)) == replace(asked, **rendered("", example(0), TOKENIZER)._asdict())
     [only] = Targets(KEYED).applied(alone, TOKENIZER).examples
     assert only.opened_as(ids_of(value)) == only

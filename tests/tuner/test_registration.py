@@ -14,7 +14,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from peft_layerrope import LayerRopeConfig, LayerRopeModel
-from peft_layerrope.tuner.registration import LAYER_ROPE, ensure_peft_type, extend_enum, register
+from peft_layerrope.tuner.config import LAYER_ROPE, ensure_peft_type, extend_enum, register
 
 
 def test_member_behaves_like_an_enum_member():
