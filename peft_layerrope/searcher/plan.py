@@ -18,7 +18,7 @@ from ..report import Table, duration
 from ..tuner.sites import embedding_table
 from .algorithms import first_and_rest_vectors, first_layers_alone_vectors, line_vectors
 from .gradient import STEP_COST
-from .settings import SearchSettings
+from .settings import MIN_STEPS, SearchSettings
 from .space import FactorSpace
 
 
@@ -220,7 +220,7 @@ def memory_in_use(model: nn.Module) -> int:
 
 CONTEXTS_PER_STEP = 2
 """Fresh contexts that a step's gradient is taken on."""
-MIN_STEPS, MAX_STEPS = 4, 400
+MAX_STEPS = 400
 UNIFORM_VALUES = 11  # factors of the coarse grid from one end of the range to the other
 BOUNDED_VALUES = 7
 _FAMILIES, _NUMBERS = 2, 2  # controls of two numbers each

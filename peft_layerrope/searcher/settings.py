@@ -25,11 +25,12 @@ from ..tasks.specification import TaskSpecification
 from ..tuner.config import FACTOR_RANGE, LayerRopeConfig
 from ..tuner.scaling import RopeType
 from .memo import Guards
-from .plan import MIN_STEPS
 from .space import Curve, FactorGrid, FactorSpace, default_scaled_layers, parse_layers
 
 ELITES = 2
 """Of a generation, who go on as they are."""
+MIN_STEPS = 4
+"""Of a search by gradients."""
 GRADIENT_LIMITS = (0.25, 4.0)
 """Smallest and largest factor of a search by gradients, where no grid is given."""
 PAPER = {"objective": "accuracy", "refine": False, "race": False, "guards": Guards(None, None)}

@@ -41,7 +41,8 @@ from peft_layerrope.searcher.harm import (
     scored_positions,
     window_logits,
 )
-from peft_layerrope.searcher.plan import MIN_STEPS, Rates, Schedule, SilentProgress, schedule_for
+from peft_layerrope.searcher.plan import Rates, Schedule, SilentProgress, schedule_for
+from peft_layerrope.searcher.settings import MIN_STEPS
 
 LAYERS, LIMITS = range(NUM_LAYERS), (math.log(0.25), math.log(4))
 START = np.log([1.2, 0.7, 1.5, 0.9])
