@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.utils import quantization_config as quantizations
 
-from ._version import __version__
+from . import __version__
 from .declaration import declared, option
 from .errors import InvalidConfigError, LayerRopeError
 from .loading import adapter_identity, adapter_weights, check_present, load_peft_config, put_on

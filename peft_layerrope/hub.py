@@ -31,7 +31,7 @@ from huggingface_hub.utils import get_token, validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ._version import __version__
+from . import __version__
 from .cards import (
     CARD_NAME,
     generated_part,

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from torch import nn
 
-from .._version import __version__
+from .. import __version__
 from ..base_model import model_fingerprint
 from ..comparison.contenders import Contender
 from ..declaration import as_options

@@ -13,7 +13,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from .._version import __version__
+from .. import __version__
 from ..base_model import describe_loading, library_versions, model_fingerprint
 from ..errors import SearchError, TaskError
 from ..files import to_float, to_json, write_atomically, writing

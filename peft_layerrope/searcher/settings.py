@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
-from .._version import __version__
+from .. import __version__
 from ..base_model import ModelSource
 from ..declaration import converted, declared, option
 from ..errors import SearchError
