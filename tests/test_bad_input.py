@@ -729,12 +729,12 @@ CALLS = {
     "compare: twice": (lambda m, t: compare(m, _words(t).split("test", 1), [NONE, NONE]), TaskError, "'no scaling'"),
     "compare: resume": (
         lambda m, t: compare(m, _words(t).split("test", 1), [NONE], resume=True),
-        TaskError,
+        InvalidConfigError,
         "resume=True needs",
     ),
     "compare: resume without a folder": (
         lambda m, t: compare(m, _words(t).split("test", 1), [NONE], resume=True),
-        TaskError,
+        InvalidConfigError,
         "folder",
     ),
     "compare: adapter": (
@@ -769,7 +769,7 @@ CALLS = {
     "search: both": (lambda m, t: search(m, _words(t), SearchSettings(), seed=8), SearchError, "got both: seed"),
     "search: resume and overwrite": (
         lambda m, t: search(m, _words(t), resume=True, overwrite=True, folder="nonesuch", progress=False),
-        SearchError,
+        InvalidConfigError,
         "overwrite",
     ),
     "plan_search: no model": (

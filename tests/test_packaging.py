@@ -122,7 +122,7 @@ def test_what_the_readme_installs_is_pinned():
 def test_the_version_is_written_once():
     assert importlib.metadata.version("peft-layerrope") == peft_layerrope.__version__
     assert "version" not in PROJECT
-    texts = [path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "_version.py"]
+    texts = [path.read_text() for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
     assert not any(f'"{peft_layerrope.__version__}"' in text for text in texts)
 
 

@@ -233,7 +233,7 @@ class GradientSearch:
 
     def _write(self) -> Windows:
         self._set(self._rounded(np.zeros(self._space.num_layers)))
-        return sample_windows(self._model, NUM_WRITTEN, self._text_tokens, seed=self._settings.seed)
+        return sample_windows(self._model, NUM_WRITTEN, self._text_tokens, seed=self._settings.seed, read=self._read)
 
     def _bounded_values(self, family: Family) -> list[float]:
         """Log-factors from one end of the bound to the other."""

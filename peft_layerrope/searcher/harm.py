@@ -33,6 +33,7 @@ NUM_WINDOWS, NUM_WRITTEN = 4, 2
 SAMPLE_NAME = "sample_text.txt"
 _MAX_UNKNOWN = 0.1  # share of unknown tokens from which on a text is none to the model
 _CHARACTERS_PER_TOKEN = 40  # read of a file at most, for each token that is wanted
+_BEGUN_TOKENS = 16  # of people's text, from which a sample goes on
 _SAMPLED_TOKENS = 256  # tokens of one sample: a window holds several, one after the other
 _SCORED = 128  # positions of a window at which distributions are compared for a gradient
 
@@ -80,7 +81,7 @@ def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int) -> Windows:
+def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int, read: Windows = ()) -> Windows:
     """Has a model write text at temperature 1.
 
     Args:
@@ -88,17 +89,26 @@ def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int
         num_windows: pieces of text.
         length: tokens of each. A window is filled with samples of at most 256 tokens, one after the other.
         seed: of the draws.
+        read: people's text, of which each sample goes on from a few tokens: out of nothing an instruct model writes
+            what nobody reads. None: it begins at the token that text begins with.
     """
     per_window = -(-length // _SAMPLED_TOKENS)
     size = -(-length // per_window)
     start, ends = _special_tokens(model)
+    count = num_windows * per_window
+    begun = max(1, min(_BEGUN_TOKENS, size // 4)) if read else 1
+    begins = [[start]] * count
+    if read:
+        pieces = [window[i : i + begun] for i in range(0, len(read[0]) - begun, begun) for window in read]
+        begins = [list(pieces[i * len(pieces) // count]) for i in range(count)]
+    more = size - begun if read else size
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        min_new_tokens=size,
-        max_new_tokens=size,
+        min_new_tokens=more,
+        max_new_tokens=more,
         eos_token_id=ends or None,  # none before the minimum, that is, never
         pad_token_id=start,
     )
@@ -107,11 +117,10 @@ def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int
     def attempt(rows: int) -> list[list[int]]:
         samples: list[list[int]] = []
         with _seeded(seed, device):
-            while len(samples) < num_windows * per_window:
-                count = min(rows, num_windows * per_window - len(samples))
-                ids = torch.full((count, 1), start, device=device)
+            while len(samples) < count:
+                ids = torch.tensor(begins[len(samples) : len(samples) + rows], device=device)
                 written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-                samples += written[:, 1 : 1 + size].tolist()
+                samples += written[:, 0 if read else 1 :].tolist()
         return samples
 
     with torch.no_grad():

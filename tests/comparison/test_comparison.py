@@ -15,7 +15,14 @@ from test_contenders import state_of, trained_lora
 from test_losses import windows
 from test_scorer import random_split, with_greedy_answers
 
-from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError, PositionScores, TaskError
+from peft_layerrope import (
+    AdapterMismatchError,
+    InvalidConfigError,
+    LayerRopeConfig,
+    LayerRopeError,
+    PositionScores,
+    TaskError,
+)
 from peft_layerrope.comparison import MAX_PARTS, Comparison, compare
 from peft_layerrope.comparison.contenders import Contender, parse_baseline
 from peft_layerrope.scoring.scorer import Scorer
@@ -164,26 +171,26 @@ def test_another_comparison_is_not_resumed(model, split, contenders, tmp_path):
         ("answers was", (model, replace(split, examples=answered), contenders)),
         ("contenders.yarn:2 was", (model, split, contenders[:2])),
     ):
-        with pytest.raises(TaskError, match=message):
+        with pytest.raises(InvalidConfigError, match=message):
             compare(*attempt, folder=tmp_path, resume=True)
     forced = replace(split, examples=answered)
     compare(model, forced, contenders, folder=tmp_path / "forced")
-    with pytest.raises(TaskError, match=r"judged\.by was"):
+    with pytest.raises(InvalidConfigError, match=r"judged\.by was"):
         compare(model, replace(forced, judge=JUDGE), contenders, folder=tmp_path / "forced", resume=True)
 
 
 def test_folders_that_do_not_fit_are_refused(model, split, contenders, tmp_path):
-    with pytest.raises(TaskError, match="needs the folder"):
+    with pytest.raises(InvalidConfigError, match="needs the folder"):
         compare(model, split, contenders, resume=True)
     with pytest.raises(KilledError):
         compare(model, split, contenders, folder=tmp_path, progress=killed_at(3))
-    with pytest.raises(TaskError, match="resume it"):
+    with pytest.raises(InvalidConfigError, match="resume it"):
         compare(model, split, contenders, folder=tmp_path)
     file = tmp_path / "journal.jsonl"
     text = file.read_text()
     for damaged in ("[]\n", text.replace('"format": 1', '"format": 9'), text.replace('"accuracy"]', '"beauty"]')):
         file.write_text(damaged)
-        with pytest.raises(TaskError, match=file.name):
+        with pytest.raises(InvalidConfigError, match=file.name):
             compare(model, split, contenders, folder=tmp_path, resume=True)
 
 
@@ -246,7 +253,7 @@ def test_written_answers_are_kept_and_resumed(model, split, contenders, tmp_path
         compare(model, asked, contenders, folder=tmp_path / "killed", progress=killed_at(13))
     assert as_json(compare(model, asked, contenders, folder=tmp_path / "killed", resume=True)) == as_json(whole)
     shorter = replace(asked, judge=Judge("contains_value", Letters(), 2))
-    with pytest.raises(TaskError, match=r"judged\.max_new_tokens was 3 there and is 2 now"):
+    with pytest.raises(InvalidConfigError, match=r"judged\.max_new_tokens was 3 there and is 2 now"):
         compare(model, shorter, contenders, folder=tmp_path / "killed", resume=True)
 
 

@@ -16,7 +16,7 @@ from peft import get_peft_model
 from scipy.special import rel_entr, softmax
 from tiny_tokenizer import tiny_bpe
 
-from peft_layerrope import LayerRopeConfig, SearchError, TaskError, search
+from peft_layerrope import InvalidConfigError, LayerRopeConfig, TaskError, search
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher.gradient import (
@@ -172,6 +172,17 @@ def test_what_a_model_writes_is_drawn_by_the_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert sample_windows(model, 3, 20, seed=6) != first
     assert [len(window) for window in first] == [20] * 3
+
+
+def test_what_a_model_writes_goes_on_from_what_people_wrote():
+    model, read = build_model("llama"), (tuple(range(3, 43)), tuple(range(50, 90)))
+    windows = sample_windows(model, 4, 40, seed=5, read=read)
+    assert [len(window) for window in windows] == [40] * 4
+    texts = [",".join(map(str, window)) for window in read]
+    assert len({window[:10] for window in windows}) == 4
+    assert all(any(",".join(map(str, window[:10])) in text for text in texts) for window in windows)
+    assert not any(",".join(map(str, window)) in text for text in texts for window in windows)
+    assert sample_windows(model, 4, 40, seed=5, read=read) == windows
 
 
 def quadratic(target: np.ndarray, curvature: float = 0.5, noise: float = 0.0):
@@ -377,7 +388,7 @@ def test_minutes_become_a_plan_that_repeats_the_search(tmp_path):
 
 def test_a_search_that_goes_on_refuses_other_settings(tmp_path):
     search(build_model("llama"), token_task(length=14), **SMALL, folder=tmp_path)
-    with pytest.raises(SearchError, match="max_harm"):
+    with pytest.raises(InvalidConfigError, match="max_harm"):
         search(build_model("llama"), token_task(length=14), **SMALL, max_harm=0.5, folder=tmp_path, resume=True)
 
 

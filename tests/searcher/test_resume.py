@@ -12,7 +12,7 @@ from conftest import build_model
 from fakes import TaskWithShortPrompts, journal_of
 from transformers import PreTrainedModel
 
-from peft_layerrope import SearchError, SearchResult, UnsupportedModelError, search
+from peft_layerrope import InvalidConfigError, SearchError, SearchResult, UnsupportedModelError, search
 from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher.evaluator import ModelEvaluator
@@ -148,7 +148,7 @@ def stopped(tmp_path_factory):
 
 
 def test_a_journal_must_be_resumed(stopped):
-    with pytest.raises(SearchError, match="resume it"):
+    with pytest.raises(InvalidConfigError, match="resume it"):
         run(stopped)
 
 
@@ -166,7 +166,7 @@ def test_a_journal_must_be_resumed(stopped):
 def test_another_search_is_refused_by_name(stopped, change, name):
     before = (stopped / JOURNAL_NAME).read_text()
     arguments = {"model": small_model(), "task": TaskWithShortPrompts(groups=40), **SMALL, **change}
-    with pytest.raises(SearchError, match=f"is of another run: {name}"):
+    with pytest.raises(InvalidConfigError, match=f"is of another run: {name}"):
         search(**arguments, folder=stopped, resume=True, progress=False)
     assert (stopped / JOURNAL_NAME).read_text() == before
 
@@ -193,7 +193,7 @@ def test_a_weight_and_the_attention_implementation_count(stopped):
     eager = small_model()
     eager.set_attn_implementation("eager")
     for other in (model, eager):
-        with pytest.raises(SearchError, match="model was "):
+        with pytest.raises(InvalidConfigError, match="model was "):
             search(other, TaskWithShortPrompts(groups=40), **SMALL, folder=stopped, resume=True, progress=False)
 
 
@@ -211,7 +211,7 @@ def test_overwriting_begins_anew_once_all_is_checked(whole, tmp_path):
 
 
 def test_resuming_needs_a_folder():
-    with pytest.raises(SearchError, match="folder"):
+    with pytest.raises(InvalidConfigError, match="folder"):
         run(None, resume=True)
 
 

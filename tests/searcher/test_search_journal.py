@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_layerrope import PositionScores, SearchError
+from peft_layerrope import InvalidConfigError, PositionScores, SearchError
 from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.searcher.common import SearchJournal
 from peft_layerrope.searcher.evaluator import HeatScores, Measurement
@@ -80,5 +80,5 @@ def test_a_value_that_is_not_what_it_should_be_is_damage(folder, kind, damage):
     entry = next(entry for entry in entries if entry.get("kind") == kind)
     entry["value"] = damage(entry["value"])
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    with SearchJournal(folder, {}, resume=True) as journal, pytest.raises(SearchError, match=JOURNAL_NAME):
+    with SearchJournal(folder, {}, resume=True) as journal, pytest.raises(InvalidConfigError, match=JOURNAL_NAME):
         assert all((journal.measurements, journal.scores, journal.gradient_path))
