@@ -370,7 +370,7 @@ def _on(device: torch.device, value: torch.Tensor | dict[str, torch.Tensor]) -> 
     return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
 
 
-_JUDGED_AT_ONCE = 4096  # rows of logits in float32: a long text of a large vocabulary would fill the memory
+_JUDGED_BYTES = 2**28  # of logits in float32 at once: a long text of a large vocabulary would fill the memory
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -446,7 +446,8 @@ def judge_tokens(logits: torch.Tensor, gold: torch.Tensor) -> tuple[torch.Tensor
         which it never is where the log-probability is not a number.
     """
     log_probs, right = [], []
-    for part, ids in zip(logits.split(_JUDGED_AT_ONCE), gold.split(_JUDGED_AT_ONCE), strict=True):
+    rows = max(1, _JUDGED_BYTES // (4 * logits.shape[-1]))
+    for part, ids in zip(logits.split(rows), gold.split(rows), strict=True):
         log_probs.append(part.float().log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1))
         right.append((part.argmax(-1) == ids) & ~log_probs[-1].isnan())
     return torch.cat(log_probs), torch.cat(right)

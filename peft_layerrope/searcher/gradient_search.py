@@ -77,7 +77,7 @@ class Found:
     Attributes:
         factors: of each layer, rounded.
         fitness: mean probability of the targets on contexts of the search split: the average of the last steps, or of
-            the contexts of a race.
+            the contexts of a race; not a number where none was run.
         evaluations: vectors whose fitness was looked at.
         steps: of a climb.
     """
@@ -173,7 +173,7 @@ class GradientSearch:
                 start += schedule.steps * CONTEXTS_PER_STEP
                 results[name] = self._climbed(name, family(*layers), schedule.steps, start)
             else:
-                results[name] = self._replayed(name, family(*layers), per_layer.steps, schedule)
+                results[name] = self._replayed(name, family(*layers), per_layer.steps)
         results[PER_LAYER] = per_layer
         scores = self._scored(
             "validation",
@@ -224,7 +224,9 @@ class GradientSearch:
         wide = np.linspace(*np.log(UNIFORM_RANGE), UNIFORM_VALUES)
         races = {UNIFORM: wide, BOUNDED: self._bounded_values(family)}
         unscaled = self._rounded(np.zeros(self._space.num_layers))
-        results = {NONE: Found(unscaled, self._fitness(unscaled, schedule.rounds), 1)}
+        starts = np.cumsum([0, *schedule.rounds[:-1]]).tolist()
+        parts = [self._by_context(unscaled, *part) for part in zip(starts, schedule.rounds, strict=True)]
+        results = {NONE: Found(unscaled, float(np.mean(np.concatenate(parts))), 1)}
         for name, values in races.items():
             vectors = list(dict.fromkeys(self._rounded(family.log_factors(np.array([value]))) for value in values))
             with self._stage(f"race: {name}", sum(schedule.running(len(vectors)))):
@@ -263,12 +265,6 @@ class GradientSearch:
             running.sort(key=lambda vector: -rank_key(np.mean(values[vector])))
             self._audience.note(f"best {running[0][-1]:g} {np.mean(values[running[0]]):.3f}")
         return Found(running[0], float(np.mean(values[running[0]])), len(vectors))
-
-    def _fitness(self, factors: Factors, rounds: Sequence[int]) -> float:
-        """Of a vector that runs in every round of a race."""
-        starts = np.cumsum([0, *rounds[:-1]]).tolist()
-        parts = [self._by_context(factors, *part) for part in zip(starts, rounds, strict=True)]
-        return float(np.mean(np.concatenate(parts)))
 
     def _by_context(self, factors: Factors, start: int, contexts: int) -> list[float]:
         def scored() -> list[float]:
@@ -314,7 +310,7 @@ class GradientSearch:
         fitness = float(np.mean([step.fitness.value for step in steps[len(steps) // 2 :]]))
         return Found(self._rounded(self._within_bound(averaged(steps))), fitness, len(steps), tuple(steps))
 
-    def _replayed(self, name: str, family: Family, steps: Sequence[Step], schedule: Schedule) -> Found:
+    def _replayed(self, name: str, family: Family, steps: Sequence[Step]) -> Found:
         """Climbs once more, in a smaller family, on the slopes of fitness that the steps of a larger one saw where they
         were, which is near; of the divergence on the parabola that it is near the unscaled model.
         """
@@ -333,8 +329,7 @@ class GradientSearch:
 
         origin, bounds = np.zeros(self._space.num_layers), (self._max_divergence, self._limits)
         climbed = list(climb(family, origin, len(steps), slopes, max_divergence=bounds[0], limits=bounds[1]))
-        factors = self._rounded(self._within_bound(averaged(climbed)))
-        return Found(factors, self._fitness(factors, schedule.rounds[:1]), len(steps))
+        return Found(self._rounded(self._within_bound(averaged(climbed))), math.nan, len(steps))
 
     @property
     def _max_divergence(self) -> float | None:

@@ -164,7 +164,7 @@ class HeldOutTables:
         harmed = all(row.harm is not None for row in self.table)
         rows = []
         for row in self.table:
-            line = [row.label, str(row.evaluations), f"{row.fitness:.3f}"]
+            line = [row.label, str(row.evaluations), f"{row.fitness:.3f}" if math.isfinite(row.fitness) else ""]
             if harmed:
                 rise = row.harm.loss_rise
                 line += [f"{row.harm.divergence.value:.4f}", f"{rise.value:+.4f}" if rise is not None else "–"]
@@ -279,7 +279,7 @@ class SearchResult(HeldOutTables):
             "name": row.name,
             "label": row.label,
             "layer_factors": list(row.factors),
-            "search_fitness": round(row.fitness, 6),
+            "search_fitness": round(row.fitness, 6) if math.isfinite(row.fitness) else None,
             "evaluations": row.evaluations,
             "exhaustive": row.exhaustive,
             "test": row.scores.to_dict(),
