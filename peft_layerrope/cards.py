@@ -137,6 +137,7 @@ DEMO_LICENSE = "apache-2.0"
 
 ACCURACY_PLOT, FACTORS_PLOT = "accuracy_by_position.png", "factors_by_depth.png"
 HARM_PLOT = "gain_over_harm.png"
+REPORT_NAME, SPECIFICATION_NAME = "search.json", "search.yaml"
 _PAPERS = ("2503.04355", "2606.27705")
 _ADAPTER_LINE = re.compile(r'^adapter = ".*"$', re.MULTILINE)
 _BASE_LINE = re.compile(r"^base = .*$", re.MULTILINE)
@@ -465,10 +466,10 @@ def _limits(config: LayerRopeConfig, held_out: HeldOut | None) -> str:
 
 
 def _reproduce(files: Collection[str]) -> str:
-    if "search.json" not in files:
+    if REPORT_NAME not in files:
         return ""
     record = "`search.json` holds splits, seeds, settings, every method's factors and the scores by position."
-    if "search.yaml" not in files:
+    if SPECIFICATION_NAME not in files:
         return f"## Reproduce\n\n{record}"
     return f"""## Reproduce
 

@@ -34,6 +34,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from . import __version__
 from .cards import (
     CARD_NAME,
+    REPORT_NAME,
+    SPECIFICATION_NAME,
     generated_part,
     has_own_text,
     merge_data,
@@ -126,7 +128,6 @@ def _line(error: BaseException) -> str:
     return lines[0][:300] if lines else type(error).__name__
 
 
-REPORT_NAME, SPECIFICATION_NAME = "search.json", "search.yaml"
 PUBLISHED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME, SPECIFICATION_NAME, REPORT_NAME, "*.png")
 """Names and patterns of the files that go to the Hub and come from it."""
 

@@ -13,6 +13,7 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import load_tokenizer, model_fingerprint
+from ..cards import REPORT_NAME
 from ..comparison.contenders import Contender, parse_baseline
 from ..declaration import changed, declared, option
 from ..errors import SearchError, TaskError
@@ -23,7 +24,7 @@ from ..loading import load_adapter_config
 from ..runs import check_free
 from ..searcher import FactorGrid, SearchSettings
 from ..searcher.plan import RichProgress
-from ..searcher.result import REPORT_NAME, read_record
+from ..searcher.result import read_record
 from ..tasks import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
 from ..tuner.config import LayerRopeConfig

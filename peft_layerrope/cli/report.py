@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..base_model import ModelSource, check_source, format_model_args, load_tokenizer
+from ..cards import SPECIFICATION_NAME
 from ..declaration import changed, spellings
 from ..errors import SearchError
 from ..experiments.measuring import factor_vector
@@ -40,7 +41,6 @@ from .options import (
     takes_settings,
 )
 
-_SPECIFICATION_NAME = "search.yaml"
 _NOT_TAKEN = ("device", "trust_remote_code")
 _LONGEST = 64  # times the trained window: more is a damaged or hostile file
 
@@ -156,7 +156,7 @@ def _compute(searched: SearchSpecification, model: str | None, computing: Typed)
 
 def _searched(folder: Path, record: SearchRecord) -> SearchSpecification:
     """The search that is reported on; a file that its task read is named by whoever asks for the report."""
-    path = folder / _SPECIFICATION_NAME
+    path = folder / SPECIFICATION_NAME
     if path.is_file():
         found = SearchSpecification.of(read_specification(path), str(path))
         task = replace(found.task, length=found.task.length or record.task.length, data=None)

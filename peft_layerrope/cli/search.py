@@ -15,7 +15,7 @@ import typer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..base_model import check_source, load_tokenizer
-from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT
+from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, SPECIFICATION_NAME
 from ..declaration import changed
 from ..errors import SearchError
 from ..files import writing
@@ -23,7 +23,7 @@ from ..runs import RUN_FOLDER, check_free, locked
 from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
 from ..searcher.gradient_run import GradientPlan
-from ..searcher.result import REPORT_NAME, TIMING_NAME
+from ..searcher.result import TIMING_NAME
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
 from ..tuner.sites import embedding_table
@@ -46,7 +46,6 @@ from .options import (
 
 _run_option = partial(typer.Option, rich_help_panel="Running")
 
-SPECIFICATION_NAME = "search.yaml"
 _DEMO_ALGORITHM = "genetic"  # the demo is asked far beyond its trained window, where gradients find little
 _USUAL_LENGTH = 4096  # tokens: the middle is lost far inside the window, and a longer prompt takes longer
 _SIZES = ("length", "num_keys", "difficulty", "data")

@@ -210,7 +210,7 @@ def adapt(
 _STRIDES = (4, 2, 1)  # steps on the grid, coarse to fine
 
 
-def climb(start: Factors, view: BudgetView, space: FactorSpace, max_evaluations: int) -> Found:
+def coordinate_ascent(start: Factors, view: BudgetView, space: FactorSpace, max_evaluations: int) -> Found:
     """Moves one layer's factor at a time along the grid as long as the fitness rises.
 
     Sweeps over the scaled layers with strides of 4, 2 and 1 grid steps, taking the better of up and down; a stride
@@ -339,7 +339,9 @@ def run_strategy(
         on_generation: told after each generation, by algorithms that have them.
     """
     if settings.algorithm == "greedy":
-        return climb(space.spread([seeds[-1]] * len(space.scaled_layers)), view, space, settings.search_evaluations)
+        return coordinate_ascent(
+            space.spread([seeds[-1]] * len(space.scaled_layers)), view, space, settings.search_evaluations
+        )
     genome = make_genome(settings.genome, space)
     if settings.algorithm == "random":
         return _random(settings, space, view, rng)

@@ -71,7 +71,7 @@ _DIGITS = 2
 
 
 @dataclass(frozen=True)
-class Found:
+class MethodResult:
     """What a method ended with.
 
     Attributes:
@@ -99,7 +99,7 @@ class Outcome:
         test: held-out scores of each, of the answers that the model writes where the task has a metric.
     """
 
-    found: Mapping[str, Found]
+    found: Mapping[str, MethodResult]
     harm: Mapping[str, Harm]
     chosen: str
     test: Mapping[str, PositionScores]
@@ -218,7 +218,7 @@ class GradientSearch:
     def _set(self, factors: Factors) -> None:
         self._model.base_model.set_layer_factors(factors)
 
-    def _uniform(self, schedule: Schedule) -> dict[str, Found]:
+    def _uniform(self, schedule: Schedule) -> dict[str, MethodResult]:
         """The best uniform factor of a wide range, and the best of those that keep to the bound."""
         family = uniform_family(self._space.key_sources, self._space.scaled_layers)
         wide = np.linspace(*np.log(UNIFORM_RANGE), UNIFORM_VALUES)
@@ -226,7 +226,7 @@ class GradientSearch:
         unscaled = self._rounded(np.zeros(self._space.num_layers))
         starts = np.cumsum([0, *schedule.rounds[:-1]]).tolist()
         parts = [self._by_context(unscaled, *part) for part in zip(starts, schedule.rounds, strict=True)]
-        results = {NONE: Found(unscaled, float(np.mean(np.concatenate(parts))), 1)}
+        results = {NONE: MethodResult(unscaled, float(np.mean(np.concatenate(parts))), 1)}
         for name, values in races.items():
             vectors = list(dict.fromkeys(self._rounded(family.log_factors(np.array([value]))) for value in values))
             with self._stage(f"race: {name}", sum(schedule.running(len(vectors)))):
@@ -253,7 +253,7 @@ class GradientSearch:
         ]
         return [share * end for end in ends for share in (1.0, 2 / 3, 1 / 3)] + [0.0]
 
-    def _raced(self, vectors: Sequence[Factors], schedule: Schedule) -> Found:
+    def _raced(self, vectors: Sequence[Factors], schedule: Schedule) -> MethodResult:
         """Scores vectors on more and more contexts; after each round the better half goes on."""
         start, running = 0, list(vectors)
         values: dict[Factors, list[float]] = {vector: [] for vector in vectors}
@@ -264,7 +264,7 @@ class GradientSearch:
             start += contexts
             running.sort(key=lambda vector: -rank_key(np.mean(values[vector])))
             self._audience.note(f"best {running[0][-1]:g} {np.mean(values[running[0]]):.3f}")
-        return Found(running[0], float(np.mean(values[running[0]])), len(vectors))
+        return MethodResult(running[0], float(np.mean(values[running[0]])), len(vectors))
 
     def _by_context(self, factors: Factors, start: int, contexts: int) -> list[float]:
         def scored() -> list[float]:
@@ -277,7 +277,7 @@ class GradientSearch:
         """By likelihood: a context in one row with its many questions, which is quicker than through the KV cache."""
         return self._scorer.score(split, packed=can_pack(self._model) or None)
 
-    def _climbed(self, name: str, family: Family, count: int, start: int) -> Found:
+    def _climbed(self, name: str, family: Family, count: int, start: int) -> MethodResult:
         origin = np.zeros(self._space.num_layers)  # a race on few contexts may begin on the wrong side of it
         steps: list[Step] = []
 
@@ -308,9 +308,9 @@ class GradientSearch:
         if not steps:
             raise SearchError(f"{name}: the gradient is not finite at its first step; use another --dtype.")
         fitness = float(np.mean([step.fitness.value for step in steps[len(steps) // 2 :]]))
-        return Found(self._rounded(self._within_bound(averaged(steps))), fitness, len(steps), tuple(steps))
+        return MethodResult(self._rounded(self._within_bound(averaged(steps))), fitness, len(steps), tuple(steps))
 
-    def _replayed(self, name: str, family: Family, steps: Sequence[Step]) -> Found:
+    def _replayed(self, name: str, family: Family, steps: Sequence[Step]) -> MethodResult:
         """Climbs once more, in a smaller family, on the slopes of fitness that the steps of a larger one saw where they
         were, which is near; of the divergence on the parabola that it is near the unscaled model.
         """
@@ -329,7 +329,7 @@ class GradientSearch:
 
         origin, bounds = np.zeros(self._space.num_layers), (self._max_divergence, self._limits)
         climbed = list(climb(family, origin, len(steps), slopes, max_divergence=bounds[0], limits=bounds[1]))
-        return Found(self._rounded(self._within_bound(averaged(climbed))), math.nan, len(steps))
+        return MethodResult(self._rounded(self._within_bound(averaged(climbed))), math.nan, len(steps))
 
     @property
     def _max_divergence(self) -> float | None:
@@ -357,7 +357,7 @@ class GradientSearch:
         return self._gradient.of_divergence(windows[number], positions, log_factors)
 
     def _scored(
-        self, split: str, stage: str, results: Mapping[str, Found], score: Callable[[], PositionScores]
+        self, split: str, stage: str, results: Mapping[str, MethodResult], score: Callable[[], PositionScores]
     ) -> dict[str, PositionScores]:
         """What `score` returns with each vector."""
         scores: dict[str, PositionScores] = {}
@@ -371,7 +371,7 @@ class GradientSearch:
                 scores[name] = PositionScores.from_plain(self._once(split, f"{found.factors}", plain))
         return scores
 
-    def _harm(self, results: Mapping[str, Found], scores: Mapping[str, PositionScores]) -> dict[str, Harm]:
+    def _harm(self, results: Mapping[str, MethodResult], scores: Mapping[str, PositionScores]) -> dict[str, Harm]:
         with self._stage("what they do to ordinary text", len(results)):
             harm = {name: self._harm_on_text(found.factors) for name, found in results.items()}
         if scores[NONE].measure == "loss":

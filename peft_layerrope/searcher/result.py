@@ -14,7 +14,7 @@ import numpy as np
 from peft.utils import CONFIG_NAME
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, HeldOut, model_card, save_card
+from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, HeldOut, model_card, save_card
 from ..declaration import converted
 from ..errors import InvalidConfigError, LayerRopeError, SearchError
 from ..files import read_json_object, replacing_files, to_json
@@ -68,7 +68,7 @@ LABELS = {
 }
 
 
-REPORT_NAME, TIMING_NAME = "search.json", "timing.json"
+TIMING_NAME = "timing.json"
 
 _NO_TAIL_GUARD = {"tail_accuracy": None, "max_tail_drop": None}
 

@@ -29,7 +29,7 @@ from .algorithms import (
     Found,
     Generation,
     best_of,
-    climb,
+    coordinate_ascent,
     first_and_rest_vectors,
     first_layers_alone_vectors,
     line_vectors,
@@ -423,7 +423,7 @@ class _Run:
                 candidates.append(self._gradient(curve, view))
         with self._stage("coordinate steps", settings.refine_evaluations):
             start = max(candidates, key=lambda found: found.fitness)
-            candidates.append(climb(start.factors, view, self.space, settings.refine_evaluations))
+            candidates.append(coordinate_ascent(start.factors, view, self.space, settings.refine_evaluations))
         with self._stage("choice on the validation split", len(candidates)):
             scores = self._scores("validation", [found.factors for found in candidates])
             chosen = max(candidates, key=lambda found: rank_key(self._utilisation(scores[found.factors])))

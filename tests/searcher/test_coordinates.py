@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 from fakes import minus_distance, space_of, view_of
 
-from peft_layerrope.searcher.algorithms import climb
+from peft_layerrope.searcher.algorithms import coordinate_ascent
 
 
 def test_climbing_reaches_a_jagged_optimum_that_no_curve_has():
     target = (1.9, 1.0, 2.0, 1.1, 1.7, 1.0)
-    found = climb((1.5,) * 6, view_of(minus_distance(target)), space_of(6), 500)
+    found = coordinate_ascent((1.5,) * 6, view_of(minus_distance(target)), space_of(6), 500)
     assert (found.factors, found.fitness) == (target, 0.0)
 
 
 def test_climbing_moves_only_free_layers_and_those_tied_to_them():
     space = space_of(5, scaled=(1, 3), sources=(0, 1, 2, 3, 1))
-    found = climb((1.0,) * 5, view_of(minus_distance((2.0,) * 5)), space, 500)
+    found = coordinate_ascent((1.0,) * 5, view_of(minus_distance((2.0,) * 5)), space, 500)
     assert found.factors == (1.0, 2.0, 1.0, 2.0, 2.0)
 
 
@@ -30,6 +30,6 @@ def test_climbing_keeps_to_its_budget_and_is_never_worse_than_its_start(budget, 
         view.evaluate([start])
         spent = 0
     before = view.evaluations
-    found = climb(start, view, space_of(4), max(budget, spent))
+    found = coordinate_ascent(start, view, space_of(4), max(budget, spent))
     assert view.evaluations - before <= max(budget, spent)
     assert found.fitness == view.fitness[found.factors] >= view.fitness[start]

@@ -9,7 +9,7 @@ import pytest
 from fakes import Formula, space_of
 
 from peft_layerrope.searcher import Guards
-from peft_layerrope.searcher.algorithms import best_of, climb, uniform_vectors
+from peft_layerrope.searcher.algorithms import best_of, coordinate_ascent, uniform_vectors
 from peft_layerrope.searcher.evaluator import Heats, HeatScores, Measurement
 from peft_layerrope.searcher.memo import BudgetView, Memo
 
@@ -87,7 +87,7 @@ def test_violators_rank_below_the_unscaled_model(guards, highest):
     unscaled = view.fitness[1.0, 1.0]
     for vector, fitness in view.fitness.items():
         assert (fitness < unscaled) == (max(vector) > highest)
-    assert climb((1.0, 1.0), guarded(guards), space, 100).factors == (highest,) * 2
+    assert coordinate_ascent((1.0, 1.0), guarded(guards), space, 100).factors == (highest,) * 2
 
 
 def test_a_worse_violation_ranks_lower():
