@@ -24,6 +24,7 @@ MAX_LENGTH = 2**22
 """Tokens of a prompt: four million, more than any model takes. What is longer is a typing error, and would be built."""
 MAX_GROUPS = 2**20
 """Contexts of a split, for the same reason."""
+_TAIL = 3  # tokens by which the end of an opening is found
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class Example:
         return self.query_ids + self.opening_ids
 
     def opened_as(self, written_ids: tuple[int, ...]) -> Example:
-        """Returns the example with that of its known openings which `written_ids` share most tokens with: a model that
-        gets the key wrong in a sentence still wrote the sentence. Of several, a whole one goes before a part.
+        """Returns the example with that of its known openings which `written_ids` share most tokens with; of several, a
+        whole one goes before a part. Where the answer differs in the middle and ends as the opening does, as that of a
+        model which gets the key wrong in its sentence, its own beginning is the opening.
         """
 
         def likeness(target: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, bool]:
@@ -81,7 +83,14 @@ class Example:
             shared = next((i for i, (one, other) in pairs if one != other), min(len(target[0]), len(written_ids)))
             return shared, shared == len(target[0])
 
-        opening_ids, answer_ids = max(((self.opening_ids, self.answer_ids), *self.other_targets), key=likeness)
+        target = max(((self.opening_ids, self.answer_ids), *self.other_targets), key=likeness)
+        opening_ids, answer_ids = target
+        shared, is_whole = likeness(target)
+        tail = opening_ids[max(shared, len(opening_ids) - _TAIL) :]
+        if not is_whole and len(tail) == _TAIL:
+            stops = range(shared + _TAIL, len(written_ids) + 1)
+            stop = next((stop for stop in stops if written_ids[stop - _TAIL : stop] == tail), None)
+            opening_ids = written_ids[:stop] if stop is not None else opening_ids
         return replace(self, opening_ids=opening_ids, answer_ids=answer_ids)
 
     @property

@@ -16,7 +16,7 @@ from peft_layerrope.tasks.targets import MIN_SAMPLES, Target, Targets, common_op
 TOKENIZER = tiny_bpe()
 JUDGE = Judge("contains_value", TOKENIZER)
 PAIRS = [(f"{n:04x}-{n * 37:03x}", f"{n * 7919 % 65536:04x}-{n * 11:03x}") for n in range(1, 9)]
-PLAIN, KEYED = ' "', '\n"{question}": "'
+PLAIN, KEYED, SAID = ' "', '\n"{question}": "', 'The value of "{question}" in the object is "'
 
 
 def ids_of(text: str) -> tuple[int, ...]:
@@ -128,6 +128,11 @@ def test_an_example_is_opened_as_its_answer_is():
     assert asked.opened_as(keyed[: len(keyed) // 2]) == asked
     assert asked.opened_as(keyed[: len(keyed) // 2] + ids_of(value)) == asked
     assert asked.opened_as(ids_of('"' + value)) == replace(asked, **rendered("", example(0), TOKENIZER)._asdict())
+    [said] = Targets(SAID).applied(alone, TOKENIZER).examples
+    wrong = ids_of('The value of "another" in the object is "' + value)
+    start = len(wrong) - len(said.answer_ids)
+    assert said.opened_as(wrong) == replace(said, opening_ids=wrong[:start])
+    assert said.opened_as(ids_of(value)) == said
     [only] = Targets(KEYED).applied(alone, TOKENIZER).examples
     assert only.opened_as(ids_of(value)) == only
 
