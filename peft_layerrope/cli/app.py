@@ -51,7 +51,8 @@ def plain_errors(debug: bool) -> Iterator[None]:
     except OSError as error:
         if debug or error.filename is None:  # stdout
             raise
-        err.print(f"[bold red]error:[/] {escape(told(error))}", highlight=False, soft_wrap=True)
+        told = f"{error.filename}: {error.strerror or error}".removesuffix(".")
+        err.print(f"[bold red]error:[/] {escape(told)}.", highlight=False, soft_wrap=True)
         raise typer.Exit(FAILURE) from error
     except (RuntimeError, MemoryError) as error:
         if debug or not is_out_of_memory(error):
@@ -75,16 +76,11 @@ def resumable(how: str) -> Iterator[None]:
     except KeyboardInterrupt:
         err.print(f"interrupted; nothing is lost. Go on with {how}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
-    except BlockingIOError:
-        raise
     except OSError as error:
+        if error.filename is None or isinstance(error, BlockingIOError):  # no file that was being written
+            raise
         kept = f"Nothing that was measured is lost: make room, then go on with {how}"
         raise OSError(error.errno, f"{error.strerror or error}. {kept}", error.filename) from error
-
-
-def told(error: OSError) -> str:
-    """What the system says, in a sentence."""
-    return f"{error.filename}: {error.strerror or error}".removesuffix(".") + "."
 
 
 def shell_word(path: Path) -> str:

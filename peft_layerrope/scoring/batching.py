@@ -60,8 +60,7 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
         The result and the number of tokens that worked.
 
     Raises:
-        TaskError: `batch_tokens` is no whole number of at least 1.
-        TaskError: memory does not suffice for a single row.
+        TaskError: `batch_tokens` is no whole number of at least 1, or memory does not suffice for a single row.
     """
     whole_number("batch_tokens", batch_tokens, 1)
     while True:

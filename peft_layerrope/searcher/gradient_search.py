@@ -56,6 +56,8 @@ from .space import Factors, FactorSpace
 
 CONTROLS = {FIRST_REST: first_and_rest_family, DECAY: decay_family}
 """Choices of two numbers."""
+Slopes = Callable[[int, np.ndarray], tuple[Slope, Slope]]
+"""See [`climb`]."""
 SIMPLEST_FIRST = (NONE, BOUNDED, *CONTROLS, PER_LAYER)
 """What may be the result. `UNIFORM` knows no bound: it is shown beside them."""
 UNIFORM_RANGE = (0.4, 2.5)
@@ -179,7 +181,7 @@ class GradientSearch:
             "validation",
             "choice on the validation split",
             {name: results[name] for name in SIMPLEST_FIRST},
-            lambda: self._score(validation),
+            lambda: densely_scored(self._scorer, validation),
         )
         harm = self._harm(results, scores)
         fitness = {name: fitness_by_context(score) for name, score in scores.items()}
@@ -269,16 +271,11 @@ class GradientSearch:
     def _by_context(self, factors: Factors, start: int, contexts: int) -> list[float]:
         def scored() -> list[float]:
             self._set(factors)
-            return fitness_by_context(self._score(self._part(start, contexts))).tolist()
+            return fitness_by_context(densely_scored(self._scorer, self._part(start, contexts))).tolist()
 
         return self._once("raced", f"{start}+{contexts} {factors}", scored)
 
-    def _score(self, split: Split) -> PositionScores:
-        """By likelihood: a context in one row with its many questions, which is quicker than through the KV cache."""
-        return self._scorer.score(split, packed=can_pack(self._model) or None)
-
     def _climbed(self, name: str, family: Family, count: int, start: int) -> MethodResult:
-        origin = np.zeros(self._space.num_layers)  # a race on few contexts may begin on the wrong side of it
         steps: list[Step] = []
 
         def slopes(number: int, log_factors: np.ndarray) -> tuple[Slope, Slope]:
@@ -295,7 +292,7 @@ class GradientSearch:
 
         ended = self._journal.get("ended", name)
         with self._stage(f"gradient steps: {name}", count):
-            for step in climb(family, origin, count, slopes, max_divergence=self._max_divergence, limits=self._limits):
+            for step in self._climb(family, count, slopes):
                 steps.append(step)
                 recent = [s.fitness.value for s in steps[-5:]]
                 self._audience.note(f"fitness {np.mean(recent):.3f} · text {step.divergence:.4f}")
@@ -327,9 +324,13 @@ class GradientSearch:
             pull = bend @ values
             return steps[number].fitness, Slope(float(values @ pull) / 2, inverse.T @ pull)
 
-        origin, bounds = np.zeros(self._space.num_layers), (self._max_divergence, self._limits)
-        climbed = list(climb(family, origin, len(steps), slopes, max_divergence=bounds[0], limits=bounds[1]))
+        climbed = list(self._climb(family, len(steps), slopes))
         return MethodResult(self._rounded(self._within_bound(averaged(climbed))), math.nan, len(steps))
+
+    def _climb(self, family: Family, count: int, slopes: Slopes) -> Iterator[Step]:
+        """From the unscaled model: a race on few contexts may begin on the wrong side of it."""
+        origin = np.zeros(self._space.num_layers)
+        return climb(family, origin, count, slopes, max_divergence=self._max_divergence, limits=self._limits)
 
     @property
     def _max_divergence(self) -> float | None:
@@ -451,6 +452,11 @@ def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
     return task.split(name, contexts, sorted(positions))
 
 
+def densely_scored(scorer: Scorer, split: Split) -> PositionScores:
+    """Scores by likelihood, a context in one row with its many questions: quicker than through the KV cache."""
+    return scorer.score(split, packed=can_pack(scorer.model) or None)
+
+
 def available(task: Task, split: SplitName, wanted: int) -> int:
     """Returns how many contexts a split has, at least 1 and at most `wanted`; all that are, where a task cannot say."""
     return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted
@@ -462,10 +468,9 @@ def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: in
     """
     gradient, window = FactorGradient(model), (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
     unscaled = np.zeros(len(model.peft_config[model.active_adapter].layer_factors))
-    packed = can_pack(model) or None
-    scorer.score(one, packed=packed)
+    densely_scored(scorer, one)
     passes = (
-        lambda: scorer.score(one, packed=packed),
+        lambda: densely_scored(scorer, one),
         lambda: gradient.of_answers(one, unscaled),
         lambda: gradient.of_divergence(window, scored_positions(len(window)), unscaled),
     )

@@ -30,6 +30,8 @@ Windows = tuple[tuple[int, ...], ...]
 
 NUM_WINDOWS, NUM_WRITTEN = 4, 2
 """Of people's text, and of what the model writes."""
+MAX_END_DROP = 0.03
+"""Accuracy that may be lost where the answer stands first, and where it stands last."""
 SAMPLE_NAME = "sample_text.txt"
 _MAX_UNKNOWN = 0.1  # share of unknown tokens from which on a text is none to the model
 _CHARACTERS_PER_TOKEN = 40  # read of a file at most, for each token that is wanted
@@ -186,10 +188,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         yield
-
-
-MAX_END_DROP = 0.03
-"""Accuracy that may be lost where the answer stands first, and where it stands last."""
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,7 @@ MAX_STEPS = 400
 UNIFORM_VALUES = 11  # factors of the coarse grid from one end of the range to the other
 BOUNDED_VALUES = 7
 _FAMILIES, _NUMBERS = 2, 2  # controls of two numbers each
+_PROBED = 3  # beside what is found: the unscaled model, and a uniform factor on each side
 _CHECKED_WINDOWS = 3  # as far as time goes, in gradients of a window
 _WRITTEN_COST = 8  # what the unscaled model writes, in contexts of the same length
 
@@ -294,7 +295,7 @@ class Schedule:
             self.steps * step
             + _FAMILIES * own
             + (_WRITTEN_COST + raced + finalists * self.validation_contexts) * rates.context
-            + (3 + finalists + 1) * _CHECKED_WINDOWS * rates.text_gradient
+            + (_PROBED + finalists + 1) * _CHECKED_WINDOWS * rates.text_gradient
         )
 
     def to_dict(self) -> dict[str, Any]:

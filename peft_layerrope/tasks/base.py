@@ -27,6 +27,11 @@ MAX_GROUPS = 2**20
 _TAIL = 3  # tokens by which the end of an opening is found
 
 
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Returns how many tokens two texts share at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 @dataclass(frozen=True)
 class Example:
     """One prompt and its answer, as token ids.
@@ -79,15 +84,12 @@ class Example:
         """
 
         def likeness(target: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, bool]:
-            pairs = enumerate(zip(target[0], written_ids, strict=False))
-            shared = next((i for i, (one, other) in pairs if one != other), min(len(target[0]), len(written_ids)))
+            shared = common_prefix(target[0], written_ids)
             return shared, shared == len(target[0])
 
-        target = max(((self.opening_ids, self.answer_ids), *self.other_targets), key=likeness)
-        opening_ids, answer_ids = target
-        shared, is_whole = likeness(target)
-        tail = opening_ids[max(shared, len(opening_ids) - _TAIL) :]
-        if not is_whole and len(tail) == _TAIL:
+        opening_ids, answer_ids = max(((self.opening_ids, self.answer_ids), *self.other_targets), key=likeness)
+        shared, tail = common_prefix(opening_ids, written_ids), opening_ids[-_TAIL:]
+        if shared + _TAIL <= len(opening_ids):
             stops = range(shared + _TAIL, len(written_ids) + 1)
             stop = next((stop for stop in stops if written_ids[stop - _TAIL : stop] == tail), None)
             opening_ids = written_ids[:stop] if stop is not None else opening_ids

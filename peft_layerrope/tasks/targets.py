@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from .base import Example, Split
+from .base import Example, Split, common_prefix
 from .metrics import Judge
 
 MIN_SAMPLES = 3
@@ -147,15 +147,10 @@ def rendered(opening: str, example: Example, tokenizer: PreTrainedTokenizerBase)
         tokenizer(part, add_special_tokens=False)["input_ids"]
         for part in (before, before + text, before + text + example.answers[0])
     )
-    start = _common(prompt, answered)
-    stop = max(start, min(_common(opened, answered), len(answered) - 1))
+    start = common_prefix(prompt, answered)
+    stop = max(start, min(common_prefix(opened, answered), len(answered) - 1))
     return Target(tuple(answered[start:stop]), tuple(answered[stop:]))
 
 
 def _pattern(opening: str, question: str) -> str:
     return opening.replace(question, _QUESTION) if question else opening
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens at the beginning two texts share."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
