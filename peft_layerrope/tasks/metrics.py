@@ -15,7 +15,8 @@ from ..messages import named, whole_number
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = regex.compile(r"\b(a|an|the)\b")
-_QUOTED = regex.compile(r'"([^"]*)"')
+_QUOTED = regex.compile(r'"([^"]*)"(?=([^"]*))')  # what stands in quotes, and what stands between them and the next
+_NAMES = (":", " is")  # what ends so, on the same line, says that a value follows
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def first_value(prediction: str, answers: Sequence[str], key: str) -> bool:
     """Whether an accepted value is written before any other: [`contains_value`] is also satisfied by a model that
     recites the whole object.
 
-    Another value is any text in double quotes, other than the key that was asked for.
+    Another value is any text in double quotes that is no key: neither the one that was asked for, nor one that a colon
+    or "is" leads on from, such as the same key with a letter wrong.
 
     Args:
         prediction: what the model wrote.
@@ -89,7 +91,10 @@ def first_value(prediction: str, answers: Sequence[str], key: str) -> bool:
     start = _first_value(prediction, answers)
     if start is None:
         return False
-    return all(quoted.lower() == key.lower() for quoted in _QUOTED.findall(prediction.lower()[:start]))
+    return all(
+        quoted == key.lower() or ("\n" not in after and after.rstrip().endswith(_NAMES))
+        for quoted, after in _QUOTED.findall(prediction.lower()[:start])
+    )
 
 
 def _first_value(prediction: str, answers: Sequence[str]) -> int | None:

@@ -86,7 +86,11 @@ def test_metrics_by_name():
         ('"k1": "k1": "v1-b"', True),
         ('{"k0": "v0-a",\n "k1": "v1-b",\n "k2": "v2-c"}', False),  # the object, recited
         ('"v0-a", "v1-b"', False),
-        ('"k0": "v1-b"', False),
+        ('"k0": "v1-b"', True),  # a wrong key, and no other value
+        ('The value of "k0" in the object is "v1-b".', True),
+        ('"v0-a" is not\nThis is "v1-b"', False),
+        ('"v0-a" and "v1-b"', False),
+        ('"v0-a", v1-b', False),
         ('"k1": "v0-a"', False),
         ('"k1": "v0-a" or rather "v1-b"', False),
         ("", False),
