@@ -225,9 +225,11 @@ def _clear(output: Path) -> None:
 
 
 def _print_result(result: SearchResult, output: Path) -> None:
+    verdict, *remarks = result.remarks()
     out.print()
+    out.print(verdict, highlight=False)
     out.print(result.choice_table().to_rich())
     out.print(result.scores_table(f"Held out: {result.subtitle()}").to_rich())
-    for line in result.remarks():
+    for line in remarks:
         out.print(line, highlight=False)
     out.print(f"adapter, report and plots: {output}", highlight=False)

@@ -27,7 +27,7 @@ from ..tasks import PromptTask, Split, SplitName, Task, check_disjoint
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table, trained_window
 from .evaluator import HeatScores, Measurement
-from .plan import SearchProgress, check_length
+from .plan import PREFLIGHT, SearchProgress, check_length
 from .settings import SearchSettings
 from .space import Factors
 
@@ -187,7 +187,7 @@ def look(
     path = folder / PREFLIGHT_NAME if folder is not None else None
     if path is not None and path.exists():
         return Preflight.load(path)
-    audience.stage("preflight", len(wanted))
+    audience.stage(PREFLIGHT, len(wanted))
 
     def tell(text: str) -> None:
         audience.advance()

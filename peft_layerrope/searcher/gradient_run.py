@@ -23,7 +23,6 @@ from ..tasks.base import check_task
 from ..tuner.sites import find_stack, trained_window
 from .common import adapter_config, identity_of, keep_look, look, model_name, since
 from .gradient_search import (
-    CONTROLS,
     SIMPLEST_FIRST,
     GradientSearch,
     Outcome,
@@ -34,7 +33,7 @@ from .gradient_search import (
     measured_rates,
 )
 from .harm import SAMPLE_NAME, Windows, read_windows
-from .plan import Rates, Schedule, SearchProgress, audience_of, check_length, schedule_for
+from .plan import CONTROLS, PREFLIGHT, TEST, Rates, Schedule, SearchProgress, audience_of, check_length, schedule_for
 from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .settings import SearchSettings
 from .space import FactorSpace
@@ -51,24 +50,28 @@ class GradientPlan:
 
     Attributes:
         schedule: of the search.
-        seconds: that it takes, the preflight included.
+        seconds: that each stage takes, by name, the held-out test included.
         test_groups: contexts of the held-out test.
-        test_seconds: that those take.
         prompt_tokens: tokens of a prompt with its questions.
         text_tokens: tokens of a window of text.
     """
 
     schedule: Schedule
-    seconds: float
+    seconds: dict[str, float]
     test_groups: int
-    test_seconds: float
     prompt_tokens: int
     text_tokens: int
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values."""
-        names = ("seconds", "test_groups", "test_seconds", "prompt_tokens", "text_tokens")
-        return {**self.schedule.to_dict(), **{name: getattr(self, name) for name in names}}
+        names = ("test_groups", "prompt_tokens", "text_tokens")
+        seconds = {"seconds": self.search_seconds, "test_seconds": self.seconds[TEST]}
+        return {**self.schedule.to_dict(), **seconds, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def search_seconds(self) -> float:
+        """Everything but the held-out test."""
+        return sum(self.seconds.values()) - self.seconds[TEST]
 
     def sentence(self) -> str:
         """Says it to people."""
@@ -76,8 +79,8 @@ class GradientPlan:
         return (
             f"{schedule.steps} gradient steps on a factor for each layer, {_controls(schedule)}, "
             f"{schedule.validation_contexts} contexts of {self.prompt_tokens:,} tokens to choose by: "
-            f"about {duration(self.seconds)}. The held-out test on {self.test_groups} contexts: about "
-            f"{duration(self.test_seconds)} more. --steps {schedule.steps} repeats this plan on any machine."
+            f"about {duration(self.search_seconds)}. The held-out test on {self.test_groups} contexts: about "
+            f"{duration(self.seconds[TEST])} more. --steps {schedule.steps} repeats this plan on any machine."
         )
 
 
@@ -131,6 +134,7 @@ def search_by_gradients(
         settings = replace(settings, steps=schedule.steps, test_groups=plan.test_groups)
         if on_plan is not None:
             on_plan(plan)
+        audience.expect(plan.seconds)
         found = _looked(ready.scorer, task, settings, schedule, folder if resume else None, audience)
         search, *others = splits = _splits(model, task, settings, schedule, found)
         told = {name: value for name, value in settings.to_dict().items() if name != "minutes"}
@@ -182,8 +186,9 @@ def _plan(
         schedule = schedule_for(60 * settings.minutes - before, rates, settings.full_controls)
     else:
         schedule = Schedule(settings.steps, settings.full_controls)
-    test_groups, seconds = _test_size(task, settings, rates)
-    return GradientPlan(schedule, before + schedule.seconds(rates), test_groups, seconds, probe.max_tokens, tokens)
+    test_groups, test_seconds = _test_size(task, settings, rates)
+    seconds = {PREFLIGHT: before, **schedule.seconds(rates), TEST: test_seconds}
+    return GradientPlan(schedule, seconds, test_groups, probe.max_tokens, tokens)
 
 
 def _test_size(task: Task, settings: SearchSettings, rates: Rates) -> tuple[int, float]:

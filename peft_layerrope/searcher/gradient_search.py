@@ -49,13 +49,26 @@ from .harm import (
     scored_positions,
     window_logits,
 )
-from .plan import CONTEXTS_PER_STEP, UNIFORM_VALUES, Rates, Schedule, SearchProgress
-from .result import BOUNDED, DECAY, FIRST_REST, NONE, PER_LAYER, UNIFORM
+from .plan import (
+    CONTEXTS_PER_STEP,
+    CONTROLS,
+    HARM,
+    TEST,
+    UNIFORM_HARM,
+    UNIFORM_VALUES,
+    VALIDATION,
+    WRITTEN,
+    Rates,
+    Schedule,
+    SearchProgress,
+    race_of,
+    steps_of,
+)
+from .result import BOUNDED, NONE, PER_LAYER, UNIFORM
 from .settings import SearchSettings
 from .space import Factors, FactorSpace
 
-CONTROLS = {FIRST_REST: first_and_rest_family, DECAY: decay_family}
-"""Choices of two numbers."""
+_FAMILIES = dict(zip(CONTROLS, (first_and_rest_family, decay_family), strict=True))
 Slopes = Callable[[int, np.ndarray], tuple[Slope, Slope]]
 """See [`climb`]."""
 SIMPLEST_FIRST = (NONE, BOUNDED, *CONTROLS, PER_LAYER)
@@ -164,13 +177,13 @@ class GradientSearch:
         rng, self._contexts = np.random.default_rng(self._settings.seed), list(range(search.num_groups))
         while len(self._contexts) < schedule.search_contexts:
             self._contexts += rng.permutation(search.num_groups).tolist()
-        with self._stage("text that the unscaled model writes", 1):
+        with self._stage(WRITTEN, 1):
             self._written = tuple(map(tuple, self._once("text", "written", self._write)))
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
         layers = self._space.key_sources, self._space.scaled_layers
         per_layer = self._climbed(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
-        for name, family in CONTROLS.items():
+        for name, family in _FAMILIES.items():
             if schedule.full_controls:
                 start += schedule.steps * CONTEXTS_PER_STEP
                 results[name] = self._climbed(name, family(*layers), schedule.steps, start)
@@ -179,14 +192,14 @@ class GradientSearch:
         results[PER_LAYER] = per_layer
         scores = self._scored(
             "validation",
-            "choice on the validation split",
+            VALIDATION,
             {name: results[name] for name in SIMPLEST_FIRST},
             lambda: densely_scored(self._scorer, validation),
         )
         harm = self._harm(results, scores)
         fitness = {name: fitness_by_context(score) for name, score in scores.items()}
         chosen = choose(fitness, harm, SIMPLEST_FIRST, self._settings.max_harm)
-        held_out = self._scored("test", "held-out test", results, lambda: self._scorer.measure(test))
+        held_out = self._scored("test", TEST, results, lambda: self._scorer.measure(test))
         return Outcome(results, harm, chosen, held_out)
 
     def _part(self, start: int, count: int) -> Split:
@@ -226,13 +239,18 @@ class GradientSearch:
         wide = np.linspace(*np.log(UNIFORM_RANGE), UNIFORM_VALUES)
         races = {UNIFORM: wide, BOUNDED: self._bounded_values(family)}
         unscaled = self._rounded(np.zeros(self._space.num_layers))
-        starts = np.cumsum([0, *schedule.rounds[:-1]]).tolist()
-        parts = [self._by_context(unscaled, *part) for part in zip(starts, schedule.rounds, strict=True)]
-        results = {NONE: MethodResult(unscaled, float(np.mean(np.concatenate(parts))), 1)}
+        results: dict[str, MethodResult] = {}
         for name, values in races.items():
             vectors = list(dict.fromkeys(self._rounded(family.log_factors(np.array([value]))) for value in values))
-            with self._stage(f"race: {name}", sum(schedule.running(len(vectors)))):
+            alone = len(schedule.rounds) if NONE not in results else 0
+            with self._stage(race_of(name), alone + sum(schedule.running(len(vectors)))):
+                if NONE not in results:
+                    starts = np.cumsum([0, *schedule.rounds[:-1]]).tolist()
+                    parts = [self._by_context(unscaled, *part) for part in zip(starts, schedule.rounds, strict=True)]
+                    results[NONE] = MethodResult(unscaled, float(np.mean(np.concatenate(parts))), 1)
                 results[name] = self._raced(vectors, schedule)
+                best = results[name]
+                self._audience.note(f"{best.factors[-1]:g}: {best.fitness:.3f}, unscaled {results[NONE].fitness:.3f}")
         return results
 
     def _write(self) -> Windows:
@@ -244,7 +262,7 @@ class GradientSearch:
         bound = self._settings.max_harm
         if bound is None:
             return [0.0]
-        with self._stage("what uniform factors do to text", 2):
+        with self._stage(UNIFORM_HARM, 2):
             low, high = (
                 self._harm_on_text(self._rounded(family.log_factors(np.array([v])))) for v in (-_PROBE, _PROBE)
             )
@@ -265,7 +283,7 @@ class GradientSearch:
                 values[vector] += self._by_context(vector, start, contexts)
             start += contexts
             running.sort(key=lambda vector: -rank_key(np.mean(values[vector])))
-            self._audience.note(f"best {running[0][-1]:g} {np.mean(values[running[0]]):.3f}")
+            self._audience.note(f"{running[0][-1]:g}: {np.mean(values[running[0]]):.3f}")
         return MethodResult(running[0], float(np.mean(values[running[0]])), len(vectors))
 
     def _by_context(self, factors: Factors, start: int, contexts: int) -> list[float]:
@@ -291,11 +309,11 @@ class GradientSearch:
             return _slope(kept[0]), _slope(kept[1])
 
         ended = self._journal.get("ended", name)
-        with self._stage(f"gradient steps: {name}", count):
+        with self._stage(steps_of(name), count):
             for step in self._climb(family, count, slopes):
                 steps.append(step)
                 recent = [s.fitness.value for s in steps[-5:]]
-                self._audience.note(f"fitness {np.mean(recent):.3f} · text {step.divergence:.4f}")
+                self._audience.note(f"fitness {np.mean(recent):.3f}, harm {step.divergence:.4f}")
                 if len(steps) == ended or (
                     ended is None and len(steps) < count and self._enough is not None and self._enough()
                 ):
@@ -312,7 +330,7 @@ class GradientSearch:
         were, which is near; of the divergence on the parabola that it is near the unscaled model.
         """
         inverse, columns = np.linalg.pinv(family.basis), []
-        with self._stage(f"the same gradients: {name}", family.num_parameters):
+        with self._stage(steps_of(name, replayed=True), family.num_parameters):
             for number, direction in enumerate(family.basis.T):
                 at = _PROBE * direction
                 slope = _slope(self._once("bend", f"{name} {number}", lambda at=at: _plain(self._of_text(0, at))))
@@ -373,7 +391,7 @@ class GradientSearch:
         return scores
 
     def _harm(self, results: Mapping[str, MethodResult], scores: Mapping[str, PositionScores]) -> dict[str, Harm]:
-        with self._stage("what they do to ordinary text", len(results)):
+        with self._stage(HARM, len(results)):
             harm = {name: self._harm_on_text(found.factors) for name, found in results.items()}
         if scores[NONE].measure == "loss":
             return harm

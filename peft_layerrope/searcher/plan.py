@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from torch import nn
 
 from ..errors import SearchError
@@ -18,6 +22,7 @@ from ..report import Table, duration
 from ..tuner.sites import embedding_table
 from .algorithms import first_and_rest_vectors, first_layers_alone_vectors, line_vectors
 from .gradient import STEP_COST
+from .result import BOUNDED, DECAY, FIRST_REST, LABELS, PER_LAYER, UNIFORM
 from .settings import MIN_STEPS, SearchSettings
 from .space import FactorSpace
 
@@ -28,6 +33,9 @@ class SearchProgress(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """All stages that are going to be, by name, and how long each may take; told before the first, if known."""
 
     def stage(self, name: str, total: int) -> None:
         """A stage of at most `total` steps begins; the one before is over."""
@@ -48,6 +56,9 @@ class SilentProgress:
     def __exit__(self, *exc: object) -> None:
         return None
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """See [`SearchProgress`]."""
+
     def stage(self, name: str, total: int) -> None:
         """See [`SearchProgress`]."""
 
@@ -58,23 +69,35 @@ class SilentProgress:
         """See [`SearchProgress`]."""
 
 
+_TRUSTED = 60.0  # expected seconds that count as if they had been kept, before it is known how fast a machine is
+
+
 class RichProgress:
-    """One progress bar per stage, on stderr."""
+    """One line on stderr for each stage that is over, and in a terminal a bar below them: of all stages where it is
+    known how long they take, else of the one that runs.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console or Console(stderr=True),
+        self._console = console or Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.percentage:3.0f} %"),
+            BarColumn(bar_width=12, table_column=Column(min_width=12)),
+            TextColumn("{task.fields[left]:>11}", table_column=Column(min_width=11, no_wrap=True)),
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            console=self._console,
+            transient=True,
+            expand=True,
+            disable=not self._console.is_terminal,
         )
-        self._task = None
+        self._task = self._bar.add_task("", total=1.0, left="")
+        self._seconds: dict[str, float] = {}
+        self._name, self._note = "", ""
+        self._total = self._done = 0
+        self._over = 0.0  # expected seconds of the stages that are over
+        self._paced = np.full(2, _TRUSTED)  # seconds that stages took, and that were expected of them
+        self._began = time.perf_counter()
 
     def __enter__(self) -> Self:
-        self._progress.start()
         return self
 
     def __exit__(
@@ -82,25 +105,55 @@ class RichProgress:
     ) -> None:
         if kind is None:
             self._finish_stage()
-        self._progress.stop()
+        self._bar.stop()
+
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """See [`SearchProgress`]."""
+        self._seconds = dict(seconds)
 
     def stage(self, name: str, total: int) -> None:
         """See [`SearchProgress`]."""
         self._finish_stage()
-        self._task = self._progress.add_task(name, total=total, note="")
+        self._name, self._note, self._total, self._done = name, "", total, 0
+        self._began = time.perf_counter()
+        self._bar.start()  # not before: what is told of the plan would be drawn over
+        self._show()
 
     def advance(self) -> None:
         """See [`SearchProgress`]."""
-        self._progress.advance(self._task)
+        self._done += 1
+        self._show()
 
     def note(self, text: str) -> None:
         """See [`SearchProgress`]."""
-        self._progress.update(self._task, note=text)
+        self._note = text
+        self._show()
+
+    def _show(self) -> None:
+        share = min(1.0, self._done / max(self._total, 1))
+        if self._seconds:
+            total = sum(self._seconds.values())
+            done = self._over + share * self._seconds.get(self._name, 0.0)
+            left = (total - done) * self._paced[0] / self._paced[1]
+        else:
+            total, done = 1.0, share
+            left = (time.perf_counter() - self._began) * (1 - share) / share if share > 0 else None
+        count = f" {self._done}/{self._total}" if self._total > 1 else ""
+        text = f"{self._name}{count}" + (f" · {self._note}" if self._note else "")
+        told = f"{duration(left)} left" if left is not None else ""
+        self._bar.update(self._task, total=total, completed=done, description=text, left=told)
 
     def _finish_stage(self) -> None:
-        if self._task is not None:
-            done = self._progress.tasks[self._task].completed
-            self._progress.update(self._task, total=done)  # a stage may need fewer steps than its limit
+        if not self._name:
+            return
+        took, expected = time.perf_counter() - self._began, self._seconds.get(self._name, 0.0)
+        if took > expected / 10:  # what an earlier run did takes no time
+            self._paced += took, expected
+        self._over += expected
+        note = f"  {self._note}" if self._note else ""
+        line = f"{self._name:<34} {duration(took):>6}{note}"
+        self._console.print(line, highlight=False, no_wrap=True, overflow="ellipsis", markup=False)
+        self._name = ""
 
 
 def audience_of(progress: bool | SearchProgress) -> SearchProgress:
@@ -108,6 +161,27 @@ def audience_of(progress: bool | SearchProgress) -> SearchProgress:
     if isinstance(progress, bool):
         return RichProgress() if progress else SilentProgress()
     return progress
+
+
+PREFLIGHT, WRITTEN, UNIFORM_HARM, VALIDATION, HARM, TEST = (
+    "preflight",
+    "text that the model writes",
+    "harm of uniform factors",
+    "choice on the validation split",
+    "harm to ordinary text",
+    "held-out test",
+)
+"""Stages of a search."""
+
+
+def race_of(name: str) -> str:
+    """Returns the name of the stage in which the factors of a method race."""
+    return f"race: {LABELS[name]}"
+
+
+def steps_of(name: str, replayed: bool = False) -> str:
+    """Returns the name of the stage in which a method climbs, on gradients of its own or on those that were taken."""
+    return f"{'same gradients' if replayed else 'gradient steps'}: {LABELS[name]}"
 
 
 MIN_CONTROL_BUDGET = 150
@@ -144,9 +218,15 @@ class Plan:
         return self.num_evaluations * self.tokens_per_evaluation + self.held_out_tokens
 
     @property
+    def stage_seconds(self) -> dict[str, float]:
+        """How long each stage would take with nothing shared, given up or known."""
+        seconds = {stage: count * self.seconds_per_evaluation for stage, count in self.evaluations.items()}
+        return {**seconds, TEST: self.seconds_per_evaluation * self.held_out_tokens / self.tokens_per_evaluation}
+
+    @property
     def seconds(self) -> float:
-        """How long the whole search would take with nothing shared, given up or known."""
-        return self.seconds_per_evaluation * self.tokens / self.tokens_per_evaluation
+        """The same of the whole search."""
+        return sum(self.stage_seconds.values())
 
     def sentence(self) -> str:
         """Says it to people."""
@@ -169,9 +249,11 @@ class Plan:
         return {**asdict(self), **totals}
 
 
-def planned_evaluations(settings: SearchSettings, space: FactorSpace) -> dict[str, int]:
-    """Returns the most distinct vectors that each stage may evaluate; a gradient step counts as three."""
-    counts = {"uniform factors": len(space.grid.values) + 1, "search": settings.search_evaluations}
+def planned_evaluations(settings: SearchSettings, space: FactorSpace, search: str) -> dict[str, int]:
+    """Returns the most distinct vectors that each stage may evaluate, of which the search is called `search`; a
+    gradient step counts as three.
+    """
+    counts = {"uniform factors": len(space.grid.values) + 1, search: settings.search_evaluations}
     if settings.refine:
         steps = settings.gradient_steps if settings.takes_gradient_steps else 0
         counts["gradient steps"] = steps * (STEP_COST + 1)
@@ -223,7 +305,9 @@ CONTEXTS_PER_STEP = 2
 MAX_STEPS = 400
 UNIFORM_VALUES = 11  # factors of the coarse grid from one end of the range to the other
 BOUNDED_VALUES = 7
-_FAMILIES, _NUMBERS = 2, 2  # controls of two numbers each
+CONTROLS = (FIRST_REST, DECAY)
+"""Choices of two numbers."""
+_NUMBERS = 2
 _PROBED = 3  # beside what is found: the unscaled model, and a uniform factor on each side
 _CHECKED_WINDOWS = 3  # as far as time goes, in gradients of a window
 _WRITTEN_COST = 8  # what the unscaled model writes, in contexts of the same length
@@ -279,24 +363,28 @@ class Schedule:
     @property
     def search_contexts(self) -> int:
         """Contexts of the search split, each of them for one purpose."""
-        return sum(self.rounds) + (self.steps + _FAMILIES * self.control_steps) * CONTEXTS_PER_STEP
+        return sum(self.rounds) + (self.steps + len(CONTROLS) * self.control_steps) * CONTEXTS_PER_STEP
 
-    def seconds(self, rates: Rates) -> float:
-        """How long it takes, without the preflight and the held-out test."""
+    def seconds(self, rates: Rates) -> dict[str, float]:
+        """How long each stage takes, without the preflight and the held-out test."""
         step = CONTEXTS_PER_STEP * rates.context_gradient + rates.text_gradient
-        raced = sum(
-            contexts * running
-            for values in (1, UNIFORM_VALUES - 1, BOUNDED_VALUES - 1)
-            for contexts, running in zip(self.rounds, self.running(values), strict=True)
-        )
-        finalists = _FAMILIES + 3  # beside them none, a uniform one, and the per-layer vector
         own = self.control_steps * step if self.full_controls else _NUMBERS * rates.text_gradient
-        return (
-            self.steps * step
-            + _FAMILIES * own
-            + (_WRITTEN_COST + raced + finalists * self.validation_contexts) * rates.context
-            + (_PROBED + finalists + 1) * _CHECKED_WINDOWS * rates.text_gradient
-        )
+        finalists = len(CONTROLS) + 3  # beside them none, a uniform one, and the per-layer vector
+        checked = _CHECKED_WINDOWS * rates.text_gradient
+        return {
+            WRITTEN: _WRITTEN_COST * rates.context,
+            UNIFORM_HARM: _PROBED * checked,
+            race_of(UNIFORM): (sum(self.rounds) + self._raced(UNIFORM_VALUES - 1)) * rates.context,
+            race_of(BOUNDED): self._raced(BOUNDED_VALUES - 1) * rates.context,
+            steps_of(PER_LAYER): self.steps * step,
+            **{steps_of(name, replayed=not self.full_controls): own for name in CONTROLS},
+            VALIDATION: finalists * self.validation_contexts * rates.context,
+            HARM: (finalists + 1) * checked,
+        }
+
+    def _raced(self, values: int) -> int:
+        """Contexts on which so many factors are scored in a race."""
+        return sum(contexts * running for contexts, running in zip(self.rounds, self.running(values), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for a report."""
@@ -309,7 +397,7 @@ def schedule_for(seconds: float, rates: Rates, full_controls: bool = False) -> S
     schedule = Schedule(MIN_STEPS, full_controls)
     while schedule.steps < MAX_STEPS:
         longer = replace(schedule, steps=schedule.steps + 1)
-        if longer.seconds(rates) > seconds:
+        if sum(longer.seconds(rates).values()) > seconds:
             break
         schedule = longer
     return schedule

@@ -367,7 +367,9 @@ class SearchResult(HeldOutTables):
         return max(controls, key=lambda name: rank_key(self.table[name].fitness), default=None)
 
     def remarks(self, with_time: bool = True) -> list[str]:
-        """Returns what a reader should know beside the table: cost, guards, edges, and how sure the choice is."""
+        """Returns what a reader should know beside the table: first the result, then cost, guards, edges, and how sure
+        the choice is.
+        """
         looked = [
             *(self.preflight.remarks() if self.preflight is not None else []),
             *fitness_remark({row.label: row.scores for row in self.table}),
@@ -376,6 +378,7 @@ class SearchResult(HeldOutTables):
             return [self.notes[0], *looked, *self.notes[1:], *self._time_and_edges(with_time)]
         counts, guards = self.evaluations, self.guards
         lines = [
+            f'result: "{LABELS[self.chosen]}".',
             *looked,
             f"cost: {counts['per_layer_search']} evaluations for the per-layer search (a gradient step counts as "
             f"{STEP_COST}), {counts['all_methods']} distinct factor vectors for all methods; "

@@ -52,7 +52,16 @@ from .evaluator import Evaluator, Heats, Measurement, ModelEvaluator, plan_heats
 from .gradient import STEP_COST, GradientSteps
 from .gradient_run import GradientPlan, plan_by_gradients, search_by_gradients
 from .memo import BudgetView, Memo
-from .plan import MIN_CONTROL_BUDGET, Plan, SearchProgress, audience_of, memory_in_use, planned_evaluations
+from .plan import (
+    MIN_CONTROL_BUDGET,
+    TEST,
+    VALIDATION,
+    Plan,
+    SearchProgress,
+    audience_of,
+    memory_in_use,
+    planned_evaluations,
+)
 from .result import (
     ALONE,
     CURVE,
@@ -196,6 +205,7 @@ def search(
             on_begin(settings)
         if on_plan is not None:
             on_plan(run.plan)
+        run.audience.expect(run.plan.stage_seconds)
         run.distribute(distribute)
         return run.result(task, model_name(model))
 
@@ -364,7 +374,7 @@ class _Run:
             self.local.forget()
         held_out = sum(self.local.num_tokens(number) for number in self._split_numbers.values())
         self.plan = Plan(
-            planned_evaluations(self.settings, self.space),
+            planned_evaluations(self.settings, self.space, self._search_name()),
             sum(self.local.num_tokens(heat) for heat in range(len(self.heats))),
             held_out * (4 + 4 * self.settings.controls),
             memory_in_use(self.model) + self.settings.share_mib * 2**20,
@@ -424,7 +434,7 @@ class _Run:
         with self._stage("coordinate steps", settings.refine_evaluations):
             start = max(candidates, key=lambda found: found.fitness)
             candidates.append(coordinate_ascent(start.factors, view, self.space, settings.refine_evaluations))
-        with self._stage("choice on the validation split", len(candidates)):
+        with self._stage(VALIDATION, len(candidates)):
             scores = self._scores("validation", [found.factors for found in candidates])
             chosen = max(candidates, key=lambda found: rank_key(self._utilisation(scores[found.factors])))
         return Candidate(REFINED, chosen.factors, chosen.fitness, view.evaluations)
@@ -476,7 +486,7 @@ class _Run:
         return found
 
     def _held_out(self, candidates: Sequence[Candidate]) -> ResultTable:
-        with self._stage("held-out test", len({c.factors for c in candidates})):
+        with self._stage(TEST, len({c.factors for c in candidates})):
             scores = self._scores("test", [candidate.factors for candidate in candidates])
         return ResultTable(tuple(TableRow.of(candidate, scores[candidate.factors]) for candidate in candidates))
 
