@@ -399,6 +399,9 @@ class GradientSearch:
         return {name: replace(harm[name], ends=ends.get(name)) for name in harm}
 
     def _harm_on_text(self, factors: Factors) -> Harm:
+        if set(factors) == {1.0}:
+            nothing = Interval(0.0, 0.0, 0.0)
+            return Harm(nothing, nothing if self._read else None)
         kept = self._once("harm", f"{factors}", lambda: self._measured_harm(factors))
         return Harm(*(Interval(*map(to_float, part)) for part in kept))
 
