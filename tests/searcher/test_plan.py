@@ -48,7 +48,7 @@ def test_every_stage_leaves_a_line_that_fits(clock, terminal, expected):
     assert any("left" in line for line in lines) == terminal
 
 
-@pytest.mark.parametrize(("pace", "least", "most"), [(1.0, 58, 62), (3.0, 100, 180), (0.0, 58, 62)])
+@pytest.mark.parametrize(("pace", "least", "most"), [(1.0, 44, 46), (3.0, 60, 90), (0.0, 44, 46)])
 def test_the_time_left_follows_the_pace(clock, pace, least, most):
     """Of stages that an earlier run did, which take no time, nothing is learnt of it."""
     number, unit = re.search(r"(\d+) (s|min) left held-out test", told(clock, True, STAGES, pace)).groups()
