@@ -135,7 +135,7 @@ def nan_at_the_top(vector, group):
 
 @pytest.mark.parametrize("race", [True, False])
 @pytest.mark.parametrize(
-    "fields", [{"algorithm": name} for name in ("genetic", "cma-es", "greedy", "random")], ids=lambda f: f["algorithm"]
+    "fields", [{"algorithm": name} for name in ("genetic", "greedy", "random")], ids=lambda f: f["algorithm"]
 )
 @pytest.mark.parametrize("worst", [math.nan, math.inf, -math.inf])
 def test_a_vector_without_a_finite_score_never_wins(fields, race, worst):

@@ -100,9 +100,9 @@ def search(
             check_free(output)
         check_output(output, resume, overwrite)
         check_source(specification)
-        by_gradients = specification.search.algorithm == "gradient"
-        if by_gradients and (workers or ray_address is not None):
-            raise SearchError("--algorithm gradient runs in one process: leave --workers and --ray-address out.")
+        bounded = specification.search.is_bounded
+        if bounded and (workers or ray_address is not None):
+            raise SearchError("a search under a bound runs in one process: leave --workers and --ray-address out.")
         pool = _workers(workers, ray_address, specification)
         tokenizer = load_tokenizer(specification)
         window = window_of(specification)
@@ -147,7 +147,7 @@ def search(
                 on_plan=lambda plan: err.print(plan.sentence(), highlight=False),
                 on_begin=begun,
                 distribute=distribute,
-                enough=stack.enter_context(_first_interrupt()) if by_gradients else None,
+                enough=stack.enter_context(_first_interrupt()) if bounded else None,
             )
             result.save(output)
         _print_result(result, output)
@@ -195,8 +195,8 @@ def _sized(specification: SearchSpecification, window: int | None) -> TaskSpecif
     """The task, with a size that can be searched in minutes where a model of one's own is given and nothing else."""
     task = specification.task
     given = any(getattr(task, name) is not None for name in _SIZES)
-    by_gradients = specification.search.algorithm == "gradient" and specification.model is not None
-    if given or not by_gradients or task.name not in (None, "kv_retrieval"):
+    bounded = specification.search.is_bounded and specification.model is not None
+    if given or not bounded or task.name not in (None, "kv_retrieval"):
         return task
     return replace(task, difficulty="auto", length=min(_USUAL_LENGTH, window or _USUAL_LENGTH))
 

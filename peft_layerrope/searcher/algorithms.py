@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from deap import algorithms, base, cma, tools
 
+from ..scoring.scores import rank_key
+from .gradient import Family
 from .memo import BudgetView, Individual
 from .settings import ELITES, SearchSettings
 from .space import Factors, FactorSpace, Genome, LinearGenome, make_genome
@@ -155,8 +157,13 @@ def _within(low: Sequence[float], high: Sequence[float]) -> Callable:
     return decorate
 
 
-SIGMA = 0.25
-"""First step size, as a share of each gene's range."""
+FIRST_SIGMA = 0.6
+"""First step size of CMA-ES, in parameters of which a standard draw does as much harm as is allowed."""
+
+
+def population_of(num_parameters: int) -> int:
+    """Returns how many vectors a generation of CMA-ES has: Hansen's default."""
+    return 4 + int(3 * np.log(num_parameters))
 
 
 class _Strategy(cma.Strategy):
@@ -172,39 +179,39 @@ class _Strategy(cma.Strategy):
 
 
 def adapt(
-    genome: Genome,
-    view: BudgetView,
-    *,
-    population: int,
+    family: Family,
     generations: int,
-    rng: random.Random,
-    seeds: Sequence[Sequence[float]] = (),
-    on_generation: OnGeneration | None = None,
-) -> Found:
-    """Searches the fittest genes by CMA-ES, from the last of `seeds`, in genes scaled to [0, 1].
+    score: Callable[[int, np.ndarray, Sequence[np.ndarray]], Sequence[float]],
+    seed: int,
+    limits: tuple[float, float],
+) -> Iterator[np.ndarray]:
+    """Searches a family's parameters by CMA-ES, from the unscaled model.
 
-    Genes outside their bounds are clipped for evaluation. See [`evolve`] for the arguments.
+    Args:
+        family: what may be chosen from; a standard draw of its parameters should be as far as a search is to look.
+        generations: how many.
+        score: given the number of a generation, the centroid's log-factors and those of each member, what is to be
+            large; where it is not finite, a member is last.
+        seed: of the draws.
+        limits: of a log-factor.
+
+    Yields:
+        The centroid's log-factors, shape `(num_layers,)`, before the first generation and after each.
     """
-    low, high = (np.array(bound) for bound in genome.bounds)
-    numbers = np.random.default_rng(rng.getrandbits(64))
-    start = seeds[-1] if seeds else genome.random(rng)
-    centroid = (np.clip(start, low, high) - low) / (high - low)
-    strategy = _Strategy(centroid, SIGMA, numbers, population)
-    history: list[dict[str, Any]] = []
-    for number in range(generations + 1):
+    count = family.num_parameters
+    strategy = _Strategy([0.0] * count, FIRST_SIGMA, np.random.default_rng(seed), population_of(count))
+
+    def log_factors(parameters: Sequence[float]) -> np.ndarray:
+        return np.clip(family.log_factors(np.asarray(parameters)), *limits)
+
+    yield log_factors(strategy.centroid)
+    for number in range(generations):
         people = strategy.generate(Individual)
-        if not number:  # what a searcher should know takes part like a draw
-            people[: len(seeds)] = [Individual((np.clip(seed, low, high) - low) / (high - low)) for seed in seeds]
-        genes = [(low + np.clip(person, 0, 1) * (high - low)).tolist() for person in people]
-        values = view.evaluate([genome.decode(g) for g in genes])
+        values = score(number, log_factors(strategy.centroid), [log_factors(person) for person in people])
         for person, value in zip(people, values, strict=True):
-            person.fitness.values = (value,)
+            person.fitness.values = (rank_key(value),)
         strategy.update(people)  # sorts them
-        generation = Generation(number, genes, values)
-        history.append(generation.record(view))
-        if on_generation is not None:
-            on_generation(generation, [numbers.bit_generator.state["state"]])
-    return Found(*view.best(), history=tuple(history))
+        yield log_factors(strategy.centroid)
 
 
 _STRIDES = (4, 2, 1)  # steps on the grid, coarse to fine
@@ -336,7 +343,7 @@ def run_strategy(
         view: fitness.
         rng: the only source of randomness.
         seeds: uniform factors to start with: the unscaled model's and the best one. The paper's begins without them.
-        on_generation: told after each generation, by algorithms that have them.
+        on_generation: told after each generation, by the algorithms that have them.
     """
     if settings.algorithm == "greedy":
         return coordinate_ascent(
@@ -345,8 +352,7 @@ def run_strategy(
     genome = make_genome(settings.genome, space)
     if settings.algorithm == "random":
         return _random(settings, space, view, rng)
-    algorithm = adapt if settings.algorithm == "cma-es" else evolve
-    return algorithm(
+    return evolve(
         genome,
         view,
         population=settings.population,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -196,6 +196,10 @@ class Family:
     def log_factors(self, parameters: np.ndarray) -> np.ndarray:
         """Returns the log-factor of each layer."""
         return self.basis @ parameters
+
+    def scaled(self, units: np.ndarray) -> Family:
+        """Returns the same family with parameters in other units, shape `(num_parameters,)`."""
+        return replace(self, basis=self.basis * units)
 
     def nearest(self, log_factors: np.ndarray) -> np.ndarray:
         """Returns the parameters whose vector comes nearest to another one."""

@@ -21,6 +21,7 @@ from ..scoring.scorer import Scorer
 from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
 from ..tuner.sites import find_stack, trained_window
+from .algorithms import population_of
 from .common import adapter_config, identity_of, keep_look, look, model_name, since
 from .gradient_search import (
     SIMPLEST_FIRST,
@@ -77,17 +78,25 @@ class GradientPlan:
         """Says it to people."""
         schedule = self.schedule
         return (
-            f"{schedule.steps} gradient steps on a factor for each layer, {_controls(schedule)}, "
+            f"{_steps(schedule)} for a factor for each layer, {_controls(schedule)}, "
             f"{schedule.validation_contexts} contexts of {self.prompt_tokens:,} tokens to choose by: "
             f"about {duration(self.search_seconds)}. The held-out test on {self.test_groups} contexts: about "
             f"{duration(self.seconds[TEST])} more. --steps {schedule.steps} repeats this plan on any machine."
         )
 
 
+def _steps(schedule: Schedule, taken: int | None = None) -> str:
+    """What the search for a factor for each layer consists of, or of so many steps."""
+    count = schedule.steps if taken is None else taken
+    if not schedule.num_parameters:
+        return f"{count} gradient steps"
+    return f"{count} generations of {population_of(schedule.num_parameters)} vectors"
+
+
 def _controls(schedule: Schedule) -> str:
-    """What choices of two numbers are climbed on."""
-    if schedule.full_controls:
-        return f"{schedule.steps} on each of {len(CONTROLS)} simpler choices"
+    """What choices of two numbers are searched by."""
+    if schedule.control_steps:
+        return f"{schedule.control_steps} for each of {len(CONTROLS)} simpler choices"
     return f"the same gradients for {len(CONTROLS)} choices of two numbers"
 
 
@@ -180,12 +189,16 @@ def _plan(
 ) -> GradientPlan:
     spent, probe = since(started), densely_asked(task, "search", 1)
     tokens = len(windows[0]) if windows else _text_tokens(model, probe)
-    rates = measured_rates(model, scorer, probe, tokens)
+    by_gradients = settings.takes_gradient_steps
+    rates = measured_rates(model, scorer, probe, tokens, by_gradients)
+    free = (
+        0 if by_gradients else len(settings.space(tuple(find_stack(model.get_base_model()).key_sources)).scaled_layers)
+    )
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     if settings.steps is None:
-        schedule = schedule_for(60 * settings.minutes - before, rates, settings.full_controls)
+        schedule = schedule_for(60 * settings.minutes - before, rates, settings.full_controls, free)
     else:
-        schedule = Schedule(settings.steps, settings.full_controls)
+        schedule = Schedule(settings.steps, settings.full_controls, free)
     test_groups, test_seconds = _test_size(task, settings, rates)
     seconds = {PREFLIGHT: before, **schedule.seconds(rates), TEST: test_seconds}
     return GradientPlan(schedule, seconds, test_groups, probe.max_tokens, tokens)
@@ -275,9 +288,10 @@ def _result(
         splits=[split.describe() for split in splits],
         history=history,
         evaluations={
-            "per_layer_search": plan.schedule.steps,
+            "per_layer_search": outcome.found[PER_LAYER].evaluations,
             "all_methods": sum(f.evaluations for f in outcome.found.values()),
-            "gradient_steps": plan.schedule.steps + len(CONTROLS) * plan.schedule.control_steps,
+            "gradient_steps": settings.takes_gradient_steps
+            * (plan.schedule.steps + len(CONTROLS) * plan.schedule.control_steps),
         },
         guards={
             "max_harm": settings.max_harm,
@@ -320,7 +334,7 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
     schedule, taken = ready.plan.schedule, len(outcome.found[PER_LAYER].steps)
     early = f" (ended early: {schedule.steps} were planned)" if taken < schedule.steps else ""
     cost = (
-        f"cost: {taken} gradient steps for a factor for each layer{early}, {_controls(schedule)}, "
+        f"cost: {_steps(schedule, taken)} for a factor for each layer{early}, {_controls(schedule)}, "
         f"{outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
     )
     return verdict, text, cost

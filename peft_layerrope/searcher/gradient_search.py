@@ -25,8 +25,10 @@ from ..scoring.scores import Interval, PositionScores, difference_interval, mean
 from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task
 from ..tasks.base import spread_positions
 from ..tasks.prompts import ASKED_EVERYWHERE
+from .algorithms import adapt, population_of
 from .common import since
 from .gradient import (
+    AVERAGED_SHARE,
     FactorGradient,
     Family,
     Slope,
@@ -52,6 +54,7 @@ from .harm import (
 from .plan import (
     CONTEXTS_PER_STEP,
     CONTROLS,
+    CURVATURE,
     HARM,
     TEST,
     UNIFORM_HARM,
@@ -78,11 +81,21 @@ _PROBE = 0.1  # log-factor at which the harm of a uniform factor is measured to 
 _FARTHEST = 1.0  # log-factor that is tried where a uniform factor does no harm
 _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
 _READ_TO_WRITTEN = 1.3  # divergence on people's text, of which gradients are taken, to that on what the model writes
-_COMPARED, _LOSSES = 512, 2048  # positions of a window at most: of distributions that are compared, of losses
+_FEW, _COMPARED, _LOSSES = (
+    128,
+    512,
+    2048,
+)  # positions of a window at most: of distributions that are compared, of losses
 # Questions to a context, in times of the task's positions. Of the variance of a gradient on 14 questions (100 pairs,
 # Qwen2.5 0.5B, six contexts) four fifths are theirs and one the context's; 42 questions take a quarter more time.
 _DENSER = 8
 _DIGITS = 2
+_USUAL_HARM = 0.01  # nats, by which a search without a bound takes its first steps
+_PRICE_OF_BOUND = 0.05  # probability of the answers that harm of the size of its bound costs
+_MOVED, _PROBED_TOKENS = 0.25, 256  # log-factor and tokens of text by which a layer's harm is measured
+_LEAST_CURVATURE = 0.25  # of the mean, added to each layer's
+_MOST_RATIO = 5.0  # of measured harm to what the curvatures say, which one window may tell
+_MEMORY = 0.7  # share of the running mean of that ratio that a generation keeps
 
 
 @dataclass(frozen=True)
@@ -182,11 +195,13 @@ class GradientSearch:
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
         layers = self._space.key_sources, self._space.scaled_layers
-        per_layer = self._climbed(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
+        search = self._climbed if self._settings.takes_gradient_steps else self._evolved
+        per_layer = search(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
+        start += schedule.steps * schedule.contexts_per_step
         for name, family in _FAMILIES.items():
-            if schedule.full_controls:
-                start += schedule.steps * CONTEXTS_PER_STEP
-                results[name] = self._climbed(name, family(*layers), schedule.steps, start)
+            if schedule.control_steps:
+                results[name] = search(name, family(*layers), schedule.control_steps, start)
+                start += schedule.control_steps * schedule.contexts_per_step
             else:
                 results[name] = self._replayed(name, family(*layers), per_layer.steps)
         results[PER_LAYER] = per_layer
@@ -314,9 +329,7 @@ class GradientSearch:
                 steps.append(step)
                 recent = [s.fitness.value for s in steps[-5:]]
                 self._audience.note(f"fitness {np.mean(recent):.3f}, harm {step.divergence:.4f}")
-                if len(steps) == ended or (
-                    ended is None and len(steps) < count and self._enough is not None and self._enough()
-                ):
+                if len(steps) == ended or (ended is None and len(steps) < count and self._is_enough()):
                     break
         if len(steps) < count and ended is None:
             self._journal.append("ended", name, len(steps))
@@ -324,6 +337,82 @@ class GradientSearch:
             raise SearchError(f"{name}: the gradient is not finite at its first step; use another --dtype.")
         fitness = float(np.mean([step.fitness.value for step in steps[len(steps) // 2 :]]))
         return MethodResult(self._rounded(self._within_bound(averaged(steps))), fitness, len(steps), tuple(steps))
+
+    def _evolved(self, name: str, family: Family, count: int, start: int) -> MethodResult:
+        """Searches a family by CMA-ES, each generation on contexts of its own. Harm is what the curvature of each layer
+        alone makes of a vector, in the measure of what was seen at the centroids.
+        """
+        curvature, bound = self._curvature(), self._settings.max_harm
+        family = family.scaled(
+            np.sqrt(2 * (bound or _USUAL_HARM) / (curvature @ family.basis**2) / family.num_parameters)
+        )
+        price = 0.0 if bound is None else _PRICE_OF_BOUND / bound
+        steps: list[Step] = []
+        ratio = 1.0  # of harm that was measured to what the curvatures say
+
+        def harm_of(log_factors: np.ndarray) -> float:
+            return float(curvature @ log_factors**2) / 2
+
+        def score(number: int, centroid: np.ndarray, members: Sequence[np.ndarray]) -> list[float]:
+            nonlocal ratio
+            split = self._part(start + number, 1)
+            fitness, divergence = self._once("generation", f"{name} {number}", lambda: scored(split, centroid, members))
+            if harm_of(centroid) > 0:
+                seen = min(max(divergence / harm_of(centroid), 1 / _MOST_RATIO), _MOST_RATIO)
+                ratio = _MEMORY * ratio + (1 - _MEMORY) * seen
+            steps.append(Step(centroid, Slope(float(np.mean(fitness)), np.zeros(0)), divergence, price))
+            self._audience.note(f"fitness {steps[-1].fitness.value:.3f}, harm {divergence:.4f}")
+            return [value - price * ratio * harm_of(member) for value, member in zip(fitness, members, strict=True)]
+
+        def scored(split: Split, centroid: np.ndarray, members: Sequence[np.ndarray]) -> list[Any]:
+            values = []
+            for member in members:
+                self._set(self._rounded(member))
+                values.append(float(fitness_by_context(densely_scored(self._scorer, split)).mean()))
+            return [values, self._divergence(self._rounded(centroid), len(steps))]
+
+        ended, centroids = self._journal.get("ended", name), []
+        with self._stage(steps_of(name), count):
+            for centroid in adapt(family, count, score, self._settings.seed, self._limits):
+                centroids.append(centroid)
+                done = len(centroids) - 1
+                if done and (done == ended or (ended is None and done < count and self._is_enough())):
+                    break
+        if done < count and ended is None:
+            self._journal.append("ended", name, done)
+        last = centroids[-max(1, round(done * AVERAGED_SHARE)) :]
+        fitness = float(np.mean([step.fitness.value for step in steps[done // 2 :]]))
+        found = self._rounded(self._within_bound(np.mean(last, axis=0)))
+        return MethodResult(found, fitness, done * population_of(family.num_parameters), tuple(steps))
+
+    def _is_enough(self) -> bool:
+        return self._enough is not None and self._enough()
+
+    def _curvature(self) -> np.ndarray:
+        """Of the divergence by each layer's log-factor, shape `(num_layers,)`: twice what moving the layer alone does,
+        by the square of how far it was moved; never much less than the mean, which noise might say.
+        """
+        sources, free = self._space.key_sources, self._space.scaled_layers
+        found = np.zeros(len(sources))
+        with self._stage(CURVATURE, len(free)):
+            for layer in free:
+                moved = np.where(np.array(sources) == layer, _MOVED, 0.0)
+                found[layer] = self._once(
+                    "curvature",
+                    f"{layer}",
+                    lambda moved=moved: self._divergence(self._rounded(moved), 0, _PROBED_TOKENS),
+                )
+        found *= 2 / _MOVED**2
+        found[list(free)] += found[list(free)].mean() * _LEAST_CURVATURE + 1e-9
+        return found
+
+    @torch.no_grad()
+    def _divergence(self, factors: Factors, number: int, tokens: int | None = None) -> float:
+        """On one of the windows that are searched by, or its first tokens."""
+        windows = self._read or self._written
+        window = windows[number % len(windows)][:tokens]
+        unscaled = self._unscaled(self._few_logits, window)
+        return float(divergences(unscaled, self._few_logits(factors, window)).mean())
 
     def _replayed(self, name: str, family: Family, steps: Sequence[Step]) -> MethodResult:
         """Climbs once more, in a smaller family, on the slopes of fitness that the steps of a larger one saw where they
@@ -423,6 +512,9 @@ class GradientSearch:
         self._set(factors)
         return window_logits(self._model, window, scored_positions(len(window), most=most))
 
+    def _few_logits(self, factors: Factors, window: tuple[int, ...]) -> torch.Tensor:
+        return self._logits(factors, window, _FEW)
+
     def _losses(self, factors: Factors, window: tuple[int, ...]) -> torch.Tensor:
         positions = scored_positions(len(window), most=_LOSSES)
         return losses(self._logits(factors, window, _LOSSES), window, positions)
@@ -483,24 +575,32 @@ def available(task: Task, split: SplitName, wanted: int) -> int:
     return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted
 
 
-def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: int) -> Rates:
+def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: int, by_gradients: bool) -> Rates:
     """Times the unscaled model on one context and on as many tokens as a window of text has, after a first pass that
-    makes everything ready.
+    makes everything ready; with gradients only where a search takes them.
     """
     gradient, window = FactorGradient(model), (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
     unscaled = np.zeros(len(model.peft_config[model.active_adapter].layer_factors))
     densely_scored(scorer, one)
-    passes = (
-        lambda: densely_scored(scorer, one),
-        lambda: gradient.of_answers(one, unscaled),
-        lambda: gradient.of_divergence(window, scored_positions(len(window)), unscaled),
-    )
-    seconds = []
-    for timed in passes:
+    positions = scored_positions(len(window))
+
+    def passed_over() -> None:
+        with torch.no_grad():
+            window_logits(model, window, positions)
+
+    def seconds(timed: Callable[[], object]) -> float:
         started = time.perf_counter()
         timed()
-        seconds.append(max(1e-6, since(started)))
-    return Rates(*seconds)
+        return max(1e-6, since(started))
+
+    context = seconds(lambda: densely_scored(scorer, one))
+    if not by_gradients:
+        return Rates(context, 0.0, 3 * seconds(passed_over))
+    return Rates(
+        context,
+        seconds(lambda: gradient.of_answers(one, unscaled)),
+        seconds(lambda: gradient.of_divergence(window, positions, unscaled)),
+    )
 
 
 def _plain(slope: Slope) -> list[Any]:

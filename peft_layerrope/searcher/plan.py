@@ -20,7 +20,7 @@ from torch import nn
 from ..errors import SearchError
 from ..report import Table, duration
 from ..tuner.sites import embedding_table
-from .algorithms import first_and_rest_vectors, first_layers_alone_vectors, line_vectors
+from .algorithms import first_and_rest_vectors, first_layers_alone_vectors, line_vectors, population_of
 from .gradient import STEP_COST
 from .result import BOUNDED, DECAY, FIRST_REST, LABELS, PER_LAYER, UNIFORM
 from .settings import MIN_STEPS, SearchSettings
@@ -163,10 +163,11 @@ def audience_of(progress: bool | SearchProgress) -> SearchProgress:
     return progress
 
 
-PREFLIGHT, WRITTEN, UNIFORM_HARM, VALIDATION, HARM, TEST = (
+PREFLIGHT, WRITTEN, UNIFORM_HARM, CURVATURE, VALIDATION, HARM, TEST = (
     "preflight",
     "text that the model writes",
     "harm of uniform factors",
+    "harm of each layer",
     "choice on the validation split",
     "harm to ordinary text",
     "held-out test",
@@ -302,6 +303,8 @@ def memory_in_use(model: nn.Module) -> int:
 
 CONTEXTS_PER_STEP = 2
 """Fresh contexts that a step's gradient is taken on."""
+CONTEXTS_PER_GENERATION = 1
+"""Fresh contexts that the members of a generation are compared on."""
 MAX_STEPS = 400
 UNIFORM_VALUES = 11  # factors of the coarse grid from one end of the range to the other
 BOUNDED_VALUES = 7
@@ -320,7 +323,7 @@ class Rates:
     Attributes:
         context: scoring the questions of one context.
         context_gradient: the same with its gradient.
-        text_gradient: the divergence on a window of text, with its gradient.
+        text_gradient: the divergence on a window of text, with its gradient, or three times without.
     """
 
     context: float
@@ -335,15 +338,24 @@ class Schedule:
     Attributes:
         steps: of the per-layer search.
         full_controls: each control gets as many steps as that.
+        num_parameters: factors of the per-layer search, where it has generations; 0: it takes gradients.
     """
 
     steps: int
     full_controls: bool = False
+    num_parameters: int = 0
 
     @property
     def control_steps(self) -> int:
         """Steps of its own of each control of two numbers."""
-        return self.steps if self.full_controls else 0
+        if self.full_controls:
+            return self.steps
+        return max(MIN_STEPS, self.steps // 2) if self.num_parameters else 0
+
+    @property
+    def contexts_per_step(self) -> int:
+        """Fresh contexts of a step."""
+        return CONTEXTS_PER_GENERATION if self.num_parameters else CONTEXTS_PER_STEP
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -363,12 +375,11 @@ class Schedule:
     @property
     def search_contexts(self) -> int:
         """Contexts of the search split, each of them for one purpose."""
-        return sum(self.rounds) + (self.steps + len(CONTROLS) * self.control_steps) * CONTEXTS_PER_STEP
+        return sum(self.rounds) + (self.steps + len(CONTROLS) * self.control_steps) * self.contexts_per_step
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """How long each stage takes, without the preflight and the held-out test."""
-        step = CONTEXTS_PER_STEP * rates.context_gradient + rates.text_gradient
-        own = self.control_steps * step if self.full_controls else _NUMBERS * rates.text_gradient
+        own = self.control_steps * self._step(_NUMBERS, rates) if self.control_steps else _NUMBERS * rates.text_gradient
         finalists = len(CONTROLS) + 3  # beside them none, a uniform one, and the per-layer vector
         checked = _CHECKED_WINDOWS * rates.text_gradient
         return {
@@ -376,11 +387,18 @@ class Schedule:
             UNIFORM_HARM: _PROBED * checked,
             race_of(UNIFORM): (sum(self.rounds) + self._raced(UNIFORM_VALUES - 1)) * rates.context,
             race_of(BOUNDED): self._raced(BOUNDED_VALUES - 1) * rates.context,
-            steps_of(PER_LAYER): self.steps * step,
-            **{steps_of(name, replayed=not self.full_controls): own for name in CONTROLS},
+            **({CURVATURE: self.num_parameters * rates.text_gradient / 8} if self.num_parameters else {}),
+            steps_of(PER_LAYER): self.steps * self._step(self.num_parameters, rates),
+            **{steps_of(name, replayed=not self.control_steps): own for name in CONTROLS},
             VALIDATION: finalists * self.validation_contexts * rates.context,
             HARM: (finalists + 1) * checked,
         }
+
+    def _step(self, num_parameters: int, rates: Rates) -> float:
+        """A step, or a generation with the divergence at its centroid."""
+        if not self.num_parameters:
+            return CONTEXTS_PER_STEP * rates.context_gradient + rates.text_gradient
+        return CONTEXTS_PER_GENERATION * population_of(num_parameters) * rates.context + rates.text_gradient / 3
 
     def _raced(self, values: int) -> int:
         """Contexts on which so many factors are scored in a race."""
@@ -389,12 +407,12 @@ class Schedule:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for a report."""
         names = ("steps", "control_steps", "rounds", "validation_contexts", "search_contexts")
-        return {"contexts_per_step": CONTEXTS_PER_STEP, **{name: getattr(self, name) for name in names}}
+        return {"contexts_per_step": self.contexts_per_step, **{name: getattr(self, name) for name in names}}
 
 
-def schedule_for(seconds: float, rates: Rates, full_controls: bool = False) -> Schedule:
+def schedule_for(seconds: float, rates: Rates, full_controls: bool = False, num_parameters: int = 0) -> Schedule:
     """Returns the longest schedule that fits into a time, or the shortest there is."""
-    schedule = Schedule(MIN_STEPS, full_controls)
+    schedule = Schedule(MIN_STEPS, full_controls, num_parameters)
     while schedule.steps < MAX_STEPS:
         longer = replace(schedule, steps=schedule.steps + 1)
         if sum(longer.seconds(rates).values()) > seconds:

@@ -39,7 +39,7 @@ from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from .algorithms import Candidate
 from .gradient import STEP_COST
 from .harm import Harm
-from .settings import SearchSettings
+from .settings import BOUNDED_ALGORITHMS, SearchSettings
 from .space import FactorGrid, Factors
 
 NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (
@@ -145,7 +145,7 @@ class HeldOutTables:
     @property
     def against(self) -> tuple[str, ...]:
         """The rows that others are compared with in tables."""
-        names = (NONE, BOUNDED) if self.settings.algorithm == "gradient" else (UNIFORM, self.better_control)
+        names = (NONE, BOUNDED) if self.settings.algorithm in BOUNDED_ALGORITHMS else (UNIFORM, self.better_control)
         return tuple(name for name in names if self.row(name) is not None)
 
     def scores_table(self, title: str = "") -> Table:
@@ -289,7 +289,7 @@ class SearchResult(HeldOutTables):
 
     @property
     def _by_gradients(self) -> bool:
-        return self.settings.algorithm == "gradient"
+        return self.settings.is_bounded
 
     @property
     def _measure(self) -> Measure:

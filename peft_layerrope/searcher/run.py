@@ -192,9 +192,9 @@ def search(
     settings = _settings(settings, overrides)
     if not isinstance(progress, bool) and not hasattr(progress, "stage"):
         raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
-    if settings.algorithm == "gradient":
+    if settings.is_bounded:
         if distribute is not None:
-            raise SearchError("algorithm='gradient' runs in one process: leave the workers out.")
+            raise SearchError(f"algorithm={settings.algorithm!r} runs in one process: leave the workers out.")
         kept = Path(folder) if folder is not None else None
         watched = {"progress": progress, "folder": kept, "on_plan": on_plan, "on_begin": on_begin}
         return search_by_gradients(model, task, settings, **watched, resume=resume, overwrite=overwrite, enough=enough)
@@ -215,7 +215,7 @@ def plan_search(
 ) -> Plan | GradientPlan:
     """Returns what [`search`] with these arguments would cost, after one timed evaluation. Writes nothing."""
     settings = _settings(settings, overrides)
-    if settings.algorithm == "gradient":
+    if settings.is_bounded:
         return plan_by_gradients(model, task, settings)
     with _prepared(model, task, settings, progress=False, folder=None, ask=False) as run:
         run.time_one_evaluation()

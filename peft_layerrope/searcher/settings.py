@@ -30,13 +30,15 @@ from .space import Curve, FactorGrid, FactorSpace, default_scaled_layers, parse_
 ELITES = 2
 """Of a generation, who go on as they are."""
 MIN_STEPS = 4
-"""Of a search by gradients."""
-GRADIENT_LIMITS = (0.25, 4.0)
-"""Smallest and largest factor of a search by gradients, where no grid is given."""
+"""Of a search under a bound."""
+BOUNDED_LIMITS = (0.25, 4.0)
+"""Smallest and largest factor of a search under a bound, where no grid is given."""
 PAPER = {"objective": "accuracy", "refine": False, "race": False, "guards": Guards(None, None)}
 """What arXiv 2503.04355 searches by, where this package's genetic algorithm has found better: context utilisation of
 exact matches, by the curve alone, each vector on all examples, and nothing that bounds it."""
 Algorithm = Literal["gradient", "paper", "genetic", "cma-es", "greedy", "random"]
+BOUNDED_ALGORITHMS = ("gradient", "cma-es")
+"""Those that keep to a bound on the harm to ordinary text and search for a factor for each layer."""
 
 _scaling = partial(option, panel="Scaling")
 _search = partial(option, panel="Search")
@@ -92,38 +94,43 @@ class SearchSettings:
         Algorithm,
         _search(
             "gradient: Adam on a factor for each layer, on fresh contexts, with the change of ordinary text under a "
-            "bound. paper: the genetic algorithm of arXiv 2503.04355 over curves, by accuracy alone. genetic: the same "
-            "by log-probability, from the best uniform factor, with refinement. greedy moves single factors, from the "
-            "best uniform one. Those without generations may evaluate as many distinct vectors as all generations have "
-            "members. For the demo model the default is genetic."
+            "bound. cma-es: the same by generations of vectors and without gradients. paper: the genetic algorithm of "
+            "arXiv 2503.04355 over curves, by accuracy alone. genetic: the same by log-probability, from the best "
+            "uniform factor, with refinement. greedy moves single factors, from the best uniform one. Those without "
+            "generations may evaluate as many distinct vectors as all generations have members. For the demo model "
+            "the default is genetic."
         ),
     ] = "gradient"
     minutes: Annotated[
-        float, _search("gradient: time for everything but the held-out test. Decides --steps.", gt=0)
+        float, _search("gradient, cma-es: time for everything but the held-out test. Decides --steps.", gt=0)
     ] = 20.0
     steps: Annotated[
-        int | None, _search("gradient: steps on the factors of all layers, instead of --minutes.", ge=MIN_STEPS)
+        int | None,
+        _search(
+            "Steps of gradient, or generations of cma-es, on the factors of all layers, instead of --minutes.",
+            ge=MIN_STEPS,
+        ),
     ] = None
     full_controls: Annotated[
         bool,
         _search(
-            "gradient: steps of their own for simpler choices of two numbers, as many as for the factors of all "
-            "layers. Default: they are climbed on the same gradients, taken on the way of the latter."
+            "gradient, cma-es: as many steps for simpler choices of two numbers as for the factors of all layers. "
+            "Default: those of gradient are climbed on the gradients that the latter took, of cma-es they take half."
         ),
     ] = False
     test_minutes: Annotated[
-        float, _search("gradient: time for the held-out test, which has at most --test-groups contexts.", gt=0)
+        float, _search("gradient, cma-es: time for the held-out test, which has at most --test-groups contexts.", gt=0)
     ] = 20.0
     max_harm: Annotated[
         float | None,
         _search(
-            "gradient: bound on the harm to ordinary text, in nats: on the rise of the loss on people's text, and on "
-            "the divergence from the unscaled model on text that it writes, which is the rise expected there.",
+            "gradient, cma-es: bound on the harm to ordinary text, in nats: on the rise of the loss on people's text, "
+            "and on the divergence from the unscaled model on text that it writes, which is the rise expected there.",
             gt=0,
         ),
     ] = 0.01
     text: Annotated[
-        str | None, _search("gradient: ordinary text in UTF-8. Default: a sample that comes with the package.")
+        str | None, _search("gradient, cma-es: ordinary text in UTF-8. Default: a sample that comes with the package.")
     ] = None
     population: Annotated[int, _search("Curves per generation.", ge=ELITES + 2)] = 16
     generations: Annotated[int, _search("Generations after the first.", ge=0)] = 5
@@ -166,8 +173,11 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         self.adapter_config()  # rope_type, factor and window, by the adapter's own rules
-        if self.algorithm == "gradient" and self.objective == "accuracy":
-            raise SearchError("algorithm='gradient' climbs the log-probability: objective='accuracy' has no gradient.")
+        if self.is_bounded and self.objective == "accuracy":
+            raise SearchError(
+                f"algorithm={self.algorithm!r} searches by the probability of the answers: objective='accuracy' is not "
+                "for it."
+            )
         if self.algorithm == "paper":
             if self.curve not in (None, "bezier"):
                 raise SearchError(f"algorithm='paper' searches Bézier curves: curve={self.curve!r} must be 'bezier'.")
@@ -183,17 +193,22 @@ class SearchSettings:
 
     @property
     def factor_limits(self) -> tuple[float, float]:
-        """Smallest and largest factor: the grid's, but where gradients are searched by and no grid is given."""
-        if self.algorithm == "gradient" and self.grid == FactorGrid():
-            return GRADIENT_LIMITS
+        """Smallest and largest factor: the grid's, but where a bound limits the search and no grid is given."""
+        if self.is_bounded and self.grid == FactorGrid():
+            return BOUNDED_LIMITS
         return self.grid.min_factor, self.grid.values[-1]
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the search is one under a bound."""
+        return self.algorithm in BOUNDED_ALGORITHMS
 
     @property
     def takes_gradient_steps(self) -> bool:
         """Whether gradient steps are taken: exact matches have no gradient."""
-        return self.algorithm == "gradient" or (
-            self.refine and self.objective == "log_prob" and self.gradient_steps > 0
-        )
+        if self.is_bounded:
+            return self.algorithm == "gradient"
+        return self.refine and self.objective == "log_prob" and self.gradient_steps > 0
 
     def adapter_config(self, layer_factors: list[float] | None = None, **provenance: Any) -> LayerRopeConfig:
         """Returns the adapter config that these settings and `layer_factors` make."""
@@ -219,7 +234,7 @@ class SearchSettings:
         num_layers = len(key_sources)
         own = [layer for layer, source in enumerate(key_sources) if layer == source]
         if self.layers is None:
-            default = range(num_layers) if self.algorithm == "gradient" else default_scaled_layers(num_layers)
+            default = range(num_layers) if self.is_bounded else default_scaled_layers(num_layers)
             return FactorSpace(self.grid, tuple(i for i in default if i in own), key_sources)
         layers = tuple(sorted(set(self.layers)))
         if not layers or len(layers) != len(self.layers) or layers[0] < 0 or layers[-1] >= num_layers:

@@ -55,6 +55,12 @@ SMALL = {
 }
 
 
+@pytest.fixture(params=["gradient", "cma-es"])
+def small(request) -> dict[str, object]:
+    """Settings of a search that is over in seconds."""
+    return {**SMALL, "algorithm": request.param}
+
+
 def with_adapter():
     model = build_model("llama")
     return get_peft_model(model, LayerRopeConfig(task_type="CAUSAL_LM", layer_factors=[1.0] * NUM_LAYERS))
@@ -247,11 +253,12 @@ def test_families_make_the_vectors_that_they_are_named_after(family, parameters,
 def test_a_schedule_fits_into_the_time_that_there_is():
     rates = Rates(2.7, 7.0, 4.0)
     for seconds in (1200, 2400, 3600):
-        schedule = schedule_for(seconds, rates)
-        least, more = (sum(Schedule(n).seconds(rates).values()) for n in (schedule.steps, schedule.steps + 1))
-        assert least <= seconds < more
-        per_step = 2 * rates.context_gradient + rates.text_gradient
-        assert schedule.steps * per_step >= 0.4 * seconds
+        for free, per_step in ((0, 2 * rates.context_gradient + rates.text_gradient), (24, 13 * rates.context)):
+            schedule = schedule_for(seconds, rates, num_parameters=free)
+            steps = schedule.steps
+            least, more = (sum(Schedule(n, False, free).seconds(rates).values()) for n in (steps, steps + 1))
+            assert least <= seconds < more
+            assert steps * per_step >= 0.4 * seconds
     assert schedule_for(1, rates).steps == MIN_STEPS
 
 
@@ -333,13 +340,13 @@ class Bomb(SilentProgress):
             raise Killed
 
 
-def test_a_search_finds_measures_and_says_what_it_found(tmp_path):
-    result = search(build_model("llama"), token_task(length=14), **SMALL)
+def test_a_search_finds_measures_and_says_what_it_found(tmp_path, small):
+    result = search(build_model("llama"), token_task(length=14), **small)
     assert [row.name for row in result.table] == ["none", "uniform", *SIMPLEST_FIRST[1:]]
     assert result.config.layer_factors == list(result.table[result.chosen].factors)
     for row in result.table:
         assert all(factor == round(factor, 2) for factor in row.factors)
-        assert row.scores.correct.shape[0] == SMALL["test_groups"]
+        assert row.scores.correct.shape[0] == small["test_groups"]
     assert len(set(result.table["uniform"].factors)) == 1
     assert len(set(result.table["first_and_rest"].factors[1:])) == 1
     depth = np.diff(result.table["decay"].factors)
@@ -355,31 +362,31 @@ def test_a_search_finds_measures_and_says_what_it_found(tmp_path):
     assert {row["name"]: row["ordinary_text"]["divergence"][0] for row in report["table"]} == {
         row.name: round(row.harm.divergence.value, 6) for row in result.table
     }
-    assert len(report["history"]) == SMALL["steps"]
+    assert len(report["history"]) == small["steps"]
 
 
-def test_the_model_is_given_back_as_it_was():
+def test_the_model_is_given_back_as_it_was(small):
     model = build_model("llama")
     before = model(input_ids=torch.arange(3, 30)[None]).logits
     requires = [p.requires_grad for p in model.parameters()]
-    search(model, token_task(length=14), **SMALL)
+    search(model, token_task(length=14), **small)
     assert torch.equal(model(input_ids=torch.arange(3, 30)[None]).logits, before)
     assert [p.requires_grad for p in model.parameters()] == requires
 
 
-def test_a_search_that_is_killed_ends_as_if_nothing_had_happened(tmp_path):
+def test_a_search_that_is_killed_ends_as_if_nothing_had_happened(tmp_path, small):
     task, counted = token_task(length=14), Bomb()
-    whole = search(build_model("llama"), task, **{**SMALL, "progress": counted})
+    whole = search(build_model("llama"), task, **{**small, "progress": counted})
     for at in np.linspace(1, counted.calls, 7).astype(int):
         folder = tmp_path / str(at)
         with pytest.raises(Killed):
-            search(build_model("llama"), task, **{**SMALL, "progress": Bomb(at)}, folder=folder)
-        again = search(build_model("llama"), task, **SMALL, folder=folder, resume=True)
+            search(build_model("llama"), task, **{**small, "progress": Bomb(at)}, folder=folder)
+        again = search(build_model("llama"), task, **small, folder=folder, resume=True)
         assert again.to_dict() == whole.to_dict()
 
 
-def test_minutes_become_a_plan_that_repeats_the_search(tmp_path):
-    plans, fields = [], {**SMALL, "steps": None, "minutes": 0.02, "test_minutes": 0.02}
+def test_minutes_become_a_plan_that_repeats_the_search(tmp_path, small):
+    plans, fields = [], {**small, "steps": None, "minutes": 0.02, "test_minutes": 0.02}
     first = search(build_model("llama"), token_task(length=14), **fields, on_plan=plans.append)
     settled = first.settings
     assert settled.steps == plans[0].schedule.steps >= MIN_STEPS
@@ -387,14 +394,14 @@ def test_minutes_become_a_plan_that_repeats_the_search(tmp_path):
     assert again.to_dict()["table"] == first.to_dict()["table"]
 
 
-def test_a_search_that_goes_on_refuses_other_settings(tmp_path):
-    search(build_model("llama"), token_task(length=14), **SMALL, folder=tmp_path)
+def test_a_search_that_goes_on_refuses_other_settings(tmp_path, small):
+    search(build_model("llama"), token_task(length=14), **small, folder=tmp_path)
     with pytest.raises(InvalidConfigError, match="max_harm"):
-        search(build_model("llama"), token_task(length=14), **SMALL, max_harm=0.5, folder=tmp_path, resume=True)
+        search(build_model("llama"), token_task(length=14), **small, max_harm=0.5, folder=tmp_path, resume=True)
 
 
-def test_enough_ends_the_climbs_and_keeps_what_they_found(tmp_path):
-    fields, asked = {**SMALL, "steps": 8}, []
+def test_enough_ends_the_climbs_and_keeps_what_they_found(tmp_path, small):
+    fields, asked = {**small, "steps": 8}, []
 
     def enough():
         asked.append(None)
@@ -403,6 +410,7 @@ def test_enough_ends_the_climbs_and_keeps_what_they_found(tmp_path):
     first = search(build_model("llama"), token_task(length=14), **fields, folder=tmp_path, enough=enough)
     taken = len(first.to_dict()["history"])
     assert 1 <= taken < 8
-    assert any(f"{taken} gradient steps" in line for line in first.remarks())
+    what = {"gradient": f"{taken} gradient steps", "cma-es": f"{taken} generations"}[small["algorithm"]]
+    assert any(what in line for line in first.remarks())
     again = search(build_model("llama"), token_task(length=14), **fields, folder=tmp_path, resume=True)
     assert again.to_dict() == first.to_dict()

@@ -32,7 +32,7 @@ SMALL = {
     "share_mib": 8,
     "seed": 3,
 }
-SEARCHES = {"genetic": {}, "cma-es": {"algorithm": "cma-es", "controls": False}}
+SEARCHES = {"genetic": {}, "greedy": {"algorithm": "greedy", "controls": False}}
 
 
 class Killed(BaseException):

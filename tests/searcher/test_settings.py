@@ -94,7 +94,7 @@ def test_layers_must_own_their_keys():
         ("genetic", None, "bezier"),
         ("paper", None, "bezier"),
         ("greedy", None, "direct"),
-        ("cma-es", "linear", "linear"),
+        ("genetic", "linear", "linear"),
     ],
 )
 def test_which_genome_is_searched(algorithm, curve, genome):
