@@ -479,6 +479,11 @@ class ScoreSheet:
             if not again:
                 self._log_prob[self._cells[index]] = value
 
+    def mark_wrong(self, examples: Sequence[int]) -> None:
+        """Enters some examples as not right, whatever their answer tokens say."""
+        for index in examples:
+            self._correct[self._cells[index]] = False
+
     def scores(self) -> PositionScores:
         """The scores, once every example is in."""
         return PositionScores(self._split.positions, self._correct, self._log_prob, self._split.measure)

@@ -160,10 +160,13 @@ class Scorer:
 
         Returns:
             Scores whose `correct` is judged on what was written, whose `log_prob` is the teacher-forced one, and whose
-            `written` says more about both: its `forced` is of the opening that was written, where that is a known one.
+            `written` says more about both: its `forced` is of the known opening that was written, and false of an
+            answer that begins in no known way.
         """
         sheet = ScoreSheet(split)
         written = self._answers(split, progress, sheet)
+        pairs = enumerate(zip(split.examples, written, strict=True))
+        sheet.mark_wrong([index for index, (example, answer) in pairs if example.opened_as(answer.ids) is None])
         return judge_written(split, written, sheet.scores())
 
     def measure(
@@ -334,9 +337,9 @@ class Scorer:
 
 
 def _otherwise_opened(examples: Sequence[Example], written: Mapping[int, Written]) -> dict[int, Example]:
-    """Those of some examples whose answer was written after another opening than their own, with that one."""
+    """Those of some examples whose answer was written after another known opening than their own, with that one."""
     opened = {index: examples[index].opened_as(answer.ids) for index, answer in written.items()}
-    return {index: example for index, example in opened.items() if example != examples[index]}
+    return {index: example for index, example in opened.items() if example not in (None, examples[index])}
 
 
 def evaluate(

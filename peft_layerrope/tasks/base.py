@@ -77,10 +77,10 @@ class Example:
         """Token ids after the context and before the answer: the question, and what opens the answer."""
         return self.query_ids + self.opening_ids
 
-    def opened_as(self, written_ids: tuple[int, ...]) -> Example:
-        """Returns the example with that of its known openings which `written_ids` share most tokens with; of several, a
-        whole one goes before a part. Where the answer differs in the middle and ends as the opening does, as that of a
-        model which gets the key wrong in its sentence, its own beginning is the opening.
+    def opened_as(self, written_ids: tuple[int, ...]) -> Example | None:
+        """Returns the example with that of its known openings which `written_ids` begin with. Where they differ from it
+        in the middle and end as it does, as those of a model which gets the key wrong in its sentence, their own
+        beginning is the opening. None: they begin in no known way.
         """
 
         def likeness(target: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, bool]:
@@ -89,10 +89,12 @@ class Example:
 
         opening_ids, answer_ids = max(((self.opening_ids, self.answer_ids), *self.other_targets), key=likeness)
         shared, tail = common_prefix(opening_ids, written_ids), opening_ids[-_TAIL:]
-        if shared + _TAIL <= len(opening_ids):
-            stops = range(shared + _TAIL, len(written_ids) + 1)
+        if shared < len(opening_ids):
+            stops = range(shared + _TAIL, len(written_ids) + 1) if len(opening_ids) >= shared + _TAIL else ()
             stop = next((stop for stop in stops if written_ids[stop - _TAIL : stop] == tail), None)
-            opening_ids = written_ids[:stop] if stop is not None else opening_ids
+            if stop is None:
+                return None
+            opening_ids = written_ids[:stop]
         return replace(self, opening_ids=opening_ids, answer_ids=answer_ids)
 
     @property
