@@ -456,7 +456,7 @@ class ScoreSheet:
     """Collects the scores of one split, batch by batch."""
 
     def __init__(self, split: Split) -> None:
-        self._split = split
+        self.split = split
         self._cells = cells(split)
         shape = (split.num_groups, len(split.positions))
         self._correct, self._log_prob = np.zeros(shape, dtype=bool), np.zeros(shape)
@@ -472,7 +472,7 @@ class ScoreSheet:
         """Enters some examples, given as indices into the split's, by their answer tokens; see [`judge`]. `again`:
         after another opening, which says whether they are right and leaves the log-probability as it is.
         """
-        mean = self._split.measure == "loss"
+        mean = self.split.measure == "loss"
         hits, values = (tensor.tolist() for tensor in judge(logits, gold, owner, len(examples), mean))
         for index, hit, value in zip(examples, hits, values, strict=True):
             self._correct[self._cells[index]] = hit
@@ -486,7 +486,7 @@ class ScoreSheet:
 
     def scores(self) -> PositionScores:
         """The scores, once every example is in."""
-        return PositionScores(self._split.positions, self._correct, self._log_prob, self._split.measure)
+        return PositionScores(self.split.positions, self._correct, self._log_prob, self.split.measure)
 
 
 def cells(split: Split) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from ..errors import TaskError
 from ..messages import check_callable, whole_number
 from ..tasks import Example, Split, SplitName, Task
 from ..tasks.base import check_task
+from ..tasks.targets import target_of
 from ..tuner.frequencies import without_memory
 from .batching import (
     ScoreSheet,
@@ -160,13 +161,13 @@ class Scorer:
 
         Returns:
             Scores whose `correct` is judged on what was written, whose `log_prob` is the teacher-forced one, and whose
-            `written` says more about both: its `forced` is of the known opening that was written, and false of an
+            `written` says more about both: its `forced` is after the opening that was written, and false of a wrong
             answer that begins in no known way.
         """
         sheet = ScoreSheet(split)
         written = self._answers(split, progress, sheet)
-        pairs = enumerate(zip(split.examples, written, strict=True))
-        sheet.mark_wrong([index for index, (example, answer) in pairs if example.opened_as(answer.ids) is None])
+        opened = _as_opened(split, dict(enumerate(written)))
+        sheet.mark_wrong([index for index, example in opened.items() if example is None])
         return judge_written(split, written, sheet.scores())
 
     def measure(
@@ -198,7 +199,7 @@ class Scorer:
             for index, answer in zip(long, write(writer, [split.examples[index] for index in long]), strict=True):
                 written[index] = answer
         if sheet is not None and not cached:
-            opened = _otherwise_opened(split.examples, dict(enumerate(written)))
+            opened = _otherwise_opened(split, dict(enumerate(written)))
             if opened:
                 self._halving(lambda: self._score_rows(opened, sheet, again=True))
         return written
@@ -275,7 +276,7 @@ class Scorer:
             if writer is not None:
                 written = self._write_answers(writer, contexts, rows, examples)
                 found |= written
-                if sheet is not None and (opened := _otherwise_opened(examples, written)):
+                if sheet is not None and (opened := _otherwise_opened(sheet.split, written)):
                     again = [(row, index) for row, index in rows if index in opened]
                     self._score_questions(sheet, contexts, again, opened, again=True)
         return [found[index] for index in sorted(found)]
@@ -336,10 +337,22 @@ class Scorer:
         return found
 
 
-def _otherwise_opened(examples: Sequence[Example], written: Mapping[int, Written]) -> dict[int, Example]:
-    """Those of some examples whose answer was written after another known opening than their own, with that one."""
-    opened = {index: examples[index].opened_as(answer.ids) for index, answer in written.items()}
-    return {index: example for index, example in opened.items() if example not in (None, examples[index])}
+def _as_opened(split: Split, written: Mapping[int, Written]) -> dict[int, Example | None]:
+    """Some examples with the openings that their answers were written after; None for a wrong answer that begins in no
+    known way.
+    """
+    opened = {index: split.examples[index].opened_as(answer.ids) for index, answer in written.items()}
+    for index in [index for index, example in opened.items() if example is None and split.judge is not None]:
+        example = split.examples[index]
+        target = target_of(written[index].ids, example.answers, split.judge)
+        opened[index] = replace(example, **target._asdict()) if target is not None else None
+    return opened
+
+
+def _otherwise_opened(split: Split, written: Mapping[int, Written]) -> dict[int, Example]:
+    """Those of some examples whose answer was written after another opening than their own, with that one."""
+    opened = _as_opened(split, written)
+    return {index: example for index, example in opened.items() if example not in (None, split.examples[index])}
 
 
 def evaluate(

@@ -176,21 +176,23 @@ def test_what_was_written_is_told_beside_the_metric(demo_model, demo_tokenizer, 
 
 @pytest.mark.parametrize("cache_contexts", [True, False])
 def test_an_answer_is_forced_after_the_opening_that_was_written(demo_model, demo_tokenizer, beyond, cache_contexts):
-    """The likelihood stays that of the common opening, which half of the examples do not write; an answer that begins
-    in no known way is not right.
+    """The likelihood stays that of the common opening, which half of the examples do not write. An answer that begins
+    in no known way is forced after its own beginning where it is right, and not right where it is wrong.
     """
     split = judged(answered(beyond, demo_tokenizer), "contains_value", demo_tokenizer)
     split = replace(split, targets={"opening": ""})
     own = Scorer(demo_model).score(split)
     unwritten = [replace(e, opening_ids=(7, 8), other_targets=(((), e.answer_ids),)) for e in split.examples[::2]]
     examples = [unwritten[n // 2] if n % 2 == 0 else example for n, example in enumerate(split.examples)]
-    unknown = int(own.correct.flatten().argmax())
-    examples[unknown] = replace(examples[unknown], opening_ids=(7, 8), other_targets=())
+    right, wrong = int(own.correct.flatten().argmax()), int(own.correct.flatten().argmin())
+    for unknown in (right, wrong):
+        examples[unknown] = replace(examples[unknown], opening_ids=(7, 8), other_targets=())
+    forced = demo_model(input_ids=torch.tensor([[*examples[wrong].prompt_ids, 7, 8]])).logits[0, -1].argmax()
+    examples[wrong] = replace(examples[wrong], answer_ids=(int(forced),))  # as the common opening would have it
     split = replace(split, examples=tuple(examples))
     found = Scorer(demo_model, batch_tokens=2000, cache_contexts=cache_contexts).generate(split)
     common = Scorer(demo_model).score(split)
     assert (common.correct != own.correct).any()
-    own.correct.flat[unknown] = False
     np.testing.assert_array_equal(found.written.forced, own.correct)
     np.testing.assert_allclose(found.log_prob, common.log_prob, atol=1e-4)
 
