@@ -214,6 +214,49 @@ def adapt(
         yield log_factors(strategy.centroid)
 
 
+_STRENGTHS = (1.0, 4.0, 16.0)  # of the ridge
+
+
+def fitted_top(members: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> tuple[np.ndarray, float] | None:
+    """Fits a parabola, alike in all directions but its slope, to what generations saw, and finds its top. Each
+    generation has a level of its own, as contexts have.
+
+    Args:
+        members: parameters of each generation, shape `(members, num_parameters)`.
+        values: their values, shape `(members,)`; those that are not finite do not count.
+
+    Returns:
+        The direction of the top from the unscaled model, of length 1, and how far it is, infinite where the parabola
+        does not bend down. None: it says nothing of the members of a generation that it was not fitted to.
+    """
+    parts = [_centred(np.asarray(some), np.asarray(seen)) for some, seen in zip(members, values, strict=True)]
+
+    def ridge(parts: Sequence[tuple[np.ndarray, np.ndarray]], strength: float) -> np.ndarray:
+        rows, targets = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return np.linalg.solve(rows.T @ rows + strength * np.eye(rows.shape[1]), rows.T @ targets)
+
+    def error(strength: float) -> float:
+        """Of each generation, by what the others say."""
+        fits = (ridge(parts[:i] + parts[i + 1 :], strength) for i in range(len(parts)))
+        return sum(((targets - rows @ fit) ** 2).sum() for (rows, targets), fit in zip(parts, fits, strict=True))
+
+    if len(parts) < 2:
+        return None
+    strength = min(_STRENGTHS, key=error)
+    if error(strength) >= sum((targets**2).sum() for _, targets in parts):
+        return None
+    *slope, bend = ridge(parts, strength)
+    length = float(np.linalg.norm(slope))
+    return np.array(slope) / length, length / (-2 * bend) if bend < 0 else np.inf
+
+
+def _centred(members: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Parameters with their sum of squares, and values, each without its mean."""
+    finite = np.isfinite(values)
+    rows = np.column_stack([members, (members**2).sum(axis=1)])[finite]
+    return rows - rows.mean(axis=0), values[finite] - values[finite].mean()
+
+
 _STRIDES = (4, 2, 1)  # steps on the grid, coarse to fine
 
 

@@ -25,7 +25,7 @@ from ..scoring.scores import Interval, PositionScores, difference_interval, mean
 from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task
 from ..tasks.base import spread_positions
 from ..tasks.prompts import ASKED_EVERYWHERE
-from .algorithms import adapt, population_of
+from .algorithms import adapt, fitted_top, population_of
 from .common import since
 from .gradient import (
     AVERAGED_SHARE,
@@ -339,8 +339,9 @@ class GradientSearch:
         return MethodResult(self._rounded(self._within_bound(averaged(steps))), fitness, len(steps), tuple(steps))
 
     def _evolved(self, name: str, family: Family, count: int, start: int) -> MethodResult:
-        """Searches a family by CMA-ES, each generation on contexts of its own. Harm is what the curvature of each layer
-        alone makes of a vector, in the measure of what was seen at the centroids.
+        """Searches a family by CMA-ES, each generation on contexts of its own, and goes in the end where a parabola
+        through all that was seen has its top, as far as the bound. Harm is what the curvature of each layer alone makes
+        of a vector, in the measure of what was seen at the centroids.
         """
         curvature, bound = self._curvature(), self._settings.max_harm
         family = family.scaled(
@@ -348,6 +349,7 @@ class GradientSearch:
         )
         price = 0.0 if bound is None else _PRICE_OF_BOUND / bound
         steps: list[Step] = []
+        seen: list[tuple[list[np.ndarray], list[float]]] = []
         ratio = 1.0  # of harm that was measured to what the curvatures say
 
         def harm_of(log_factors: np.ndarray) -> float:
@@ -356,10 +358,13 @@ class GradientSearch:
         def score(number: int, centroid: np.ndarray, members: Sequence[np.ndarray]) -> list[float]:
             nonlocal ratio
             split = self._part(start + number, 1)
-            fitness, divergence = self._once("generation", f"{name} {number}", lambda: scored(split, centroid, members))
+            kept = self._once("generation", f"{name} {number}", lambda: scored(split, centroid, members))
+            fitness, divergence = [to_float(value) for value in kept[0]], to_float(kept[1])
             if harm_of(centroid) > 0:
-                seen = min(max(divergence / harm_of(centroid), 1 / _MOST_RATIO), _MOST_RATIO)
-                ratio = _MEMORY * ratio + (1 - _MEMORY) * seen
+                measured = float(np.clip(divergence / harm_of(centroid), 1 / _MOST_RATIO, _MOST_RATIO))
+                measured = measured if np.isfinite(measured) else _MOST_RATIO
+                ratio = _MEMORY * ratio + (1 - _MEMORY) * measured
+            seen.append(([family.nearest(member) for member in members], fitness))
             steps.append(Step(centroid, Slope(float(np.mean(fitness)), np.zeros(0)), divergence, price))
             self._audience.note(f"fitness {steps[-1].fitness.value:.3f}, harm {divergence:.4f}")
             return [value - price * ratio * harm_of(member) for value, member in zip(fitness, members, strict=True)]
@@ -381,8 +386,13 @@ class GradientSearch:
         if done < count and ended is None:
             self._journal.append("ended", name, done)
         last = centroids[-max(1, round(done * AVERAGED_SHARE)) :]
+        found = np.mean(last, axis=0)
+        if bound is not None and (top := fitted_top(*zip(*seen, strict=True))) is not None:
+            ray = family.log_factors(top[0])
+            allowed = np.sqrt(self._max_divergence / max(ratio * harm_of(ray), 1e-12))
+            found = np.clip(min(top[1], float(allowed)) * ray, *self._limits)
+        found = self._rounded(self._within_bound(found))
         fitness = float(np.mean([step.fitness.value for step in steps[done // 2 :]]))
-        found = self._rounded(self._within_bound(np.mean(last, axis=0)))
         return MethodResult(found, fitness, done * population_of(family.num_parameters), tuple(steps))
 
     def _is_enough(self) -> bool:
@@ -397,12 +407,13 @@ class GradientSearch:
         with self._stage(CURVATURE, len(free)):
             for layer in free:
                 moved = np.where(np.array(sources) == layer, _MOVED, 0.0)
-                found[layer] = self._once(
+                kept = self._once(
                     "curvature",
                     f"{layer}",
                     lambda moved=moved: self._divergence(self._rounded(moved), 0, _PROBED_TOKENS),
                 )
-        found *= 2 / _MOVED**2
+                found[layer] = to_float(kept)
+        found = np.nan_to_num(np.maximum(found, 0), nan=1.0, posinf=1.0) * 2 / _MOVED**2
         found[list(free)] += found[list(free)].mean() * _LEAST_CURVATURE + 1e-9
         return found
 
