@@ -95,6 +95,7 @@ _PRICE_OF_BOUND = 0.05  # probability of the answers that harm of the size of it
 _MOVED, _PROBED_TOKENS = 0.25, 256  # log-factor and tokens of text by which a layer's harm is measured
 _LEAST_CURVATURE = 0.25  # of the mean, added to each layer's
 _MOST_RATIO = 5.0  # of measured harm to what the curvatures say, which one window may tell
+_AIMED = 0.9  # share of the bound: what breaks it has to be made smaller and measured again
 _MEMORY = 0.7  # share of the running mean of that ratio that a generation keeps
 
 
@@ -289,7 +290,7 @@ class GradientSearch:
         return [share * end for end in ends for share in (1.0, 2 / 3, 1 / 3)] + [0.0]
 
     def _raced(self, vectors: Sequence[Factors], schedule: Schedule) -> MethodResult:
-        """Scores vectors on more and more contexts; after each round the better half goes on."""
+        """Scores vectors on more and more contexts; after each round the better third goes on."""
         start, running = 0, list(vectors)
         values: dict[Factors, list[float]] = {vector: [] for vector in vectors}
         for contexts, count in zip(schedule.rounds, schedule.running(len(vectors)), strict=True):
@@ -389,7 +390,7 @@ class GradientSearch:
         found = np.mean(last, axis=0)
         if bound is not None and (top := fitted_top(*zip(*seen, strict=True))) is not None:
             ray = family.log_factors(top[0])
-            allowed = np.sqrt(self._max_divergence / max(ratio * harm_of(ray), 1e-12))
+            allowed = np.sqrt(_AIMED * self._max_divergence / max(ratio * harm_of(ray), 1e-12))
             found = np.clip(min(top[1], float(allowed)) * ray, *self._limits)
         found = self._rounded(self._within_bound(found))
         fitness = float(np.mean([step.fitness.value for step in steps[done // 2 :]]))

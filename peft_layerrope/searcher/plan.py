@@ -182,7 +182,7 @@ def race_of(name: str) -> str:
 
 def steps_of(name: str, replayed: bool = False) -> str:
     """Returns the name of the stage in which a method climbs, on gradients of its own or on those that were taken."""
-    return f"{'same gradients' if replayed else 'gradient steps'}: {LABELS[name]}"
+    return f"{'same gradients' if replayed else 'steps'}: {LABELS[name]}"
 
 
 MIN_CONTROL_BUDGET = 150
@@ -350,7 +350,7 @@ class Schedule:
         """Steps of its own of each control of two numbers."""
         if self.full_controls:
             return self.steps
-        return max(MIN_STEPS, self.steps // 2) if self.num_parameters else 0
+        return max(2, self.steps // 4) if self.num_parameters else 0
 
     @property
     def contexts_per_step(self) -> int:
@@ -359,13 +359,13 @@ class Schedule:
 
     @property
     def rounds(self) -> tuple[int, ...]:
-        """Contexts of the rounds of the race of uniform factors; after each the better half goes on."""
-        unit = max(1, self.steps // 24)
-        return (unit, unit, 2 * unit, 4 * unit)
+        """Contexts of the rounds of the race of uniform factors; after each the better third goes on."""
+        unit = max(1, self.steps // 12)
+        return (unit, unit, 2 * unit)
 
     def running(self, values: int) -> list[int]:
         """Returns how many of so many factors run in each round of a race."""
-        return [-(-values // 2**number) for number in range(len(self.rounds))]
+        return [-(-values // 3**number) for number in range(len(self.rounds))]
 
     @property
     def validation_contexts(self) -> int:
@@ -391,7 +391,7 @@ class Schedule:
             steps_of(PER_LAYER): self.steps * self._step(self.num_parameters, rates),
             **{steps_of(name, replayed=not self.control_steps): own for name in CONTROLS},
             VALIDATION: finalists * self.validation_contexts * rates.context,
-            HARM: (finalists + 1) * checked,
+            HARM: finalists * checked,  # the unscaled model does none; a vector may be made smaller and measured again
         }
 
     def _step(self, num_parameters: int, rates: Rates) -> float:

@@ -115,7 +115,8 @@ class SearchSettings:
         bool,
         _search(
             "gradient, cma-es: as many steps for simpler choices of two numbers as for the factors of all layers. "
-            "Default: those of gradient are climbed on the gradients that the latter took, of cma-es they take half."
+            "Default: those of gradient are climbed on the gradients that the latter took, of cma-es they take a "
+            "quarter."
         ),
     ] = False
     test_minutes: Annotated[
