@@ -174,10 +174,10 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         self.adapter_config()  # rope_type, factor and window, by the adapter's own rules
-        if self.is_bounded and self.objective == "accuracy":
+        if self.is_bounded and (self.objective == "accuracy" or self.curve is not None):
             raise SearchError(
-                f"algorithm={self.algorithm!r} searches by the probability of the answers: objective='accuracy' is not "
-                "for it."
+                f"algorithm={self.algorithm!r} searches a factor for each layer, by the probability of the answers: "
+                f"objective={self.objective!r} and curve={self.curve!r} must be 'log_prob' and None."
             )
         if self.algorithm == "paper":
             if self.curve not in (None, "bezier"):

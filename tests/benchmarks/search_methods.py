@@ -68,14 +68,12 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "bezier": {"algorithm": "genetic", "curve": "bezier"},
     "direct": {"algorithm": "genetic", "curve": "direct"},
     "linear": {"algorithm": "genetic", "curve": "linear"},
-    "cma-es": {"algorithm": "cma-es", "curve": "bezier"},
     "greedy": {"algorithm": "greedy"},
 }
 NAMES = {
     DEFAULT: "GA over Bézier, refined (default)",
     "bezier": "GA over Bézier, whole budget",
     "direct": "GA over factors",
-    "cma-es": "CMA-ES over Bézier",
     "greedy": "greedy coordinate steps",
     "linear": "GA over straight lines",
     "random": "random factors",
