@@ -10,9 +10,10 @@ from itertools import cycle
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from .bezier import sample_curve
 from .report import ACCURACY, Unit, printable, unit_of
 from .scoring.scores import Interval, PositionScores
 
@@ -196,10 +197,10 @@ def plot_factors_by_depth(
     axes.bar(layers, factors, width=0.6, color=COLOURS[0], alpha=0.8, label="factor of the layer")
     if control_points is not None:
         spanned = list(scaled_layers) if scaled_layers is not None else layers
-        depth = np.linspace(spanned[0], spanned[-1], 200)
-        axes.plot(depth, sample_curve(control_points, 200), color=COLOURS[1], label="Bézier curve before refinement")
-        x = [spanned[0] + point[0] * (spanned[-1] - spanned[0]) for point in control_points]
-        axes.plot(x, [point[1] for point in control_points], "s:", color=GREY, markersize=4, label="control points")
+        points = [(spanned[0] + x * (spanned[-1] - spanned[0]), y) for x, y in control_points]
+        curve = Path(points, [Path.MOVETO, *[Path.CURVE4] * 3])
+        axes.add_patch(PathPatch(curve, fill=False, edgecolor=COLOURS[1], label="Bézier curve before refinement"))
+        axes.plot(*zip(*points, strict=True), "s:", color=GREY, markersize=4, label="control points")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="layer", ylabel="factor")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))

@@ -30,7 +30,6 @@ from peft_layerrope import (
     UnsupportedModelError,
     search,
 )
-from peft_layerrope.bezier import sample_curve
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher import FactorGrid, Guards, ResultTable
@@ -39,6 +38,7 @@ from peft_layerrope.searcher.harm import Harm
 from peft_layerrope.searcher.plan import SilentProgress
 from peft_layerrope.searcher.result import read_record
 from peft_layerrope.searcher.run import _Run
+from peft_layerrope.searcher.space import sample_curve
 from peft_layerrope.tuner.sites import find_stack
 
 SMALL = {**SMALL_SEARCH, "share_mib": 8}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peft_layerrope.bezier import sample_curve
+from peft_layerrope.searcher.space import sample_curve
 
 
 def test_a_straight_line_is_linear_in_depth():
