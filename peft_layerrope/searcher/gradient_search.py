@@ -169,6 +169,7 @@ class GradientSearch:
         self._text_tokens = text_tokens
         self._written: Windows = ()
         self._unscaled = cache(self._unscaled_on)
+        self._curvature = cache(self._measured_curvature)
         self._scorer = scorer
         self._journal = journal
         self._audience = audience
@@ -399,7 +400,7 @@ class GradientSearch:
     def _is_enough(self) -> bool:
         return self._enough is not None and self._enough()
 
-    def _curvature(self) -> np.ndarray:
+    def _measured_curvature(self) -> np.ndarray:
         """Of the divergence by each layer's log-factor, shape `(num_layers,)`: twice what moving the layer alone does,
         by the square of how far it was moved; never much less than the mean, which noise might say.
         """
