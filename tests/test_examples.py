@@ -118,7 +118,7 @@ def test_serve_with_lora(lora_run):
 @pytest.mark.slow
 def test_search(tmp_path, demo_model):
     lines = run("search.py", "--output", str(tmp_path), "--contexts", "10", "--minutes", "0.05").splitlines()
-    assert any(line.startswith("gradient steps") for line in lines)  # its own progress
+    assert any(line.startswith("steps: per layer") for line in lines)  # its own progress
     report = json.loads((tmp_path / "search.json").read_text())
     shown = [line.split("   ") for line in lines[-len(report["table"]) :]]
     assert [factors for *_, factors in shown] == [

@@ -250,7 +250,7 @@ class Plan:
         return {**asdict(self), **totals}
 
 
-def planned_evaluations(settings: SearchSettings, space: FactorSpace, search: str) -> dict[str, int]:
+def planned_evaluations(settings: SearchSettings, space: FactorSpace, search: str = "search") -> dict[str, int]:
     """Returns the most distinct vectors that each stage may evaluate, of which the search is called `search`; a
     gradient step counts as three.
     """
