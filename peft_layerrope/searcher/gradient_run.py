@@ -120,7 +120,7 @@ def _prepared(model: nn.Module, task: Task, settings: SearchSettings) -> Iterato
     windows = _windows(model, task, settings)
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
-        plan = _plan(peft_model, scorer, task, settings, windows, started)
+        plan = _plan(peft_model, scorer, task, settings, space, windows, started)
         yield _Prepared(peft_model, scorer, space, windows, plan)
 
 
@@ -185,15 +185,19 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 
 
 def _plan(
-    model: PeftModel, scorer: Scorer, task: Task, settings: SearchSettings, windows: Windows, started: float
+    model: PeftModel,
+    scorer: Scorer,
+    task: Task,
+    settings: SearchSettings,
+    space: FactorSpace,
+    windows: Windows,
+    started: float,
 ) -> GradientPlan:
     spent, probe = since(started), densely_asked(task, "search", 1)
     tokens = len(windows[0]) if windows else _text_tokens(model, probe)
     by_gradients = settings.takes_gradient_steps
     rates = measured_rates(model, scorer, probe, tokens, by_gradients)
-    free = (
-        0 if by_gradients else len(settings.space(tuple(find_stack(model.get_base_model()).key_sources)).scaled_layers)
-    )
+    free = 0 if by_gradients else len(space.scaled_layers)
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     if settings.steps is None:
         schedule = schedule_for(60 * settings.minutes - before, rates, settings.full_controls, free)

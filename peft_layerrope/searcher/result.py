@@ -262,7 +262,8 @@ class SearchResult(HeldOutTables):
             "layers_at_edge_of_range": self.edge_layers,
             "table": [self._row_dict(row) for row in self.table],
             "evaluations": self.evaluations,
-            "guards": self.guards | (_NO_TAIL_GUARD if self._measure == "loss" and not self._by_gradients else {}),
+            "guards": self.guards
+            | (_NO_TAIL_GUARD if self._measure == "loss" and not self.settings.is_bounded else {}),
             "better_control": self.better_control,
             "bootstrap": self.bootstrap,
             "preflight": self.preflight.describe() if self.preflight is not None else None,
@@ -286,10 +287,6 @@ class SearchResult(HeldOutTables):
             **({"ordinary_text": row.harm.to_dict()} if row.harm is not None else {}),
             f"average_{self._measure}_minus": differences,
         }
-
-    @property
-    def _by_gradients(self) -> bool:
-        return self.settings.is_bounded
 
     @property
     def _measure(self) -> Measure:
@@ -374,7 +371,7 @@ class SearchResult(HeldOutTables):
             *(self.preflight.remarks() if self.preflight is not None else []),
             *fitness_remark({row.label: row.scores for row in self.table}),
         ]
-        if self._by_gradients:
+        if self.settings.is_bounded:
             return [self.notes[0], *looked, *self.notes[1:], *self._time_and_edges(with_time)]
         counts, guards = self.evaluations, self.guards
         lines = [
