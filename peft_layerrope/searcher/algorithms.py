@@ -157,7 +157,7 @@ def _within(low: Sequence[float], high: Sequence[float]) -> Callable:
     return decorate
 
 
-FIRST_SIGMA = 0.6
+FIRST_SIGMA = 1.0
 """First step size of CMA-ES, in parameters of which a standard draw does as much harm as is allowed."""
 
 

@@ -281,7 +281,8 @@ class GradientSearch:
             return [0.0]
         with self._stage(UNIFORM_HARM, 2):
             low, high = (
-                self._harm_on_text(self._rounded(family.log_factors(np.array([v])))) for v in (-_PROBE, _PROBE)
+                self._harm_on_text(self._rounded(family.log_factors(np.array([v]))), windows=1)
+                for v in (-_PROBE, _PROBE)
             )
         rises = [harm.loss_rise.value if harm.loss_rise is not None else 0.0 for harm in (low, high)]
         ends = [
@@ -500,19 +501,22 @@ class GradientSearch:
         ends = {name: end_changes(score, scores[NONE]) for name, score in scores.items()}
         return {name: replace(harm[name], ends=ends.get(name)) for name in harm}
 
-    def _harm_on_text(self, factors: Factors) -> Harm:
+    def _harm_on_text(self, factors: Factors, windows: int | None = None) -> Harm:
+        """On all text, or on so many windows of each kind."""
         if set(factors) == {1.0}:
             nothing = Interval(0.0, 0.0, 0.0)
             return Harm(nothing, nothing if self._read else None)
-        kept = self._once("harm", f"{factors}", lambda: self._measured_harm(factors))
+        key = f"{factors}" + (f" on {windows}" if windows else "")
+        kept = self._once("harm", key, lambda: self._measured_harm(factors, windows))
         return Harm(*(Interval(*map(to_float, part)) for part in kept))
 
     @torch.no_grad()
-    def _measured_harm(self, factors: Factors) -> list[list[float]]:
+    def _measured_harm(self, factors: Factors, windows: int | None) -> list[list[float]]:
         """Divergence on what the unscaled model wrote, rise of the loss on people's text, with their intervals."""
-        rises = [self._losses(factors, window) - self._unscaled(self._losses, window) for window in self._read]
+        written, read = self._written[:windows], self._read[:windows]
+        rises = [self._losses(factors, window) - self._unscaled(self._losses, window) for window in read]
         divergence = [
-            divergences(self._unscaled(self._logits, window), self._logits(factors, window)) for window in self._written
+            divergences(self._unscaled(self._logits, window), self._logits(factors, window)) for window in written
         ]
         measured = [torch.cat(parts).double().cpu().numpy() for parts in (divergence, rises) if parts]
         return [[each.value, each.low, each.high] for each in map(mean_interval, measured)]

@@ -360,8 +360,8 @@ class Schedule:
     @property
     def rounds(self) -> tuple[int, ...]:
         """Contexts of the rounds of the race of uniform factors; after each the better third goes on."""
-        unit = max(1, self.steps // 12)
-        return (unit, unit, 2 * unit)
+        unit = max(1, self.steps // 8)
+        return (unit, unit)
 
     def running(self, values: int) -> list[int]:
         """Returns how many of so many factors run in each round of a race."""
@@ -370,7 +370,7 @@ class Schedule:
     @property
     def validation_contexts(self) -> int:
         """Contexts on which what the methods found is compared."""
-        return max(8, self.steps * 2 // 3)
+        return max(6, self.steps * 2 // 3)
 
     @property
     def search_contexts(self) -> int:
@@ -384,7 +384,7 @@ class Schedule:
         checked = _CHECKED_WINDOWS * rates.text_gradient
         return {
             WRITTEN: _WRITTEN_COST * rates.context,
-            UNIFORM_HARM: _PROBED * checked,
+            UNIFORM_HARM: _PROBED * rates.text_gradient * 2 / 3,  # a window of each kind
             race_of(UNIFORM): (sum(self.rounds) + self._raced(UNIFORM_VALUES - 1)) * rates.context,
             race_of(BOUNDED): self._raced(BOUNDED_VALUES - 1) * rates.context,
             **({CURVATURE: self.num_parameters * rates.text_gradient / 8} if self.num_parameters else {}),
