@@ -22,7 +22,7 @@ from ..files import writing
 from ..runs import RUN_FOLDER, check_free, locked
 from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
-from ..searcher.gradient_run import GradientPlan
+from ..searcher.bounded_run import BoundedPlan
 from ..searcher.result import TIMING_NAME
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
@@ -46,7 +46,7 @@ from .options import (
 
 _run_option = partial(typer.Option, rich_help_panel="Running")
 
-_DEMO_ALGORITHM = "genetic"  # the demo is asked far beyond its trained window, where gradients find little
+_DEMO_ALGORITHM = "genetic"  # the demo is asked far beyond its trained window, where ordinary text says nothing
 _USUAL_LENGTH = 4096  # tokens: the middle is lost far inside the window, and a longer prompt takes longer
 _SIZES = ("length", "num_keys", "difficulty", "data")
 _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT)
@@ -122,7 +122,7 @@ def search(
             specification, built = replace(specification, task=task), build_task(task, tokenizer)
         if dry_run:
             plan = plan_search(loaded, built, specification.search)
-            out.print(plan.sentence() if isinstance(plan, GradientPlan) else plan.table().to_rich())
+            out.print(plan.sentence() if isinstance(plan, BoundedPlan) else plan.table().to_rich())
             return
 
         with ExitStack() as stack:

@@ -79,47 +79,18 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
 
 
 @contextmanager
-def recomputing(layers: Iterable[nn.Module], kept_bytes: int = 0) -> Iterator[None]:
+def recomputing(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Context in which a backward pass runs layers again instead of keeping their activations (activation
     checkpointing). Both passes have to happen inside.
 
     Unlike transformers' own it needs no train mode, in which dropout would be on.
-
-    Args:
-        layers: in the order in which they run.
-        kept_bytes: of activations, which the first layers keep all the same, as far as that goes.
     """
-    room = _Room(kept_bytes)
     with ExitStack() as stack:
         for layer in layers:
             forward = layer.forward
-            layer.forward = partial(room.run, forward, {p.untyped_storage().data_ptr() for p in layer.parameters()})
+            layer.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
             stack.callback(_restore, layer, forward)
         yield
-
-
-class _Room:
-    """Bytes that activations may still take, and how many those of the last layer took."""
-
-    def __init__(self, left: int) -> None:
-        self._left, self._last = left, 0
-
-    def run(self, forward: Callable, weights: set[int], *args: Any, **kwargs: Any) -> Any:
-        if self._left <= 0 or self._last > self._left:
-            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-        kept: dict[int, int] = {}
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            result = forward(*args, **kwargs)
-        self._last = sum(kept.values())
-        self._left -= self._last
-        return result
 
 
 def _restore(layer: nn.Module, forward: Callable) -> None:

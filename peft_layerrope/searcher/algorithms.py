@@ -12,7 +12,7 @@ import numpy as np
 from deap import algorithms, base, cma, tools
 
 from ..scoring.scores import rank_key
-from .gradient import Family
+from .families import Family
 from .memo import BudgetView, Individual
 from .settings import ELITES, SearchSettings
 from .space import Factors, FactorSpace, Genome, LinearGenome, make_genome

@@ -37,7 +37,7 @@ _MAX_UNKNOWN = 0.1  # share of unknown tokens from which on a text is none to th
 _CHARACTERS_PER_TOKEN = 40  # read of a file at most, for each token that is wanted
 _BEGUN_TOKENS = 16  # of people's text, from which a sample goes on
 _SAMPLED_TOKENS = 256  # tokens of one sample: a window holds several, one after the other
-_SCORED = 128  # positions of a window at which distributions are compared for a gradient
+_SCORED = 128  # positions of a window at which distributions are compared at a time
 
 
 def read_windows(tokenizer: PreTrainedTokenizerBase | None, text: Path | None, length: int) -> Windows:
@@ -147,18 +147,14 @@ def window_logits(model: nn.Module, window: Sequence[int], positions: Sequence[i
     return logits_at(model, columns, input_ids=ids)[0]
 
 
-def divergence(unscaled: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
-    """Returns the Kullback-Leibler divergence in nats, averaged over positions.
+def divergences(unscaled: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
+    """Returns the Kullback-Leibler divergence in nats at each position: shape `(positions,)`, float32. Rounding may
+    leave it a little below 0.
 
     Args:
         unscaled: logits of shape `(positions, vocabulary)`.
-        scaled: logits of that shape; the result is differentiable in them.
+        scaled: logits of that shape.
     """
-    return divergences(unscaled, scaled).mean()
-
-
-def divergences(unscaled: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
-    """Returns the same for each position: shape `(positions,)`, float32. Rounding may leave it a little below 0."""
     parts = []
     for before, after in zip(unscaled.split(_SCORED), scaled.split(_SCORED), strict=True):  # rows in float32 are large
         expected = before.float().log_softmax(-1)

@@ -22,6 +22,7 @@ from ..report import Table, duration
 from ..tuner.sites import embedding_table
 from .algorithms import first_and_rest_vectors, first_layers_alone_vectors, line_vectors, population_of
 from .gradient import STEP_COST
+from .harm import NUM_WINDOWS, NUM_WRITTEN
 from .result import BOUNDED, DECAY, FIRST_REST, LABELS, PER_LAYER, UNIFORM
 from .settings import MIN_STEPS, SearchSettings
 from .space import FactorSpace
@@ -180,9 +181,9 @@ def race_of(name: str) -> str:
     return f"race: {LABELS[name]}"
 
 
-def steps_of(name: str, replayed: bool = False) -> str:
-    """Returns the name of the stage in which a method climbs, on gradients of its own or on those that were taken."""
-    return f"{'same gradients' if replayed else 'steps'}: {LABELS[name]}"
+def steps_of(name: str) -> str:
+    """Returns the name of the stage in which a method has its generations."""
+    return f"steps: {LABELS[name]}"
 
 
 MIN_CONTROL_BUDGET = 150
@@ -301,10 +302,6 @@ def memory_in_use(model: nn.Module) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-CONTEXTS_PER_STEP = 2
-"""Fresh contexts that a step's gradient is taken on."""
-CONTEXTS_PER_GENERATION = 1
-"""Fresh contexts that the members of a generation are compared on."""
 MAX_STEPS = 400
 UNIFORM_VALUES = 11  # factors of the coarse grid from one end of the range to the other
 BOUNDED_VALUES = 7
@@ -312,8 +309,18 @@ CONTROLS = (FIRST_REST, DECAY)
 """Choices of two numbers."""
 _NUMBERS = 2
 _PROBED = 3  # beside what is found: the unscaled model, and a uniform factor on each side
-_CHECKED_WINDOWS = 3  # as far as time goes, in gradients of a window
+_PROBED_SHARE = 1 / 3  # of a window, on which a layer's harm is measured
 _WRITTEN_COST = 8  # what the unscaled model writes, in contexts of the same length
+
+
+def compared_on(generations: int) -> int:
+    """Returns the contexts on which two vectors that generations ended with are compared."""
+    return max(1, generations // 4)
+
+
+def contexts_of(generations: int) -> int:
+    """Returns the contexts of so many generations, one for each, and of the choice that follows them."""
+    return generations + compared_on(generations)
 
 
 @dataclass(frozen=True)
@@ -322,13 +329,11 @@ class Rates:
 
     Attributes:
         context: scoring the questions of one context.
-        context_gradient: the same with its gradient.
-        text_gradient: the divergence on a window of text, with its gradient, or three times without.
+        window: a pass over a window of text.
     """
 
     context: float
-    context_gradient: float
-    text_gradient: float
+    window: float
 
 
 @dataclass(frozen=True)
@@ -336,26 +341,19 @@ class Schedule:
     """What a search does, all of it a function of the number of steps.
 
     Attributes:
-        steps: of the per-layer search.
-        full_controls: each control gets as many steps as that.
-        num_parameters: factors of the per-layer search, where it has generations; 0: it takes gradients.
+        steps: generations of the search for a factor for each layer.
+        num_parameters: of these factors.
+        full_controls: each control gets as many generations as that.
     """
 
     steps: int
+    num_parameters: int
     full_controls: bool = False
-    num_parameters: int = 0
 
     @property
     def control_steps(self) -> int:
-        """Steps of its own of each control of two numbers."""
-        if self.full_controls:
-            return self.steps
-        return max(2, self.steps // 4) if self.num_parameters else 0
-
-    @property
-    def contexts_per_step(self) -> int:
-        """Fresh contexts of a step."""
-        return CONTEXTS_PER_GENERATION if self.num_parameters else CONTEXTS_PER_STEP
+        """Generations of each control of two numbers."""
+        return self.steps if self.full_controls else max(2, self.steps // 4)
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -375,30 +373,29 @@ class Schedule:
     @property
     def search_contexts(self) -> int:
         """Contexts of the search split, each of them for one purpose."""
-        return sum(self.rounds) + (self.steps + len(CONTROLS) * self.control_steps) * self.contexts_per_step
+        return sum(self.rounds) + contexts_of(self.steps) + len(CONTROLS) * contexts_of(self.control_steps)
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """How long each stage takes, without the preflight and the held-out test."""
-        own = self.control_steps * self._step(_NUMBERS, rates) if self.control_steps else _NUMBERS * rates.text_gradient
+        control = self._search(self.control_steps, _NUMBERS, rates)
         finalists = len(CONTROLS) + 3  # beside them none, a uniform one, and the per-layer vector
-        checked = _CHECKED_WINDOWS * rates.text_gradient
+        checked = (NUM_WINDOWS + NUM_WRITTEN) * rates.window
         return {
             WRITTEN: _WRITTEN_COST * rates.context,
-            UNIFORM_HARM: _PROBED * rates.text_gradient * 2 / 3,  # a window of each kind
+            UNIFORM_HARM: _PROBED * 2 * rates.window,  # one of each kind of text
             race_of(UNIFORM): (sum(self.rounds) + self._raced(UNIFORM_VALUES - 1)) * rates.context,
             race_of(BOUNDED): self._raced(BOUNDED_VALUES - 1) * rates.context,
-            **({CURVATURE: self.num_parameters * rates.text_gradient / 8} if self.num_parameters else {}),
-            steps_of(PER_LAYER): self.steps * self._step(self.num_parameters, rates),
-            **{steps_of(name, replayed=not self.control_steps): own for name in CONTROLS},
+            CURVATURE: self.num_parameters * rates.window * _PROBED_SHARE,
+            steps_of(PER_LAYER): self._search(self.steps, self.num_parameters, rates),
+            **{steps_of(name): control for name in CONTROLS},
             VALIDATION: finalists * self.validation_contexts * rates.context,
             HARM: finalists * checked,  # the unscaled model does none; a vector may be made smaller and measured again
         }
 
-    def _step(self, num_parameters: int, rates: Rates) -> float:
-        """A step, or a generation with the divergence at its centroid."""
-        if not self.num_parameters:
-            return CONTEXTS_PER_STEP * rates.context_gradient + rates.text_gradient
-        return CONTEXTS_PER_GENERATION * population_of(num_parameters) * rates.context + rates.text_gradient / 3
+    def _search(self, steps: int, num_parameters: int, rates: Rates) -> float:
+        """Generations with the divergence at each centroid, and a choice between two vectors."""
+        each = population_of(num_parameters) * rates.context + rates.window
+        return steps * each + 2 * compared_on(steps) * rates.context
 
     def _raced(self, values: int) -> int:
         """Contexts on which so many factors are scored in a race."""
@@ -407,12 +404,12 @@ class Schedule:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for a report."""
         names = ("steps", "control_steps", "rounds", "validation_contexts", "search_contexts")
-        return {"contexts_per_step": self.contexts_per_step, **{name: getattr(self, name) for name in names}}
+        return {name: getattr(self, name) for name in names}
 
 
-def schedule_for(seconds: float, rates: Rates, full_controls: bool = False, num_parameters: int = 0) -> Schedule:
+def schedule_for(seconds: float, rates: Rates, num_parameters: int, full_controls: bool = False) -> Schedule:
     """Returns the longest schedule that fits into a time, or the shortest there is."""
-    schedule = Schedule(MIN_STEPS, full_controls, num_parameters)
+    schedule = Schedule(MIN_STEPS, num_parameters, full_controls)
     while schedule.steps < MAX_STEPS:
         longer = replace(schedule, steps=schedule.steps + 1)
         if sum(longer.seconds(rates).values()) > seconds:

@@ -39,7 +39,7 @@ from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from .algorithms import Candidate
 from .gradient import STEP_COST
 from .harm import Harm
-from .settings import BOUNDED_ALGORITHMS, SearchSettings
+from .settings import SearchSettings
 from .space import FactorGrid, Factors
 
 NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (
@@ -145,7 +145,7 @@ class HeldOutTables:
     @property
     def against(self) -> tuple[str, ...]:
         """The rows that others are compared with in tables."""
-        names = (NONE, BOUNDED) if self.settings.algorithm in BOUNDED_ALGORITHMS else (UNIFORM, self.better_control)
+        names = (NONE, BOUNDED) if self.row(BOUNDED) is not None else (UNIFORM, self.better_control)
         return tuple(name for name in names if self.row(name) is not None)
 
     def scores_table(self, title: str = "") -> Table:
@@ -220,7 +220,7 @@ class SearchResult(HeldOutTables):
             it was given up early).
         bootstrap: how the choice depends on the examples, where that was asked for.
         preflight: what the unscaled model wrote before the search; None where nothing is answered in writing.
-        notes: what came out and what it took, in sentences, of a search by gradients.
+        notes: what came out and what it took, in sentences, of a search under a bound.
     """
 
     config: LayerRopeConfig

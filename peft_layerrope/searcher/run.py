@@ -37,6 +37,7 @@ from .algorithms import (
     run_strategy,
     uniform_vectors,
 )
+from .bounded_run import BoundedPlan, plan_under_bound, search_under_bound
 from .common import (
     SearchData,
     SearchJournal,
@@ -50,7 +51,6 @@ from .common import (
 )
 from .evaluator import Evaluator, Heats, Measurement, ModelEvaluator, plan_heats
 from .gradient import STEP_COST, GradientSteps
-from .gradient_run import GradientPlan, plan_by_gradients, search_by_gradients
 from .memo import BudgetView, Memo
 from .plan import (
     MIN_CONTROL_BUDGET,
@@ -130,7 +130,7 @@ def search(
     folder: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    on_plan: Callable[[Plan | GradientPlan], None] | None = None,
+    on_plan: Callable[[Plan | BoundedPlan], None] | None = None,
     on_begin: Callable[[SearchSettings], None] | None = None,
     distribute: Distribute | None = None,
     enough: Callable[[], bool] | None = None,
@@ -138,9 +138,9 @@ def search(
 ) -> SearchResult:
     """Searches one RoPE factor per layer (arXiv 2503.04355) and compares it with simpler choices.
 
-    With `algorithm="gradient"`, the default, uniform factors race on a few contexts, and then two choices of two
-    numbers and a factor for each layer climb by Adam through the frozen model, each step on fresh contexts, with the
-    change of ordinary text in the objective; a validation split chooses the simplest that none clearly beats.
+    With `algorithm="cma-es"`, the default, uniform factors race on a few contexts, and then CMA-ES searches two choices
+    of two numbers and a factor for each layer, each generation on fresh contexts, with the change of ordinary text in
+    the objective; a validation split chooses the simplest that none clearly beats.
 
     With `"paper"`, a genetic algorithm over cubic Bézier curves maximizes the context utilisation of exact matches.
 
@@ -162,8 +162,8 @@ def search(
         overwrite: begin anew in `folder`; what is there is replaced once all is checked and one evaluation was timed.
         on_plan: told what the search is going to cost, as soon as that is known.
         on_begin: told the settings, with what the plan has settled, when all is checked and the journal has begun.
-        distribute: has the evaluations done elsewhere; see `ray_workers`. Not with gradients.
-        enough: with gradients, asked before each of their steps; once it says so, what was found so far is measured and
+        distribute: has the evaluations done elsewhere; see `ray_workers`. Not with cma-es.
+        enough: with cma-es, asked after each generation; once it says so, what was found so far is measured and
             returned.
         **overrides: fields of `SearchSettings`, instead of `settings`.
 
@@ -197,7 +197,7 @@ def search(
             raise SearchError(f"algorithm={settings.algorithm!r} runs in one process: leave the workers out.")
         kept = Path(folder) if folder is not None else None
         watched = {"progress": progress, "folder": kept, "on_plan": on_plan, "on_begin": on_begin}
-        return search_by_gradients(model, task, settings, **watched, resume=resume, overwrite=overwrite, enough=enough)
+        return search_under_bound(model, task, settings, **watched, resume=resume, overwrite=overwrite, enough=enough)
     with _prepared(model, task, settings, progress, folder, resume, overwrite) as run:
         run.time_one_evaluation()
         run.begin()
@@ -212,11 +212,11 @@ def search(
 
 def plan_search(
     model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any
-) -> Plan | GradientPlan:
+) -> Plan | BoundedPlan:
     """Returns what [`search`] with these arguments would cost, after one timed evaluation. Writes nothing."""
     settings = _settings(settings, overrides)
     if settings.is_bounded:
-        return plan_by_gradients(model, task, settings)
+        return plan_under_bound(model, task, settings)
     with _prepared(model, task, settings, progress=False, folder=None, ask=False) as run:
         run.time_one_evaluation()
         return run.plan

@@ -36,9 +36,9 @@ BOUNDED_LIMITS = (0.25, 4.0)
 PAPER = {"objective": "accuracy", "refine": False, "race": False, "guards": Guards(None, None)}
 """What arXiv 2503.04355 searches by, where this package's genetic algorithm has found better: context utilisation of
 exact matches, by the curve alone, each vector on all examples, and nothing that bounds it."""
-Algorithm = Literal["gradient", "paper", "genetic", "cma-es", "greedy", "random"]
-BOUNDED_ALGORITHMS = ("gradient", "cma-es")
-"""Those that keep to a bound on the harm to ordinary text and search for a factor for each layer."""
+Algorithm = Literal["cma-es", "paper", "genetic", "greedy", "random"]
+BOUNDED_ALGORITHM: Algorithm = "cma-es"
+"""What keeps to a bound on the harm to ordinary text and searches for a factor for each layer."""
 
 _scaling = partial(option, panel="Scaling")
 _search = partial(option, panel="Search")
@@ -93,45 +93,40 @@ class SearchSettings:
     algorithm: Annotated[
         Algorithm,
         _search(
-            "gradient: Adam on a factor for each layer, on fresh contexts, with the change of ordinary text under a "
-            "bound. cma-es: the same by generations of vectors and without gradients. paper: the genetic algorithm of "
-            "arXiv 2503.04355 over curves, by accuracy alone. genetic: the same by log-probability, from the best "
-            "uniform factor, with refinement. greedy moves single factors, from the best uniform one. Those without "
-            "generations may evaluate as many distinct vectors as all generations have members. For the demo model "
-            "the default is genetic."
+            "cma-es: generations of vectors with a factor for each layer, each generation on fresh contexts, under a "
+            "bound on the change of ordinary text. paper: the genetic algorithm of arXiv 2503.04355 over curves, by "
+            "accuracy alone. genetic: the same by log-probability, from the best uniform factor, with refinement. "
+            "greedy moves single factors, from the best uniform one. Those without generations may evaluate as many "
+            "distinct vectors as all generations have members. For the demo model the default is genetic."
         ),
-    ] = "gradient"
-    minutes: Annotated[
-        float, _search("gradient, cma-es: time for everything but the held-out test. Decides --steps.", gt=0)
-    ] = 20.0
+    ] = BOUNDED_ALGORITHM
+    minutes: Annotated[float, _search("cma-es: time for everything but the held-out test. Decides --steps.", gt=0)] = (
+        20.0
+    )
     steps: Annotated[
         int | None,
-        _search(
-            "Steps of gradient, or generations of cma-es, on the factors of all layers, instead of --minutes.",
-            ge=MIN_STEPS,
-        ),
+        _search("cma-es: generations for the factors of all layers, instead of --minutes.", ge=MIN_STEPS),
     ] = None
     full_controls: Annotated[
         bool,
         _search(
-            "gradient, cma-es: as many steps for simpler choices of two numbers as for the factors of all layers. "
-            "Default: those of gradient are climbed on the gradients that the latter took, of cma-es they take a "
-            "quarter."
+            "cma-es: as many generations for simpler choices of two numbers as for the factors of all layers. "
+            "Default: a quarter."
         ),
     ] = False
     test_minutes: Annotated[
-        float, _search("gradient, cma-es: time for the held-out test, which has at most --test-groups contexts.", gt=0)
+        float, _search("cma-es: time for the held-out test, which has at most --test-groups contexts.", gt=0)
     ] = 20.0
     max_harm: Annotated[
         float | None,
         _search(
-            "gradient, cma-es: bound on the harm to ordinary text, in nats: on the rise of the loss on people's text, "
+            "cma-es: bound on the harm to ordinary text, in nats: on the rise of the loss on people's text, "
             "and on the divergence from the unscaled model on text that it writes, which is the rise expected there.",
             gt=0,
         ),
     ] = 0.01
     text: Annotated[
-        str | None, _search("gradient, cma-es: ordinary text in UTF-8. Default: a sample that comes with the package.")
+        str | None, _search("cma-es: ordinary text in UTF-8. Default: a sample that comes with the package.")
     ] = None
     population: Annotated[int, _search("Curves per generation.", ge=ELITES + 2)] = 16
     generations: Annotated[int, _search("Generations after the first.", ge=0)] = 5
@@ -202,14 +197,12 @@ class SearchSettings:
     @property
     def is_bounded(self) -> bool:
         """Whether the search is one under a bound."""
-        return self.algorithm in BOUNDED_ALGORITHMS
+        return self.algorithm == BOUNDED_ALGORITHM
 
     @property
     def takes_gradient_steps(self) -> bool:
         """Whether gradient steps are taken: exact matches have no gradient."""
-        if self.is_bounded:
-            return self.algorithm == "gradient"
-        return self.refine and self.objective == "log_prob" and self.gradient_steps > 0
+        return not self.is_bounded and self.refine and self.objective == "log_prob" and self.gradient_steps > 0
 
     def adapter_config(self, layer_factors: list[float] | None = None, **provenance: Any) -> LayerRopeConfig:
         """Returns the adapter config that these settings and `layer_factors` make."""

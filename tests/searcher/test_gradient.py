@@ -136,27 +136,6 @@ def test_steps_stay_in_range_and_leave_the_model_alone(rope_type, model_type, id
     assert steps_of(model, space).climb((1.0, 1.0, 1.7, 0.8), 6) == visited  # nothing is random
 
 
-def test_layers_run_again_only_where_there_is_no_room_for_their_activations():
-    """One tanh keeps its result, of 4,000 bytes."""
-    for room, again in ((0, 3), (1, 2), (7999, 2), (8000, 1), (12000, 0)):
-        layers, runs = nn.ModuleList([_Tanh() for _ in range(3)]), []
-        values = torch.linspace(-1, 1, 1000, requires_grad=True)
-        with recomputing(layers, room):
-            result = values
-            for layer in layers:
-                result = layer(result, runs)
-            (gradient,) = torch.autograd.grad(result.sum(), values)
-        assert len(runs) == len(layers) + again
-        expected = torch.autograd.grad(values.tanh().tanh().tanh().sum(), values)[0]
-        assert torch.equal(gradient, expected)
-
-
-class _Tanh(nn.Module):
-    def forward(self, values: torch.Tensor, runs: list[None]) -> torch.Tensor:
-        runs.append(None)
-        return values.tanh()
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
 def test_layers_run_again_instead_of_keeping_their_activations(family, monkeypatch):
     """The gradient is, bit for bit, the one that a plain backward pass gives, and the layers are left as they were."""

@@ -1,10 +1,9 @@
-"""The search by gradients: simple choices first, then a factor for each layer, all under one bound on what they do to
+"""The search under a bound: simple choices first, then a factor for each layer, all under one bound on what they do to
 ordinary text; a validation split chooses among them.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from ..errors import SearchError
 from ..files import to_float
 from ..runs import Journal
 from ..scoring.batching import can_pack
@@ -27,15 +25,10 @@ from ..tasks.base import spread_positions
 from ..tasks.prompts import ASKED_EVERYWHERE
 from .algorithms import adapt, fitted_top, population_of
 from .common import since
-from .gradient import (
-    AVERAGED_SHARE,
-    FactorGradient,
+from .families import (
     Family,
-    Slope,
-    Step,
-    averaged,
-    climb,
     decay_family,
+    farthest,
     first_and_rest_family,
     per_layer_family,
     uniform_family,
@@ -52,7 +45,6 @@ from .harm import (
     window_logits,
 )
 from .plan import (
-    CONTEXTS_PER_STEP,
     CONTROLS,
     CURVATURE,
     HARM,
@@ -64,6 +56,8 @@ from .plan import (
     Rates,
     Schedule,
     SearchProgress,
+    compared_on,
+    contexts_of,
     race_of,
     steps_of,
 )
@@ -72,31 +66,43 @@ from .settings import SearchSettings
 from .space import Factors, FactorSpace
 
 _FAMILIES = dict(zip(CONTROLS, (first_and_rest_family, decay_family), strict=True))
-Slopes = Callable[[int, np.ndarray], tuple[Slope, Slope]]
-"""See [`climb`]."""
 SIMPLEST_FIRST = (NONE, BOUNDED, *CONTROLS, PER_LAYER)
 """What may be the result. `UNIFORM` knows no bound: it is shown beside them."""
 UNIFORM_RANGE = (0.4, 2.5)
 _PROBE = 0.1  # log-factor at which the harm of a uniform factor is measured to find where it meets the bound
-_FARTHEST = 1.0  # log-factor that is tried where a uniform factor does no harm
 _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
-_READ_TO_WRITTEN = 1.3  # divergence on people's text, of which gradients are taken, to that on what the model writes
+_READ_TO_WRITTEN = 1.3  # divergence on people's text, by which is searched, to that on what the model writes
 _FEW, _COMPARED, _LOSSES = (
     128,
     512,
     2048,
 )  # positions of a window at most: of distributions that are compared, of losses
-# Questions to a context, in times of the task's positions. Of the variance of a gradient on 14 questions (100 pairs,
-# Qwen2.5 0.5B, six contexts) four fifths are theirs and one the context's; 42 questions take a quarter more time.
+# Questions to a context, in times of the task's positions: of 100 pairs, 42 questions instead of 14 take a quarter more
+# time, and four fifths of what one says are its own.
 _DENSER = 8
 _DIGITS = 2
 _USUAL_HARM = 0.01  # nats, by which a search without a bound takes its first steps
 _PRICE_OF_BOUND = 0.05  # probability of the answers that harm of the size of its bound costs
 _MOVED, _PROBED_TOKENS = 0.25, 256  # log-factor and tokens of text by which a layer's harm is measured
+_WIDEST = 0.5  # log-factor of a standard draw at most
 _LEAST_CURVATURE = 0.25  # of the mean, added to each layer's
 _MOST_RATIO = 5.0  # of measured harm to what the curvatures say, which one window may tell
 _AIMED = 0.9  # share of the bound: what breaks it has to be made smaller and measured again
 _MEMORY = 0.7  # share of the running mean of that ratio that a generation keeps
+_AVERAGED_SHARE = 0.25  # of the centroids, the last ones, whose mean is one of the two ends of a search
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one generation saw.
+
+    Attributes:
+        fitness: mean over its members.
+        divergence: at its centroid, on ordinary text.
+    """
+
+    fitness: float
+    divergence: float
 
 
 @dataclass(frozen=True)
@@ -105,25 +111,24 @@ class MethodResult:
 
     Attributes:
         factors: of each layer, rounded.
-        fitness: mean probability of the targets on contexts of the search split: the average of the last steps, or of
-            the contexts of a race; not a number where none was run.
+        fitness: mean probability of the targets on the last contexts of the search split that it was raced on.
         evaluations: vectors whose fitness was looked at.
-        steps: of a climb.
+        generations: by which it was found.
     """
 
     factors: Factors
     fitness: float
     evaluations: int
-    steps: tuple[Step, ...] = ()
+    generations: tuple[Generation, ...] = ()
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search by gradients found.
+    """What a search under a bound found.
 
     Attributes:
         found: by name.
-        harm: of each, on text that no gradient was taken on.
+        harm: of each.
         chosen: the result's name.
         test: held-out scores of each, of the answers that the model writes where the task has a metric.
     """
@@ -134,7 +139,7 @@ class Outcome:
     test: Mapping[str, PositionScores]
 
 
-class GradientSearch:
+class BoundedSearch:
     """One search, stage after stage. Each result is kept in a journal, and taken from there if it is there.
 
     Args:
@@ -146,7 +151,7 @@ class GradientSearch:
         scorer: of `model`.
         journal: of the run.
         audience: told what is done.
-        enough: asked before each gradient step but the first of a climb; once it says so, climbs end. None: never.
+        enough: asked after each generation; once it says so, no other begins. None: never.
     """
 
     def __init__(
@@ -161,7 +166,7 @@ class GradientSearch:
         audience: SearchProgress,
         enough: Callable[[], bool] | None = None,
     ) -> None:
-        self._enough = enough
+        self._enough = enough or (lambda: False)
         self._model = model
         self._settings = settings
         self._space = space
@@ -173,7 +178,6 @@ class GradientSearch:
         self._scorer = scorer
         self._journal = journal
         self._audience = audience
-        self._gradient = FactorGradient(model)
         self._limits = tuple(np.log(settings.factor_limits))
         self._contexts: list[int] = []
         self._search: Split | None = None
@@ -197,15 +201,11 @@ class GradientSearch:
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
         layers = self._space.key_sources, self._space.scaled_layers
-        search = self._climbed if self._settings.takes_gradient_steps else self._evolved
-        per_layer = search(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
-        start += schedule.steps * schedule.contexts_per_step
+        per_layer = self._evolved(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
+        start += contexts_of(schedule.steps)
         for name, family in _FAMILIES.items():
-            if schedule.control_steps:
-                results[name] = search(name, family(*layers), schedule.control_steps, start)
-                start += schedule.control_steps * schedule.contexts_per_step
-            else:
-                results[name] = self._replayed(name, family(*layers), per_layer.steps)
+            results[name] = self._evolved(name, family(*layers), schedule.control_steps, start)
+            start += contexts_of(schedule.control_steps)
         results[PER_LAYER] = per_layer
         scores = self._scored(
             "validation",
@@ -311,47 +311,17 @@ class GradientSearch:
 
         return self._once("raced", f"{start}+{contexts} {factors}", scored)
 
-    def _climbed(self, name: str, family: Family, count: int, start: int) -> MethodResult:
-        steps: list[Step] = []
-
-        def slopes(number: int, log_factors: np.ndarray) -> tuple[Slope, Slope]:
-            split = self._part(start + number * CONTEXTS_PER_STEP, CONTEXTS_PER_STEP)
-            kept = self._once(
-                "step",
-                f"{name} {number}",
-                lambda: [
-                    _plain(self._gradient.of_answers(split, log_factors)),
-                    _plain(self._of_text(number, log_factors)),
-                ],
-            )
-            return _slope(kept[0]), _slope(kept[1])
-
-        ended = self._journal.get("ended", name)
-        with self._stage(steps_of(name), count):
-            for step in self._climb(family, count, slopes):
-                steps.append(step)
-                recent = [s.fitness.value for s in steps[-5:]]
-                self._audience.note(f"fitness {np.mean(recent):.3f}, harm {step.divergence:.4f}")
-                if len(steps) == ended or (ended is None and len(steps) < count and self._is_enough()):
-                    break
-        if len(steps) < count and ended is None:
-            self._journal.append("ended", name, len(steps))
-        if not steps:
-            raise SearchError(f"{name}: the gradient is not finite at its first step; use another --dtype.")
-        fitness = float(np.mean([step.fitness.value for step in steps[len(steps) // 2 :]]))
-        return MethodResult(self._rounded(self._within_bound(averaged(steps))), fitness, len(steps), tuple(steps))
-
     def _evolved(self, name: str, family: Family, count: int, start: int) -> MethodResult:
-        """Searches a family by CMA-ES, each generation on contexts of its own, and goes in the end where a parabola
-        through all that was seen has its top, as far as the bound. Harm is what the curvature of each layer alone makes
-        of a vector, in the measure of what was seen at the centroids.
+        """Searches a family by CMA-ES, each generation on contexts of its own, and ends with the mean of the last
+        centroids or where a parabola through all that was seen has its top, whichever is better on contexts that
+        neither knows, as far as the bound. Harm is what the curvature of each layer alone makes of a vector, in the
+        measure of what was seen at the centroids.
         """
         curvature, bound = self._curvature(), self._settings.max_harm
-        family = family.scaled(
-            np.sqrt(2 * (bound or _USUAL_HARM) / (curvature @ family.basis**2) / family.num_parameters)
-        )
+        wide = np.sqrt(2 * (bound or _USUAL_HARM) / (curvature @ family.basis**2) / family.num_parameters)
+        family = family.scaled(np.minimum(wide, _WIDEST / np.abs(family.basis).max(axis=0)))
         price = 0.0 if bound is None else _PRICE_OF_BOUND / bound
-        steps: list[Step] = []
+        generations: list[Generation] = []
         seen: list[tuple[list[np.ndarray], list[float]]] = []
         ratio = 1.0  # of harm that was measured to what the curvatures say
 
@@ -368,8 +338,8 @@ class GradientSearch:
                 measured = measured if np.isfinite(measured) else _MOST_RATIO
                 ratio = _MEMORY * ratio + (1 - _MEMORY) * measured
             seen.append(([family.nearest(member) for member in members], fitness))
-            steps.append(Step(centroid, Slope(float(np.mean(fitness)), np.zeros(0)), divergence, price))
-            self._audience.note(f"fitness {steps[-1].fitness.value:.3f}, harm {divergence:.4f}")
+            generations.append(Generation(float(np.mean(fitness)), divergence))
+            self._audience.note(f"fitness {generations[-1].fitness:.3f}, harm {divergence:.4f}")
             return [value - price * ratio * harm_of(member) for value, member in zip(fitness, members, strict=True)]
 
         def scored(split: Split, centroid: np.ndarray, members: Sequence[np.ndarray]) -> list[Any]:
@@ -377,29 +347,33 @@ class GradientSearch:
             for member in members:
                 self._set(self._rounded(member))
                 values.append(float(fitness_by_context(densely_scored(self._scorer, split)).mean()))
-            return [values, self._divergence(self._rounded(centroid), len(steps))]
+            return [values, self._divergence(self._rounded(centroid), len(generations))]
+
+        def as_far_as_allowed(ray: np.ndarray, farthest: float) -> Factors:
+            if bound is not None:
+                allowed = np.sqrt(_AIMED * self._max_divergence / max(ratio * harm_of(ray), 1e-12))
+                farthest = min(farthest, float(allowed))
+            return self._rounded(farthest * ray)
 
         ended, centroids = self._journal.get("ended", name), []
-        with self._stage(steps_of(name), count):
+        with self._stage(steps_of(name), count + 2):
             for centroid in adapt(family, count, score, self._settings.seed, self._limits):
                 centroids.append(centroid)
                 done = len(centroids) - 1
-                if done and (done == ended or (ended is None and done < count and self._is_enough())):
+                if done and (done == ended or (ended is None and done < count and self._enough())):
                     break
-        if done < count and ended is None:
-            self._journal.append("ended", name, done)
-        last = centroids[-max(1, round(done * AVERAGED_SHARE)) :]
-        found = np.mean(last, axis=0)
-        if bound is not None and (top := fitted_top(*zip(*seen, strict=True))) is not None:
-            ray = family.log_factors(top[0])
-            allowed = np.sqrt(_AIMED * self._max_divergence / max(ratio * harm_of(ray), 1e-12))
-            found = np.clip(min(top[1], float(allowed)) * ray, *self._limits)
-        found = self._rounded(self._within_bound(found))
-        fitness = float(np.mean([step.fitness.value for step in steps[done // 2 :]]))
-        return MethodResult(found, fitness, done * population_of(family.num_parameters), tuple(steps))
-
-    def _is_enough(self) -> bool:
-        return self._enough is not None and self._enough()
+            if done < count and ended is None:
+                self._journal.append("ended", name, done)
+            last = centroids[-max(1, round(done * _AVERAGED_SHARE)) :]
+            finalists = [as_far_as_allowed(np.mean(last, axis=0), 1.0)]
+            if (top := fitted_top(*zip(*seen, strict=True))) is not None:
+                direction, distance = top
+                finalists.append(as_far_as_allowed(family.log_factors(direction), distance))
+            split = start + count, compared_on(count)
+            values = [rank_key(np.mean(self._by_context(vector, *split))) for vector in finalists]
+        best = finalists[int(np.argmax(values))]
+        found = self._rounded(self._within_bound(np.log(best)))
+        return MethodResult(found, max(values), done * population_of(family.num_parameters), tuple(generations))
 
     def _measured_curvature(self) -> np.ndarray:
         """Of the divergence by each layer's log-factor, shape `(num_layers,)`: twice what moving the layer alone does,
@@ -428,31 +402,6 @@ class GradientSearch:
         unscaled = self._unscaled(self._few_logits, window)
         return float(divergences(unscaled, self._few_logits(factors, window)).mean())
 
-    def _replayed(self, name: str, family: Family, steps: Sequence[Step]) -> MethodResult:
-        """Climbs once more, in a smaller family, on the slopes of fitness that the steps of a larger one saw where they
-        were, which is near; of the divergence on the parabola that it is near the unscaled model.
-        """
-        inverse, columns = np.linalg.pinv(family.basis), []
-        with self._stage(steps_of(name, replayed=True), family.num_parameters):
-            for number, direction in enumerate(family.basis.T):
-                at = _PROBE * direction
-                slope = _slope(self._once("bend", f"{name} {number}", lambda at=at: _plain(self._of_text(0, at))))
-                columns.append(family.basis.T @ slope.gradient / _PROBE)
-        bend = (np.array(columns) + np.array(columns).T) / 2
-
-        def slopes(number: int, log_factors: np.ndarray) -> tuple[Slope, Slope]:
-            values = inverse @ log_factors
-            pull = bend @ values
-            return steps[number].fitness, Slope(float(values @ pull) / 2, inverse.T @ pull)
-
-        climbed = list(self._climb(family, len(steps), slopes))
-        return MethodResult(self._rounded(self._within_bound(averaged(climbed))), math.nan, len(steps))
-
-    def _climb(self, family: Family, count: int, slopes: Slopes) -> Iterator[Step]:
-        """From the unscaled model: a race on few contexts may begin on the wrong side of it."""
-        origin = np.zeros(self._space.num_layers)
-        return climb(family, origin, count, slopes, max_divergence=self._max_divergence, limits=self._limits)
-
     @property
     def _max_divergence(self) -> float | None:
         """On the text that gradients are taken of."""
@@ -471,12 +420,6 @@ class GradientSearch:
         if harm.loss_rise is not None:
             share = min(share, bound / max(harm.loss_rise.value, bound))
         return log_factors * share
-
-    def _of_text(self, number: int, log_factors: np.ndarray) -> Slope:
-        windows = self._read or self._written
-        number %= len(windows)
-        positions = scored_positions(len(windows[number]), number)
-        return self._gradient.of_divergence(windows[number], positions, log_factors)
 
     def _scored(
         self, split: str, stage: str, results: Mapping[str, MethodResult], score: Callable[[], PositionScores]
@@ -537,22 +480,6 @@ class GradientSearch:
         return losses(self._logits(factors, window, _LOSSES), window, positions)
 
 
-def farthest(probe: float, divergence: float, rise: float, rise_beyond: float, bound: float) -> float:
-    """Returns how far a log-factor may go on one side before its harm meets a bound.
-
-    Args:
-        probe: log-factor at which the harm is known.
-        divergence: there, which grows with the square of the log-factor.
-        rise: of the loss there; a parabola through it, through 0 at 0, and through `rise_beyond` at `-probe`.
-        rise_beyond: see `rise`.
-        bound: of both, in nats.
-    """
-    far = min(_FARTHEST, probe * math.sqrt(bound / max(divergence, 1e-9)))
-    slope, curvature = (rise - rise_beyond) / (2 * probe), (rise + rise_beyond) / (2 * probe**2)
-    roots = np.roots([curvature, slope, -bound])
-    return min([far, *(root.real for root in roots if abs(root.imag) < 1e-12 and root.real > 0)])
-
-
 def end_changes(scores: PositionScores, unscaled: PositionScores) -> tuple[Interval, Interval]:
     """Returns how the accuracy at the first and at the last position differs, each with its paired interval."""
     first, last = (difference_interval(scores.correct[:, i].astype(float) - unscaled.correct[:, i]) for i in (0, -1))
@@ -592,14 +519,13 @@ def available(task: Task, split: SplitName, wanted: int) -> int:
     return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted
 
 
-def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: int, by_gradients: bool) -> Rates:
+def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: int) -> Rates:
     """Times the unscaled model on one context and on as many tokens as a window of text has, after a first pass that
-    makes everything ready; with gradients only where a search takes them.
+    makes everything ready.
     """
-    gradient, window = FactorGradient(model), (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
-    unscaled = np.zeros(len(model.peft_config[model.active_adapter].layer_factors))
+    window = (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
     densely_scored(scorer, one)
-    positions = scored_positions(len(window))
+    positions = scored_positions(len(window), most=_LOSSES)
 
     def passed_over() -> None:
         with torch.no_grad():
@@ -610,19 +536,4 @@ def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: in
         timed()
         return max(1e-6, since(started))
 
-    context = seconds(lambda: densely_scored(scorer, one))
-    if not by_gradients:
-        return Rates(context, 0.0, 3 * seconds(passed_over))
-    return Rates(
-        context,
-        seconds(lambda: gradient.of_answers(one, unscaled)),
-        seconds(lambda: gradient.of_divergence(window, positions, unscaled)),
-    )
-
-
-def _plain(slope: Slope) -> list[Any]:
-    return [slope.value, slope.gradient.tolist()]
-
-
-def _slope(plain: Sequence[Any]) -> Slope:
-    return Slope(to_float(plain[0]), np.array([to_float(value) for value in plain[1]]))
+    return Rates(seconds(lambda: densely_scored(scorer, one)), seconds(passed_over))

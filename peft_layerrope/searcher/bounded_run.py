@@ -1,11 +1,11 @@
-"""`search` with `algorithm="gradient"`: checks, schedule, the search itself, the held-out test, and the result."""
+"""`search` under a bound: checks, schedule, the search itself, the held-out test, and the result."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
 from ..tuner.sites import find_stack, trained_window
 from .algorithms import population_of
-from .common import adapter_config, identity_of, keep_look, look, model_name, since
-from .gradient_search import (
+from .bounded import (
     SIMPLEST_FIRST,
-    GradientSearch,
+    BoundedSearch,
     Outcome,
     available,
     contexts_to_ask,
@@ -33,6 +32,7 @@ from .gradient_search import (
     end_changes,
     measured_rates,
 )
+from .common import adapter_config, identity_of, keep_look, look, model_name, since
 from .harm import SAMPLE_NAME, Windows, read_windows
 from .plan import CONTROLS, PREFLIGHT, TEST, Rates, Schedule, SearchProgress, audience_of, check_length, schedule_for
 from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
@@ -46,8 +46,8 @@ _HARM = Unit("harm", "nats", "nats", 1, 4)
 
 
 @dataclass(frozen=True)
-class GradientPlan:
-    """What a search by gradients is going to do.
+class BoundedPlan:
+    """What a search under a bound is going to do.
 
     Attributes:
         schedule: of the search.
@@ -88,16 +88,12 @@ class GradientPlan:
 def _steps(schedule: Schedule, taken: int | None = None) -> str:
     """What the search for a factor for each layer consists of, or of so many steps."""
     count = schedule.steps if taken is None else taken
-    if not schedule.num_parameters:
-        return f"{count} gradient steps"
     return f"{count} generations of {population_of(schedule.num_parameters)} vectors"
 
 
 def _controls(schedule: Schedule) -> str:
     """What choices of two numbers are searched by."""
-    if schedule.control_steps:
-        return f"{schedule.control_steps} for each of {len(CONTROLS)} simpler choices"
-    return f"the same gradients for {len(CONTROLS)} choices of two numbers"
+    return f"{schedule.control_steps} for each of {len(CONTROLS)} choices of two numbers"
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class _Prepared:
     scorer: Scorer
     space: FactorSpace
     windows: Windows
-    plan: GradientPlan
+    plan: BoundedPlan
 
 
 @contextmanager
@@ -124,7 +120,7 @@ def _prepared(model: nn.Module, task: Task, settings: SearchSettings) -> Iterato
         yield _Prepared(peft_model, scorer, space, windows, plan)
 
 
-def search_by_gradients(
+def search_under_bound(
     model: nn.Module,
     task: Task,
     settings: SearchSettings,
@@ -133,7 +129,7 @@ def search_by_gradients(
     folder: Path | None,
     resume: bool,
     overwrite: bool,
-    on_plan: Callable[[GradientPlan], Any] | None,
+    on_plan: Callable[[BoundedPlan], Any] | None,
     on_begin: Callable[[SearchSettings], Any] | None,
     enough: Callable[[], bool] | None,
 ) -> SearchResult:
@@ -156,13 +152,13 @@ def search_by_gradients(
             if on_begin is not None:
                 on_begin(settings)
             text = ready.windows, plan.text_tokens
-            engine = GradientSearch(ready.model, settings, ready.space, *text, ready.scorer, journal, audience, enough)
+            engine = BoundedSearch(ready.model, settings, ready.space, *text, ready.scorer, journal, audience, enough)
             outcome = engine.run(schedule, search, *others)
         return _result(ready, task, settings, outcome, engine.seconds, found, splits)
 
 
-def plan_by_gradients(model: nn.Module, task: Task, settings: SearchSettings) -> GradientPlan:
-    """Returns what [`search_by_gradients`] would do."""
+def plan_under_bound(model: nn.Module, task: Task, settings: SearchSettings) -> BoundedPlan:
+    """Returns what [`search_under_bound`] would do."""
     with _prepared(model, task, settings) as ready:
         return ready.plan
 
@@ -192,20 +188,19 @@ def _plan(
     space: FactorSpace,
     windows: Windows,
     started: float,
-) -> GradientPlan:
+) -> BoundedPlan:
     spent, probe = since(started), densely_asked(task, "search", 1)
     tokens = len(windows[0]) if windows else _text_tokens(model, probe)
-    by_gradients = settings.takes_gradient_steps
-    rates = measured_rates(model, scorer, probe, tokens, by_gradients)
-    free = 0 if by_gradients else len(space.scaled_layers)
+    rates = measured_rates(model, scorer, probe, tokens)
+    free = len(space.scaled_layers)
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     if settings.steps is None:
-        schedule = schedule_for(60 * settings.minutes - before, rates, settings.full_controls, free)
+        schedule = schedule_for(60 * settings.minutes - before, rates, free, settings.full_controls)
     else:
-        schedule = Schedule(settings.steps, settings.full_controls, free)
+        schedule = Schedule(settings.steps, free, settings.full_controls)
     test_groups, test_seconds = _test_size(task, settings, rates)
     seconds = {PREFLIGHT: before, **schedule.seconds(rates), TEST: test_seconds}
-    return GradientPlan(schedule, seconds, test_groups, probe.max_tokens, tokens)
+    return BoundedPlan(schedule, seconds, test_groups, probe.max_tokens, tokens)
 
 
 def _test_size(task: Task, settings: SearchSettings, rates: Rates) -> tuple[int, float]:
@@ -276,8 +271,8 @@ def _result(
     best = outcome.found[outcome.chosen].factors
     low, high = settings.factor_limits
     history = [
-        {"step": i, "fitness": s.fitness.value, "divergence": s.divergence, "price": s.price}
-        for i, s in enumerate(outcome.found[PER_LAYER].steps)
+        {"generation": number, **asdict(generation)}
+        for number, generation in enumerate(outcome.found[PER_LAYER].generations)
     ]
     return SearchResult(
         config=adapter_config(model, settings, best, name, scaled_layers=list(scaled_layers)),
@@ -294,8 +289,6 @@ def _result(
         evaluations={
             "per_layer_search": outcome.found[PER_LAYER].evaluations,
             "all_methods": sum(f.evaluations for f in outcome.found.values()),
-            "gradient_steps": settings.takes_gradient_steps
-            * (plan.schedule.steps + len(CONTROLS) * plan.schedule.control_steps),
         },
         guards={
             "max_harm": settings.max_harm,
@@ -335,7 +328,7 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
         ends = end_changes(outcome.test[chosen], outcome.test[NONE])
         first, last = map(ACCURACY.change_in_words, ends)
         text += f" Held-out accuracy at the first position {first}, at the last {last}."
-    schedule, taken = ready.plan.schedule, len(outcome.found[PER_LAYER].steps)
+    schedule, taken = ready.plan.schedule, len(outcome.found[PER_LAYER].generations)
     early = f" (ended early: {schedule.steps} were planned)" if taken < schedule.steps else ""
     cost = (
         f"cost: {_steps(schedule, taken)} for a factor for each layer{early}, {_controls(schedule)}, "

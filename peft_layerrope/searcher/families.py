@@ -1,0 +1,89 @@
+"""Families of factor vectors whose logarithms are linear in a few numbers. Pure maths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+FARTHEST = 1.0
+"""Log-factor that is tried where a uniform factor does no harm."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Factor vectors whose logarithms are a linear function of a few numbers.
+
+    Attributes:
+        name: key in reports.
+        basis: shape `(num_layers, num_parameters)`; a row of zeros keeps a layer at 1.
+    """
+
+    name: str
+    basis: np.ndarray
+
+    @property
+    def num_parameters(self) -> int:
+        return self.basis.shape[1]
+
+    def log_factors(self, parameters: np.ndarray) -> np.ndarray:
+        """Returns the log-factor of each layer."""
+        return self.basis @ parameters
+
+    def scaled(self, units: np.ndarray) -> Family:
+        """Returns the same family with parameters in other units, shape `(num_parameters,)`."""
+        return replace(self, basis=self.basis * units)
+
+    def nearest(self, log_factors: np.ndarray) -> np.ndarray:
+        """Returns the parameters whose vector comes nearest to another one."""
+        return np.linalg.lstsq(self.basis, log_factors, rcond=None)[0]
+
+
+def uniform_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
+    """One factor for all layers."""
+    return Family("uniform", _tied(np.ones((len(key_sources), 1)), key_sources, layers))
+
+
+def first_and_rest_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
+    """The first layer has a factor of its own, all others share one."""
+    first = np.arange(len(key_sources)) == min(layers)
+    return Family("first_and_rest", _tied(np.stack([first, ~first], axis=1).astype(float), key_sources, layers))
+
+
+def decay_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
+    """Factors that rise or fall exponentially with depth, as in LASP: two numbers."""
+    depth = np.linspace(0.0, 1.0, len(key_sources))
+    return Family("decay", _tied(np.stack([np.ones_like(depth), depth], axis=1), key_sources, layers))
+
+
+def per_layer_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
+    """A factor for each layer that rotates keys of its own."""
+    own = [layer for layer in layers if key_sources[layer] == layer]
+    basis = np.zeros((len(key_sources), len(own)))
+    for column, layer in enumerate(own):
+        basis[[i for i, source in enumerate(key_sources) if source == layer], column] = 1.0
+    return Family("per_layer", basis)
+
+
+def _tied(basis: np.ndarray, key_sources: Sequence[int], layers: Sequence[int]) -> np.ndarray:
+    """Rows of layers that stay at 1 are zeros, and a layer that borrows keys has its source's row."""
+    free = np.isin(np.arange(len(key_sources)), layers)
+    return (basis * free[:, None])[list(key_sources)]
+
+
+def farthest(probe: float, divergence: float, rise: float, rise_beyond: float, bound: float) -> float:
+    """Returns how far a log-factor may go on one side before its harm meets a bound.
+
+    Args:
+        probe: log-factor at which the harm is known.
+        divergence: there, which grows with the square of the log-factor.
+        rise: of the loss there; a parabola through it, through 0 at 0, and through `rise_beyond` at `-probe`.
+        rise_beyond: see `rise`.
+        bound: of both, in nats.
+    """
+    far = min(FARTHEST, probe * math.sqrt(bound / max(divergence, 1e-9)))
+    slope, curvature = (rise - rise_beyond) / (2 * probe), (rise + rise_beyond) / (2 * probe**2)
+    roots = np.roots([curvature, slope, -bound])
+    return min([far, *(root.real for root in roots if abs(root.imag) < 1e-12 and root.real > 0)])
