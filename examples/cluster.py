@@ -22,16 +22,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--address", help="of a running cluster, such as auto; default: a Ray of this machine's own")
     parser.add_argument("--output", default="cluster-adapter", help="folder for the adapter")
-    parser.add_argument("--contexts", type=int, default=16, help="to search on")
-    parser.add_argument("--generations", type=int, default=5)
-    parser.add_argument("--no-controls", action="store_true", help="search per-layer factors only, and be done sooner")
+    parser.add_argument("--steps", type=int, default=24, help="generations for the factors of all layers")
+    parser.add_argument("--contexts", type=int, default=32, help="of the held-out test")
     args = parser.parse_args()
 
     path = demo_model_path()  # every node must be able to read it; a Hub id is one that they all can
     model = AutoModelForCausalLM.from_pretrained(path)
     task = KeyValueWords(AutoTokenizer.from_pretrained(path), length=512, num_positions=5)
-    sizes = {"search_groups": args.contexts, "test_groups": 2 * args.contexts, "generations": args.generations}
-    settings = SearchSettings(algorithm="genetic", **sizes, controls=not args.no_controls)
+    settings = SearchSettings(steps=args.steps, test_groups=args.contexts, max_harm=None)
     with RayWorkers(args.workers, address=args.address, model_source=path) as workers:
         result = search(model, task, settings, distribute=workers)
 

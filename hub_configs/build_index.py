@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft_layerrope.searcher.plan import planned_evaluations
 from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tasks.specification import TaskSpecification
 
@@ -37,16 +36,15 @@ it repeats the search. Accuracy is held out, in %, at the mean over gold positio
 
 Settings for models that are too large for this repository's tests: no factors, and no claim that they help. Checked
 is that a model of those layers, that window and that rotary embedding takes them; `base_model.json` says which they
-are. `--dry-run` at the end of a command times one evaluation on your machine, and prints the plan.
+are. `--dry-run` at the end of a command times a few passes on your machine, and prints the plan.
 
-| folder | model | layers, scaled | window | prompts | at most | command |
-| --- | --- | --- | ---: | --- | --- | --- |
+| folder | model | layers | window | prompts | command |
+| --- | --- | ---: | ---: | --- | --- |
 {recipes}
 
 Prompts are key-value retrieval in the public format, with UUIDs, and put into the chat template where it says "chat":
-vicuna's tokenizer has none, and Qwen3's would let the model think before it answers. "At most": distinct factor
-vectors, the controls' too, each on the search split; racing and shared layers make it less. Gradient steps need the
-activations of all layers at once, and are left out at 16,384 tokens.
+vicuna's tokenizer has none, and Qwen3's would let the model think before it answers. A search takes `--minutes`, 60
+there, and as long again for the held-out test.
 """
 
 
@@ -87,16 +85,13 @@ def _accuracy(test: dict[str, Any]) -> str:
 
 def _recipe_row(folder: Path) -> str:
     specification, facts = read_recipe(folder)
-    task, settings, config = specification.task, specification.search, facts["config"]
-    space = settings.space(tuple(range(config["num_hidden_layers"])))
-    vectors = sum(planned_evaluations(settings, space).values())
+    task, config = specification.task, facts["config"]
     return _row(
         f"`{folder.name}`",
         f"`{facts['model']}`",
-        f"{space.num_layers}, {len(space.scaled_layers)}",
+        f"{config['num_hidden_layers']}",
         f"{config['max_position_embeddings']:,}",
         f"{task.length:,} tokens, {task.num_positions} positions{_chat(task)}",
-        f"{vectors} × {settings.search_groups * task.num_positions} prompts",
         _command(folder),
     )
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .loading import load_adapter
     from .scoring.scorer import evaluate
     from .scoring.scores import PositionScores
-    from .searcher import Guards, SearchResult, SearchSettings, plan_search, search
+    from .searcher import SearchResult, SearchSettings, plan_search, search
     from .searcher.ray_workers import RayWorkers
     from .tasks import (
         Example,
@@ -48,7 +48,6 @@ _LAZY = {
     "Comparison": ".comparison",
     "Contender": ".comparison.contenders",
     "Example": ".tasks",
-    "Guards": ".searcher",
     "KeyValueRetrieval": ".tasks",
     "KeyValueWords": ".tasks",
     "LayerCheck": ".verification",
@@ -80,7 +79,6 @@ __all__ = [
     "Comparison",
     "Contender",
     "Example",
-    "Guards",
     "InvalidConfigError",
     "KeyValueRetrieval",
     "KeyValueWords",

@@ -154,7 +154,7 @@ class HeldOut:
         task: the task's description.
         measured: what was measured, in a line.
         table: the comparison with simpler choices, in Markdown.
-        remarks: sentences that belong to it: cost, guards, edges of the range.
+        remarks: sentences that belong to it: result, harm, cost, edges of the range.
         differences: the adapter's average minus that of others, by their label.
         base: how the base model was loaded, as `describe_loading` tells it.
     """
@@ -423,7 +423,7 @@ def _results(held_out: HeldOut, files: Collection[str]) -> str:
         ]
     paired = f" Paired differences with 95 % intervals: {'; '.join(differences)}." if differences else ""
     remarks = "\n".join(f"- {remark}" for remark in held_out.remarks)
-    cost = f"\n\n### Cost and guards of the search\n\n{remarks}" if remarks else ""
+    cost = f"\n\n### Result, harm and cost of the search\n\n{remarks}" if remarks else ""
     return f"""## Held-out results
 
 Task: {held_out.measured}. Every method chose its factors on a search split; these are the scores on a disjoint test
@@ -451,7 +451,7 @@ def _limits(config: LayerRopeConfig, held_out: HeldOut | None) -> str:
     else:
         lines.append(
             "Chosen for one task and one length, those above; what it does to others was not measured, apart from "
-            "the guards. `layerrope evaluate` measures it on yours."
+            "ordinary text. `layerrope evaluate` measures it on yours."
         )
     lines.append(
         "For the base model named above; another model needs factors of its own. `layerrope verify` proves for each "

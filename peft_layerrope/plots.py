@@ -185,7 +185,7 @@ def plot_factors_by_depth(
     control_points: Sequence[Sequence[float]] | None = None,
     scaled_layers: Sequence[int] | None = None,
 ) -> bytes:
-    """Draws the factor of every layer, and the Bézier curve that the search came from, as PNG.
+    """Draws the factor of every layer, and the Bézier curve that they are read off, as PNG.
 
     Args:
         factors: one per layer.
@@ -199,7 +199,7 @@ def plot_factors_by_depth(
         spanned = list(scaled_layers) if scaled_layers is not None else layers
         points = [(spanned[0] + x * (spanned[-1] - spanned[0]), y) for x, y in control_points]
         curve = Path(points, [Path.MOVETO, *[Path.CURVE4] * 3])
-        axes.add_patch(PathPatch(curve, fill=False, edgecolor=COLOURS[1], label="Bézier curve before refinement"))
+        axes.add_patch(PathPatch(curve, fill=False, edgecolor=COLOURS[1], label="Bézier curve"))
         axes.plot(*zip(*points, strict=True), "s:", color=GREY, markersize=4, label="control points")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="layer", ylabel="factor")

@@ -19,7 +19,6 @@ from peft_layerrope import (
     AdapterMismatchError,
     Contender,
     Example,
-    Guards,
     InvalidConfigError,
     KeyValueRetrieval,
     KeyValueWords,
@@ -53,10 +52,7 @@ from peft_layerrope.tuner.artifacts import save_adapter
 
 USAGE, FAILED = 2, 1
 SEARCHED = Path(__file__).parents[1] / "hub_configs" / "demo-plain"
-TINY_SEARCH = (
-    "--algorithm genetic --length 128 --num-positions 3 --population 4 --generations 1 --refine-evaluations 2 "
-    "--search-groups 2 --validation-groups 2 --test-groups 2 --gradient-steps 1"
-)
+TINY_SEARCH = "--length 128 --num-positions 3 --steps 1 --test-groups 2"
 PAIRS = [["a", "one"], ["b", "two"], ["c", "three"]]
 RECORD = {"ordered_kv_records": PAIRS, "key": "b", "value": "two"}
 DOCUMENTS = [{"title": "T", "text": "It is red.", "isgold": True}, {"title": "U", "text": "No.", "isgold": False}]
@@ -98,7 +94,7 @@ DATA_FILES = {
     "object.json": "{",
     "not_numpy.npy": "text",
     "typo.yaml": "search: {populaton: 4}\n",
-    "kind.yaml": "search: {share_mib: many}\n",
+    "kind.yaml": "search: {batch_tokens: many}\n",
     "list.yaml": "- 1\n",
     "broken.yaml": "a: [1\n",
     "empty.yaml": "",
@@ -281,16 +277,16 @@ DATA = [
 ]  # fmt: skip
 SEARCH = [
     *((f"--{name} {value}", USAGE, name.rpartition("-")[2]) for value in ("nan", "inf") for name in (
-        "min-factor", "max-factor", "step", "max-tail-drop", "max-short-rise", "factor",
+        "min-factor", "max-factor", "step", "max-harm", "minutes", "test-minutes", "factor",
     )),
     *((f"--{name} -1", USAGE, f"'--{name}'") for name in (
-        "population", "generations", "gradient-steps", "refine-evaluations", "search-groups", "validation-groups",
-        "test-groups", "seed", "bootstrap", "share-mib", "workers", "min-factor", "max-factor", "factor",
-        "max-tail-drop", "max-short-rise",
+        "population", "steps", "search-groups", "test-groups", "seed", "workers", "min-factor", "max-factor", "factor",
     )),
     *((f"--{name} 0", USAGE, f"'--{name}'") for name in (
-        "population", "search-groups", "validation-groups", "test-groups", "min-factor", "factor",
+        "population", "steps", "search-groups", "test-groups", "min-factor", "factor",
     )),
+    ("--max-harm 0", USAGE, "max_harm=0.0"),
+    ("--minutes 0", USAGE, "minutes=0.0"),
     ("--step 0", USAGE, "step=0.0 must be"),
     ("--step -1", USAGE, "step=-1.0 must be"),
     ("--population 2.5", USAGE, "--population"),
@@ -311,16 +307,14 @@ SEARCH = [
     ("--layers -1", USAGE, "is no layer or range"),
     ("--rope-type nonesuch", USAGE, "'nonesuch' is not one of"),
     ("--algorithm nonesuch", USAGE, "'nonesuch' is not one of"),
-    ("--objective nonesuch", USAGE, "'nonesuch' is not one of"),
-    ("--curve nonesuch", USAGE, "'nonesuch' is not one of"),
-    ("--length 1024", USAGE, "the largest scaling reaches 512 tokens"),
-    ("--length 99999", USAGE, "the largest scaling reaches 512 tokens"),
+    ("--length 2048", USAGE, "the largest scaling reaches 1024 tokens"),
+    ("--length 99999", USAGE, "the largest scaling reaches 1024 tokens"),
     ("{R}/gpt2 --task kv_words", FAILED, "no rotary embedding"),
     ("--resume --overwrite", USAGE, "--resume keeps what is there and --overwrite replaces it"),
     ("--config {R}/nonesuch.yaml", USAGE, "nonesuch.yaml cannot be read"),
     ("--config {R}/full", USAGE, "full cannot be read: Is a directory"),
     ("--config {R}/typo.yaml", USAGE, "search.populaton is unknown; did you mean search.population?"),
-    ("--config {R}/kind.yaml", USAGE, "share_mib"),
+    ("--config {R}/kind.yaml", USAGE, "batch_tokens"),
     ("--config {R}/list.yaml", USAGE, "must hold names and values"),
     ("--config {R}/broken.yaml", USAGE, "broken.yaml is not YAML"),
     ("--config {R}/empty.yaml", USAGE, "must hold names and values"),
@@ -382,7 +376,6 @@ SENSITIVITY = [
     ("--groups -1", USAGE, "num_groups=-1"),
     ("--factor 2", USAGE, "factor=2.0 has no effect"),
     ("--rope-type linear --factor nan", USAGE, "factor"),
-    ("--share-mib -1", USAGE, "--share-mib"),
     ("--json nowhere/a.json", USAGE, "--json nowhere/a.json cannot be written"),
     ("--json {R}/full", USAGE, "--json"),
     ("--plot nowhere/a.png", USAGE, "--plot nowhere/a.png cannot be written"),
@@ -522,7 +515,7 @@ def test_an_extra_that_is_not_installed(package, command, status, resources, tmp
     [
         ("evaluate --length 128 --groups 1 --positions 3 --output out", "--groups 2", "journal.jsonl"),
         ("evaluate --length 128 --groups 1 --positions 3 --output out", "--baseline linear:2", "journal.jsonl"),
-        (f"search --output out {TINY_SEARCH} --no-controls --no-refine", "--seed 5", "seed was 0 there and is 5 now"),
+        (f"search --output out {TINY_SEARCH}", "--seed 5", "seed was 0 there and is 5 now"),
     ],
 )
 def test_resuming_something_else_leaves_the_first_as_it_was(first, other, message, tmp_path, monkeypatch):
@@ -793,8 +786,7 @@ CALLS = {
         InvalidConfigError,
         "config= is not taken here",
     ),
-    "Guards: a word": (lambda m, t: Guards("x"), SearchError, "max_tail_drop='x' must be"),
-    "SearchSettings: guards": (lambda m, t: SearchSettings(guards=None), SearchError, "guards=None must be"),
+    "SearchSettings: max_harm": (lambda m, t: SearchSettings(max_harm=-1.0), SearchError, "max_harm=-1.0 must be"),
     "SearchSettings: grid": (
         lambda m, t: SearchSettings(grid=(1, 2, 0.1)),
         SearchError,
@@ -805,13 +797,13 @@ CALLS = {
         SearchError,
         "layers={'0': 3} must be",
     ),
-    "SearchSettings: refine": (lambda m, t: SearchSettings(refine="no"), SearchError, "refine='no' must be"),
+    "SearchSettings: anyway": (lambda m, t: SearchSettings(anyway="no"), SearchError, "anyway='no' must be"),
     "SearchSettings: window": (
         lambda m, t: SearchSettings(rope_type="dynamic", original_max_position_embeddings=0),
         InvalidConfigError,
         "original_max_position_embeddings=0",
     ),
-    "Guards: nan": (lambda m, t: Guards(max_tail_drop=NAN), SearchError, "max_tail_drop=nan"),
+    "SearchSettings: nan": (lambda m, t: SearchSettings(max_harm=NAN), SearchError, "max_harm=nan"),
     "RayWorkers: none": (lambda m, t: RayWorkers(0), SearchError, "num_workers=0"),
     "RayWorkers: nan": (lambda m, t: RayWorkers(1, start_timeout=NAN), SearchError, "start_timeout=nan"),
     "push_to_hub: missing": (lambda m, t: push_to_hub("/nonesuch", "me/x"), LayerRopeError, "/nonesuch"),

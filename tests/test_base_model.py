@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, build_model, logits
-from fakes import LEAST_OPTIONS, token_task
+from fakes import LEAST_OPTIONS, LEAST_SEARCH, token_task
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_contenders import trained_lora
@@ -287,7 +287,7 @@ def test_code_of_a_model_runs_only_when_that_is_typed(folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-FEW = (*LEAST_OPTIONS, "--gradient-steps", "1", "--max-new-tokens", "8")
+FEW = (*LEAST_OPTIONS, "--max-new-tokens", "8")
 
 
 def test_evaluate_and_search_on_a_fine_tune(folder, lora, tmp_path):
@@ -310,15 +310,7 @@ def test_evaluate_and_search_on_a_fine_tune(folder, lora, tmp_path):
     by_hand = search(
         tuned,
         KeyValueRetrieval(tiny_bpe(chat=True), keys="words", num_keys=5, num_positions=3, length=300, max_new_tokens=8),
-        **{
-            "algorithm": "genetic",
-            "population": 4,
-            "generations": 0,
-            "gradient_steps": 1,
-            "refine_evaluations": 1,
-            "search_groups": 2,
-        },
-        **{"validation_groups": 1, "test_groups": 2, "controls": False, "anyway": True, "preflight_groups": 2},
+        **{**LEAST_SEARCH, "anyway": True, "preflight_groups": 2},
         progress=False,
     )
     saved = json.loads((first / "search.json").read_text())
@@ -410,13 +402,7 @@ def test_quantised_weights_with_a_fine_tune_beside_them(bits, prompt, tmp_path):
         assert not torch.equal(logits(scaled, prompt), before)
     assert torch.equal(logits(tuned, prompt), before)
     own = ("--device", "cpu", "--model-args", f"{bits}=true,peft={lora}")
-    words = ("search", str(folder), *own, *TASK, *FEW, "--output", str(tmp_path / "out"))
-    if bits == "load_in_4bit":
-        done = run(*words)
-        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.stderr
-        words = (*words, "--gradient-steps", "0")
-        assert not (tmp_path / "out").exists()
-    done = run(*words)
+    done = run("search", str(folder), *own, *TASK, *FEW, "--output", str(tmp_path / "out"))
     assert done.exit_code == 0, done.stderr
 
 

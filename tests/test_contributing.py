@@ -38,7 +38,6 @@ def test_the_example_is_a_task(needle, demo_model):
 
 
 def test_the_example_can_be_searched(needle, demo_model):
-    groups = {"search_groups": 1, "validation_groups": 1, "test_groups": 2}
     task = needle(range(6, demo_model.config.vocab_size))
-    result = search(demo_model, task, **groups, **LEAST_SEARCH, progress=False)
+    result = search(demo_model, task, **LEAST_SEARCH, progress=False)
     assert result.to_dict()["task"]["name"] == "needle"

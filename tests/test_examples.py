@@ -161,7 +161,7 @@ def test_share_on_the_hub(tmp_path):
 @pytest.mark.slow
 def test_cluster(tmp_path):
     pytest.importorskip("ray")
-    few = ("--workers", "1", "--contexts", "1", "--generations", "0", "--no-controls")
+    few = ("--workers", "1", "--steps", "1", "--contexts", "2")
     lines = run("cluster.py", *few, "--output", str(tmp_path)).splitlines()
     assert lines[0] == f"factors: {json.loads((tmp_path / 'search.json').read_text())['layer_factors']}"
     assert re.fullmatch(r"over the best uniform factor: \S+ points \[\S+, \S+\]", lines[1])

@@ -26,27 +26,13 @@ from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
 from peft_layerrope.files import write_atomically
 from peft_layerrope.runs import JOURNAL_NAME
-from peft_layerrope.searcher import FactorGrid
+from peft_layerrope.scoring import batching, scorer
 from peft_layerrope.searcher import result as search_result
 from peft_layerrope.searcher import run as search_run
-from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.plan import SilentProgress
 
-SMALL = {
-    "algorithm": "genetic",
-    "population": 4,
-    "generations": 1,
-    "gradient_steps": 1,
-    "refine_evaluations": 3,
-    "search_groups": 4,
-    "validation_groups": 2,
-    "test_groups": 3,
-    "controls": False,
-    "grid": FactorGrid(1.0, 2.0, 0.25),
-    "share_mib": 8,
-    "batch_tokens": 400,
-}
-QUICK_SEARCH = [*TINY_SEARCH, "--no-controls"]
+SMALL = {"steps": 2, "test_groups": 3, "batch_tokens": 400}
+QUICK_SEARCH = TINY_SEARCH
 RESULTS = ("adapter_config.json", "adapter_model.safetensors", "search.json", "README.md")
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -64,7 +50,7 @@ class Audience(SilentProgress):
 
 
 def run(folder: Path | None, progress: object = None, resume: bool = False, **fields: object) -> SearchResult:
-    model, task = build_model("llama", num_hidden_layers=3), token_task(groups=20)
+    model, task = build_model("llama", num_hidden_layers=3), token_task(groups=40)
     progress = Audience() if progress is None else progress
     return search(model, task, **{**SMALL, **fields}, folder=folder, resume=resume, progress=progress)
 
@@ -90,7 +76,7 @@ def assert_resumes(folder: Path, whole: tuple) -> None:
 
 @pytest.fixture
 def plain_plots(monkeypatch):
-    for name in ("plot_by_position", "plot_factors_by_depth"):
+    for name in ("plot_by_position", "plot_factors_by_depth", "plot_gain_over_harm"):
         monkeypatch.setattr(search_result, name, lambda *args, **more: b"plot")
 
 
@@ -182,8 +168,11 @@ def test_a_signal_stops_the_search_with_a_word_on_how_to_go_on(undisturbed, tmp_
         command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=_heed_signals
     ) as process:
         try:
-            lines = list(itertools.takewhile(lambda line: "at most" not in line, process.stderr))
+            lines = list(itertools.takewhile(lambda line: "text that the model writes" not in line, process.stderr))
             process.send_signal(number)
+            if number == signal.SIGINT:  # the first one means that it is enough
+                lines += itertools.takewhile(lambda line: "Enough" not in line, process.stderr)
+                process.send_signal(number)
             rest = process.stderr.read()
             assert process.wait(60) == status, "".join(lines) + rest
         finally:
@@ -220,7 +209,7 @@ def test_interrupted_before_there_is_anything_to_lose(tmp_path, monkeypatch):
 def test_a_search_that_replaces_another_is_not_taken_for_it_when_it_is_interrupted(tmp_path, monkeypatch):
     for name in RESULTS:
         (tmp_path / name).write_text("of the earlier search")
-    for function, left in (("make_data", list(RESULTS)), ("run_strategy", ["README.md"])):  # before and after it began
+    for function, left in (("_splits", list(RESULTS)), ("ModelEvaluator", ["README.md"])):  # before and after it began
         with monkeypatch.context() as patched:
             patched.setattr(search_run, function, interrupted)
             done = run_command("search", "--output", str(tmp_path), *QUICK_SEARCH, "--overwrite")
@@ -452,17 +441,16 @@ def test_a_report_on_a_full_disk_ends_in_one_line(small_disk, monkeypatch):
 @pytest.mark.parametrize("at", [1, 6, 12])
 def test_memory_that_runs_out_once_does_not_change_what_is_found(whole, monkeypatch, at):
     """Smaller batches may round differently, and that is all."""
-    real, calls, sizes = ModelEvaluator._score, itertools.count(1), set()
+    real, calls = batching.answer_logits, itertools.count(1)
 
-    def scarce(self, vectors, heat):
-        sizes.add(self.batch_tokens)
+    def scarce(*args):
         if next(calls) == at:
             raise torch.OutOfMemoryError("out of memory")
-        return real(self, vectors, heat)
+        return real(*args)
 
-    monkeypatch.setattr(ModelEvaluator, "_score", scarce)
+    monkeypatch.setattr(scorer, "answer_logits", scarce)
     found, expected = run(None).to_dict(), whole[0].to_dict()
-    assert sizes == {400, 200}
+    assert next(calls) > 13
     assert found["layer_factors"] == expected["layer_factors"]
     assert found["evaluations"] == expected["evaluations"]
     for row, other in zip(found["table"], expected["table"], strict=True):
@@ -481,10 +469,10 @@ def test_a_clock_that_goes_backwards_changes_nothing(whole, monkeypatch, tmp_pat
             patched.setattr(time, name, backwards)
         patched.setattr(rich.console, "monotonic", backwards)
         plans = []
-        model, task = build_model("llama", num_hidden_layers=3), token_task(groups=20)
+        model, task = build_model("llama", num_hidden_layers=3), token_task(groups=40)
         result = search(model, task, **SMALL, folder=tmp_path, progress=True, on_plan=plans.append)
     assert result.to_dict() == whole[0].to_dict()
     assert min(result.timing["seconds"].values()) >= 0
-    assert plans[0].seconds >= 0
+    assert plans[0].search_seconds >= 0
     assert next(ticks) > 50  # it was asked
     assert_resumes(tmp_path, whole)

@@ -17,22 +17,8 @@ from peft_layerrope import KeyValueRetrieval, LayerRopeConfig, search
 from peft_layerrope.comparison.contenders import Contender, contending
 from peft_layerrope.scoring.preflight import TaskError, find_difficulty, preflight, with_targets
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.searcher import FactorGrid
 
-SETTINGS = {
-    "algorithm": "genetic",
-    "search_groups": 2,
-    "validation_groups": 1,
-    "test_groups": 2,
-    "population": 4,
-    "generations": 0,
-    "gradient_steps": 1,
-    "refine_evaluations": 2,
-    "controls": False,
-    "preflight_groups": 3,
-    "grid": FactorGrid(min_factor=0.9, max_factor=1.1, step=0.2),
-    "progress": False,
-}
+SETTINGS = {"steps": 1, "test_groups": 2, "preflight_groups": 3, "progress": False}
 
 
 def task_of(tokenizer, num_keys: int = 4, max_new_tokens: int = 12, **settings) -> KeyValueRetrieval:

@@ -13,17 +13,19 @@ from scipy import stats
 
 from peft_layerrope import PositionScores, plots, report
 from peft_layerrope.report import Table
+from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher import ResultTable, SearchSettings, TableRow
+from peft_layerrope.searcher.harm import Harm
 from peft_layerrope.searcher.result import HeldOutTables
 
 
 class Held(HeldOutTables):
     """What of a search is shown in tables."""
 
-    settings, chosen = SearchSettings(algorithm="genetic"), "refined"
+    settings, chosen = SearchSettings(), "per_layer"
 
-    def __init__(self, table: ResultTable, better_control: str | None = None) -> None:
-        self.table, self.better_control, self.difference = table, better_control, table.difference
+    def __init__(self, table: ResultTable) -> None:
+        self.table, self.difference = table, table.difference
 
 
 def rendered(*tables: Table) -> str:
@@ -42,25 +44,28 @@ def scores(hits: list[list[int]]) -> PositionScores:
 def table() -> ResultTable:
     before = scores([[1, 0, 0], [1, 0, 1], [0, 0, 1], [1, 0, 1]])
     after = scores([[1, 1, 0], [1, 0, 1], [1, 1, 1], [1, 1, 1]])
+    middle = scores([[1, 1, 0], [1, 0, 0], [0, 0, 1], [1, 1, 1]])
+    harm = [Harm(Interval(value, 0.0, 2 * value), Interval(-value, -1.0, 1.0)) for value in (0.0, 0.002, 0.004)]
     return ResultTable(
         (
-            TableRow("uniform", (1.0, 1.0), -2.0, 1, True, before),
-            TableRow("first_and_rest", (1.0, 1.5), -1.5, 9, True, scores([[1, 1, 0], [1, 0, 0], [0, 0, 1], [1, 1, 1]])),
-            TableRow("refined", (1.1, 2.0), -1.0, 40, False, after),
+            TableRow("none", (1.0, 1.0), -2.0, 1, before, harm[0]),
+            TableRow("uniform_bounded", (1.5, 1.5), -1.5, 9, middle, harm[1]),
+            TableRow("per_layer", (1.1, 2.0), -1.0, 40, after, harm[2]),
         )
     )
 
 
 def test_markdown_table(table):
-    lines = Held(table, "first_and_rest").held_out_table().to_markdown().splitlines()
-    assert lines[0] == "| method | accuracy | worst | U | vs uniform | vs control | tried | factors |"
+    lines = Held(table).held_out_table().to_markdown().splitlines()
+    head = "| method | accuracy | worst | U | vs none | vs uniform | tried | KL | text loss | factors |"
+    assert lines[0] == head
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5]]
-    assert [row[0] for row in cells] == [
-        "best uniform factor",
-        "first a, rest b",
-        "per layer: refined",
+    assert [row[0] for row in cells] == ["no scaling", "uniform within bound", "per layer"]
+    assert [row[6:] for row in cells] == [
+        ["1", "0.0000", "-0.0000", "1"],
+        ["9", "0.0020", "-0.0020", "1.5"],
+        ["40", "0.0040", "-0.0040", "1.1 2"],
     ]
-    assert [row[6:] for row in cells] == [["1", "1"], ["9", "1 1.5"], ["40", "1.1 2"]]
     assert [row[1].split(" ")[0] for row in cells] == ["50.0", "58.3", "83.3"]
     assert [row[2] for row in cells] == ["0.0", "50.0", "75.0"]
     assert [row[4].split(" ")[0] for row in cells] == ["", "+8.3", "+33.3"]
@@ -68,28 +73,24 @@ def test_markdown_table(table):
 
 
 def test_a_table_without_the_baselines_compares_with_nothing(table):
-    assert (
-        Held(ResultTable(table.rows[2:]))
-        .held_out_table()
-        .to_markdown()
-        .startswith("| method | accuracy | worst | U | tried |")
-    )
+    text = Held(ResultTable(table.rows[2:])).held_out_table().to_markdown()
+    assert text.startswith("| method | accuracy | worst | U | tried | KL |")
 
 
 def test_terminal_tables_fit_80_columns(table):
-    held = Held(table, "first_and_rest")
-    positions = report.position_table(table["refined"].scores, "demo")
+    held = Held(table)
+    positions = report.position_table(table["per_layer"].scores, "demo")
     text = rendered(held.choice_table(), held.scores_table("Held out"), positions)
     assert "…" not in text
-    for words in ("per layer: refined", "+33.3 ± ", "1.1 2", "83.3 ["):
+    for words in ("per layer", "+33.3 ± ", "1.1 2", "83.3 ["):
         assert words in text
 
 
 def test_differences_are_paired_and_signed(table):
-    assert table.difference("refined", "uniform").value == pytest.approx(1 / 3)
-    assert table.difference("uniform", "refined").value == pytest.approx(-1 / 3)
-    assert "refined" in table
-    with pytest.raises(KeyError, match="no row 'random'; the table has uniform, first_and_rest, refined"):
+    assert table.difference("per_layer", "none").value == pytest.approx(1 / 3)
+    assert table.difference("none", "per_layer").value == pytest.approx(-1 / 3)
+    assert "per_layer" in table
+    with pytest.raises(KeyError, match="no row 'random'; the table has none, uniform_bounded, per_layer"):
         table["random"]
 
 
@@ -115,13 +116,14 @@ SAVED_HALF = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
 
 @pytest.fixture
 def losses() -> ResultTable:
-    """Three windows in two buckets; the refined factors save 0.4 to 0.6 nats in each."""
+    """Three windows in two buckets; the factors per layer save 0.4 to 0.6 nats in each."""
     before = np.array([[-2.0, -1.0], [-3.0, -2.0], [-2.5, -1.0]])
-    rows = (("uniform", before), ("refined", before + SAVED[:, None]))
+    rows = (("none", before), ("per_layer", before + SAVED[:, None]))
+    harm = Harm(Interval(0.0, 0.0, 0.0))
     nothing = np.zeros(before.shape, dtype=bool)
     return ResultTable(
         tuple(
-            TableRow(name, (1.0, 1.5), -1.0, 9, True, PositionScores((1, 64), nothing, values, "loss"))
+            TableRow(name, (1.0, 1.5), -1.0, 9, PositionScores((1, 64), nothing, values, "loss"), harm)
             for name, values in rows
         )
     )
@@ -129,7 +131,7 @@ def losses() -> ResultTable:
 
 def test_a_search_by_loss_has_a_table_of_losses(losses):
     lines = Held(losses).held_out_table().to_markdown().splitlines()
-    assert lines[0] == "| method | loss | perplexity | vs uniform | tried | factors |"
+    assert lines[0] == "| method | loss | perplexity | vs none | tried | KL | text loss | factors |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
     mean = (2 + 1 + 3 + 2 + 2.5 + 1) / 6
     assert [row[1].split(" ")[0] for row in cells] == [f"{mean:.3f}", f"{mean - 0.5:.3f}"]
@@ -140,7 +142,7 @@ def test_a_search_by_loss_has_a_table_of_losses(losses):
 
 
 def test_loss_tables_of_the_terminal(losses):
-    positions = report.position_table(losses["uniform"].scores, "demo")
+    positions = report.position_table(losses["none"].scores, "demo")
     text = rendered(Held(losses).scores_table("Held out"), positions)
     low, high = stats.ttest_1samp([2.0, 3.0, 2.5], 0).confidence_interval(0.95)
     for words in (

@@ -22,11 +22,9 @@ from ..files import writing
 from ..runs import RUN_FOLDER, check_free, locked
 from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
-from ..searcher.bounded_run import BoundedPlan
 from ..searcher.result import TIMING_NAME
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
-from ..tuner.sites import embedding_table
 from .app import app, err, out, plain_errors, resumable, shell_word
 from .options import (
     MODEL_ARGS,
@@ -46,7 +44,7 @@ from .options import (
 
 _run_option = partial(typer.Option, rich_help_panel="Running")
 
-_DEMO_ALGORITHM = "genetic"  # the demo is asked far beyond its trained window, where ordinary text says nothing
+_DEMO = {"steps": 64, "max_harm": None, "test_groups": 100}  # it is asked beyond its window, and knows no other text
 _USUAL_LENGTH = 4096  # tokens: the middle is lost far inside the window, and a longer prompt takes longer
 _SIZES = ("length", "num_keys", "difficulty", "data")
 _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT)
@@ -59,7 +57,6 @@ def search(
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the report, the plots and the journal.")],
     model: ModelArgument = None,
     typed: Annotated[Typed, (*options_of(SearchSpecification), MODEL_ARGS)],
-    guards: Annotated[bool, typer.Option(help="Keep to these limits.", rich_help_panel="Guards")] = True,
     config: Annotated[
         Path | None, _run_option(help="A search.yaml to repeat; options given beside it go first.")
     ] = None,
@@ -87,22 +84,17 @@ def search(
     Example: `layerrope search --output my-adapter --resume` goes on where a search was interrupted.
 
     The folder gets the adapter, its card with the held-out table, `search.json`, `search.yaml` (which repeats the
-    search), two plots, and `run/journal.jsonl`, a line for all that was measured together.
+    search), three plots, and `run/journal.jsonl`, a line for all that was measured together.
     """
     with plain_errors(debug):
         typed = model_settings(model, typed)
         if typed.get("chat_template") is False:  # also of what a file says
             typed = {"chat_template_args": None, "system_prompt": None, "chat_date": None} | typed
-        if not guards:
-            typed |= {"max_tail_drop": None, "max_short_rise": None}
         specification = changed(_asked_before(output, config, resume, typed), typed)
         if not dry_run:
             check_free(output)
         check_output(output, resume, overwrite)
         check_source(specification)
-        bounded = specification.search.is_bounded
-        if bounded and (workers or ray_address is not None):
-            raise SearchError("a search under a bound runs in one process: leave --workers and --ray-address out.")
         pool = _workers(workers, ray_address, specification)
         tokenizer = load_tokenizer(specification)
         window = window_of(specification)
@@ -112,17 +104,11 @@ def search(
         # what cannot work is refused before the model is loaded
         built = build_task(replace(task, difficulty=None), tokenizer)
         loaded = load(specification)
-        on_cpu = embedding_table(loaded).device.type == "cpu"
-        if specification.load_in_4bit and on_cpu and specification.search.takes_gradient_steps:
-            raise SearchError(
-                "bitsandbytes passes no gradient through 4 bits on a CPU: pass --algorithm genetic --gradient-steps 0."
-            )
         if task.difficulty is not None:
             task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
             specification, built = replace(specification, task=task), build_task(task, tokenizer)
         if dry_run:
-            plan = plan_search(loaded, built, specification.search)
-            out.print(plan.sentence() if isinstance(plan, BoundedPlan) else plan.table().to_rich())
+            out.print(plan_search(loaded, built, specification.search).sentence())
             return
 
         with ExitStack() as stack:
@@ -147,7 +133,7 @@ def search(
                 on_plan=lambda plan: err.print(plan.sentence(), highlight=False),
                 on_begin=begun,
                 distribute=distribute,
-                enough=stack.enter_context(_first_interrupt()) if bounded else None,
+                enough=stack.enter_context(_first_interrupt()),
             )
             result.save(output)
         _print_result(result, output)
@@ -160,11 +146,12 @@ def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed)
         config = saved
     given = typed.get("model") is not None
     if config is None:
-        return SearchSpecification(search=SearchSettings() if given else SearchSettings(algorithm=_DEMO_ALGORITHM))
+        return SearchSpecification(search=SearchSettings() if given else SearchSettings(**_DEMO))
     values = read_specification(config)
     asked = SearchSpecification.of(values, str(config))
-    if not given and asked.model is None and "algorithm" not in (values.get("search") or {}):
-        asked = replace(asked, search=replace(asked.search, algorithm=_DEMO_ALGORITHM))
+    if not given and asked.model is None:
+        own = values.get("search") or {}
+        asked = replace(asked, search=replace(asked.search, **{k: v for k, v in _DEMO.items() if k not in own}))
     if asked.trust_remote_code and "trust_remote_code" not in typed:
         raise SearchError(
             f"{config} has trust_remote_code, by which code of {asked.model} would run: add --model-args "
@@ -195,8 +182,7 @@ def _sized(specification: SearchSpecification, window: int | None) -> TaskSpecif
     """The task, with a size that can be searched in minutes where a model of one's own is given and nothing else."""
     task = specification.task
     given = any(getattr(task, name) is not None for name in _SIZES)
-    bounded = specification.search.is_bounded and specification.model is not None
-    if given or not bounded or task.name not in (None, "kv_retrieval"):
+    if given or specification.model is None or task.name not in (None, "kv_retrieval"):
         return task
     return replace(task, difficulty="auto", length=min(_USUAL_LENGTH, window or _USUAL_LENGTH))
 

@@ -100,7 +100,7 @@ def sensitivity_command(
         typer.Option("--try", help="A factor to try on each layer; may be given again. Default: 1.3, 1.6, 2."),
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to try, such as 0-3,7. Default: all.")] = None,
-    measured: Annotated[Typed, options_of(SearchSettings, "rope_type", "factor", "share_mib", "batch_tokens")],
+    measured: Annotated[Typed, options_of(SearchSettings, "rope_type", "factor", "batch_tokens")],
     asked: TaskOptions,
     groups: Annotated[int, task_option(help="Contexts of the search split.")] = SearchSettings.search_groups,
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,

@@ -211,9 +211,7 @@ def _findings(
     if idle:
         lines.append(f"{len(idle)} moves change no factor: they are rounded away, or the coordinate is at its limit.")
     if final != curve:
-        lines.append(
-            f"The adapter's own factors, refined after the curve: {unit.change_in_words(changes[final])} against it."
-        )
+        lines.append(f"The adapter's own factors: {unit.change_in_words(changes[final])} against it.")
     return [*lines, "Each interval holds by itself: of moves that do nothing, one in twenty looks as if it did."]
 
 

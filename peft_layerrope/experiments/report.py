@@ -90,7 +90,9 @@ def factors_section(config: LayerRopeConfig) -> Section:
     if not layers or max(layers) >= len(factors):
         layers = None
     picture = plot_factors_by_depth(factors, control_points=points, scaled_layers=layers)
-    caption = "Factor of every layer" + (", and the Bézier curve before refinement." if points is not None else ".")
+    caption = "Factor of every layer" + (
+        ", and the Bézier curve that they are read off." if points is not None else "."
+    )
     lowest, highest = min(factors), max(factors)
     finding = (
         f"Factors from {lowest:g} to {highest:g}; {sum(factor == 1 for factor in factors)} of {len(factors)} are 1."

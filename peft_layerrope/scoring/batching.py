@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import TaskError, UnsupportedModelError
 from ..messages import whole_number
@@ -76,28 +73,6 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
                 ) from error
         batch_tokens = max(batch_tokens // 2, MIN_BATCH_TOKENS)  # outside `except`: its traceback holds the tensors
         free_cached_memory()
-
-
-@contextmanager
-def recomputing(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Context in which a backward pass runs layers again instead of keeping their activations (activation
-    checkpointing). Both passes have to happen inside.
-
-    Unlike transformers' own it needs no train mode, in which dropout would be on.
-    """
-    with ExitStack() as stack:
-        for layer in layers:
-            forward = layer.forward
-            layer.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-            stack.callback(_restore, layer, forward)
-        yield
-
-
-def _restore(layer: nn.Module, forward: Callable) -> None:
-    if getattr(forward, "__self__", None) is layer:  # the class's own, which the instance had no entry for
-        del layer.forward
-    else:
-        layer.forward = forward
 
 
 _PACKABLE_ATTENTION = ("eager", "sdpa")  # implementations that take a dense 4-D mask

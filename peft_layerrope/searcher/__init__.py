@@ -1,6 +1,5 @@
-"""The search: a genetic algorithm over Bézier curves, refinement, controls, and the held-out table."""
+"""The search: simple choices, a factor for each layer under a bound on harm, and the held-out table."""
 
-from .memo import Guards
 from .plan import Plan
 from .result import ResultTable, SearchResult, TableRow
 from .run import plan_search, search
@@ -10,7 +9,6 @@ from .space import FactorGrid, Factors, default_scaled_layers
 __all__ = [
     "FactorGrid",
     "Factors",
-    "Guards",
     "Plan",
     "ResultTable",
     "SearchResult",

@@ -1,11 +1,10 @@
-"""The search algorithms over evaluations: genetic, CMA-ES, coordinate steps, and lists of vectors for controls."""
+"""The search algorithms, on DEAP: CMA-ES over a family of vectors, and the paper's genetic algorithm over curves."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,56 +12,23 @@ from deap import algorithms, base, cma, tools
 
 from ..scoring.scores import rank_key
 from .families import Family
-from .memo import BudgetView, Individual
-from .settings import ELITES, SearchSettings
-from .space import Factors, FactorSpace, Genome, LinearGenome, make_genome
+from .space import BezierGenome, Factors
 
 
-@dataclass(frozen=True)
-class Found:
-    """The best of one search.
-
-    Attributes:
-        factors: the best vector.
-        fitness: its fitness on the search split.
-        control_points: the four `(x, y)` points of its curve; None where there is no curve.
-        history: one record per generation.
-    """
-
-    factors: Factors
-    fitness: float
-    control_points: list[list[float]] | None = None
-    history: tuple[dict[str, Any], ...] = ()
+class _Fitness(base.Fitness):
+    weights = (1.0,)
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One generation: genes and fitness of every individual."""
+class Individual(list):
+    """Genes, with a DEAP fitness."""
 
-    number: int
-    population: list[list[float]]
-    fitness: list[float]
-
-    def record(self, view: BudgetView) -> dict[str, Any]:
-        """Returns its line in the history."""
-        return {
-            "generation": self.number,
-            "best": max(self.fitness),
-            "mean": sum(self.fitness) / len(self.fitness),
-            "evaluations": view.evaluations,
-        }
+    def __init__(self, values: Sequence[float]) -> None:
+        super().__init__(values)
+        self.fitness = _Fitness()
 
 
-OnGeneration = Callable[[Generation, list[Any]], None]
-"""Told of each generation, with the random state after it."""
-
-
-def random_state(rng: random.Random) -> list[Any]:
-    """Returns a generator's state as JSON values."""
-    version, internal, gauss = rng.getstate()
-    return [version, list(internal), gauss]
-
-
+ELITES = 2
+"""Of a generation, who go on as they are."""
 TOURNAMENT_SIZE = 3
 CROSSOVER_PROBABILITY = 0.6
 MUTATION_PROBABILITY = 0.4
@@ -85,51 +51,43 @@ def isolated_random(rng: random.Random) -> Iterator[None]:
 
 
 def evolve(
-    genome: Genome,
-    view: BudgetView,
-    *,
-    population: int,
+    genome: BezierGenome,
     generations: int,
+    population: int,
+    score: Callable[[int, Sequence[Factors]], Sequence[float]],
     rng: random.Random,
-    seeds: Sequence[Sequence[float]] = (),
-    on_generation: OnGeneration | None = None,
-) -> Found:
-    """Searches the fittest genes: tournament selection, blend crossover, Gaussian mutation within bounds, elitism.
+) -> Iterator[Individual]:
+    """Searches the fittest curve: tournament selection, blend crossover, Gaussian mutation within bounds, elitism.
 
     Args:
         genome: decodes genes.
-        view: fitness; vectors that several individuals share after rounding are evaluated once.
-        population: individuals per generation.
-        generations: generations after the first.
+        generations: how many, the first one of random curves included.
+        population: curves in each.
+        score: given the number of a generation and its vectors that no other had, what is to be large; one that is not
+            finite is last.
         rng: the only source of randomness.
-        seeds: genes to start with, before random ones.
-        on_generation: told after each generation.
+
+    Yields:
+        The fittest so far, after each generation.
     """
     toolbox = _toolbox(genome)
-    people = [Individual(genes) for genes in seeds[:population]]
-    people += [Individual(genome.random(rng)) for _ in range(population - len(people))]
-    history: list[dict[str, Any]] = []
-    for number in range(generations + 1):
+    people = [Individual(genome.random(rng)) for _ in range(population)]
+    known: dict[Factors, float] = {}
+    for number in range(generations):
         if number:
             with isolated_random(rng):
                 elites = [toolbox.clone(individual) for individual in tools.selBest(people, ELITES)]
                 parents = toolbox.select(people, population - len(elites))
-                children = algorithms.varAnd(parents, toolbox, CROSSOVER_PROBABILITY, MUTATION_PROBABILITY)
-            people = elites + children
-        unscored = [individual for individual in people if not individual.fitness.valid]
-        values = view.evaluate([genome.decode(individual) for individual in unscored])
-        for individual, value in zip(unscored, values, strict=True):
-            individual.fitness.values = (value,)
-        generation = Generation(number, [list(p) for p in people], [p.fitness.values[0] for p in people])
-        history.append(generation.record(view))
-        if on_generation is not None:
-            on_generation(generation, random_state(rng))
-    factors, fitness = view.best()
-    champion = next((p for p in people if genome.decode(p) == factors), None)
-    return Found(factors, fitness, None if champion is None else genome.control_points(champion), tuple(history))
+                people = elites + algorithms.varAnd(parents, toolbox, CROSSOVER_PROBABILITY, MUTATION_PROBABILITY)
+        vectors = [genome.decode(individual) for individual in people]
+        new = [vector for vector in dict.fromkeys(vectors) if vector not in known]
+        known |= zip(new, map(rank_key, score(number, new)), strict=True)
+        for individual, vector in zip(people, vectors, strict=True):
+            individual.fitness.values = (known[vector],)
+        yield toolbox.clone(tools.selBest(people, 1)[0])
 
 
-def _toolbox(genome: Genome) -> base.Toolbox:
+def _toolbox(genome: BezierGenome) -> base.Toolbox:
     low, high = genome.bounds
     sigma = [GENE_SIGMA * (h - b) for b, h in zip(low, high, strict=True)]
     toolbox = base.Toolbox()
@@ -196,7 +154,7 @@ def adapt(
         limits: of a log-factor.
 
     Yields:
-        The centroid's log-factors, shape `(num_layers,)`, before the first generation and after each.
+        The centroid's log-factors, shape `(num_layers,)`, after each generation.
     """
     count = family.num_parameters
     strategy = _Strategy([0.0] * count, FIRST_SIGMA, np.random.default_rng(seed), population_of(count))
@@ -204,7 +162,6 @@ def adapt(
     def log_factors(parameters: Sequence[float]) -> np.ndarray:
         return np.clip(family.log_factors(np.asarray(parameters)), *limits)
 
-    yield log_factors(strategy.centroid)
     for number in range(generations):
         people = strategy.generate(Individual)
         values = score(number, log_factors(strategy.centroid), [log_factors(person) for person in people])
@@ -255,164 +212,3 @@ def _centred(members: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nd
     finite = np.isfinite(values)
     rows = np.column_stack([members, (members**2).sum(axis=1)])[finite]
     return rows - rows.mean(axis=0), values[finite] - values[finite].mean()
-
-
-_STRIDES = (4, 2, 1)  # steps on the grid, coarse to fine
-
-
-def coordinate_ascent(start: Factors, view: BudgetView, space: FactorSpace, max_evaluations: int) -> Found:
-    """Moves one layer's factor at a time along the grid as long as the fitness rises.
-
-    Sweeps over the scaled layers with strides of 4, 2 and 1 grid steps, taking the better of up and down; a stride
-    is repeated until a sweep finds nothing, or the budget is spent.
-
-    Args:
-        start: a vector of the space.
-        view: fitness.
-        space: allowed factors, and the layers that may move.
-        max_evaluations: distinct vectors to ask for at most.
-
-    Returns:
-        The best vector of the view that keeps to the guards.
-    """
-    limit = view.evaluations + max_evaluations
-    current, fitness = start, view.evaluate([start])[0]
-    for stride in _STRIDES:
-        improved = True
-        while improved:
-            improved = False
-            for layer in space.scaled_layers:
-                candidates = _neighbours(current, layer, stride, space)
-                if view.evaluations + len(candidates) > limit:
-                    return Found(*view.best())
-                for candidate, value in zip(candidates, view.evaluate(candidates), strict=True):
-                    if value > fitness:
-                        current, fitness, improved = candidate, value, True
-    return Found(*view.best())
-
-
-def _neighbours(vector: Factors, layer: int, stride: int, space: FactorSpace) -> list[Factors]:
-    values = space.grid.values
-    at = values.index(space.grid.snap([vector[layer]])[0])
-    return [
-        space.tie((*vector[:layer], values[index], *vector[layer + 1 :]))
-        for index in (at - stride, at + stride)
-        if 0 <= index < len(values)
-    ]
-
-
-_CHUNK = 16  # vectors evaluated between two looks at who is best, against whom the others race
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The best point of one method.
-
-    Attributes:
-        name: key in reports.
-        factors: the best vector.
-        fitness: its fitness on the search split.
-        evaluations: distinct vectors evaluated for it.
-        exhaustive: whether that was its whole family on the grid.
-    """
-
-    name: str
-    factors: Factors
-    fitness: float
-    evaluations: int
-    exhaustive: bool = False
-
-
-def uniform_vectors(space: FactorSpace) -> list[Factors]:
-    """One factor for all layers."""
-    return [(value,) * space.num_layers for value in space.grid.values]
-
-
-def first_layers_alone_vectors(space: FactorSpace) -> list[Factors]:
-    """The first k layers unscaled and one shared factor for the rest, for every k."""
-    return [
-        space.tie((1.0,) * k + (value,) * (space.num_layers - k))
-        for value in space.grid.values
-        for k in range(1, space.num_layers)
-    ]
-
-
-def first_and_rest_vectors(space: FactorSpace) -> list[Factors]:
-    """The first layer a, all others b, for every a and b."""
-    values = space.grid.values
-    return [space.tie((a,) + (b,) * (space.num_layers - 1)) for a in values for b in values]
-
-
-def line_vectors(space: FactorSpace) -> list[Factors]:
-    """Straight lines over the scaled layers, between every two factors."""
-    genome, values = LinearGenome(space), space.grid.values
-    return [genome.decode((first, last)) for first in values for last in values]
-
-
-def random_vectors(space: FactorSpace, count: int, rng: random.Random) -> list[Factors]:
-    """`count` distinct vectors with independent random factors on the scaled layers (fewer if there are fewer)."""
-    values = space.grid.values
-    count = min(count, len(values) ** len(space.scaled_layers))
-    vectors: dict[Factors, None] = {}
-    while len(vectors) < count:
-        vectors[space.spread([rng.choice(values) for _ in space.scaled_layers])] = None
-    return list(vectors)
-
-
-def best_of(name: str, vectors: Sequence[Factors], view: BudgetView, budget: int, rng: random.Random) -> Candidate:
-    """Evaluates a family, or a random `budget` of it where it is larger, and returns its best point."""
-    family = list(dict.fromkeys(vectors))
-    exhaustive = len(family) <= budget
-    members = family if exhaustive else rng.sample(family, budget)
-    for start in range(0, len(members), _CHUNK):
-        view.evaluate(members[start : start + _CHUNK])
-    factors, fitness = view.best()
-    return Candidate(name, factors, fitness, view.evaluations, exhaustive)
-
-
-def run_strategy(
-    settings: SearchSettings,
-    space: FactorSpace,
-    view: BudgetView,
-    rng: random.Random,
-    seeds: Sequence[float],
-    on_generation: OnGeneration | None = None,
-) -> Found:
-    """Searches as `settings` say.
-
-    Args:
-        settings: algorithm, curve and budget.
-        space: what may be chosen from.
-        view: fitness.
-        rng: the only source of randomness.
-        seeds: uniform factors to start with: the unscaled model's and the best one. The paper's begins without them.
-        on_generation: told after each generation, by the algorithms that have them.
-    """
-    if settings.algorithm == "greedy":
-        return coordinate_ascent(
-            space.spread([seeds[-1]] * len(space.scaled_layers)), view, space, settings.search_evaluations
-        )
-    genome = make_genome(settings.genome, space)
-    if settings.algorithm == "random":
-        return _random(settings, space, view, rng)
-    return evolve(
-        genome,
-        view,
-        population=settings.population,
-        generations=settings.generations,
-        rng=rng,
-        seeds=[genome.constant(factor) for factor in seeds] if settings.algorithm != "paper" else (),
-        on_generation=on_generation,
-    )
-
-
-def _random(settings: SearchSettings, space: FactorSpace, view: BudgetView, rng: random.Random) -> Found:
-    """Independent draws: of factors, or of a curve's genes where one was asked for."""
-    budget = settings.search_evaluations
-    if settings.curve in (None, "direct"):
-        vectors: list[Factors] = random_vectors(space, budget, rng)
-    else:
-        genome = make_genome(settings.curve, space)
-        vectors = [genome.decode(genome.random(rng)) for _ in range(budget)]
-    best = best_of("random", vectors, view, budget, rng)
-    return Found(best.factors, best.fitness)

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
-from torch import nn
 
 from ..errors import SearchError
-from ..report import Table, duration
-from ..tuner.sites import embedding_table
-from .algorithms import first_and_rest_vectors, first_layers_alone_vectors, line_vectors, population_of
-from .gradient import STEP_COST
+from ..report import duration
+from .algorithms import population_of
 from .harm import NUM_WINDOWS, NUM_WRITTEN
 from .result import BOUNDED, DECAY, FIRST_REST, LABELS, PER_LAYER, UNIFORM
-from .settings import MIN_STEPS, SearchSettings
-from .space import FactorSpace
+from .settings import SearchSettings
 
 
 class SearchProgress(Protocol):
@@ -186,90 +179,6 @@ def steps_of(name: str) -> str:
     return f"steps: {LABELS[name]}"
 
 
-MIN_CONTROL_BUDGET = 150
-"""Shared-factor controls get as many evaluations as the per-layer search took, and never fewer than this: enough
-to try every (a, b) on the default grid, so that a control that loses does not lose for want of trying."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Upper limits of a search: racing, the memo and shared layers make it cheaper.
-
-    Attributes:
-        evaluations: distinct factor vectors on the search split, by stage.
-        tokens_per_evaluation: tokens that one of them runs.
-        held_out_tokens: tokens of the validation and test splits, for all candidates.
-        memory_bytes: memory in use after the timed evaluation, with the store for shared layers full.
-        seconds_per_evaluation: of the unscaled model, on every example of the search split.
-    """
-
-    evaluations: dict[str, int]
-    tokens_per_evaluation: int
-    held_out_tokens: int
-    memory_bytes: int
-    seconds_per_evaluation: float
-
-    @property
-    def num_evaluations(self) -> int:
-        """Evaluations of all stages."""
-        return sum(self.evaluations.values())
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the whole search."""
-        return self.num_evaluations * self.tokens_per_evaluation + self.held_out_tokens
-
-    @property
-    def stage_seconds(self) -> dict[str, float]:
-        """How long each stage would take with nothing shared, given up or known."""
-        seconds = {stage: count * self.seconds_per_evaluation for stage, count in self.evaluations.items()}
-        return {**seconds, TEST: self.seconds_per_evaluation * self.held_out_tokens / self.tokens_per_evaluation}
-
-    @property
-    def seconds(self) -> float:
-        """The same of the whole search."""
-        return sum(self.stage_seconds.values())
-
-    def sentence(self) -> str:
-        """Says it to people."""
-        each = f"{self.num_evaluations} evaluations of {self.tokens_per_evaluation:,} tokens"
-        total = f"{self.tokens / 1e6:.1f} M tokens with the held-out splits, {self.memory_bytes / 2**30:.1f} GiB"
-        return (
-            f"at most {each}, {total}, {duration(self.seconds)} (one evaluation: {self.seconds_per_evaluation:.2f} s). "
-            "Racing, shared layers and vectors known already make it shorter."
-        )
-
-    def table(self) -> Table:
-        """Returns the evaluations stage by stage."""
-        rows = [*self.evaluations.items(), ("all", self.num_evaluations)]
-        cells = tuple((name, str(count)) for name, count in rows)
-        return Table(("stage", "evaluations"), cells, "The search, at most", self.sentence())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values."""
-        totals = {"num_evaluations": self.num_evaluations, "tokens": self.tokens, "seconds": round(self.seconds, 1)}
-        return {**asdict(self), **totals}
-
-
-def planned_evaluations(settings: SearchSettings, space: FactorSpace, search: str = "search") -> dict[str, int]:
-    """Returns the most distinct vectors that each stage may evaluate, of which the search is called `search`; a
-    gradient step counts as three.
-    """
-    counts = {"uniform factors": len(space.grid.values) + 1, search: settings.search_evaluations}
-    if settings.refine:
-        steps = settings.gradient_steps if settings.takes_gradient_steps else 0
-        counts["gradient steps"] = steps * (STEP_COST + 1)
-        counts["coordinate steps"] = settings.refine_evaluations
-    if settings.controls:
-        budget = sum(counts.values()) - counts["uniform factors"]
-        shared = max(budget, MIN_CONTROL_BUDGET)
-        counts["control: first k at 1, rest b"] = min(shared, len(set(first_layers_alone_vectors(space))))
-        counts["control: first a, rest b"] = min(shared, len(set(first_and_rest_vectors(space))))
-        counts["control: straight line"] = min(shared, len(set(line_vectors(space))))
-        counts["control: random per layer"] = min(budget, len(space.grid.values) ** len(space.scaled_layers))
-    return counts
-
-
 def check_length(settings: SearchSettings, length: int, window: int | None) -> None:
     """Refuses prompts that no factor of the range could bring back into the trained window.
 
@@ -291,15 +200,6 @@ def check_length(settings: SearchSettings, length: int, window: int | None) -> N
             f"max_factor={largest:g} the largest scaling reaches {reach:.0f} tokens. Use shorter "
             "prompts, a larger range, or rope_type 'linear' or 'dynamic' with a factor."
         )
-
-
-def memory_in_use(model: nn.Module) -> int:
-    """Peak memory so far in bytes: of the model's accelerator, or of this process."""
-    device = embedding_table(model).device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 MAX_STEPS = 400
@@ -342,18 +242,32 @@ class Schedule:
 
     Attributes:
         steps: generations of the search for a factor for each layer.
-        num_parameters: of these factors.
+        population: vectors in each of them.
+        contexts: that such a generation is compared on.
+        fresh: whether each has contexts of its own.
+        num_parameters: layers whose factors are free.
         full_controls: each control gets as many generations as that.
     """
 
     steps: int
+    population: int
+    contexts: int
+    fresh: bool
     num_parameters: int
     full_controls: bool = False
+
+    @classmethod
+    def of(cls, settings: SearchSettings, steps: int, num_parameters: int) -> Schedule:
+        """Returns that of a search for so many factors."""
+        paper = settings.algorithm == "paper"
+        population = settings.population if paper else population_of(num_parameters)
+        contexts = settings.search_groups if paper else 1
+        return cls(steps, population, contexts, not paper, num_parameters, settings.full_controls)
 
     @property
     def control_steps(self) -> int:
         """Generations of each control of two numbers."""
-        return self.steps if self.full_controls else max(2, self.steps // 4)
+        return self.steps if self.full_controls else max(1, round(self.steps / 4))
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -373,11 +287,16 @@ class Schedule:
     @property
     def search_contexts(self) -> int:
         """Contexts of the search split, each of them for one purpose."""
-        return sum(self.rounds) + contexts_of(self.steps) + len(CONTROLS) * contexts_of(self.control_steps)
+        return sum(self.rounds) + self.own_contexts + len(CONTROLS) * contexts_of(self.control_steps)
+
+    @property
+    def own_contexts(self) -> int:
+        """Of these, those of the search for a factor for each layer."""
+        return contexts_of(self.steps) if self.fresh else self.contexts
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """How long each stage takes, without the preflight and the held-out test."""
-        control = self._search(self.control_steps, _NUMBERS, rates)
+        control = self._search(self.control_steps, population_of(_NUMBERS), rates)
         finalists = len(CONTROLS) + 3  # beside them none, a uniform one, and the per-layer vector
         checked = (NUM_WINDOWS + NUM_WRITTEN) * rates.window
         return {
@@ -386,16 +305,21 @@ class Schedule:
             race_of(UNIFORM): (sum(self.rounds) + self._raced(UNIFORM_VALUES - 1)) * rates.context,
             race_of(BOUNDED): self._raced(BOUNDED_VALUES - 1) * rates.context,
             CURVATURE: self.num_parameters * rates.window * _PROBED_SHARE,
-            steps_of(PER_LAYER): self._search(self.steps, self.num_parameters, rates),
+            steps_of(PER_LAYER): self._own(rates),
             **{steps_of(name): control for name in CONTROLS},
             VALIDATION: finalists * self.validation_contexts * rates.context,
             HARM: finalists * checked,  # the unscaled model does none; a vector may be made smaller and measured again
         }
 
-    def _search(self, steps: int, num_parameters: int, rates: Rates) -> float:
+    def _own(self, rates: Rates) -> float:
+        """The search for a factor for each layer; a curve is judged without a look at ordinary text."""
+        if self.fresh:
+            return self._search(self.steps, self.population, rates)
+        return self.steps * self.population * self.contexts * rates.context
+
+    def _search(self, steps: int, population: int, rates: Rates) -> float:
         """Generations with the divergence at each centroid, and a choice between two vectors."""
-        each = population_of(num_parameters) * rates.context + rates.window
-        return steps * each + 2 * compared_on(steps) * rates.context
+        return steps * (population * rates.context + rates.window) + 2 * compared_on(steps) * rates.context
 
     def _raced(self, values: int) -> int:
         """Contexts on which so many factors are scored in a race."""
@@ -403,16 +327,57 @@ class Schedule:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for a report."""
-        names = ("steps", "control_steps", "rounds", "validation_contexts", "search_contexts")
-        return {name: getattr(self, name) for name in names}
+        names = ("steps", "population", "control_steps", "validation_contexts", "search_contexts")
+        return {**{name: getattr(self, name) for name in names}, "rounds": list(self.rounds)}
 
 
-def schedule_for(seconds: float, rates: Rates, num_parameters: int, full_controls: bool = False) -> Schedule:
+def schedule_for(seconds: float, rates: Rates, shortest: Schedule) -> Schedule:
     """Returns the longest schedule that fits into a time, or the shortest there is."""
-    schedule = Schedule(MIN_STEPS, num_parameters, full_controls)
+    schedule = shortest
     while schedule.steps < MAX_STEPS:
         longer = replace(schedule, steps=schedule.steps + 1)
         if sum(longer.seconds(rates).values()) > seconds:
             break
         schedule = longer
     return schedule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search is going to do.
+
+    Attributes:
+        schedule: of the search.
+        seconds: that each stage takes, by name, the held-out test included.
+        test_groups: contexts of the held-out test.
+        prompt_tokens: tokens of a prompt with its questions.
+        text_tokens: tokens of a window of text.
+    """
+
+    schedule: Schedule
+    seconds: dict[str, float]
+    test_groups: int
+    prompt_tokens: int
+    text_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values."""
+        names = ("test_groups", "prompt_tokens", "text_tokens")
+        seconds = {"seconds": self.search_seconds, "test_seconds": self.seconds[TEST]}
+        return {**self.schedule.to_dict(), **seconds, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def search_seconds(self) -> float:
+        """Everything but the held-out test."""
+        return sum(self.seconds.values()) - self.seconds[TEST]
+
+    def sentence(self) -> str:
+        """Says it to people."""
+        schedule = self.schedule
+        return (
+            f"{schedule.steps} generations of {schedule.population} vectors for a factor for each layer, "
+            f"{schedule.control_steps} for each of {len(CONTROLS)} choices of two numbers, "
+            f"{schedule.validation_contexts} contexts of {self.prompt_tokens:,} tokens to choose by: "
+            f"about {duration(self.search_seconds)}. The held-out test on {self.test_groups} contexts: about "
+            f"{duration(self.seconds[TEST])} more. --steps {schedule.steps} repeats this plan on any machine."
+        )

@@ -1,4 +1,4 @@
-"""Candidates evaluated by Ray's actors, with the result of a single process."""
+"""Factor vectors scored by Ray's actors, with the result of a single process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import field, replace
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 from peft import PeftConfig, get_peft_model
@@ -23,46 +23,34 @@ from ..base_model import ModelSource, load_base
 from ..declaration import declared
 from ..errors import LayerRopeError, SearchError
 from ..messages import one_line
+from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
+from ..tasks import Split
 from ..tuner.sites import embedding_table, find_stack
-from .evaluator import HeatScores, ModelEvaluator, cut_into_chunks
+from .evaluator import ModelEvaluator
 from .space import Factors
 
 with suppress(ImportError):  # RayWorkers says that it is missing
     import ray
 
-CHUNKS_PER_WORKER = 3
-"""Pieces a request is cut into, for each worker: a fast one, or one that joins late, takes more of them."""
-
-
-class Reply(NamedTuple):
-    """What a worker returns of one chunk."""
-
-    scores: dict[Factors, PositionScores]
-    batch_tokens: int
-    layers_run: int
-    layers_asked: int
-
 
 class Worker:
     """A process with its own copy of the model. Where it dies, Ray makes it anew from the same `recipe`: references
-    to what loads the model, what makes an evaluator of it, and the number of threads.
+    to what loads the model, and the number of threads.
     """
 
     def __init__(self, recipe: list[Any]) -> None:
-        load, self._make, threads = ray.get(recipe)
+        load, threads = ray.get(recipe)
         torch.set_num_threads(threads)
         self._model = load()
         self._evaluator: ModelEvaluator | None = None
 
-    def score(self, vectors: list[Factors], heat: int, batch_tokens: int) -> Reply:
-        """Scores vectors with batches of at most `batch_tokens`; fewer, and the reply says so, if memory runs out."""
-        if self._evaluator is None or self._evaluator.batch_tokens != batch_tokens:
-            self._evaluator = self._make(self._model, batch_tokens=batch_tokens)
-        evaluator = self._evaluator
-        run, asked = evaluator.layers_run, evaluator.layers_asked
-        scores = evaluator.score(vectors, heat)
-        return Reply(scores, evaluator.batch_tokens, evaluator.layers_run - run, evaluator.layers_asked - asked)
+    def score(self, vector: Factors, split: Split, batch_tokens: int) -> tuple[PositionScores, int]:
+        """Scores a vector with batches of at most `batch_tokens`; returns how many fit."""
+        if self._evaluator is None or self._evaluator.scorer.batch_tokens != batch_tokens:
+            self._evaluator = ModelEvaluator(self._model, Scorer(self._model, batch_tokens=batch_tokens))
+        (scores,) = self._evaluator.scores([vector], split)
+        return scores, self._evaluator.scorer.batch_tokens
 
 
 def _load(source: Any, adapter: PeftConfig, device: str, dtype: str) -> nn.Module:
@@ -89,66 +77,65 @@ def _sent(model: nn.Module, device: str) -> Callable[[], nn.Module]:
 
 
 class WorkerPool:
-    """The workers of one search, as an [`Evaluator`]. `options` are Ray's for a [`Worker`], `recipe` is its own."""
+    """The workers of one search, as an [`Evaluator`]. Answers are written in this process.
 
-    def __init__(self, local: ModelEvaluator, settings: RayWorkers, options: dict[str, Any], *recipe: Any) -> None:
-        self._local, self._settings, self._options = local, settings, options
+    Args:
+        local: the evaluator of this process.
+        probe: what a worker has to score as this process does, before it is asked for anything else.
+        settings: see [`RayWorkers`].
+        options: Ray's, for a [`Worker`].
+        recipe: of a worker.
+    """
+
+    def __init__(
+        self, local: ModelEvaluator, probe: Split, settings: RayWorkers, options: dict[str, Any], *recipe: Any
+    ) -> None:
+        self._local, self._probe, self._settings, self._options = local, probe, settings, options
         self._unscaled = (1.0,) * len(find_stack(local.model.get_base_model()).layers)
         self._expected = cache(self._unscaled_scores)
-        self._batch_tokens = local.batch_tokens
-        self._layers_run = self._layers_asked = 0
+        self._batch_tokens = local.scorer.batch_tokens
+        self._sent_probe = ray.put(_sendable(probe))
         self._recipe = [ray.put(part) for part in recipe]  # kept, for workers that are made anew
         actor = ray.remote(Worker).options(**options)
         self._workers = [actor.remote(self._recipe) for _ in range(settings.num_workers)]
         self._idle: list[Any] = []
-        self._pending: dict[Any, tuple[Any, list[Factors] | None]] = {}  # of every call its worker and its chunk
+        self._pending: dict[Any, tuple[Any, int | None]] = {}  # of every call its worker, and its vector's number
         for worker in self._workers:
             self._check(worker)
 
     @property
-    def layers_run(self) -> int:
-        """Decoder layers that really ran, each times its tokens, here and in all workers."""
-        return self._local.layers_run + self._layers_run
-
-    @property
-    def layers_asked(self) -> int:
-        """The same of what evaluating every vector alone would have run."""
-        return self._local.layers_asked + self._layers_asked
-
-    @property
     def at_once(self) -> int:
-        """How many vectors are worth asking for at once."""
+        """How many vectors are worked on at the same time."""
         return len(self._workers)
 
-    def measure(self, vectors: Sequence[Factors], heat: int) -> list[HeatScores]:
-        """See [`Evaluator`]; raises what `score` does."""
-        scores = self.score(vectors, heat)
-        return [self._local.heat_scores(scores[vector]) for vector in vectors]
-
-    def score(self, vectors: Sequence[Factors], heat: int) -> dict[Factors, PositionScores]:
+    def scores(self, vectors: Sequence[Factors], split: Split, written: bool = False) -> list[PositionScores]:
         """See [`Evaluator`].
 
         Raises:
             SearchError: a worker failed, died too often, or computes something else than this process; or none started.
             TaskError: a worker's memory does not suffice for a single row.
         """
-        chunks = cut_into_chunks(vectors, CHUNKS_PER_WORKER * len(self._workers))
+        if written:
+            return self._local.scores(vectors, split, written)
+        sent = ray.put(_sendable(split))
         while True:
-            todo, replies = list(chunks), []
-            while len(replies) < len(chunks):
+            todo: list[int] = list(range(len(vectors)))
+            found: dict[int, tuple[PositionScores, int]] = {}
+            while len(found) < len(vectors):
                 while todo and self._idle:
-                    worker, chunk = self._idle.pop(), todo.pop()
-                    self._pending[worker.score.remote(chunk, heat, self._batch_tokens)] = worker, chunk
-                self._take_answer(todo, replies)
-            self._batch_tokens = min([self._batch_tokens, *(reply.batch_tokens for reply in replies)])
+                    worker, number = self._idle.pop(), todo.pop(0)
+                    call = worker.score.remote(vectors[number], sent, self._batch_tokens)
+                    self._pending[call] = worker, number
+                self._take_answer(todo, found)
+            self._batch_tokens = min([self._batch_tokens, *(tokens for _, tokens in found.values())])
             # Other padding rounds differently: where memory ran out, all is done again with batches that fit everywhere
-            if all(reply.batch_tokens == self._batch_tokens for reply in replies):
-                return dict(sorted(pair for reply in replies for pair in reply.scores.items()))
+            if all(tokens == self._batch_tokens for _, tokens in found.values()):
+                return [found[number][0] for number in range(len(vectors))]
 
     def wait_for(self, count: int) -> None:
-        """Waits until so many workers have loaded the model and passed the check; raises what `score` does."""
+        """Waits until so many workers have loaded the model and passed the check; raises what `scores` does."""
         while len(self._idle) < count:
-            self._take_answer([], [])
+            self._take_answer([], {})
 
     def close(self) -> None:
         """Ends the workers."""
@@ -156,66 +143,68 @@ class WorkerPool:
             for worker in self._workers:
                 ray.kill(worker)
 
-    def _unscaled_scores(self, batch_tokens: int) -> HeatScores:
-        """What this process finds of the unscaled model on heat 0."""
-        same = self._local.batch_tokens == batch_tokens
-        evaluator = self._local if same else self._local.recipe()(self._local.model, batch_tokens=batch_tokens)
-        return evaluator.measure([self._unscaled], 0)[0]
+    def _unscaled_scores(self, batch_tokens: int) -> list[Any]:
+        """What this process finds of the unscaled model."""
+        same = self._local.scorer.batch_tokens == batch_tokens
+        scorer = self._local.scorer if same else Scorer(self._local.model, batch_tokens=batch_tokens)
+        return ModelEvaluator(self._local.model, scorer).scores([self._unscaled], self._probe)[0].to_plain()
 
     def _check(self, worker: Any) -> None:
         """Has a worker that is being made, also anew, score the unscaled model; Ray repeats that if it dies again."""
         call = worker.score.options(max_task_retries=-1)
-        self._pending[call.remote([self._unscaled], 0, self._batch_tokens)] = worker, None
+        self._pending[call.remote(self._unscaled, self._sent_probe, self._batch_tokens)] = worker, None
 
-    def _take_answer(self, todo: list[list[Factors]], replies: list[Reply]) -> None:
-        """Waits for a worker, and adds its reply to `replies`; where it died, its chunk goes back to `todo`."""
+    def _take_answer(self, todo: list[int], found: dict[int, tuple[PositionScores, int]]) -> None:
+        """Waits for a worker, and adds its answer to `found`; where it died, its vector goes back to `todo`."""
         limits = self._settings
-        at_work = any(chunk is not None for _, chunk in self._pending.values())
+        at_work = any(number is not None for _, number in self._pending.values())
         ready, _ = ray.wait(list(self._pending), timeout=None if at_work else limits.start_timeout)
         if not ready:
             raise SearchError(
                 f"no Ray worker started within {limits.start_timeout:g} s: see cpus_per_worker, gpus_per_worker and "
                 f"start_timeout. Each is to have {self._options}; the cluster has {ray.cluster_resources()}."
             )
-        worker, chunk = self._pending.pop(ready[0])
+        worker, number = self._pending.pop(ready[0])
         try:
-            reply = ray.get(ready[0])
+            scores, batch_tokens = ray.get(ready[0])
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, LayerRopeError):
                 raise error.cause from error
             raise SearchError(f"a Ray worker failed: {type(error.cause).__name__}: {one_line(error.cause)}") from error
         except ray.exceptions.RayError as error:
-            if chunk is None:
+            if number is None:
                 raise SearchError(
                     f"a Ray worker could not load the model, or died more than max_restarts={limits.max_restarts} "
                     f"times; a search that has a folder can be resumed. {one_line(str(error).strip().splitlines()[-1])}"
                 ) from error
-            todo.append(chunk)
+            todo.append(number)
             self._check(worker)
             return
-        self._layers_run += reply.layers_run
-        self._layers_asked += reply.layers_asked
         self._idle.append(worker)
-        if chunk is not None:
-            replies.append(reply)
+        if number is not None:
+            found[number] = scores, batch_tokens
             return
-        self._batch_tokens = min(self._batch_tokens, reply.batch_tokens)
-        found = self._local.heat_scores(reply.scores[self._unscaled])
-        if limits.check and found != self._expected(reply.batch_tokens):
+        self._batch_tokens = min(self._batch_tokens, batch_tokens)
+        if limits.check and scores.to_plain() != self._expected(batch_tokens):
             raise SearchError(
                 "a Ray worker scores the unscaled model differently from this process: its weights, dtype, threads, "
                 "libraries or processor are others. check=False permits that."
             )
 
 
+def _sendable(split: Split) -> Split:
+    """The split without what judges written answers, which may be any function."""
+    return replace(split, judge=None)
+
+
 @declared(SearchError)
 class RayWorkers:
-    """Has a search's evaluations done by Ray workers: `search(..., distribute=RayWorkers(2))`.
+    """Has a search's vectors scored by Ray workers: `search(..., distribute=RayWorkers(2))`.
 
     Ray replaces a worker that dies, and its work is done again.
 
     Args:
-        num_workers: how many processes, each with its own copy of the model and its own store of shared layers.
+        num_workers: how many processes, each with its own copy of the model.
         address: of a Ray cluster; default: this process's Ray, that of `RAY_ADDRESS`, or one of its own.
         model_source: a Hub id or folder that every node can read, a `ModelSource`, or a function that returns the
             model; default: this process sends its own.
@@ -253,8 +242,12 @@ class RayWorkers:
         if find_spec("ray") is None:
             raise SearchError("distributing a search needs Ray: pip install 'peft-layerrope[ray]'")
 
-    def __call__(self, local: ModelEvaluator) -> WorkerPool:
+    def __call__(self, local: ModelEvaluator, probe: Split) -> WorkerPool:
         """Starts workers for one search, in place of those of an earlier one, and waits for the first of them.
+
+        Args:
+            local: the evaluator of this process.
+            probe: what the workers score first, to show that they compute what this process does.
 
         Raises:
             SearchError: Ray cannot be reached, the model cannot be sent or loaded, or no worker started.
@@ -272,7 +265,7 @@ class RayWorkers:
         self._start_ray(options["num_cpus"])
         adapter = model.peft_config[model.active_adapter]
         load = partial(_load, self.model_source, adapter, device, dtype) if self.model_source else _sent(model, device)
-        pool = WorkerPool(local, self, options, load, local.recipe(), threads)
+        pool = WorkerPool(local, probe, self, options, load, threads)
         self._to_close.callback(pool.close)
         pool.wait_for(1)
         return pool

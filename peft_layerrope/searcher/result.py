@@ -6,11 +6,10 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from peft.utils import CONFIG_NAME
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -32,45 +31,33 @@ from ..report import (
     unit_of,
 )
 from ..scoring.preflight import Preflight
-from ..scoring.scores import Interval, PositionScores, rank_key
+from ..scoring.scores import Interval, PositionScores
 from ..tasks import Measure
 from ..tuner.artifacts import save_adapter
 from ..tuner.config import MAX_LAYERS, LayerRopeConfig
-from .algorithms import Candidate
-from .gradient import STEP_COST
 from .harm import Harm
 from .settings import SearchSettings
 from .space import FactorGrid, Factors
 
-NONE, UNIFORM, ALONE, FIRST_REST, LINE, RANDOM, CURVE, REFINED = (
+NONE, UNIFORM, BOUNDED, FIRST_REST, DECAY, PER_LAYER = (
     "none",
     "uniform",
-    "first_layers_alone",
+    "uniform_bounded",
     "first_and_rest",
-    "line",
-    "random",
-    "curve",
-    "refined",
+    "decay",
+    "per_layer",
 )
-BOUNDED, DECAY, PER_LAYER = "uniform_bounded", "decay", "per_layer"
 LABELS = {
     NONE: "no scaling",
     UNIFORM: "best uniform factor",
-    ALONE: "first k at 1, rest b",
-    FIRST_REST: "first a, rest b",
-    LINE: "straight line",
-    RANDOM: "random per layer",
-    CURVE: "per layer: curve",
-    REFINED: "per layer: refined",
     BOUNDED: "uniform within bound",
+    FIRST_REST: "first a, rest b",
     DECAY: "decay over depth",
     PER_LAYER: "per layer",
 }
 
 
 TIMING_NAME = "timing.json"
-
-_NO_TAIL_GUARD = {"tail_accuracy": None, "max_tail_drop": None}
 
 
 @dataclass(frozen=True)
@@ -82,23 +69,16 @@ class TableRow:
         factors: the factors it chose on the search split.
         fitness: their fitness on the search split.
         evaluations: distinct vectors it evaluated to choose them.
-        exhaustive: whether that was its whole family on the grid.
         scores: held-out scores.
-        harm: what the factors do to ordinary text; None where that was not measured.
+        harm: what the factors do to ordinary text.
     """
 
     name: str
     factors: Factors
     fitness: float
     evaluations: int
-    exhaustive: bool
     scores: PositionScores
-    harm: Harm | None = None
-
-    @classmethod
-    def of(cls, candidate: Candidate, scores: PositionScores) -> TableRow:
-        """Returns a candidate's row."""
-        return cls(*(getattr(candidate, field.name) for field in fields(candidate)), scores)
+    harm: Harm
 
     @property
     def label(self) -> str:
@@ -129,13 +109,13 @@ class ResultTable:
         return self[name].scores.paired_difference(self[baseline].scores)
 
 
-_AGAINST = {NONE: "vs none", UNIFORM: "vs uniform", BOUNDED: "vs uniform"}
+_AGAINST = {NONE: "vs none", BOUNDED: "vs uniform"}
 
 
 class HeldOutTables:
     """The tables and curves of a search, the same of one that has just ended and of what its `search.json` tells.
 
-    Both have a `table` of rows, the `chosen` one, `better_control`, `settings`, `model_window`, and know differences.
+    Both have a `table` of rows, the `chosen` one, `settings`, `model_window`, and know differences.
     """
 
     def row(self, name: str | None) -> TableRow | None:
@@ -145,8 +125,7 @@ class HeldOutTables:
     @property
     def against(self) -> tuple[str, ...]:
         """The rows that others are compared with in tables."""
-        names = (NONE, BOUNDED) if self.row(BOUNDED) is not None else (UNIFORM, self.better_control)
-        return tuple(name for name in names if self.row(name) is not None)
+        return tuple(name for name in _AGAINST if self.row(name) is not None)
 
     def scores_table(self, title: str = "") -> Table:
         """Returns the held-out scores of every method, and their paired differences to the simpler ones."""
@@ -156,7 +135,7 @@ class HeldOutTables:
             gaps = [self.difference(row.name, name) if name != row.name else None for name in self.against]
             gains = ["" if gap is None else unit_of(row.scores.measure).gain(gap) for gap in gaps]
             rows.append((row.label, *cells.values(), *gains))
-        header = ("method", *cells, *(_AGAINST.get(name, "vs control") for name in self.against))
+        header = ("method", *cells, *(_AGAINST[name] for name in self.against))
         return Table(header, tuple(rows), title, self._legend(header))
 
     def choice_table(self) -> Table:
@@ -191,7 +170,7 @@ class HeldOutTables:
         return f"{task}, {tokens} tokens{times_window(tokens, self.model_window)}, {groups} held-out contexts"
 
     def curves_to_plot(self) -> dict[str, PositionScores]:
-        """Returns the rows worth a line in the accuracy plot: before, best uniform, best control, after."""
+        """Returns the rows worth a line in the accuracy plot: before, one factor for all, after."""
         rows = map(self.row, dict.fromkeys([NONE, *self.against, self.chosen]))
         return {row.label: row.scores for row in rows if row is not None}
 
@@ -205,22 +184,19 @@ class SearchResult(HeldOutTables):
         table: the held-out comparison.
         settings: the search's settings.
         chosen: name of the table's row that `config` holds.
-        control_points: the curve's four `(x, y)` points; None if no curve was searched or is known.
+        control_points: the curve's four `(x, y)` points; None where the result is no curve.
         model_name: name of the base model, free of local paths.
         base: how the base model was loaded: its dtype, and what was asked for beside.
         model_window: the model's trained window in tokens; None if its config does not say.
         task: the task's description.
-        splits: descriptions of the search, validation, test and short-prompt split.
+        splits: descriptions of the search, validation and test split.
         history: one record per generation.
-        evaluations: distinct vectors evaluated by all methods together, and the like.
-        guards: what they watch, before and after, and their limits.
-        timing: seconds by stage and layers really run: what differs from one run to the next.
+        evaluations: vectors evaluated, by the search for a factor for each layer and by all methods together.
+        bound: of the harm to ordinary text, and what that text is.
+        timing: seconds by stage: what differs from one run to the next.
         edge_layers: layers whose factor is at an end of the range, where a wider one may hold a better value.
-        measurements: every vector evaluated, with its utilisation by group of the search split (fewer groups where
-            it was given up early).
-        bootstrap: how the choice depends on the examples, where that was asked for.
         preflight: what the unscaled model wrote before the search; None where nothing is answered in writing.
-        notes: what came out and what it took, in sentences, of a search under a bound.
+        notes: what came out and what it took, in sentences.
     """
 
     config: LayerRopeConfig
@@ -235,11 +211,9 @@ class SearchResult(HeldOutTables):
     splits: list[dict[str, Any]]
     history: list[dict[str, Any]]
     evaluations: dict[str, int]
-    guards: dict[str, Any]
+    bound: dict[str, Any]
     timing: dict[str, Any]
     edge_layers: list[int]
-    measurements: dict[Factors, np.ndarray]
-    bootstrap: dict[str, Any] | None
     preflight: Preflight | None = None
     notes: tuple[str, ...] = ()
 
@@ -262,10 +236,7 @@ class SearchResult(HeldOutTables):
             "layers_at_edge_of_range": self.edge_layers,
             "table": [self._row_dict(row) for row in self.table],
             "evaluations": self.evaluations,
-            "guards": self.guards
-            | (_NO_TAIL_GUARD if self._measure == "loss" and not self.settings.is_bounded else {}),
-            "better_control": self.better_control,
-            "bootstrap": self.bootstrap,
+            "bound": self.bound,
             "preflight": self.preflight.describe() if self.preflight is not None else None,
             "history": self.history,
         }
@@ -282,9 +253,8 @@ class SearchResult(HeldOutTables):
             "layer_factors": list(row.factors),
             "search_fitness": round(row.fitness, 6) if math.isfinite(row.fitness) else None,
             "evaluations": row.evaluations,
-            "exhaustive": row.exhaustive,
             "test": row.scores.to_dict(),
-            **({"ordinary_text": row.harm.to_dict()} if row.harm is not None else {}),
+            "ordinary_text": row.harm.to_dict(),
             f"average_{self._measure}_minus": differences,
         }
 
@@ -302,7 +272,7 @@ class SearchResult(HeldOutTables):
         return (-gap.value, -gap.high, -gap.low) if self._measure == "loss" else (gap.value, gap.low, gap.high)
 
     def save(self, directory: str | Path) -> None:
-        """Writes the adapter folder: both adapter files, model card, `search.json`, two plots or three.
+        """Writes the adapter folder: both adapter files, model card, `search.json`, three plots.
 
         No file tells where on this machine the base model lies. Of a model card that is there already only the
         generated part and its facts change.
@@ -329,11 +299,10 @@ class SearchResult(HeldOutTables):
                     control_points=self.control_points,
                     scaled_layers=self.config.scaled_layers,
                 ),
+                HARM_PLOT: plot_gain_over_harm(
+                    self.gain_over_harm(), self.settings.max_harm, self.subtitle(), unit_of(self._measure)
+                ),
             }
-            if (points := self.gain_over_harm()) is not None:
-                pictures[HARM_PLOT] = plot_gain_over_harm(
-                    points, self.settings.max_harm, self.subtitle(), unit_of(self._measure)
-                )
             for name, picture in pictures.items():
                 (staging / name).write_bytes(picture)
             files = {path.name for place in (folder, staging) for path in place.iterdir()}
@@ -357,53 +326,16 @@ class SearchResult(HeldOutTables):
             self.base,
         )
 
-    @property
-    def better_control(self) -> str | None:
-        """The shared-factor control that is better on the search split; None if there are none."""
-        controls = [name for name in (ALONE, FIRST_REST) if name in self.table]
-        return max(controls, key=lambda name: rank_key(self.table[name].fitness), default=None)
-
     def remarks(self, with_time: bool = True) -> list[str]:
-        """Returns what a reader should know beside the table: first the result, then cost, guards, edges, and how sure
-        the choice is.
-        """
-        looked = [
+        """Returns what a reader should know beside the table: first the result, then harm, cost and edges."""
+        lines = [
+            self.notes[0],
             *(self.preflight.remarks() if self.preflight is not None else []),
             *fitness_remark({row.label: row.scores for row in self.table}),
+            *self.notes[1:],
         ]
-        if self.settings.is_bounded:
-            return [self.notes[0], *looked, *self.notes[1:], *self._time_and_edges(with_time)]
-        counts, guards = self.evaluations, self.guards
-        lines = [
-            f'result: "{LABELS[self.chosen]}".',
-            *looked,
-            f"cost: {counts['per_layer_search']} evaluations for the per-layer search (a gradient step counts as "
-            f"{STEP_COST}), {counts['all_methods']} distinct factor vectors for all methods; "
-            f"{counts['saved_by_memo']} more were known already and {counts['given_up_early']} given up early.",
-            f"guards on the search split: {self._tail()}{_short(guards)}",
-        ]
-        if self.settings.takes_gradient_steps and not counts["gradient_steps"]:
-            lines.append(
-                "note: gradient steps were left out: memory did not suffice for a backward pass, or its gradient was "
-                "not finite; the log says which."
-            )
-        if self.bootstrap is not None:
-            choice = self.bootstrap
-            mean, high = choice["chosen_behind_winner"]
-            lines.append(
-                f"choice: with the search split drawn again {choice['draws']} times, {choice['winners']} different "
-                f"vectors win; the chosen one wins {choice['chosen_wins']:.0%} of the draws and is "
-                f"{mean:.3f} behind the winner on average (95th percentile {high:.3f})."
-            )
-        return [*lines, *self._time_and_edges(with_time)]
-
-    def _time_and_edges(self, with_time: bool) -> list[str]:
-        lines = []
         if with_time:
-            asked, ran = (self.timing.get(f"layer_tokens_{name}", 0) for name in ("asked", "run"))
-            seconds = sum(self.timing["seconds"].values())
-            shared = f"; of the evaluations' layers {1 - ran / asked:.0%} were shared" if asked else ""
-            lines.append(f"time: {seconds:.0f} s{shared}.")
+            lines.append(f"time: {sum(self.timing['seconds'].values()):.0f} s.")
         if self.edge_layers:
             lines.append(
                 f"note: the factors of layers {self.edge_layers} are at the edge of the range; a wider "
@@ -411,42 +343,20 @@ class SearchResult(HeldOutTables):
             )
         return lines
 
-    def _tail(self) -> str:
-        if self._measure == "loss":
-            return "none on the last position, since a loss has no right answers there"
-        before, after = self.guards["tail_accuracy"]
-        return f"accuracy at the last position {100 * before:.1f} → {100 * after:.1f} %" + _limit(
-            self.guards["max_tail_drop"], " (may fall by {:.0%})"
-        )
-
     def subtitle(self) -> str:
         """Says in one line what was measured."""
         test = next(split for split in self.splits if split["name"] == "test")
         return self._measured(self.task["name"], test["max_tokens"], test["groups"])
 
-    def gain_over_harm(self) -> dict[str, tuple[Interval, Interval]] | None:
+    def gain_over_harm(self) -> dict[str, tuple[Interval, Interval]]:
         """Returns for each row the harm to ordinary text in nats, and the held-out gain over no scaling in points of
-        accuracy or in nats of loss saved; None where harm was not measured.
+        accuracy or in nats of loss saved.
         """
-        if any(row.harm is None for row in self.table):
-            return None
         points, scale = {}, abs(unit_of(self._measure).scale)
         for row in self.table:
             gain = self.table.difference(row.name, NONE)
             points[row.label] = row.harm.on_text, Interval(scale * gain.value, scale * gain.low, scale * gain.high)
         return points
-
-
-def _limit(limit: float | None, text: str) -> str:
-    return " (guard off)" if limit is None else text.format(limit)
-
-
-def _short(guards: dict[str, Any]) -> str:
-    before, after = guards["short_loss"]
-    if before is None:
-        return "; short prompts were not tried."
-    limit = _limit(guards["max_short_rise"], " (may rise by {:g})")
-    return f"; loss on prompts of {guards['short_tokens']} tokens {before:.3f} → {after:.3f} nats{limit}."
 
 
 _MAX_BYTES = 64 * 2**20  # its history has a line for every generation
@@ -567,7 +477,6 @@ class SearchRecord(HeldOutTables, _Checked):
     chosen: _Text
     table: Annotated[list[RecordedRow], Field(min_length=1, max_length=_MAX_ROWS)]
     evaluations: Annotated[dict[_Text, int | None], Field(max_length=_MAX_ROWS)] = {}
-    better_control: _Text | None = None
 
     @property
     def grid(self) -> FactorGrid:

@@ -217,7 +217,6 @@ def sensitivity(
     split: SplitName = "search",
     num_groups: int = 16,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    share_mib: int = SearchSettings.share_mib,
     progress: bool | SearchProgress = True,
 ) -> Sensitivity:
     """Scales one layer at a time by each of `factors`, all others by 1.0, and measures what changes.
@@ -238,7 +237,6 @@ def sensitivity(
         split: which split to measure on. What decides about a search should not be its test split.
         num_groups: independent contexts; each is asked at every gold position.
         batch_tokens: tokens per forward pass; halved when memory runs out.
-        share_mib: memory for the outputs of shared leading layers, in MiB; 0 shares nothing.
         progress: a progress bar (default), none (`False`), or your own.
 
     Returns:
@@ -257,7 +255,6 @@ def sensitivity(
         original_max_position_embeddings=original_max_position_embeddings,
         weights=weights,
         batch_tokens=batch_tokens,
-        share_mib=share_mib,
     )
     tried = _checked_factors(factors)
     if split not in SPLIT_NAMES:
@@ -277,7 +274,7 @@ def sensitivity(
 
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         scorer.check(data)
-        measured = _Measured(peft_model, data, settings)
+        measured = _Measured(ModelEvaluator(peft_model, Scorer(peft_model, batch_tokens=batch_tokens)), data, settings)
         measured.run(space, tried, progress)
     unscaled = measured.values[_unscaled(space)]
     return Sensitivity(
@@ -315,36 +312,26 @@ class _Values:
 class _Measured:
     """Measures factor vectors on a split, part by part."""
 
-    def __init__(self, model: nn.Module, split: Split, settings: SearchSettings) -> None:
-        # Every vector is measured on a part before the next one, so that the store for shared layers need hold the
-        # outputs of one part only. A part is about a batch.
+    def __init__(self, evaluator: ModelEvaluator, split: Split, settings: SearchSettings) -> None:
         size = min(settings.batch_tokens // split.max_tokens, split.num_groups // _PROGRESS_PARTS)
         starts = range(0, split.num_groups, max(size, 1))
-        parts = [split.part(start, start + starts.step) for start in starts]
-        self._num_parts = len(parts)
+        self._parts = [split.part(start, start + starts.step) for start in starts]
         self._weights = settings.weights
-        self._evaluator = ModelEvaluator(
-            model,
-            parts,
-            objective=settings.objective,
-            weights=settings.weights,
-            batch_tokens=settings.batch_tokens,
-            share_bytes=settings.share_mib * 2**20,
-        )
+        self._evaluator = evaluator
         self.values: dict[Factors, _Values] = {}
 
     def run(self, space: FactorSpace, factors: Sequence[float], progress: bool | SearchProgress) -> None:
         """Measures the unscaled model, and each layer of `space` with each factor."""
         with audience_of(progress) as audience:
-            audience.stage("one layer at a time", self._num_parts * len(factors))
-            for part in range(self._num_parts):
+            audience.stage("one layer at a time", len(self._parts) * len(factors))
+            for part in self._parts:
                 for number, factor in enumerate(factors):
                     vectors = [_one_scaled(space, layer, factor) for layer in space.scaled_layers]
                     self._measure([_unscaled(space), *vectors] if number == 0 else vectors, part)
                     audience.advance()
 
-    def _measure(self, vectors: Sequence[Factors], part: int) -> None:
-        for vector, scores in self._evaluator.score(vectors, part).items():
+    def _measure(self, vectors: Sequence[Factors], part: Split) -> None:
+        for vector, scores in zip(vectors, self._evaluator.scores(vectors, part), strict=True):
             values = self.values.setdefault(vector, _Values())
             values.accuracy += scores.utilisation_by_group("accuracy", self._weights).tolist()
             values.log_prob += scores.utilisation_by_group("log_prob", self._weights).tolist()

@@ -20,25 +20,18 @@ from ..files import parse_yaml, write_atomically
 from ..messages import one_line
 from ..scoring.preflight import PREFLIGHT_GROUPS
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
-from ..scoring.scores import DEFAULT_WEIGHTS, Objective
+from ..scoring.scores import DEFAULT_WEIGHTS
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import FACTOR_RANGE, LayerRopeConfig
 from ..tuner.scaling import RopeType
-from .memo import Guards
-from .space import Curve, FactorGrid, FactorSpace, default_scaled_layers, parse_layers
+from .algorithms import ELITES
+from .space import FactorGrid, FactorSpace, default_scaled_layers, parse_layers
 
-ELITES = 2
-"""Of a generation, who go on as they are."""
 MIN_STEPS = 4
-"""Of a search under a bound."""
-BOUNDED_LIMITS = (0.25, 4.0)
-"""Smallest and largest factor of a search under a bound, where no grid is given."""
-PAPER = {"objective": "accuracy", "refine": False, "race": False, "guards": Guards(None, None)}
-"""What arXiv 2503.04355 searches by, where this package's genetic algorithm has found better: context utilisation of
-exact matches, by the curve alone, each vector on all examples, and nothing that bounds it."""
-Algorithm = Literal["cma-es", "paper", "genetic", "greedy", "random"]
-BOUNDED_ALGORITHM: Algorithm = "cma-es"
-"""What keeps to a bound on the harm to ordinary text and searches for a factor for each layer."""
+"""Generations of a search that has little time."""
+WIDE_LIMITS = (0.25, 4.0)
+"""Smallest and largest factor of a search that is not the paper's, where no grid is given."""
+Algorithm = Literal["cma-es", "paper"]
 
 _scaling = partial(option, panel="Scaling")
 _search = partial(option, panel="Search")
@@ -79,130 +72,69 @@ class SearchSettings:
         tuple[int, ...] | None,
         BeforeValidator(_layers),
         _scaling(
-            "Layers that may be scaled, such as 0-3,7. Default: all but the first 2 of every 32. "
-            "`layerrope sensitivity` says which are worth it."
-        ),
-    ] = None
-    curve: Annotated[
-        Curve | None,
-        _search(
-            "What is searched: a Bézier curve, a straight line, or each factor. Default: each factor for greedy, else "
-            "a Bézier curve."
+            "Layers that may be scaled, such as 0-3,7. Default: all; in the paper's search all but the first 2 of "
+            "every 32. `layerrope sensitivity` says which are worth it."
         ),
     ] = None
     algorithm: Annotated[
         Algorithm,
         _search(
             "cma-es: generations of vectors with a factor for each layer, each generation on fresh contexts, under a "
-            "bound on the change of ordinary text. paper: the genetic algorithm of arXiv 2503.04355 over curves, by "
-            "accuracy alone. genetic: the same by log-probability, from the best uniform factor, with refinement. "
-            "greedy moves single factors, from the best uniform one. Those without generations may evaluate as many "
-            "distinct vectors as all generations have members. For the demo model the default is genetic."
+            "bound on the change of ordinary text. paper: the genetic algorithm of arXiv 2503.04355 over Bézier "
+            "curves, by the accuracy on --search-groups contexts alone; the bound then says only whether its curve "
+            "may be the result."
         ),
-    ] = BOUNDED_ALGORITHM
-    minutes: Annotated[float, _search("cma-es: time for everything but the held-out test. Decides --steps.", gt=0)] = (
-        20.0
-    )
+    ] = "cma-es"
+    minutes: Annotated[float, _search("Time for everything but the held-out test. Decides --steps.", gt=0)] = 20.0
     steps: Annotated[
         int | None,
-        _search("cma-es: generations for the factors of all layers, instead of --minutes.", ge=MIN_STEPS),
+        _search("Generations for the factors of all layers, instead of --minutes.", ge=1),
     ] = None
     full_controls: Annotated[
         bool,
         _search(
-            "cma-es: as many generations for simpler choices of two numbers as for the factors of all layers. "
+            "As many generations for simpler choices of two numbers as for the factors of all layers. "
             "Default: a quarter."
         ),
     ] = False
     test_minutes: Annotated[
-        float, _search("cma-es: time for the held-out test, which has at most --test-groups contexts.", gt=0)
+        float, _search("Time for the held-out test, which has at most --test-groups contexts.", gt=0)
     ] = 20.0
     max_harm: Annotated[
         float | None,
         _search(
-            "cma-es: bound on the harm to ordinary text, in nats: on the rise of the loss on people's text, "
+            "Bound on the harm to ordinary text, in nats: on the rise of the loss on people's text, "
             "and on the divergence from the unscaled model on text that it writes, which is the rise expected there.",
             gt=0,
         ),
     ] = 0.01
-    text: Annotated[
-        str | None, _search("cma-es: ordinary text in UTF-8. Default: a sample that comes with the package.")
-    ] = None
-    population: Annotated[int, _search("Curves per generation.", ge=ELITES + 2)] = 16
-    generations: Annotated[int, _search("Generations after the first.", ge=0)] = 5
-    objective: Annotated[Objective, _search("Fitness: gold log-probability, which guides better, or exact match.")] = (
-        "log_prob"
+    text: Annotated[str | None, _search("Ordinary text in UTF-8. Default: a sample that comes with the package.")] = (
+        None
     )
-    weights: Annotated[tuple[_Weight, _Weight, _Weight], _search("λ first, middle, last of context utilisation.")] = (
-        DEFAULT_WEIGHTS
-    )
-    refine: Annotated[
-        bool, _search("Gradient and coordinate steps after the curve; the validation split says if they helped.")
-    ] = True
-    gradient_steps: Annotated[
-        int, _search("Gradient steps on the factors; only with the log_prob objective.", ge=0)
-    ] = 12
-    refine_evaluations: Annotated[int, _search("Vectors that the coordinate steps may evaluate.", ge=0)] = 40
-    race: Annotated[bool, _search("Give up on vectors that clearly lose, on a part of the examples.")] = True
-    controls: Annotated[
-        bool, _search("Search the controls too, at the same budget: shared factors, straight lines, random search.")
-    ] = True
+    population: Annotated[int, _search("paper: curves per generation.", ge=ELITES + 2)] = 16
+    search_groups: Annotated[int, _search("paper: contexts that each curve is judged on.", ge=1)] = 16
+    weights: Annotated[
+        tuple[_Weight, _Weight, _Weight], _search("paper: λ first, middle, last of context utilisation.")
+    ] = DEFAULT_WEIGHTS
     seed: Annotated[int, _search("Seed of the searchers.", ge=0)] = 0
-    guards: Annotated[Guards, Field(description="What the adapter may not make worse than the unscaled model.")] = (
-        field(default_factory=Guards)
-    )
-    search_groups: Annotated[int, _examples("Contexts to search on, each asked at every gold position.", ge=1)] = 16
-    validation_groups: Annotated[int, _examples("Contexts that choose between curve and refinement.", ge=1)] = 32
     test_groups: Annotated[int, _examples("Contexts of the held-out table.", ge=2)] = 200
-    short_groups: Annotated[int, Field(description="Short prompts for the guard of that name.", ge=1)] = 8
-    bootstrap: Annotated[
-        int, _running("Draw the search split so many times again, and report how the choice varies.", ge=0)
-    ] = 0
     preflight_groups: Annotated[
         int, _examples("Contexts that the unscaled model answers in writing before the search.", ge=1)
     ] = PREFLIGHT_GROUPS
     anyway: Annotated[bool, _running("Search also where the unscaled model answers nothing, or everything.")] = False
     batch_tokens: BatchTokens = DEFAULT_BATCH_TOKENS
-    share_mib: Annotated[
-        int, _model("Memory for leading layers that factor vectors have in common, in MiB; 0 shares nothing.", ge=0)
-    ] = 1024
 
     def __post_init__(self) -> None:
         self.adapter_config()  # rope_type, factor and window, by the adapter's own rules
-        if self.is_bounded and (self.objective == "accuracy" or self.curve is not None):
-            raise SearchError(
-                f"algorithm={self.algorithm!r} searches a factor for each layer, by the probability of the answers: "
-                f"objective={self.objective!r} and curve={self.curve!r} must be 'log_prob' and None."
-            )
-        if self.algorithm == "paper":
-            if self.curve not in (None, "bezier"):
-                raise SearchError(f"algorithm='paper' searches Bézier curves: curve={self.curve!r} must be 'bezier'.")
-            for name, value in PAPER.items():
-                object.__setattr__(self, name, value)
-        if self.algorithm == "greedy" and self.curve not in (None, "direct"):
-            raise SearchError(f"algorithm='greedy' moves single layers: curve={self.curve!r} must be 'direct'.")
-
-    @property
-    def genome(self) -> Curve:
-        """The curve that is searched."""
-        return self.curve or ("direct" if self.algorithm == "greedy" else "bezier")
 
     @property
     def factor_limits(self) -> tuple[float, float]:
-        """Smallest and largest factor: the grid's, but where a bound limits the search and no grid is given."""
-        if self.is_bounded and self.grid == FactorGrid():
-            return BOUNDED_LIMITS
+        """Smallest and largest factor: the grid's, but wider ones where a curve is not what is searched and no grid is
+        given.
+        """
+        if self.algorithm == "cma-es" and self.grid == FactorGrid():
+            return WIDE_LIMITS
         return self.grid.min_factor, self.grid.values[-1]
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether the search is one under a bound."""
-        return self.algorithm == BOUNDED_ALGORITHM
-
-    @property
-    def takes_gradient_steps(self) -> bool:
-        """Whether gradient steps are taken: exact matches have no gradient."""
-        return not self.is_bounded and self.refine and self.objective == "log_prob" and self.gradient_steps > 0
 
     def adapter_config(self, layer_factors: list[float] | None = None, **provenance: Any) -> LayerRopeConfig:
         """Returns the adapter config that these settings and `layer_factors` make."""
@@ -228,7 +160,7 @@ class SearchSettings:
         num_layers = len(key_sources)
         own = [layer for layer, source in enumerate(key_sources) if layer == source]
         if self.layers is None:
-            default = range(num_layers) if self.is_bounded else default_scaled_layers(num_layers)
+            default = default_scaled_layers(num_layers) if self.algorithm == "paper" else range(num_layers)
             return FactorSpace(self.grid, tuple(i for i in default if i in own), key_sources)
         layers = tuple(sorted(set(self.layers)))
         if not layers or len(layers) != len(self.layers) or layers[0] < 0 or layers[-1] >= num_layers:
@@ -240,11 +172,6 @@ class SearchSettings:
                 f"{[key_sources[layer] for layer in bound]} (a shared KV cache) and take their factors; name those."
             )
         return FactorSpace(self.grid, layers, key_sources)
-
-    @property
-    def search_evaluations(self) -> int:
-        """Upper limit on the distinct vectors of the search before refinement."""
-        return self.population * (self.generations + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for a JSON report."""

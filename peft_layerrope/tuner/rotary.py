@@ -188,7 +188,7 @@ class _RotaryShell(nn.Module):
         frequencies = self.traits.on(x.device).frequencies
         if length_dependent:
             frequencies = frequencies_at(rotary, frequencies, position_ids)
-        cacheable = scaling.is_constant and not length_dependent
+        cacheable = not (scaling.depends_on_length or length_dependent)
 
         def rows(name: str, _: torch.Tensor) -> torch.Tensor:
             reached = name in self.traits.reached

@@ -68,11 +68,6 @@ class LayerScaling:
         """Whether the tables change with the sequence length."""
         return self.rope_type == "dynamic" and self.target_length is None
 
-    @property
-    def is_constant(self) -> bool:
-        """Whether the scaled frequencies are the same at every call, and may be kept."""
-        return not self.depends_on_length
-
     def scale(self, inv_freq: torch.Tensor, position_ids: torch.Tensor | None, reached: bool = True) -> torch.Tensor:
         """Returns the frequencies for each distinct factor, shape `(U, r / 2)`; see [`scale_inv_freq`].
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from peft_layerrope import KeyValueWords, RayWorkers, SearchSettings, demo_model_path
+from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.space import Factors
 
@@ -41,49 +42,36 @@ def demo_model() -> torch.nn.Module:
 
 
 def vectors(num_layers: int, rng: random.Random) -> list[Factors]:
-    """New vectors in every round, so that nobody has anything in store but the unscaled leading layers."""
-    grid = SearchSettings(algorithm="genetic").grid.values
-    return [(1.0, 1.0, *(rng.choice(grid) for _ in range(num_layers - 2))) for _ in range(POPULATION)]
+    """New vectors in every round."""
+    return [tuple(rng.uniform(1, 2) for _ in range(num_layers)) for _ in range(POPULATION)]
 
 
 def throughput(rounds: int) -> None:
     """Each round has one worker and two evaluate the same vectors, taking turns at going first."""
-    settings = SearchSettings(algorithm="genetic")
-    model = demo_model()
-    num_layers = model.config.num_hidden_layers
-    local = ModelEvaluator(
-        get_peft_model(model, settings.adapter_config([1.0] * num_layers)),
-        [task().split("search", 4)],
-        objective=settings.objective,
-        weights=settings.weights,
-        batch_tokens=settings.batch_tokens,
-        share_bytes=settings.share_mib * 2**20,
-    )
+    num_layers = demo_model().config.num_hidden_layers
+    model = get_peft_model(demo_model(), SearchSettings().adapter_config([1.0] * num_layers)).eval()
+    local, split = ModelEvaluator(model, Scorer(model)), task().split("search", 4)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    pools = {number: RayWorkers(number, threads_per_worker=1)(local) for number in (1, 2)}
+    pools = {number: RayWorkers(number, threads_per_worker=1)(local, split.part(0, 1)) for number in (1, 2)}
     for number, pool in pools.items():
         pool.wait_for(number)
     rng = random.Random(0)
-    ratios, extra, rates = [], [], {1: [], 2: []}
+    ratios, rates = [], {1: [], 2: []}
     for number in range(rounds + 2):
         members = vectors(num_layers, rng)
-        seconds, values, layers = {}, {}, {}
+        seconds, values = {}, {}
         for workers in (1, 2) if number % 2 else (2, 1):
-            before, started = pools[workers].layers_run, time.perf_counter()
-            values[workers] = pools[workers].measure(members, 0)
+            started = time.perf_counter()
+            values[workers] = [scores.to_plain() for scores in pools[workers].scores(members, split)]
             seconds[workers] = time.perf_counter() - started
-            layers[workers] = pools[workers].layers_run - before
         assert values[1] == values[2]
         if number >= 2:  # the first two warm up
             ratios.append(seconds[1] / seconds[2])
-            extra.append(layers[2] / layers[1])
             for workers, spent in seconds.items():
                 rates[workers].append(len(members) / spent)
     low, median, high = statistics.quantiles(ratios, n=4)
     table = Table("what", "median", "quartiles")
     table.add_row("throughput: two workers / one", f"{median:.3f}", f"{low:.3f} to {high:.3f}")
-    low, median, high = statistics.quantiles(extra, n=4)
-    table.add_row("layers run: two workers / one", f"{median:.3f}", f"{low:.3f} to {high:.3f}")
     for workers, name in ((1, "one worker"), (2, "two workers")):
         low, median, high = statistics.quantiles(rates[workers], n=4)
         table.add_row(f"vectors a second, {name}", f"{median:.2f}", f"{low:.2f} to {high:.2f}")

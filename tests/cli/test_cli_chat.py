@@ -12,7 +12,7 @@ from test_chat import DATED, QWEN3, other_day, with_template  # noqa: F401 (a fi
 from test_cli import run
 
 TASK = ("--task", "kv_retrieval", "--keys", "words", "--num-keys", "4", "--positions", "3", "--length", "300")
-FEW = (*LEAST_OPTIONS, "--gradient-steps", "0", "--max-new-tokens", "4", "--step", "0.5")
+FEW = (*LEAST_OPTIONS, "--max-new-tokens", "4")
 
 
 @pytest.fixture

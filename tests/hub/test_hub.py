@@ -39,7 +39,6 @@ from peft_layerrope.cards import ADAPTER_PLACEHOLDER, BEGIN, model_card, save_ca
 from peft_layerrope.cli import app
 from peft_layerrope.hub import PULL_RECORD, HubError, InvalidConfigError
 from peft_layerrope.messages import DEMO_NAME, demo_model_path
-from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.tuner.artifacts import FACTORS_KEY, save_adapter
 
 FACTORS = [1.0, 1.4, 2.0, 1.2]
@@ -197,12 +196,10 @@ def test_from_a_peft_model(alice):
 
 
 def test_from_a_search_result(alice, demo_model, demo_tokenizer):
-    sizes = dict.fromkeys(("search_groups", "validation_groups", "test_groups", "short_groups"), 2)
-    few = {**LEAST_SEARCH, "grid": FactorGrid(1.0, 2.0, 0.5)}
-    result = search(demo_model, KeyValueWords(demo_tokenizer, 64, num_positions=3), progress=False, **sizes, **few)
+    result = search(demo_model, KeyValueWords(demo_tokenizer, 64, num_positions=3), progress=False, **LEAST_SEARCH)
     push_to_hub(result, "alice/adapter")
     files = alice.repos["alice/adapter"].files()
-    assert set(files) - {".gitattributes"} == PUBLISHED - {"search.yaml"}
+    assert set(files) - {".gitattributes"} == PUBLISHED - {"search.yaml"} | {"gain_over_harm.png"}
     assert ModelCard(files["README.md"].decode()).data.base_model == DEMO_NAME
 
 

@@ -84,12 +84,10 @@ def test_attention(model):
 def test_a_vector_is_measured_the_same_twice(model, split):
     adapted = get_peft_model(model, LayerRopeConfig(inference_mode=True))
     longer = random_split(2, (90, 60))
-    runner = ModelEvaluator(
-        adapted, [split, longer], objective="log_prob", weights=(1.0, 1.0, 1.0), batch_tokens=100, share_bytes=0
-    )
+    runner = ModelEvaluator(adapted, Scorer(adapted, batch_tokens=100))
     vector = (1.0, 1.5, 2.0, 1.0)[:NUM_LAYERS]
-    first = runner.measure([vector], 0)
-    runner.measure([vector], 1)
+    first = runner.scores([vector], split)[0].to_plain()
+    runner.scores([vector], longer)
     with adapted.disable_adapter():
         logits(adapted, LONG)
-    assert runner.measure([vector], 0) == first
+    assert runner.scores([vector], split)[0].to_plain() == first

@@ -1,4 +1,4 @@
-"""Grid, space and genomes: whatever the genes, factors are allowed ones."""
+"""Grid, space and genome: whatever the genes, factors are allowed ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fakes import space_of
 
 from peft_layerrope import SearchError
 from peft_layerrope.searcher import FactorGrid, default_scaled_layers
-from peft_layerrope.searcher.space import CURVES, make_genome
+from peft_layerrope.searcher.space import BezierGenome
 
 
 def test_grid_is_the_papers():
@@ -42,11 +42,10 @@ def test_default_leaves_two_of_every_32_alone(layers, first):
     assert default_scaled_layers(layers) == tuple(range(first, layers))
 
 
-def test_space_spreads_restricts_and_ties():
+def test_space_spreads_and_ties():
     space = space_of(6, scaled=(1, 2), sources=(0, 1, 2, 1, 2, 0))
     vector = space.spread([1.3, 1.7])
     assert vector == (1.0, 1.3, 1.7, 1.3, 1.7, 1.0)
-    assert space.restrict(vector) == [1.3, 1.7]
     assert space.tie((1.1, 1.2, 1.3, 2.0, 2.0, 2.0)) == (1.1, 1.2, 1.3, 1.2, 1.3, 1.1)
     assert space.tie(vector) == vector
 
@@ -60,10 +59,9 @@ SPACES = {
 }
 
 
-@pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-def test_random_genes_are_in_bounds_and_decode_into_the_space(curve, space):
-    genome, rng = make_genome(curve, space), random.Random(0)
+def test_random_genes_are_in_bounds_and_decode_into_the_space(space):
+    genome, rng = BezierGenome(space), random.Random(0)
     low, high = genome.bounds
     extremes = [low, high, [b + 0.5 * (h - b) for b, h in zip(low, high, strict=True)]]
     for genes in [*extremes, *(genome.random(rng) for _ in range(100))]:
@@ -76,44 +74,17 @@ def test_random_genes_are_in_bounds_and_decode_into_the_space(curve, space):
         assert all(vector[layer] == vector[source] for layer, source in enumerate(space.key_sources))
 
 
-@pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("factor", [1.0, 1.3, 2.0])
-def test_a_constant_genome_is_one_factor(curve, factor):
-    space = space_of(6, scaled=(1, 2, 4, 5))
-    vector = make_genome(curve, space).decode(make_genome(curve, space).constant(factor))
-    assert space.restrict(vector) == [factor] * 4
+def test_a_flat_curve_is_one_factor(factor):
+    vector = BezierGenome(space_of(6, scaled=(1, 2, 4, 5))).decode([factor] * 4 + [0.2, 0.9])
+    assert vector == (1.0, factor, factor, 1.0, factor, factor)
 
 
-def test_a_constant_outside_the_grid_is_clipped():
-    space = space_of(3, grid=FactorGrid(1.2, 1.8, 0.1))
-    for curve in CURVES:
-        assert make_genome(curve, space).decode(make_genome(curve, space).constant(1.0)) == (1.2,) * 3
-
-
-def test_a_linear_genome_is_a_line():
-    space = space_of(9, scaled=range(2, 9))
-    genome, rng = make_genome("linear", space), random.Random(1)
-    for _ in range(50):
-        first, last = genome.random(rng)
-        decoded = np.array(space.restrict(genome.decode([first, last])))
-        assert np.abs(decoded - np.linspace(first, last, 7)).max() <= space.grid.step / 2 + 1e-9
-
-
-def test_a_direct_genome_is_its_factors():
-    space = space_of(4, scaled=(0, 2, 3))
-    genome = make_genome("direct", space)
-    assert genome.decode([1.2, 1.96, 1.51]) == (1.2, 1.0, 2.0, 1.5)
-    assert genome.control_points([1.2, 1.96, 1.51]) is None
-
-
-@pytest.mark.parametrize("curve", ["bezier", "linear"])
-def test_control_points_are_a_curve_over_depth(curve):
-    genome, rng = make_genome(curve, space_of(5)), random.Random(2)
+def test_control_points_are_a_curve_over_depth():
+    genome, rng = BezierGenome(space_of(5)), random.Random(2)
     for _ in range(20):
         genes = genome.random(rng)
         points = np.array(genome.control_points(genes))
         assert points.shape == (4, 2)
-        assert points[0, 0] == 0
-        assert points[3, 0] == 1
-        ends = genes[0], genes[3 if curve == "bezier" else 1]
-        assert points[[0, 3], 1].tolist() == pytest.approx(ends)
+        assert points[[0, 3], 0].tolist() == [0, 1]
+        assert points[:, 1].tolist() == genes[:4]

@@ -6,8 +6,7 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +16,22 @@ from conftest import NUM_LAYERS, VOCAB, build_model
 from fakes import SMALL_SEARCH, token_task
 from peft import PeftModel, get_peft_model
 from test_contenders import trained_lora
-from test_evaluator import assert_same, random_vectors
+from test_evaluator import random_vectors
 from transformers import AutoModelForCausalLM
 
 from peft_layerrope import Example, SearchError, SearchSettings, TaskError, TokenTask, search
 from peft_layerrope.base_model import ModelSource
-from peft_layerrope.searcher.evaluator import ModelEvaluator, cut_into_chunks, shared_depth
+from peft_layerrope.scoring.scorer import Scorer
+from peft_layerrope.searcher.evaluator import Evaluator, ModelEvaluator
 from peft_layerrope.searcher.plan import SilentProgress
 from peft_layerrope.searcher.ray_workers import RayWorkers
+from peft_layerrope.searcher.space import Factors
 
 ray = pytest.importorskip("ray")
 
 VECTORS = random_vectors(8)
 MANY_TOKENS = 128
-"""Of a batch: several of them for each vector, so that a worker can die in the middle of its chunk."""
+"""Of a batch: several of them for each vector, so that a worker can die in the middle of one."""
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +62,17 @@ def mixed_task() -> TokenTask:
     return TokenTask(examples)
 
 
-def evaluator(base: torch.nn.Module) -> ModelEvaluator:
-    settings = SearchSettings()
-    return ModelEvaluator(
-        get_peft_model(base, settings.adapter_config([1.0] * NUM_LAYERS)),
-        [mixed_task().split("search", 8)],
-        objective="log_prob",
-        weights=settings.weights,
-        batch_tokens=MANY_TOKENS,
-        share_bytes=2**20,
-    )
+SPLIT = mixed_task().split("search", 8)
+
+
+def evaluator(base: torch.nn.Module, batch_tokens: int = MANY_TOKENS) -> ModelEvaluator:
+    model = get_peft_model(base, SearchSettings().adapter_config([1.0] * NUM_LAYERS)).eval()
+    return ModelEvaluator(model, Scorer(model, batch_tokens=batch_tokens))
+
+
+def plain(evaluator: Evaluator, vectors: Sequence[Factors] = VECTORS) -> list:
+    """Scores, as JSON values: equal if every bit is."""
+    return [scores.to_plain() for scores in evaluator.scores(vectors, SPLIT)]
 
 
 @pytest.fixture
@@ -92,7 +94,7 @@ def checking() -> int:
     """Forward passes of a worker's check."""
     passes = []
     model = before_each_pass(build_model("llama"), lambda number, tokens: passes.append(number))
-    evaluator(model).score([(1.0,) * NUM_LAYERS], 0)
+    plain(evaluator(model), [(1.0,) * NUM_LAYERS])
     return len(passes)
 
 
@@ -122,22 +124,6 @@ def raising(error: Exception) -> Callable[[int], None]:
 # --- without Ray running
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2, 6, 100])
-def test_chunks_hold_every_vector_once_and_in_order(num_chunks):
-    vectors = random_vectors(30, num_layers=8)
-    chunks = cut_into_chunks(vectors * 2, num_chunks)
-    assert [vector for chunk in chunks for vector in chunk] == sorted(set(vectors))
-    assert len(chunks) == min(num_chunks, len(set(vectors)))
-    assert cut_into_chunks([], 3) == []
-
-
-def test_vectors_that_begin_alike_stay_together():
-    vectors = [(1.0, a, b, c) for a in (1.0, 1.5) for b in (1.0, 1.2) for c in (1.0, 1.1)]
-    assert [len(chunk) for chunk in cut_into_chunks(vectors, 2)] == [4, 4]
-    for before, after in pairwise(cut_into_chunks(vectors, 4)):
-        assert shared_depth(before[-1], after[0]) <= 2
-
-
 def test_without_ray_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SearchError, match=r"peft-layerrope\[ray\]"):
@@ -165,7 +151,7 @@ def test_a_ray_that_cannot_start_is_an_error_of_ours(local, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: raising(ConnectionError("nobody is there"))(0))
     with pytest.raises(SearchError, match="nobody is there"):
-        RayWorkers(1, address="127.0.0.1:1")(local)
+        RayWorkers(1, address="127.0.0.1:1")(local, SPLIT)
 
 
 # --- on a cluster
@@ -192,29 +178,25 @@ def test_a_search_has_the_result_and_the_progress_of_one_process(cluster, tmp_pa
     with RayWorkers(num_workers, model_source=None if is_sent else str(tmp_path)) as workers:
         for distribute, progress in zip((None, workers), heard, strict=True):
             settings = {**SMALL_SEARCH, "progress": progress}
-            found.append(search(build_model("llama"), token_task(), **settings, distribute=distribute))
+            found.append(search(build_model("llama"), token_task(groups=40), **settings, distribute=distribute))
     assert found[0].to_dict() == found[1].to_dict()
     assert heard[0].stages == heard[1].stages
     assert ray.is_initialized()  # it was not ours to shut down
 
 
 @pytest.mark.slow
-def test_scores_come_in_the_order_of_the_request_and_layers_are_counted(cluster, local):
-    with RayWorkers(1) as workers:
-        pool = workers(local)
-        assert pool.measure(VECTORS + VECTORS[:2], 0) == local.measure(VECTORS + VECTORS[:2], 0)
-        before = pool.layers_run, pool.layers_asked
-        assert_same(pool.score(VECTORS, 0), local.score(VECTORS, 0))
-        assert pool.measure([], 0) == []
-    run, asked = (now - then for now, then in zip((pool.layers_run, pool.layers_asked), before, strict=True))
-    assert asked == 2 * len(set(VECTORS)) * NUM_LAYERS * local.num_tokens(0)  # here and there
-    assert run < asked
+def test_scores_come_in_the_order_of_the_request(cluster, local):
+    with RayWorkers(2) as workers:
+        pool = workers(local, SPLIT)
+        assert pool.at_once == 2
+        assert plain(pool, VECTORS + VECTORS[:2]) == plain(local, VECTORS + VECTORS[:2])
+        assert pool.scores([], SPLIT) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["worker", "node"])
 def test_work_of_a_worker_that_dies_is_done_again(cluster, local, checking, tmp_path, victim):
-    """Once in the middle of a chunk; of a node that is gone for good, the other worker does the work."""
+    """Once in the middle of a vector; of a node that is gone for good, the other worker does the work."""
     head = cluster.head_node.all_processes["raylet"][0].process.pid
     done = tmp_path / "done"
     if victim == "worker":
@@ -229,9 +211,9 @@ def test_work_of_a_worker_that_dies_is_done_again(cluster, local, checking, tmp_
 
         options = {"num_workers": 2, "cpus_per_worker": 2}  # one on each node
     with RayWorkers(model_source=load, **options) as workers:
-        pool = workers(local)
+        pool = workers(local, SPLIT)
         pool.wait_for(options["num_workers"])
-        assert pool.measure(VECTORS, 0) == local.measure(VECTORS, 0)
+        assert plain(pool) == plain(local)
     assert done.exists()
 
 
@@ -242,7 +224,7 @@ def test_a_worker_that_dies_too_often_ends_the_search(cluster, local, checking):
         RayWorkers(1, model_source=load, max_restarts=1) as workers,
         pytest.raises(SearchError, match="max_restarts=1"),
     ):
-        workers(local).measure(VECTORS, 0)
+        plain(workers(local, SPLIT))
 
 
 @pytest.mark.slow
@@ -254,7 +236,7 @@ def test_an_error_in_a_worker_is_told(cluster, local, checking, error, expected)
         RayWorkers(1, model_source=harmed(checking + 2, raising(error))) as workers,
         pytest.raises(expected, match=error.args[0]),
     ):
-        workers(local).measure(VECTORS, 0)
+        plain(workers(local, SPLIT))
 
 
 @pytest.mark.slow
@@ -275,11 +257,11 @@ def test_memory_that_runs_out_halves_the_batches_of_all_workers(cluster, local, 
         return harmed(1 if from_the_start else checking + 2, full)()
 
     with RayWorkers(2, model_source=load, cpus_per_worker=1) as workers:
-        pool = workers(local)
+        pool = workers(local, SPLIT)
         pool.wait_for(2)
-        found = pool.measure(VECTORS, 0)
-    assert found == local.recipe()(local.model, batch_tokens=MANY_TOKENS // 2).measure(VECTORS, 0)
-    assert found != local.measure(VECTORS, 0)
+        found = plain(pool)
+    assert found == plain(evaluator(build_model("llama"), MANY_TOKENS // 2))
+    assert found != plain(local)
 
 
 @pytest.mark.slow
@@ -297,13 +279,13 @@ def test_workers_load_the_model_that_a_source_describes_or_are_refused(cluster, 
     source = ModelSource(**{"model": str(base), "dtype": "bfloat16", "peft": str(lora), **changed})
     with RayWorkers(1, model_source=source) as workers:
         if error is None:
-            assert workers(local).measure(VECTORS, 0) == local.measure(VECTORS, 0)
+            assert plain(workers(local, SPLIT)) == plain(local)
         else:
             with pytest.raises(SearchError, match=error):
-                workers(local)
+                workers(local, SPLIT)
 
 
 @pytest.mark.slow
 def test_without_room_for_a_worker_the_search_says_so(cluster, local):
     with RayWorkers(1, cpus_per_worker=50, start_timeout=1) as workers, pytest.raises(SearchError, match="50"):
-        workers(local)
+        workers(local, SPLIT)

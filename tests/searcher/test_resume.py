@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_model
-from fakes import TaskWithShortPrompts, journal_of
+from fakes import journal_of, token_task
 from transformers import PreTrainedModel
 
 from peft_layerrope import InvalidConfigError, SearchError, SearchResult, UnsupportedModelError, search
@@ -18,21 +17,8 @@ from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.plan import SilentProgress
 
-SMALL = {
-    "algorithm": "genetic",
-    "population": 6,
-    "generations": 2,
-    "gradient_steps": 2,
-    "refine_evaluations": 6,
-    "search_groups": 16,
-    "validation_groups": 3,
-    "short_groups": 2,
-    "test_groups": 4,
-    "grid": FactorGrid(1.0, 2.0, 0.25),
-    "share_mib": 8,
-    "seed": 3,
-}
-SEARCHES = {"genetic": {}, "greedy": {"algorithm": "greedy", "controls": False}}
+SMALL = {"steps": 4, "test_groups": 4, "seed": 3}
+SEARCHES = {"cma-es": {}, "paper": {"algorithm": "paper", "population": 4, "search_groups": 4}}
 
 
 class Killed(BaseException):
@@ -65,7 +51,7 @@ def small_model(family: str = "llama") -> PreTrainedModel:
 
 
 def run(folder: Path | None, bomb: Bomb | None = None, resume: bool = False, **fields: object) -> SearchResult:
-    task = TaskWithShortPrompts(groups=40)
+    task = token_task(groups=40)
     return search(small_model(), task, **{**SMALL, **fields}, folder=folder, resume=resume, progress=bomb or Bomb())
 
 
@@ -84,12 +70,8 @@ def assert_same(result: SearchResult, folder: Path, whole: tuple) -> None:
 
 
 def test_a_folder_changes_nothing(whole):
-    fields, found, journal, _ = whole
+    fields, found, _, _ = whole
     assert run(None, **fields).to_dict() == found
-    measured = {tuple(factors) for kind, _, batch in journal[1:] if kind == "measured" for factors, *_ in batch}
-    assert len(measured) == found["evaluations"]["all_methods"]
-    if not fields:
-        assert found["evaluations"]["given_up_early"] > 0  # or no race is resumed below
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 1.0])
@@ -131,12 +113,14 @@ def test_a_finished_search_is_not_run_again(whole, tmp_path, monkeypatch):
     fields = whole[0]
     run(tmp_path, **fields)
     asked: list = []
-    score = ModelEvaluator.score
+    scores = ModelEvaluator.scores
     monkeypatch.setattr(
-        ModelEvaluator, "score", lambda self, vectors, heat: asked.extend(vectors) or score(self, vectors, heat)
+        ModelEvaluator,
+        "scores",
+        lambda self, vectors, *more: asked.extend(vectors) or scores(self, vectors, *more),
     )
     assert_same(run(tmp_path, resume=True, **fields), tmp_path, whole)
-    assert set(asked) == {(1.0,) * 3}  # timed, for the plan
+    assert not asked
 
 
 @pytest.fixture(scope="module")
@@ -156,16 +140,17 @@ def test_a_journal_must_be_resumed(stopped):
     ("change", "name"),
     [
         ({"seed": 4}, "settings.seed was 3 there and is 4 now"),
-        ({"grid": FactorGrid(1.0, 2.0, 0.5)}, "settings.grid.step was 0.25 there and is 0.5 now"),
-        ({"algorithm": "random"}, 'settings.algorithm was "genetic" there and is "random" now'),
+        ({"grid": FactorGrid(1.0, 2.0, 0.5)}, "settings.grid.step was 0.1 there and is 0.5 now"),
+        ({"algorithm": "paper"}, 'settings.algorithm was "cma-es" there and is "paper" now'),
+        ({"max_harm": 0.5}, "settings.max_harm was 0.01 there and is 0.5 now"),
         ({"model": small_model("mistral")}, "model was "),
-        ({"task": TaskWithShortPrompts(groups=40, seed=1)}, "splits was "),
-        ({"task": TaskWithShortPrompts(groups=45)}, "task.groups.search was 16 there and is 18 now"),
+        ({"task": token_task(groups=40, seed=1)}, "splits was "),
+        ({"task": token_task(groups=45)}, "task.groups.search was 16 there and is 18 now"),
     ],
 )
 def test_another_search_is_refused_by_name(stopped, change, name):
     before = (stopped / JOURNAL_NAME).read_text()
-    arguments = {"model": small_model(), "task": TaskWithShortPrompts(groups=40), **SMALL, **change}
+    arguments = {"model": small_model(), "task": token_task(groups=40), **SMALL, **change}
     with pytest.raises(InvalidConfigError, match=f"is of another run: {name}"):
         search(**arguments, folder=stopped, resume=True, progress=False)
     assert (stopped / JOURNAL_NAME).read_text() == before
@@ -173,17 +158,15 @@ def test_another_search_is_refused_by_name(stopped, change, name):
 
 def test_another_number_of_threads_is_no_other_search(tmp_path):
     with pytest.raises(Killed):
-        run(tmp_path, Bomb(60), controls=False)
+        run(tmp_path, Bomb(60))
     before, threads = journal_of(tmp_path), torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        run(tmp_path, resume=True, controls=False)
+        run(tmp_path, resume=True)
     finally:
         torch.set_num_threads(threads)
     assert len(before) > 1
     assert journal_of(tmp_path)[: len(before)] == before
-    plans = [json.loads(line) for line in (tmp_path / JOURNAL_NAME).read_text().splitlines() if '"plan"' in line]
-    assert [plan["value"]["threads"] for plan in plans] == [threads, threads + 1]
 
 
 def test_a_weight_and_the_attention_implementation_count(stopped):
@@ -194,17 +177,21 @@ def test_a_weight_and_the_attention_implementation_count(stopped):
     eager.set_attn_implementation("eager")
     for other in (model, eager):
         with pytest.raises(InvalidConfigError, match="model was "):
-            search(other, TaskWithShortPrompts(groups=40), **SMALL, folder=stopped, resume=True, progress=False)
+            search(other, token_task(groups=40), **SMALL, folder=stopped, resume=True, progress=False)
 
 
 def test_overwriting_begins_anew_once_all_is_checked(whole, tmp_path):
-    run(tmp_path, seed=4, controls=False)
+    run(tmp_path, seed=4)
     (tmp_path / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(SearchError, match="layers"):
         run(tmp_path, overwrite=True, layers=(40, 41))
+
+    def kill(plan: object) -> None:
+        raise Killed
+
     with pytest.raises(Killed):
-        run(tmp_path, Bomb(1), overwrite=True)
+        run(tmp_path, overwrite=True, on_plan=kill)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert_same(run(tmp_path, overwrite=True, **whole[0]), tmp_path, whole)
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -220,5 +207,5 @@ def test_a_refused_model_leaves_no_state(tmp_path, monkeypatch):
     model = small_model()
     monkeypatch.setattr(type(model.model.rotary_emb), "forward", lambda self, x, position_ids: (x, x))
     with pytest.raises(UnsupportedModelError):
-        search(model, TaskWithShortPrompts(groups=40), **SMALL, folder=tmp_path, progress=False)
+        search(model, token_task(groups=40), **SMALL, folder=tmp_path, progress=False)
     assert not any(tmp_path.iterdir())

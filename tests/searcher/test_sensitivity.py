@@ -85,10 +85,9 @@ def check_against_hand(result, model, tied, weights=(0.8, 1.0, 1.2), **arguments
 @pytest.mark.parametrize(
     "arguments", [{}, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 4.0}]
 )
-@pytest.mark.parametrize("share_mib", [0, 64])
-def test_equals_factors_set_by_hand(arguments, share_mib):
+def test_equals_factors_set_by_hand(arguments):
     model = build_model("llama", max_position_embeddings=16)  # shorter than the prompts, for the dynamic type
-    result = measure(model, share_mib=share_mib, **arguments)
+    result = measure(model, **arguments)
     assert result.factors == (0.5, 2.0)
     check_against_hand(result, model, {i: [i] for i in range(NUM_LAYERS)}, **arguments)
     assert len({round(e.log_prob, 6) for e in result.effects}) > NUM_LAYERS  # the factors did reach the layers
@@ -196,7 +195,6 @@ def test_the_model_is_left_as_it_was(ids, fails, monkeypatch):
         ({"num_groups": 2.0}, "num_groups=2.0 must be an integer of at least 2, for an interval."),
         ({"split": "train"}, "split='train' is unknown, expected one of search, validation, test."),
         ({"batch_tokens": 0}, "batch_tokens=0 must be at least 1."),
-        ({"share_mib": -1}, "share_mib=-1 must be at least 0."),
     ],
 )
 def test_errors_name_value_and_expectation(arguments, message):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from peft_layerrope import LayerRopeError, SearchError
-from peft_layerrope.searcher import FactorGrid, Guards, SearchSettings
+from peft_layerrope.searcher import FactorGrid, SearchSettings
 from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tasks import TaskSpecification
 
@@ -22,13 +22,12 @@ FULL = SearchSpecification(
         rope_type="linear",
         factor=2.0,
         grid=FactorGrid(0.8, 3.0, 0.2),
-        guards=Guards(None, 0.1),
         layers=(1, 2, 5),
         weights=(1.0, 2.0, 3.0),
-        algorithm="genetic",
-        curve="direct",
-        race=False,
-        bootstrap=7,
+        algorithm="paper",
+        max_harm=None,
+        full_controls=True,
+        steps=7,
     ),
 )
 
@@ -47,14 +46,13 @@ def test_what_is_left_out_has_its_default():
     made = SearchSpecification.of({"task": {"task_seed": 3}, "search": {"grid": {"max_factor": 3}}}, "f.yaml")
     assert made.task == TaskSpecification(task_seed=3)
     assert made.search == SearchSettings(grid=FactorGrid(max_factor=3.0))
-    assert made.search.guards == Guards()
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"serch": {}}, "serch is unknown; did you mean search?"),
-        ({"search": {"generation": 3}}, "search.generation is unknown; did you mean search.generations?"),
+        ({"search": {"minute": 3}}, "search.minute is unknown; did you mean search.minutes?"),
         ({"search": {"grid": {"max": 3}}}, "search.grid.max is unknown; did you mean search.grid.max_factor?"),
         ({"task": {"nam": "kv", "length": -1}}, "task.nam is unknown; did you mean task.name?"),
         ({"search": {"seed": 1, None: 3}}, "search.null is unknown"),

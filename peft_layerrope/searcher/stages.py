@@ -1,15 +1,16 @@
-"""The search under a bound: simple choices first, then a factor for each layer, all under one bound on what they do to
+"""The stages of a search: simple choices first, then a factor for each layer, all under one bound on what they do to
 ordinary text; a validation split chooses among them.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,14 +18,11 @@ from peft import PeftModel
 
 from ..files import to_float
 from ..runs import Journal
-from ..scoring.batching import can_pack
-from ..scoring.scorer import Scorer
 from ..scoring.scores import Interval, PositionScores, difference_interval, mean_interval, rank_key
-from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task
-from ..tasks.base import spread_positions
-from ..tasks.prompts import ASKED_EVERYWHERE
-from .algorithms import adapt, fitted_top, population_of
+from ..tasks import Split
+from .algorithms import adapt, evolve, fitted_top, population_of
 from .common import since
+from .evaluator import Evaluator, fitness_by_context
 from .families import (
     Family,
     decay_family,
@@ -53,7 +51,6 @@ from .plan import (
     UNIFORM_VALUES,
     VALIDATION,
     WRITTEN,
-    Rates,
     Schedule,
     SearchProgress,
     compared_on,
@@ -63,23 +60,17 @@ from .plan import (
 )
 from .result import BOUNDED, NONE, PER_LAYER, UNIFORM
 from .settings import SearchSettings
-from .space import Factors, FactorSpace
+from .space import BezierGenome, Factors, FactorSpace
+
+T = TypeVar("T")
 
 _FAMILIES = dict(zip(CONTROLS, (first_and_rest_family, decay_family), strict=True))
 SIMPLEST_FIRST = (NONE, BOUNDED, *CONTROLS, PER_LAYER)
 """What may be the result. `UNIFORM` knows no bound: it is shown beside them."""
 UNIFORM_RANGE = (0.4, 2.5)
 _PROBE = 0.1  # log-factor at which the harm of a uniform factor is measured to find where it meets the bound
-_OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
 _READ_TO_WRITTEN = 1.3  # divergence on people's text, by which is searched, to that on what the model writes
-_FEW, _COMPARED, _LOSSES = (
-    128,
-    512,
-    2048,
-)  # positions of a window at most: of distributions that are compared, of losses
-# Questions to a context, in times of the task's positions: of 100 pairs, 42 questions instead of 14 take a quarter more
-# time, and four fifths of what one says are its own.
-_DENSER = 8
+_FEW, _COMPARED, _LOSSES = 128, 512, 2048  # positions of a window at most, by what is compared there
 _DIGITS = 2
 _USUAL_HARM = 0.01  # nats, by which a search without a bound takes its first steps
 _PRICE_OF_BOUND = 0.05  # probability of the answers that harm of the size of its bound costs
@@ -97,12 +88,12 @@ class Generation:
     """What one generation saw.
 
     Attributes:
-        fitness: mean over its members.
-        divergence: at its centroid, on ordinary text.
+        fitness: mean over its members, or of the fittest curve so far.
+        divergence: at its centroid, on ordinary text; None of curves.
     """
 
     fitness: float
-    divergence: float
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,17 +105,19 @@ class MethodResult:
         fitness: mean probability of the targets on the last contexts of the search split that it was raced on.
         evaluations: vectors whose fitness was looked at.
         generations: by which it was found.
+        control_points: the four `(x, y)` points of its curve; None where it is none.
     """
 
     factors: Factors
     fitness: float
     evaluations: int
     generations: tuple[Generation, ...] = ()
+    control_points: list[list[float]] | None = None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search under a bound found.
+    """What a search found.
 
     Attributes:
         found: by name.
@@ -139,7 +132,7 @@ class Outcome:
     test: Mapping[str, PositionScores]
 
 
-class BoundedSearch:
+class Stages:
     """One search, stage after stage. Each result is kept in a journal, and taken from there if it is there.
 
     Args:
@@ -148,7 +141,7 @@ class BoundedSearch:
         space: which layers are free.
         windows: people's text; none: what the model writes takes its place.
         text_tokens: of a window of what the model writes.
-        scorer: of `model`.
+        evaluator: of `model`.
         journal: of the run.
         audience: told what is done.
         enough: asked after each generation; once it says so, no other begins. None: never.
@@ -161,7 +154,7 @@ class BoundedSearch:
         space: FactorSpace,
         windows: Windows,
         text_tokens: int,
-        scorer: Scorer,
+        evaluator: Evaluator,
         journal: Journal,
         audience: SearchProgress,
         enough: Callable[[], bool] | None = None,
@@ -175,7 +168,7 @@ class BoundedSearch:
         self._written: Windows = ()
         self._unscaled = cache(self._unscaled_on)
         self._curvature = cache(self._measured_curvature)
-        self._scorer = scorer
+        self._scores, self._at_once = evaluator.scores, evaluator.at_once
         self._journal = journal
         self._audience = audience
         self._limits = tuple(np.log(settings.factor_limits))
@@ -201,22 +194,20 @@ class BoundedSearch:
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
         layers = self._space.key_sources, self._space.scaled_layers
-        per_layer = self._evolved(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
-        start += contexts_of(schedule.steps)
+        if schedule.fresh:
+            per_layer = self._evolved(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
+        else:
+            per_layer = self._curve(schedule, start)
+        start += schedule.own_contexts
         for name, family in _FAMILIES.items():
             results[name] = self._evolved(name, family(*layers), schedule.control_steps, start)
             start += contexts_of(schedule.control_steps)
         results[PER_LAYER] = per_layer
-        scores = self._scored(
-            "validation",
-            VALIDATION,
-            {name: results[name] for name in SIMPLEST_FIRST},
-            lambda: densely_scored(self._scorer, validation),
-        )
+        scores = self._scored(VALIDATION, {name: results[name] for name in SIMPLEST_FIRST}, validation)
         harm = self._harm(results, scores)
         fitness = {name: fitness_by_context(score) for name, score in scores.items()}
         chosen = choose(fitness, harm, SIMPLEST_FIRST, self._settings.max_harm)
-        held_out = self._scored("test", TEST, results, lambda: self._scorer.measure(test))
+        held_out = self._scored(TEST, results, test, written=True)
         return Outcome(results, harm, chosen, held_out)
 
     def _part(self, start: int, count: int) -> Split:
@@ -234,6 +225,18 @@ class BoundedSearch:
             self._journal.append(kind, key, kept)
         self._audience.advance()
         return kept
+
+    def _each(self, kind: str, keys: Sequence[str], compute: Callable[[Sequence[int]], list[Any]]) -> list[Any]:
+        """The same of several, of which those that are not there are computed by their numbers, a few at a time."""
+        new = [number for number, key in enumerate(keys) if self._journal.get(kind, key) is None]
+        for at in range(0, len(new), self._at_once):
+            some = new[at : at + self._at_once]
+            for number, value in zip(some, compute(some), strict=True):
+                self._journal.append(kind, keys[number], value)
+                self._audience.advance()
+        for _ in range(len(keys) - len(new)):
+            self._audience.advance()
+        return [self._journal.get(kind, key) for key in keys]
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[None]:
@@ -254,7 +257,9 @@ class BoundedSearch:
         """The best uniform factor of a wide range, and the best of those that keep to the bound."""
         family = uniform_family(self._space.key_sources, self._space.scaled_layers)
         wide = np.linspace(*np.log(UNIFORM_RANGE), UNIFORM_VALUES)
-        races = {UNIFORM: wide, BOUNDED: self._bounded_values(family)}
+        races = {UNIFORM: wide}
+        if self._settings.max_harm is not None:
+            races[BOUNDED] = self._bounded_values(family, self._settings.max_harm)
         unscaled = self._rounded(np.zeros(self._space.num_layers))
         results: dict[str, MethodResult] = {}
         for name, values in races.items():
@@ -263,22 +268,21 @@ class BoundedSearch:
             with self._stage(race_of(name), alone + sum(schedule.running(len(vectors)))):
                 if NONE not in results:
                     starts = np.cumsum([0, *schedule.rounds[:-1]]).tolist()
-                    parts = [self._by_context(unscaled, *part) for part in zip(starts, schedule.rounds, strict=True)]
+                    parts = [
+                        self._by_context([unscaled], *part)[0] for part in zip(starts, schedule.rounds, strict=True)
+                    ]
                     results[NONE] = MethodResult(unscaled, float(np.mean(np.concatenate(parts))), 1)
                 results[name] = self._raced(vectors, schedule)
                 best = results[name]
                 self._audience.note(f"{best.factors[-1]:g}: {best.fitness:.3f}, unscaled {results[NONE].fitness:.3f}")
-        return results
+        return {BOUNDED: results[UNIFORM], **results}
 
     def _write(self) -> Windows:
         self._set(self._rounded(np.zeros(self._space.num_layers)))
         return sample_windows(self._model, NUM_WRITTEN, self._text_tokens, seed=self._settings.seed, read=self._read)
 
-    def _bounded_values(self, family: Family) -> list[float]:
+    def _bounded_values(self, family: Family, bound: float) -> list[float]:
         """Log-factors from one end of the bound to the other."""
-        bound = self._settings.max_harm
-        if bound is None:
-            return [0.0]
         with self._stage(UNIFORM_HARM, 2):
             low, high = (
                 self._harm_on_text(self._rounded(family.log_factors(np.array([v]))), windows=1)
@@ -297,19 +301,24 @@ class BoundedSearch:
         values: dict[Factors, list[float]] = {vector: [] for vector in vectors}
         for contexts, count in zip(schedule.rounds, schedule.running(len(vectors)), strict=True):
             running = running[:count]
-            for vector in running:
-                values[vector] += self._by_context(vector, start, contexts)
+            for vector, seen in zip(running, self._by_context(running, start, contexts), strict=True):
+                values[vector] += seen
             start += contexts
             running.sort(key=lambda vector: -rank_key(np.mean(values[vector])))
             self._audience.note(f"{running[0][-1]:g}: {np.mean(values[running[0]]):.3f}")
         return MethodResult(running[0], float(np.mean(values[running[0]])), len(vectors))
 
-    def _by_context(self, factors: Factors, start: int, contexts: int) -> list[float]:
-        def scored() -> list[float]:
-            self._set(factors)
-            return fitness_by_context(densely_scored(self._scorer, self._part(start, contexts))).tolist()
-
-        return self._once("raced", f"{start}+{contexts} {factors}", scored)
+    def _by_context(self, vectors: Sequence[Factors], start: int, contexts: int) -> list[list[float]]:
+        """Fitness of each vector on each of some contexts."""
+        split = self._part(start, contexts)
+        kept = self._each(
+            "raced",
+            [f"{start}+{contexts} {vector}" for vector in vectors],
+            lambda new: [
+                fitness_by_context(scores).tolist() for scores in self._scores([vectors[i] for i in new], split)
+            ],
+        )
+        return [[to_float(value) for value in values] for values in kept]
 
     def _evolved(self, name: str, family: Family, count: int, start: int) -> MethodResult:
         """Searches a family by CMA-ES, each generation on contexts of its own, and ends with the mean of the last
@@ -343,10 +352,8 @@ class BoundedSearch:
             return [value - price * ratio * harm_of(member) for value, member in zip(fitness, members, strict=True)]
 
         def scored(split: Split, centroid: np.ndarray, members: Sequence[np.ndarray]) -> list[Any]:
-            values = []
-            for member in members:
-                self._set(self._rounded(member))
-                values.append(float(fitness_by_context(densely_scored(self._scorer, split)).mean()))
+            found = self._scores([self._rounded(member) for member in members], split)
+            values = [float(fitness_by_context(scores).mean()) for scores in found]
             return [values, self._divergence(self._rounded(centroid), len(generations))]
 
         def as_far_as_allowed(ray: np.ndarray, farthest: float) -> Factors:
@@ -355,25 +362,53 @@ class BoundedSearch:
                 farthest = min(farthest, float(allowed))
             return self._rounded(farthest * ray)
 
-        ended, centroids = self._journal.get("ended", name), []
         with self._stage(steps_of(name), count + 2):
-            for centroid in adapt(family, count, score, self._settings.seed, self._limits):
-                centroids.append(centroid)
-                done = len(centroids) - 1
-                if done and (done == ended or (ended is None and done < count and self._enough())):
-                    break
-            if done < count and ended is None:
-                self._journal.append("ended", name, done)
-            last = centroids[-max(1, round(done * _AVERAGED_SHARE)) :]
+            centroids = self._until_enough(name, count, adapt(family, count, score, self._settings.seed, self._limits))
+            last = centroids[-max(1, round(len(centroids) * _AVERAGED_SHARE)) :]
             finalists = [as_far_as_allowed(np.mean(last, axis=0), 1.0)]
             if (top := fitted_top(*zip(*seen, strict=True))) is not None:
                 direction, distance = top
                 finalists.append(as_far_as_allowed(family.log_factors(direction), distance))
             split = start + count, compared_on(count)
-            values = [rank_key(np.mean(self._by_context(vector, *split))) for vector in finalists]
+            values = [rank_key(np.mean(seen)) for seen in self._by_context(finalists, *split)]
         best = finalists[int(np.argmax(values))]
         found = self._rounded(self._within_bound(np.log(best)))
-        return MethodResult(found, max(values), done * population_of(family.num_parameters), tuple(generations))
+        evaluations = len(centroids) * population_of(family.num_parameters)
+        return MethodResult(found, max(values), evaluations, tuple(generations))
+
+    def _curve(self, schedule: Schedule, start: int) -> MethodResult:
+        """Searches as the paper does: context utilisation of the accuracies of curves, all on the same contexts."""
+        genome, split, weights = BezierGenome(self._space), self._part(start, schedule.contexts), self._settings.weights
+        tried = 0
+
+        def score(number: int, vectors: Sequence[Factors]) -> list[float]:
+            nonlocal tried
+            tried += len(vectors)
+            return self._once(
+                "generation",
+                f"{PER_LAYER} {number}",
+                lambda: [float(scores.utilisation(weights)) for scores in self._scores(vectors, split)],
+            )
+
+        rng = random.Random(self._settings.seed)
+        with self._stage(steps_of(PER_LAYER), schedule.steps):
+            fittest = self._until_enough(
+                PER_LAYER, schedule.steps, evolve(genome, schedule.steps, schedule.population, score, rng)
+            )
+        values = [one.fitness.values[0] for one in fittest]
+        found, points = genome.decode(fittest[-1]), genome.control_points(fittest[-1])
+        return MethodResult(found, values[-1], tried, tuple(map(Generation, values)), points)
+
+    def _until_enough(self, name: str, count: int, generations: Iterator[T]) -> list[T]:
+        """Runs so many generations, or fewer where that is enough; as many as an interrupted search had."""
+        ended, seen = self._journal.get("ended", name), []
+        for one in generations:
+            seen.append(one)
+            if len(seen) == ended or (ended is None and len(seen) < count and self._enough()):
+                break
+        if len(seen) < count and ended is None:
+            self._journal.append("ended", name, len(seen))
+        return seen
 
     def _measured_curvature(self) -> np.ndarray:
         """Of the divergence by each layer's log-factor, shape `(num_layers,)`: twice what moving the layer alone does,
@@ -422,19 +457,18 @@ class BoundedSearch:
         return log_factors * share
 
     def _scored(
-        self, split: str, stage: str, results: Mapping[str, MethodResult], score: Callable[[], PositionScores]
+        self, stage: str, results: Mapping[str, MethodResult], split: Split, written: bool = False
     ) -> dict[str, PositionScores]:
-        """What `score` returns with each vector."""
-        scores: dict[str, PositionScores] = {}
-        with self._stage(stage, len(results)):
-            for name, found in results.items():
-
-                def plain(factors: Factors = found.factors) -> list[Any]:
-                    self._set(factors)
-                    return score().to_plain()
-
-                scores[name] = PositionScores.from_plain(self._once(split, f"{found.factors}", plain))
-        return scores
+        """Scores of each vector on a split of which nothing is known yet."""
+        vectors = list(dict.fromkeys(found.factors for found in results.values()))
+        with self._stage(stage, len(vectors)):
+            kept = self._each(
+                split.name,
+                [f"{vector}" for vector in vectors],
+                lambda new: [scores.to_plain() for scores in self._scores([vectors[i] for i in new], split, written)],
+            )
+        scores = dict(zip(vectors, map(PositionScores.from_plain, kept), strict=True))
+        return {name: scores[found.factors] for name, found in results.items()}
 
     def _harm(self, results: Mapping[str, MethodResult], scores: Mapping[str, PositionScores]) -> dict[str, Harm]:
         with self._stage(HARM, len(results)):
@@ -484,56 +518,3 @@ def end_changes(scores: PositionScores, unscaled: PositionScores) -> tuple[Inter
     """Returns how the accuracy at the first and at the last position differs, each with its paired interval."""
     first, last = (difference_interval(scores.correct[:, i].astype(float) - unscaled.correct[:, i]) for i in (0, -1))
     return first, last
-
-
-def fitness_by_context(scores: PositionScores) -> np.ndarray:
-    """Returns the mean probability of each context's targets, or minus its loss."""
-    return (scores.log_prob if scores.measure == "loss" else np.exp(scores.log_prob)).mean(axis=1)
-
-
-def contexts_to_ask(task: Task, wanted: int) -> int:
-    """Returns how many different contexts of the search split there are for a search that wants so many."""
-    if isinstance(task, PromptTask) and task.without_distractors("search", 0, 1, gold=True) is not None:
-        wanted = min(wanted, _OWN_TARGET_CONTEXTS)
-    return available(task, "search", wanted)
-
-
-def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
-    """Returns contexts of a split, asked at many more positions where a context is run once for all of its questions:
-    they add little to it, and each says something of the factors.
-    """
-    if not isinstance(task, KeyValueRetrieval) or task.protocol(name) != ASKED_EVERYWHERE:
-        return task.split(name, contexts)
-    count = min(_DENSER * len(task.positions), task.num_items)
-    positions = {*task.positions, *spread_positions(task.num_items, max(3, count))}
-    return task.split(name, contexts, sorted(positions))
-
-
-def densely_scored(scorer: Scorer, split: Split) -> PositionScores:
-    """Scores by likelihood, a context in one row with its many questions: quicker than through the KV cache."""
-    return scorer.score(split, packed=can_pack(scorer.model) or None)
-
-
-def available(task: Task, split: SplitName, wanted: int) -> int:
-    """Returns how many contexts a split has, at least 1 and at most `wanted`; all that are, where a task cannot say."""
-    return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted
-
-
-def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: int) -> Rates:
-    """Times the unscaled model on one context and on as many tokens as a window of text has, after a first pass that
-    makes everything ready.
-    """
-    window = (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
-    densely_scored(scorer, one)
-    positions = scored_positions(len(window), most=_LOSSES)
-
-    def passed_over() -> None:
-        with torch.no_grad():
-            window_logits(model, window, positions)
-
-    def seconds(timed: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        timed()
-        return max(1e-6, since(started))
-
-    return Rates(seconds(lambda: densely_scored(scorer, one)), seconds(passed_over))

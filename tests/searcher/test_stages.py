@@ -1,8 +1,7 @@
-"""The search under a bound: its parts against formulas, and the whole on a tiny model."""
+"""The stages of a search: its parts against formulas, and the whole on a tiny model."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -10,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_LAYERS, build_model
-from fakes import token_task
+from fakes import SMALL_SEARCH, token_task
 from scipy.special import rel_entr, softmax
 from tiny_tokenizer import tiny_bpe
 
-from peft_layerrope import InvalidConfigError, TaskError, search
+from peft_layerrope import SearchSettings, TaskError, search
 from peft_layerrope.scoring.scores import Interval
-from peft_layerrope.searcher.bounded import SIMPLEST_FIRST
 from peft_layerrope.searcher.families import (
     decay_family,
     farthest,
@@ -35,16 +33,12 @@ from peft_layerrope.searcher.harm import (
     scored_positions,
     window_logits,
 )
-from peft_layerrope.searcher.plan import Rates, Schedule, SilentProgress, schedule_for
+from peft_layerrope.searcher.plan import Rates, Schedule, schedule_for
 from peft_layerrope.searcher.settings import MIN_STEPS
+from peft_layerrope.searcher.stages import SIMPLEST_FIRST
 
 LAYERS = range(NUM_LAYERS)
-SMALL = {
-    "steps": MIN_STEPS,
-    "test_groups": 4,
-    "rope_type": "default",
-    "progress": False,
-}
+SMALL = SMALL_SEARCH
 
 
 def test_divergences_and_losses_of_a_window_are_those_of_their_formulas():
@@ -134,12 +128,15 @@ def test_families_make_the_vectors_that_they_are_named_after(family, parameters,
 
 def test_a_schedule_fits_into_the_time_that_there_is():
     rates = Rates(2.7, 1.5)
-    for seconds in (1200, 2400, 3600):
-        steps = schedule_for(seconds, rates, 24).steps
-        least, more = (sum(Schedule(n, 24).seconds(rates).values()) for n in (steps, steps + 1))
-        assert least <= seconds < more
-        assert steps * 13 * rates.context >= 0.4 * seconds
-    assert schedule_for(1, rates, 24).steps == MIN_STEPS
+    for algorithm, each in (("cma-es", 13), ("paper", 16 * 16)):
+        settings = SearchSettings(algorithm=algorithm)
+        shortest = Schedule.of(settings, MIN_STEPS, 24)
+        for seconds in (3600, 7200, 10800):
+            steps = schedule_for(seconds, rates, shortest).steps
+            least, more = (sum(Schedule.of(settings, n, 24).seconds(rates).values()) for n in (steps, steps + 1))
+            assert least <= seconds < more
+            assert steps * each * rates.context >= 0.4 * seconds
+        assert schedule_for(1, rates, shortest) == shortest
 
 
 @pytest.mark.parametrize(
@@ -204,80 +201,14 @@ def test_the_result_is_the_simplest_that_none_under_the_bound_clearly_beats(gain
     assert choose(fitness, harm, SIMPLEST_FIRST, 0.01) == chosen
 
 
-class Killed(BaseException):
-    """Nothing may catch it."""
-
-
-class Bomb(SilentProgress):
-    """Goes off when it is told that a step is done for the `at`th time."""
-
-    def __init__(self, at: int | None = None) -> None:
-        self.at, self.calls = at, 0
-
-    def advance(self) -> None:
-        self.calls += 1
-        if self.calls == self.at:
-            raise Killed
-
-
-def test_a_search_finds_measures_and_says_what_it_found(tmp_path):
-    result = search(build_model("llama"), token_task(length=14), **SMALL)
-    assert [row.name for row in result.table] == ["none", "uniform", *SIMPLEST_FIRST[1:]]
-    assert result.config.layer_factors == list(result.table[result.chosen].factors)
-    for row in result.table:
-        assert all(factor == round(factor, 2) for factor in row.factors)
-        assert row.scores.correct.shape[0] == SMALL["test_groups"]
-    assert len(set(result.table["uniform"].factors)) == 1
-    assert len(set(result.table["first_and_rest"].factors[1:])) == 1
-    depth = np.diff(result.table["decay"].factors)
-    assert (depth >= 0).all() or (depth <= 0).all()
-    none = result.table["none"]
-    assert set(none.factors) == {1.0}
-    assert none.harm.divergence.value == pytest.approx(0, abs=1e-6)
-    result.save(tmp_path / "adapter")
-    assert none.harm.loss_rise is None  # nobody's text has words of this task
-    assert [interval.value for interval in none.harm.ends] == [0.0, 0.0]
-    report = json.loads((tmp_path / "adapter" / "search.json").read_text())
-    assert report["chosen"] == result.chosen
-    assert {row["name"]: row["ordinary_text"]["divergence"][0] for row in report["table"]} == {
-        row.name: round(row.harm.divergence.value, 6) for row in result.table
-    }
-    assert len(report["history"]) == SMALL["steps"]
-
-
-def test_the_model_is_given_back_as_it_was():
-    model = build_model("llama")
-    before = model(input_ids=torch.arange(3, 30)[None]).logits
-    requires = [p.requires_grad for p in model.parameters()]
-    search(model, token_task(length=14), **SMALL)
-    assert torch.equal(model(input_ids=torch.arange(3, 30)[None]).logits, before)
-    assert [p.requires_grad for p in model.parameters()] == requires
-
-
-def test_a_search_that_is_killed_ends_as_if_nothing_had_happened(tmp_path):
-    task, counted = token_task(length=14), Bomb()
-    whole = search(build_model("llama"), task, **{**SMALL, "progress": counted})
-    for at in np.linspace(1, counted.calls, 7).astype(int):
-        folder = tmp_path / str(at)
-        with pytest.raises(Killed):
-            search(build_model("llama"), task, **{**SMALL, "progress": Bomb(at)}, folder=folder)
-        again = search(build_model("llama"), task, **SMALL, folder=folder, resume=True)
-        assert again.to_dict() == whole.to_dict()
-
-
 def test_minutes_become_a_plan_that_repeats_the_search(tmp_path):
     plans, fields = [], {**SMALL, "steps": None, "minutes": 0.02, "test_minutes": 0.02}
     first = search(build_model("llama"), token_task(length=14), **fields, on_plan=plans.append)
     settled = first.settings
     assert settled.steps == plans[0].schedule.steps >= MIN_STEPS
+    assert plans[0].search_seconds > 0
     again = search(build_model("llama"), token_task(length=14), replace(settled, minutes=99.0), progress=False)
     assert again.to_dict()["table"] == first.to_dict()["table"]
-
-
-def test_a_search_that_goes_on_refuses_other_settings(tmp_path):
-    search(build_model("llama"), token_task(length=14), **SMALL, folder=tmp_path)
-    with pytest.raises(InvalidConfigError, match="max_harm"):
-        search(build_model("llama"), token_task(length=14), **SMALL, max_harm=0.5, folder=tmp_path, resume=True)
 
 
 def test_enough_ends_the_climbs_and_keeps_what_they_found(tmp_path):
