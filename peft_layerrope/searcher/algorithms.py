@@ -174,17 +174,17 @@ def adapt(
 _STRENGTHS = (1.0, 4.0, 16.0)  # of the ridge
 
 
-def fitted_top(members: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> tuple[np.ndarray, float] | None:
-    """Fits a parabola, alike in all directions but its slope, to what generations saw, and finds its top. Each
-    generation has a level of its own, as contexts have.
+def fitted_parabola(members: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> tuple[np.ndarray, float] | None:
+    """Fits a parabola, alike in all directions but its slope, to what generations saw. Each generation has a level of
+    its own, as contexts have.
 
     Args:
         members: parameters of each generation, shape `(members, num_parameters)`.
         values: their values, shape `(members,)`; those that are not finite do not count.
 
     Returns:
-        The direction of the top from the unscaled model, of length 1, and how far it is, infinite where the parabola
-        does not bend down. None: it says nothing of the members of a generation that it was not fitted to.
+        Its slope at the unscaled model, shape `(num_parameters,)`, and the factor of the sum of squares. None: it says
+        nothing of the members of a generation that it was not fitted to.
     """
     parts = [_centred(np.asarray(some), np.asarray(seen)) for some, seen in zip(members, values, strict=True)]
 
@@ -203,8 +203,7 @@ def fitted_top(members: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> t
     if error(strength) >= sum((targets**2).sum() for _, targets in parts):
         return None
     *slope, bend = ridge(parts, strength)
-    length = float(np.linalg.norm(slope))
-    return np.array(slope) / length, length / (-2 * bend) if bend < 0 else np.inf
+    return np.array(slope), float(bend)
 
 
 def _centred(members: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

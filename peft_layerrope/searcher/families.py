@@ -10,6 +10,7 @@ import numpy as np
 
 FARTHEST = 1.0
 """Log-factor that is tried where a uniform factor does no harm."""
+_SIDES_TRIED = 10  # times that it is looked up on which side of 1 each layer comes to lie
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,37 @@ class Family:
     def nearest(self, log_factors: np.ndarray) -> np.ndarray:
         """Returns the parameters whose vector comes nearest to another one."""
         return np.linalg.lstsq(self.basis, log_factors, rcond=None)[0]
+
+
+def harm_of(log_factors: np.ndarray, curvature: np.ndarray) -> float:
+    """Returns the divergence that log-factors are to cause by what each layer causes alone, which grows with the square
+    of its log-factor and is another below a factor of 1 than above.
+
+    Args:
+        log_factors: shape `(num_layers,)`.
+        curvature: below and above, shape `(2, num_layers)`.
+    """
+    return float(_on_its_side(log_factors, curvature) @ log_factors**2) / 2
+
+
+def steepest(family: Family, slope: np.ndarray, curvature: np.ndarray) -> np.ndarray:
+    """Returns the direction, of length 1, in which a value rises most for the harm that it does.
+
+    Args:
+        family: of the vectors.
+        slope: of the value by the family's parameters, shape `(num_parameters,)`.
+        curvature: see [`harm_of`].
+    """
+    direction = slope
+    for _ in range(_SIDES_TRIED):
+        sides = _on_its_side(family.log_factors(direction), curvature)
+        direction = np.linalg.solve(family.basis.T @ (sides[:, None] * family.basis), slope)
+    return direction / np.linalg.norm(direction)
+
+
+def _on_its_side(log_factors: np.ndarray, curvature: np.ndarray) -> np.ndarray:
+    below, above = curvature
+    return np.where(log_factors < 0, below, above)
 
 
 def uniform_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:

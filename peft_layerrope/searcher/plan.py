@@ -304,7 +304,7 @@ class Schedule:
             UNIFORM_HARM: _PROBED * 2 * rates.window,  # one of each kind of text
             race_of(UNIFORM): (sum(self.rounds) + self._raced(UNIFORM_VALUES - 1)) * rates.context,
             race_of(BOUNDED): self._raced(BOUNDED_VALUES - 1) * rates.context,
-            CURVATURE: self.num_parameters * rates.window * _PROBED_SHARE,
+            CURVATURE: 2 * self.num_parameters * rates.window * _PROBED_SHARE,
             steps_of(PER_LAYER): self._own(rates),
             **{steps_of(name): control for name in CONTROLS},
             VALIDATION: finalists * self.validation_contexts * rates.context,

@@ -19,7 +19,9 @@ from peft_layerrope.searcher.families import (
     decay_family,
     farthest,
     first_and_rest_family,
+    harm_of,
     per_layer_family,
+    steepest,
     uniform_family,
 )
 from peft_layerrope.searcher.harm import (
@@ -124,6 +126,23 @@ def test_families_make_the_vectors_that_they_are_named_after(family, parameters,
     vector = some.log_factors(parameters)
     assert vector[1] == 0.0
     assert vector[2] == vector[0] != 0.0
+
+
+@pytest.mark.parametrize("family", [per_layer_family, decay_family, first_and_rest_family])
+def test_no_direction_gains_more_for_its_harm_than_the_steepest(family):
+    """Though a layer may bear a smaller factor much better than a larger one."""
+    rng = np.random.default_rng(0)
+    made, curvature = family(LAYERS, LAYERS), np.exp(rng.normal(0, 1, (2, 4)))
+    slope = rng.normal(size=made.num_parameters)
+
+    def gain(direction):
+        return slope @ direction / np.sqrt(harm_of(made.log_factors(direction), curvature))
+
+    found = steepest(made, slope, curvature)
+    assert np.linalg.norm(found) == pytest.approx(1)
+    assert gain(found) >= max(gain(direction) for direction in rng.normal(size=(2000, made.num_parameters))) - 1e-9
+    below, above = (harm_of(np.array([far, 0, 0, 0]), curvature) for far in (-0.2, 0.2))
+    assert (below, above) == pytest.approx((0.02 * curvature[0, 0], 0.02 * curvature[1, 0]))
 
 
 def test_a_schedule_fits_into_the_time_that_there_is():
