@@ -203,7 +203,7 @@ def check_length(settings: SearchSettings, length: int, window: int | None) -> N
 
 
 MAX_STEPS = 400
-UNIFORM_VALUES = 11  # factors of the coarse grid from one end of the range to the other
+_UNIFORM_VALUES, _FINER = 11, 32  # uniform factors that race, and generations for which there are ten more
 BOUNDED_VALUES = 7
 CONTROLS = (FIRST_REST, DECAY)
 """Choices of two numbers."""
@@ -275,6 +275,11 @@ class Schedule:
         unit = max(1, self.steps // 8)
         return (unit, unit)
 
+    @property
+    def uniform_values(self) -> int:
+        """Uniform factors that race, from one end of the range to the other."""
+        return _UNIFORM_VALUES + 10 * (self.steps // _FINER)
+
     def running(self, values: int) -> list[int]:
         """Returns how many of so many factors run in each round of a race."""
         return [-(-values // 3**number) for number in range(len(self.rounds))]
@@ -302,7 +307,7 @@ class Schedule:
         return {
             WRITTEN: _WRITTEN_COST * rates.context,
             UNIFORM_HARM: _PROBED * 2 * rates.window,  # one of each kind of text
-            race_of(UNIFORM): (sum(self.rounds) + self._raced(UNIFORM_VALUES - 1)) * rates.context,
+            race_of(UNIFORM): (sum(self.rounds) + self._raced(self.uniform_values - 1)) * rates.context,
             race_of(BOUNDED): self._raced(BOUNDED_VALUES - 1) * rates.context,
             CURVATURE: 2 * self.num_parameters * rates.window * _PROBED_SHARE,
             steps_of(PER_LAYER): self._own(rates),

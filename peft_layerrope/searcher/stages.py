@@ -50,7 +50,6 @@ from .plan import (
     HARM,
     TEST,
     UNIFORM_HARM,
-    UNIFORM_VALUES,
     VALIDATION,
     WRITTEN,
     Schedule,
@@ -258,7 +257,7 @@ class Stages:
     def _uniform(self, schedule: Schedule) -> dict[str, MethodResult]:
         """The best uniform factor of a wide range, and the best of those that keep to the bound."""
         family = uniform_family(self._space.key_sources, self._space.scaled_layers)
-        wide = np.linspace(*np.log(UNIFORM_RANGE), UNIFORM_VALUES)
+        wide = np.linspace(*np.log(UNIFORM_RANGE), schedule.uniform_values)
         races = {UNIFORM: wide}
         if self._settings.max_harm is not None:
             races[BOUNDED] = self._bounded_values(family, self._settings.max_harm)
