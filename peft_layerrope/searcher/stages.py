@@ -323,9 +323,9 @@ class Stages:
 
     def _evolved(self, name: str, family: Family, count: int, start: int) -> MethodResult:
         """Searches a family by CMA-ES, each generation on contexts of its own, and ends with the mean of the last
-        centroids or where a parabola through all that was seen has its top, whichever is better on contexts that
-        neither knows, as far as the bound. Harm is what the curvature of each layer alone makes of a vector, in the
-        measure of what was seen at the centroids.
+        centroids or where a parabola through all that was seen rises most for the harm that it does, whichever is
+        better on contexts that neither knows, as far as the bound. Harm is what the curvature of each layer alone makes
+        of a vector, in the measure of what was seen at the centroids.
         """
         curvature, bound = self._curvature(), self._settings.max_harm
         least = curvature.min(axis=0) @ family.basis**2  # where more is to be gained, a layer is to be seen far out
