@@ -140,6 +140,8 @@ def resources(tmp_path_factory, demo_tokenizer) -> Path:
             path = folder / name / file
             path.write_text(path.read_text().replace("kv_retrieval", "kv_words"))
     shutil.copy(folder / "adapter" / "adapter_config.json", folder / "searched_other")
+    points = [[0.0, 1.0], [0.3, 1.5], [0.7, 1.2], [1.0, 2.0]]
+    save_adapter(LayerRopeConfig(layer_factors=[1.5] * 6, control_points=points), folder / "curve")
     (folder / "searched_broken" / "search.json").write_text("{")
     return folder
 
@@ -438,10 +440,10 @@ EXPERIMENTS = [
     ("halves --adapter {R}/no_config", FAILED, "no adapter_config.json"),
     ("halves --adapter {R}/nowhere", FAILED, "nowhere': there is no such folder"),
     ("control-points --adapter {R}/adapter", USAGE, "no Bézier control points"),
-    ("control-points --adapter {R}/searched --by nan", USAGE, "nan"),
-    ("control-points --adapter {R}/searched --by 0", USAGE, "0"),
-    ("control-points --adapter {R}/searched --step 0", USAGE, "step=0.0"),
-    ("control-points --adapter {R}/searched --min-factor 3", USAGE, "min_factor=3.0"),
+    ("control-points --adapter {R}/curve --by nan", USAGE, "nan"),
+    ("control-points --adapter {R}/curve --by 0", USAGE, "0"),
+    ("control-points --adapter {R}/curve --step 0", USAGE, "step=0.0"),
+    ("control-points --adapter {R}/curve --min-factor 3", USAGE, "min_factor=3.0"),
     ("attention --adapter {R}/nine_layers --groups 1", FAILED, "the adapter has 9 factors, the model 6 layers"),
     ("attention --adapter {R}/adapter --groups 0", USAGE, "groups=0"),
     ("extrapolation --adapter {R}/adapter --lengths x", USAGE, "--lengths 'x'"),

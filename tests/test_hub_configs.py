@@ -69,7 +69,7 @@ def test_adapter_loads_and_reproduces_its_report(folder, demo_model, demo_tokeni
     assert model.peft_config["default"].layer_factors == report["layer_factors"]
     assert verify(model).ok
     chosen = next(row for row in report["table"] if row["name"] == report["chosen"])
-    found = Scorer(model).generate(task.split("test", test_split["groups"])).correct.mean()
+    found = Scorer(model).measure(task.split("test", test_split["groups"])).correct.mean()
     assert found == pytest.approx(chosen["test"]["average_accuracy"], abs=1e-3)
 
 

@@ -203,6 +203,7 @@ def check_length(settings: SearchSettings, length: int, window: int | None) -> N
 
 
 MAX_STEPS = 400
+FINALISTS = 2  # vectors that generations may end with
 _UNIFORM_VALUES, _FINER = 11, 32  # uniform factors that race, and generations for which there are ten more
 BOUNDED_VALUES = 7
 CONTROLS = (FIRST_REST, DECAY)
@@ -214,7 +215,7 @@ _WRITTEN_COST = 8  # what the unscaled model writes, in contexts of the same len
 
 
 def compared_on(generations: int) -> int:
-    """Returns the contexts on which two vectors that generations ended with are compared."""
+    """Returns the contexts on which the two vectors that generations ended with are compared."""
     return max(1, generations // 4)
 
 
@@ -323,8 +324,8 @@ class Schedule:
         return self.steps * self.population * self.contexts * rates.context
 
     def _search(self, steps: int, population: int, rates: Rates) -> float:
-        """Generations with the divergence at each centroid, and a choice between two vectors."""
-        return steps * (population * rates.context + rates.window) + 2 * compared_on(steps) * rates.context
+        """Generations with the divergence at each centroid, and the choice of a vector."""
+        return steps * (population * rates.context + rates.window) + FINALISTS * compared_on(steps) * rates.context
 
     def _raced(self, values: int) -> int:
         """Contexts on which so many factors are scored in a race."""

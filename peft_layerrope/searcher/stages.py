@@ -47,6 +47,7 @@ from .harm import (
 from .plan import (
     CONTROLS,
     CURVATURE,
+    FINALISTS,
     HARM,
     TEST,
     UNIFORM_HARM,
@@ -323,7 +324,7 @@ class Stages:
 
     def _evolved(self, name: str, family: Family, count: int, start: int) -> MethodResult:
         """Searches a family by CMA-ES, each generation on contexts of its own, and ends with the mean of the last
-        centroids or where a parabola through all that was seen rises most for the harm that it does, whichever is
+        centroids, or where a parabola through all that was seen rises most for the harm that it does, whichever is
         better on contexts that neither knows, as far as the bound. Harm is what the curvature of each layer alone makes
         of a vector, in the measure of what was seen at the centroids.
         """
@@ -362,7 +363,7 @@ class Stages:
                 farthest = min(farthest, float(allowed))
             return self._rounded(farthest * ray)
 
-        with self._stage(steps_of(name), count + 2):
+        with self._stage(steps_of(name), count + FINALISTS):
             centroids = self._until_enough(name, count, adapt(family, count, score, self._settings.seed, self._limits))
             last = centroids[-max(1, round(len(centroids) * _AVERAGED_SHARE)) :]
             finalists = [as_far_as_allowed(np.mean(last, axis=0), 1.0)]
