@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -146,18 +146,24 @@ def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed)
         config = saved
     given = typed.get("model") is not None
     if config is None:
-        return SearchSpecification(search=SearchSettings() if given else SearchSettings(**_DEMO))
+        return SearchSpecification(search=SearchSettings(**({} if given else _of_the_demo(typed))))
     values = read_specification(config)
     asked = SearchSpecification.of(values, str(config))
     if not given and asked.model is None:
         own = values.get("search") or {}
-        asked = replace(asked, search=replace(asked.search, **{k: v for k, v in _DEMO.items() if k not in own}))
+        demo = {name: value for name, value in _of_the_demo(own | typed).items() if name not in own}
+        asked = replace(asked, search=replace(asked.search, **demo))
     if asked.trust_remote_code and "trust_remote_code" not in typed:
         raise SearchError(
             f"{config} has trust_remote_code, by which code of {asked.model} would run: add --model-args "
             "trust_remote_code=true if you trust it, or trust_remote_code=false."
         )
     return asked
+
+
+def _of_the_demo(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Its settings; a time that was asked for decides its steps."""
+    return {name: value for name, value in _DEMO.items() if not (name == "steps" and "minutes" in asked)}
 
 
 @contextmanager

@@ -118,6 +118,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("in_file", [False, True])
+def test_minutes_decide_the_steps_of_the_demo_too(in_file, tmp_path):
+    file = tmp_path / "search.yaml"
+    file.write_text("search: {minutes: 0.01}\n")
+    asked = ("--config", str(file)) if in_file else ("--minutes", "0.01")
+    done = run("search", "--output", str(tmp_path / "out"), "--length", "128", "--positions", "3", *asked, "--dry-run")
+    assert done.exit_code == 0
+    assert "--steps 4 " in " ".join(done.stdout.split())
+
+
 def test_an_option_beside_the_file_goes_first(tmp_path):
     file = tmp_path / "search.yaml"
     file.write_text("task: {length: 128, num_positions: 3}\nsearch: {steps: 1, test_groups: 3}\n")
