@@ -188,7 +188,7 @@ def _prepared(model: nn.Module, task: Task, settings: SearchSettings) -> Iterato
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
         windows = _windows(scorer, task, settings)
-        plan = _plan(peft_model, scorer, task, settings, space, windows, started)
+        plan = _plan(scorer, task, settings, space, windows, started)
         yield _Prepared(peft_model, scorer, space, windows, plan)
 
 
@@ -216,17 +216,11 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 
 
 def _plan(
-    model: PeftModel,
-    scorer: Scorer,
-    task: Task,
-    settings: SearchSettings,
-    space: FactorSpace,
-    windows: Windows,
-    started: float,
+    scorer: Scorer, task: Task, settings: SearchSettings, space: FactorSpace, windows: Windows, started: float
 ) -> Plan:
     spent, probe = since(started), densely_asked(task, "search", 1)
-    tokens = len(windows[0]) if windows else _text_tokens(model, probe)
-    rates = measured_rates(model, scorer, probe, tokens)
+    tokens = len(windows[0]) if windows else _text_tokens(scorer.model, probe)
+    rates = measured_rates(scorer, probe, tokens)
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     schedule = shortest if settings.steps else schedule_for(60 * settings.minutes - before, rates, shortest)
@@ -398,7 +392,7 @@ def available(task: Task, split: SplitName, wanted: int) -> int:
     return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted
 
 
-def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: int) -> Rates:
+def measured_rates(scorer: Scorer, one: Split, text_tokens: int) -> Rates:
     """Times the unscaled model on one context and on as many tokens as a window of text has, after a first pass that
     makes everything ready.
     """
@@ -408,7 +402,7 @@ def measured_rates(model: PeftModel, scorer: Scorer, one: Split, text_tokens: in
 
     def passed_over() -> None:
         with torch.no_grad():
-            window_logits(model, window, positions)
+            window_logits(scorer.model, window, positions)
 
     def seconds(timed: Callable[[], object]) -> float:
         started = time.perf_counter()
