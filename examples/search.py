@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerBase
 
 from peft_layerrope import Example, TokenTask, load_model, search
-from peft_layerrope.searcher.plan import SilentProgress
+from peft_layerrope.searcher.plan import SearchProgress
 from peft_layerrope.tasks.kv import key_words, value_words
 
 PAIRS, POSITIONS = 100, (0, 25, 50, 75, 99)
 
 
-class Stages(SilentProgress):
+class Stages(SearchProgress):
     """Prints what begins; `progress=True` draws bars instead."""
 
     def stage(self, name: str, total: int) -> None:

@@ -29,7 +29,7 @@ from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.scoring import batching, scorer
 from peft_layerrope.searcher import result as search_result
 from peft_layerrope.searcher import run as search_run
-from peft_layerrope.searcher.plan import SilentProgress
+from peft_layerrope.searcher.plan import SearchProgress
 
 SMALL = {"steps": 2, "test_groups": 3, "batch_tokens": 400}
 QUICK_SEARCH = TINY_SEARCH
@@ -37,7 +37,7 @@ RESULTS = ("adapter_config.json", "adapter_model.safetensors", "search.json", "R
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-class Audience(SilentProgress):
+class Audience(SearchProgress):
     """Does `then` at the step number `at` that it is told of."""
 
     def __init__(self, at: int | None = None, then: Callable[[], None] = lambda: None) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..plots import COLOURS, draw_line, new_figure, to_png, unit_axis
 from ..report import NATS, Table, Unit, unit_of
-from ..searcher.plan import SearchProgress, SilentProgress
+from ..searcher.plan import SearchProgress
 from ..searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
 from ..searcher.space import format_layers
 from ..tasks import Task
@@ -63,7 +63,7 @@ def run_sensitivity(
     )
 
 
-class _Borrowed(SilentProgress):
+class _Borrowed(SearchProgress):
     """Passes on what it is told; `sensitivity` would close what it was given."""
 
     def __init__(self, audience: SearchProgress) -> None:

@@ -16,7 +16,7 @@ from ..errors import AdapterMismatchError, TaskError
 from ..report import Unit, times_window
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import Interval, PositionScores, mean_interval, paired_interval
-from ..searcher.plan import SearchProgress, SilentProgress
+from ..searcher.plan import SearchProgress
 from ..tasks import Measure, Split, Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
@@ -131,7 +131,7 @@ class Measuring:
     batch_tokens: int = DEFAULT_BATCH_TOKENS
     folder: Path | None = None
     resume: bool = False
-    audience: SearchProgress = field(default_factory=SilentProgress)
+    audience: SearchProgress = field(default_factory=SearchProgress)
 
     def within(self, name: str) -> Measuring:
         """Returns the same with a folder of its own for a part of an experiment."""

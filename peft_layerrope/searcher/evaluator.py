@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from torch import nn
 
 from ..scoring.batching import can_pack
 from ..scoring.scorer import Scorer
@@ -38,21 +37,19 @@ class ModelEvaluator:
     """Scores vectors in this process, one after the other.
 
     Args:
-        model: a `PeftModel` with one LAYER_ROPE adapter, whose factors are changed in place.
-        scorer: of `model`.
+        scorer: of a `PeftModel` with one LAYER_ROPE adapter, whose factors are changed in place.
     """
 
     at_once = 1
 
-    def __init__(self, model: nn.Module, scorer: Scorer) -> None:
-        self.model = model
+    def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
 
     def scores(self, vectors: Sequence[Factors], split: Split, written: bool = False) -> list[PositionScores]:
         """See [`Evaluator`]."""
         found = []
         for vector in vectors:
-            self.model.base_model.set_layer_factors(vector)
+            self.scorer.model.base_model.set_layer_factors(vector)
             found.append(self.scorer.measure(split) if written else densely_scored(self.scorer, split))
         return found
 

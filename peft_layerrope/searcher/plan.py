@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
@@ -21,12 +21,14 @@ from .result import BOUNDED, DECAY, FIRST_REST, LABELS, PER_LAYER, UNIFORM
 from .settings import SearchSettings
 
 
-class SearchProgress(Protocol):
-    """What a search tells its audience."""
+class SearchProgress:
+    """What a search tells its audience. This one hears and says nothing."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *exc: object) -> None: ...
+    def __exit__(self, *exc: object) -> None:
+        return None
 
     def expect(self, seconds: Mapping[str, float]) -> None:
         """All stages that are going to be, by name, and how long each may take; told before the first, if known."""
@@ -41,32 +43,10 @@ class SearchProgress(Protocol):
         """Something worth showing beside the bar, e.g. the best fitness so far."""
 
 
-class SilentProgress:
-    """Says nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
-
-    def expect(self, seconds: Mapping[str, float]) -> None:
-        """See [`SearchProgress`]."""
-
-    def stage(self, name: str, total: int) -> None:
-        """See [`SearchProgress`]."""
-
-    def advance(self) -> None:
-        """See [`SearchProgress`]."""
-
-    def note(self, text: str) -> None:
-        """See [`SearchProgress`]."""
-
-
 _TRUSTED = 60.0  # expected seconds that count as if they had been kept, before it is known how fast a machine is
 
 
-class RichProgress:
+class RichProgress(SearchProgress):
     """One line on stderr for each stage that is over, and in a terminal a bar below them: of all stages where it is
     known how long they take, else of the one that runs.
     """
@@ -91,9 +71,6 @@ class RichProgress:
         self._paced = np.full(2, _TRUSTED)  # seconds that stages took, and that were expected of them
         self._began = time.perf_counter()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -102,11 +79,9 @@ class RichProgress:
         self._bar.stop()
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        """See [`SearchProgress`]."""
         self._seconds = dict(seconds)
 
     def stage(self, name: str, total: int) -> None:
-        """See [`SearchProgress`]."""
         self._finish_stage()
         self._name, self._note, self._total, self._done = name, "", total, 0
         self._began = time.perf_counter()
@@ -114,12 +89,10 @@ class RichProgress:
         self._show()
 
     def advance(self) -> None:
-        """See [`SearchProgress`]."""
         self._done += 1
         self._show()
 
     def note(self, text: str) -> None:
-        """See [`SearchProgress`]."""
         self._note = text
         self._show()
 
@@ -153,7 +126,7 @@ class RichProgress:
 def audience_of(progress: bool | SearchProgress) -> SearchProgress:
     """Returns whom to tell: a progress bar (True), nobody (False), or the caller's own."""
     if isinstance(progress, bool):
-        return RichProgress() if progress else SilentProgress()
+        return RichProgress() if progress else SearchProgress()
     return progress
 
 
@@ -244,16 +217,14 @@ class Schedule:
     Attributes:
         steps: generations of the search for a factor for each layer.
         population: vectors in each of them.
-        contexts: that such a generation is compared on.
-        fresh: whether each has contexts of its own.
+        shared_contexts: that all generations are judged on; None: each has a fresh context.
         num_parameters: layers whose factors are free.
         full_controls: each control gets as many generations as that.
     """
 
     steps: int
     population: int
-    contexts: int
-    fresh: bool
+    shared_contexts: int | None
     num_parameters: int
     full_controls: bool = False
 
@@ -262,8 +233,8 @@ class Schedule:
         """Returns that of a search for so many factors."""
         paper = settings.algorithm == "paper"
         population = settings.population if paper else population_of(num_parameters)
-        contexts = settings.search_groups if paper else 1
-        return cls(steps, population, contexts, not paper, num_parameters, settings.full_controls)
+        contexts = settings.search_groups if paper else None
+        return cls(steps, population, contexts, num_parameters, settings.full_controls)
 
     @property
     def control_steps(self) -> int:
@@ -298,7 +269,7 @@ class Schedule:
     @property
     def own_contexts(self) -> int:
         """Of these, those of the search for a factor for each layer."""
-        return contexts_of(self.steps) if self.fresh else self.contexts
+        return self.shared_contexts or contexts_of(self.steps)
 
     def seconds(self, rates: Rates) -> dict[str, float]:
         """How long each stage takes, without the preflight and the held-out test."""
@@ -319,9 +290,9 @@ class Schedule:
 
     def _own(self, rates: Rates) -> float:
         """The search for a factor for each layer; a curve is judged without a look at ordinary text."""
-        if self.fresh:
+        if self.shared_contexts is None:
             return self._search(self.steps, self.population, rates)
-        return self.steps * self.population * self.contexts * rates.context
+        return self.steps * self.population * self.shared_contexts * rates.context
 
     def _search(self, steps: int, population: int, rates: Rates) -> float:
         """Generations with the divergence at each centroid, and the choice of a vector."""

@@ -48,7 +48,7 @@ class Worker:
     def score(self, vector: Factors, split: Split, batch_tokens: int) -> tuple[PositionScores, int]:
         """Scores a vector with batches of at most `batch_tokens`; returns how many fit."""
         if self._evaluator is None or self._evaluator.scorer.batch_tokens != batch_tokens:
-            self._evaluator = ModelEvaluator(self._model, Scorer(self._model, batch_tokens=batch_tokens))
+            self._evaluator = ModelEvaluator(Scorer(self._model, batch_tokens=batch_tokens))
         (scores,) = self._evaluator.scores([vector], split)
         return scores, self._evaluator.scorer.batch_tokens
 
@@ -91,7 +91,7 @@ class WorkerPool:
         self, local: ModelEvaluator, probe: Split, settings: RayWorkers, options: dict[str, Any], *recipe: Any
     ) -> None:
         self._local, self._probe, self._settings, self._options = local, probe, settings, options
-        self._unscaled = (1.0,) * len(find_stack(local.model.get_base_model()).layers)
+        self._unscaled = (1.0,) * len(find_stack(local.scorer.model.get_base_model()).layers)
         self._expected = cache(self._unscaled_scores)
         self._batch_tokens = local.scorer.batch_tokens
         self._sent_probe = ray.put(_sendable(probe))
@@ -146,8 +146,8 @@ class WorkerPool:
     def _unscaled_scores(self, batch_tokens: int) -> list[Any]:
         """What this process finds of the unscaled model."""
         same = self._local.scorer.batch_tokens == batch_tokens
-        scorer = self._local.scorer if same else Scorer(self._local.model, batch_tokens=batch_tokens)
-        return ModelEvaluator(self._local.model, scorer).scores([self._unscaled], self._probe)[0].to_plain()
+        scorer = self._local.scorer if same else Scorer(self._local.scorer.model, batch_tokens=batch_tokens)
+        return ModelEvaluator(scorer).scores([self._unscaled], self._probe)[0].to_plain()
 
     def _check(self, worker: Any) -> None:
         """Has a worker that is being made, also anew, score the unscaled model; Ray repeats that if it dies again."""
@@ -253,7 +253,8 @@ class RayWorkers:
             SearchError: Ray cannot be reached, the model cannot be sent or loaded, or no worker started.
         """
         self.close()
-        model, weight = local.model, embedding_table(local.model.get_base_model())
+        model = local.scorer.model
+        weight = embedding_table(model.get_base_model())
         threads = self.threads_per_worker or torch.get_num_threads()
         device, dtype = self.device or weight.device.type, self.dtype or str(weight.dtype).removeprefix("torch.")
         options = {

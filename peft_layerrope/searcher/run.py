@@ -25,7 +25,7 @@ from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task, check
 from ..tasks.base import check_task, spread_positions
 from ..tasks.prompts import ASKED_EVERYWHERE
 from ..tuner.sites import find_stack, trained_window
-from .common import adapter_config, identity_of, keep_look, look, model_name, since
+from .common import adapter_config, identity_of, keep_look, look, model_name
 from .evaluator import Evaluator, ModelEvaluator, densely_scored
 from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
 from .plan import (
@@ -141,7 +141,7 @@ def search(
                 journal.append("plan", "", plan.to_dict())
             if on_begin is not None:
                 on_begin(settings)
-            local = ModelEvaluator(ready.model, ready.scorer)
+            local = ModelEvaluator(ready.scorer)
             evaluator = distribute(local, search.part(0, 1)) if distribute is not None else local
             text = ready.windows, plan.text_tokens
             stages = Stages(ready.model, settings, ready.space, *text, evaluator, journal, audience, enough)
@@ -218,7 +218,7 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 def _plan(
     scorer: Scorer, task: Task, settings: SearchSettings, space: FactorSpace, windows: Windows, started: float
 ) -> Plan:
-    spent, probe = since(started), densely_asked(task, "search", 1)
+    spent, probe = time.perf_counter() - started, densely_asked(task, "search", 1)
     tokens = len(windows[0]) if windows else _text_tokens(scorer.model, probe)
     rates = measured_rates(scorer, probe, tokens)
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
@@ -407,6 +407,6 @@ def measured_rates(scorer: Scorer, one: Split, text_tokens: int) -> Rates:
     def seconds(timed: Callable[[], object]) -> float:
         started = time.perf_counter()
         timed()
-        return max(1e-6, since(started))
+        return max(1e-6, time.perf_counter() - started)
 
     return Rates(seconds(lambda: densely_scored(scorer, one)), seconds(passed_over))

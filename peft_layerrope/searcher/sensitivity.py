@@ -274,7 +274,7 @@ def sensitivity(
 
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         scorer.check(data)
-        measured = _Measured(ModelEvaluator(peft_model, Scorer(peft_model, batch_tokens=batch_tokens)), data, settings)
+        measured = _Measured(ModelEvaluator(Scorer(peft_model, batch_tokens=batch_tokens)), data, settings)
         measured.run(space, tried, progress)
     unscaled = measured.values[_unscaled(space)]
     return Sensitivity(

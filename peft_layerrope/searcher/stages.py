@@ -21,7 +21,6 @@ from ..runs import Journal
 from ..scoring.scores import Interval, PositionScores, difference_interval, mean_interval, rank_key
 from ..tasks import Split
 from .algorithms import adapt, evolve, fitted_parabola, population_of
-from .common import since
 from .evaluator import Evaluator, fitness_by_context
 from .families import (
     Family,
@@ -196,7 +195,7 @@ class Stages:
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
         layers = self._space.key_sources, self._space.scaled_layers
-        if schedule.fresh:
+        if schedule.shared_contexts is None:
             per_layer = self._evolved(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
         else:
             per_layer = self._curve(schedule, start)
@@ -245,7 +244,7 @@ class Stages:
         started = time.perf_counter()
         self._audience.stage(name, total)
         yield
-        self.seconds[name] = since(started)
+        self.seconds[name] = time.perf_counter() - started
 
     def _rounded(self, log_factors: np.ndarray) -> Factors:
         """Factors as they are kept: rounded, and those of layers that are not free exactly 1."""
@@ -382,7 +381,11 @@ class Stages:
 
     def _curve(self, schedule: Schedule, start: int) -> MethodResult:
         """Searches as the paper does: context utilisation of the accuracies of curves, all on the same contexts."""
-        genome, split, weights = BezierGenome(self._space), self._part(start, schedule.contexts), self._settings.weights
+        genome, split, weights = (
+            BezierGenome(self._space),
+            self._part(start, schedule.shared_contexts),
+            self._settings.weights,
+        )
         tried = 0
 
         def score(number: int, vectors: Sequence[Factors]) -> list[float]:

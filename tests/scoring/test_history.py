@@ -84,7 +84,7 @@ def test_attention(model):
 def test_a_vector_is_measured_the_same_twice(model, split):
     adapted = get_peft_model(model, LayerRopeConfig(inference_mode=True))
     longer = random_split(2, (90, 60))
-    runner = ModelEvaluator(adapted, Scorer(adapted, batch_tokens=100))
+    runner = ModelEvaluator(Scorer(adapted, batch_tokens=100))
     vector = (1.0, 1.5, 2.0, 1.0)[:NUM_LAYERS]
     first = runner.scores([vector], split)[0].to_plain()
     runner.scores([vector], longer)

@@ -38,7 +38,7 @@ def with_adapter(base: PreTrainedModel, **fields: object) -> PeftModel:
 
 
 def evaluator(model: PeftModel, batch_tokens: int = 100) -> ModelEvaluator:
-    return ModelEvaluator(model, Scorer(model, batch_tokens=batch_tokens))
+    return ModelEvaluator(Scorer(model, batch_tokens=batch_tokens))
 
 
 @pytest.mark.parametrize("rope_type", ROPE)

@@ -23,7 +23,7 @@ from peft_layerrope import Example, SearchError, SearchSettings, TaskError, Toke
 from peft_layerrope.base_model import ModelSource
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.evaluator import Evaluator, ModelEvaluator
-from peft_layerrope.searcher.plan import SilentProgress
+from peft_layerrope.searcher.plan import SearchProgress
 from peft_layerrope.searcher.ray_workers import RayWorkers
 from peft_layerrope.searcher.space import Factors
 
@@ -67,7 +67,7 @@ SPLIT = mixed_task().split("search", 8)
 
 def evaluator(base: torch.nn.Module, batch_tokens: int = MANY_TOKENS) -> ModelEvaluator:
     model = get_peft_model(base, SearchSettings().adapter_config([1.0] * NUM_LAYERS)).eval()
-    return ModelEvaluator(model, Scorer(model, batch_tokens=batch_tokens))
+    return ModelEvaluator(Scorer(model, batch_tokens=batch_tokens))
 
 
 def plain(evaluator: Evaluator, vectors: Sequence[Factors] = VECTORS) -> list:
@@ -157,7 +157,7 @@ def test_a_ray_that_cannot_start_is_an_error_of_ours(local, monkeypatch):
 # --- on a cluster
 
 
-class Heard(SilentProgress):
+class Heard(SearchProgress):
     """Remembers the stages, and the steps of each."""
 
     def __init__(self) -> None:

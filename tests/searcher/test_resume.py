@@ -15,7 +15,7 @@ from peft_layerrope import InvalidConfigError, SearchError, SearchResult, Unsupp
 from peft_layerrope.runs import JOURNAL_NAME
 from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher.evaluator import ModelEvaluator
-from peft_layerrope.searcher.plan import SilentProgress
+from peft_layerrope.searcher.plan import SearchProgress
 
 SMALL = {"steps": 4, "test_groups": 4, "seed": 3}
 SEARCHES = {"cma-es": {}, "paper": {"algorithm": "paper", "population": 4, "search_groups": 4}}
@@ -25,7 +25,7 @@ class Killed(BaseException):
     """Not an `Exception`: nothing may catch it."""
 
 
-class Bomb(SilentProgress):
+class Bomb(SearchProgress):
     """Counts everything it is told, and goes off at call number `at`."""
 
     def __init__(self, at: int | None = None) -> None:

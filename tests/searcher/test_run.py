@@ -32,7 +32,7 @@ from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher import FactorGrid, ResultTable
 from peft_layerrope.searcher.harm import Harm
-from peft_layerrope.searcher.plan import SilentProgress
+from peft_layerrope.searcher.plan import SearchProgress
 from peft_layerrope.searcher.result import read_record
 from peft_layerrope.searcher.space import sample_curve
 from peft_layerrope.tuner.sites import find_stack
@@ -148,7 +148,7 @@ def test_the_model_is_left_as_it_was(ids, training, fails):
     model.lm_head.weight.requires_grad_(False)
     before, structure = logits(model, ids), repr(model)
 
-    class Stop(SilentProgress):
+    class Stop(SearchProgress):
         def stage(self, name: str, total: int) -> None:
             if fails and name == "choice on the validation split":
                 raise KeyboardInterrupt
