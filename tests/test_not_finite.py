@@ -16,11 +16,12 @@ from test_search_record import record_values
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from peft_layerrope import PositionScores, TaskError, compare, demo_model_path, evaluate, search
+from peft_layerrope import LayerRopeConfig, PositionScores, TaskError, compare, demo_model_path, evaluate, search
 from peft_layerrope.cli import app
 from peft_layerrope.comparison import Comparison, comparison_markdown, summary_table
 from peft_layerrope.comparison.contenders import Contender, parse_baseline
-from peft_layerrope.experiments.measuring import utilisation_difference
+from peft_layerrope.experiments.layer_sensitivity import sensitivity
+from peft_layerrope.experiments.measuring import Measuring, utilisation_difference
 from peft_layerrope.experiments.report import held_out_section
 from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.files import to_json
@@ -30,7 +31,6 @@ from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import WrittenAnswers
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.result import read_record
-from peft_layerrope.searcher.sensitivity import sensitivity
 
 SMALL = SMALL_SEARCH
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -77,7 +77,7 @@ SPLIT = token_task().split("search", 3)
         lambda model: evaluate(model, token_task(), num_groups=3),
         lambda model: compare(model, SPLIT, [parse_baseline("none")]),
         lambda model: search(model, token_task(), **SMALL),
-        lambda model: sensitivity(model, token_task(), num_groups=2, progress=False),
+        lambda model: sensitivity(Measuring(model, 2), token_task(), LayerRopeConfig()),
     ],
     ids=["score", "write", "generate", "evaluate", "compare", "search", "sensitivity"],
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..comparison.contenders import Contender, parse_baseline
 from ..declaration import changed, declared, option
 from ..errors import SearchError, TaskError
 from ..experiments import attention, control_points, extrapolation, halves, sweep, transfer, u_shape
-from ..experiments.measuring import Measuring, default_lengths, task_of_length, window_and_task
+from ..experiments.measuring import DEFAULT_GROUPS, Measuring, default_lengths, task_of_length, window_and_task
 from ..experiments.section import Section, command_line, kept_section, to_rich, work_folder
 from ..loading import load_adapter_config
 from ..runs import check_free
@@ -29,7 +30,7 @@ from ..tasks import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
-from .app import INTERRUPTED, app, err, out, plain_errors
+from .app import app, err, out, plain_errors, resumable
 from .options import (
     Compute,
     ComputeOptions,
@@ -54,14 +55,13 @@ experiment_app = typer.Typer(
     help="Measure what lies behind a search's figures: the paper's experiments, on held-out examples.",
     no_args_is_help=True,
 )
+app.add_typer(experiment_app)
 
 AdapterOption = Annotated[str, typer.Option(help="Hub id or folder of an adapter.")]
 AdaptersOption = Annotated[
     list[str], typer.Option("--adapter", help="Hub id or folder of an adapter; may be repeated.")
 ]
-GroupsOption = Annotated[int, task_option(help="Held-out contexts; each is asked at every position.")]
-_NOT_PART_OF_THE_RESULT = ("output", "resume", "overwrite", "debug", "batch_tokens", "device")
-
+GroupsOption = Annotated[int, task_option(help="Held-out contexts; each is asked at every position.", min=2)]
 
 _output = partial(option, panel="Output")
 
@@ -81,21 +81,20 @@ class Kept:
             name: the experiment's.
 
         Raises:
-            SearchError: options that exclude each other.
-            TaskError: an output that is no folder, cannot be written, or holds a result already.
+            SearchError: no output to resume, or one that holds a result already.
+            TaskError: an output that is no folder or cannot be written, or options that exclude each other.
             BlockingIOError: another run of this experiment is at work there.
         """
+        anew = not self.resume and not self.overwrite
         if self.output is None:
-            if self.resume or self.overwrite:
+            if not anew:
                 raise SearchError("--resume and --overwrite need an --output.")
             return
         work = work_folder(self.output, name)
         check_free(work)
-        check_output(self.output, resume=False, overwrite=True)  # other experiments' results stay
-        if self.resume and self.overwrite:
-            raise SearchError("--resume keeps an earlier result and --overwrite replaces it: pass one of them.")
+        check_output(self.output, self.resume, self.overwrite or anew)  # other experiments' results stay
         found = (path for path in (*self.output.glob(f"{name}*"), *work.rglob("*")) if path.is_file())
-        if not self.resume and not self.overwrite and any(found):
+        if anew and any(found):
             raise SearchError(
                 f"--output {self.output} holds a result of {name}; pass --resume to go on with it, --overwrite to "
                 "replace it."
@@ -108,6 +107,7 @@ class Run:
 
     name: str
     asked: TaskSpecification
+    groups: int
     kept: Kept
     compute: Compute
     command: str
@@ -148,25 +148,24 @@ class Run:
         Args:
             experiment: measures; not called where a resumed run was finished.
         """
-        try:
-            section = self._made(experiment) if self.kept.output is None else self._kept(self.kept.output, experiment)
-        except KeyboardInterrupt:
-            kept = "" if self.kept.output is None else "; go on with the same command and --resume"
-            err.print(f"interrupted{kept}.")
-            raise typer.Exit(INTERRUPTED) from None
+        folder = self.kept.output
+        model, dtype = self.model, self.compute.source.dtype
+
+        def made(work: Path | None = None) -> Section:
+            with RichProgress(err) as audience:
+                measuring = Measuring(model, self.groups, self.compute.batch_tokens, work, self.kept.resume, audience)
+                return replace(experiment(measuring), command=self.command)
+
+        with resumable("the same command and --resume.") if folder is not None else nullcontext():
+            if folder is None:
+                section = made()
+            else:
+                keep_date(self.specification, folder)
+                asked = {"command": self.command, "model": model_fingerprint(model), "dtype": dtype}
+                section = kept_section(folder, self.name, asked, self.kept.resume, made)
         out.print(to_rich(section))
-        if self.kept.output is not None:
-            err.print(f"written: {self.kept.output / self.name}.json, .md and plots", highlight=False, soft_wrap=True)
-
-    def _kept(self, folder: Path, experiment: Callable[[Measuring], Section]) -> Section:
-        asked = {"command": self.command, "model": model_fingerprint(self.model), "dtype": self.compute.source.dtype}
-        keep_date(self.specification, folder)
-        return kept_section(folder, self.name, asked, self.kept.resume, lambda work: self._made(experiment, work))
-
-    def _made(self, experiment: Callable[[Measuring], Section], work: Path | None = None) -> Section:
-        with RichProgress(err) as audience:
-            section = experiment(Measuring(self.compute.batch_tokens, work, self.kept.resume, audience))
-        return replace(section, command=self.command)
+        if folder is not None:
+            err.print(f"written: {folder / self.name}.json, .md and plots", highlight=False, soft_wrap=True)
 
 
 def experiment(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -180,6 +179,7 @@ def experiment(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
             *,
             context: typer.Context,
             model: ModelArgument = None,
+            groups: GroupsOption = DEFAULT_GROUPS[name],
             asked: TaskOptions,
             keeping: Annotated[Typed, options_of(Kept)],
             computing: ComputeOptions,
@@ -189,8 +189,8 @@ def experiment(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
             with plain_errors(debug):
                 specification, kept = TaskSpecification(**asked), Kept(**keeping)
                 kept.check(name)
-                run = Run(name, specification, kept, Compute.of(model, computing), _repeated(name, context))
-                function(run=run, **own)
+                again = repeated(context, ["experiment", name, *([model] if model else [])], ("model",))
+                function(run=Run(name, specification, groups, kept, Compute.of(model, computing), again), **own)
 
         own = parameters_of(function)
         del own["run"]
@@ -201,25 +201,30 @@ def experiment(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
     return register
 
 
-def _repeated(name: str, context: typer.Context) -> str:
-    """The command line that repeats this call: what differs from the defaults."""
-    model = context.params["model"]
-    options = [
-        # of a switch that is off by default the other spelling turns it off
-        (option.secondary_opts[0], True)
-        if context.params[option.name] is False and option.secondary_opts
-        else (option.opts[0], context.params[option.name])
-        for option in context.command.params
-        if option.name not in ("model", *_NOT_PART_OF_THE_RESULT) and context.params[option.name] != option.default
-    ]
-    return command_line(["experiment", name, *([model] if model else [])], options)
+_NOT_PART_OF_THE_RESULT = ("output", "resume", "overwrite", "debug", "batch_tokens", "device")
 
 
-app.add_typer(experiment_app)
+def repeated(context: typer.Context, words: Sequence[str], left_out: Sequence[str]) -> str:
+    """Returns the command line that repeats a call: what differs from the defaults.
+
+    Args:
+        context: of the call.
+        words: the command and its arguments.
+        left_out: parameters that it does not name, beside those that make no difference.
+    """
+    options = []
+    for one in context.command.params:
+        value = context.params[one.name]
+        if one.name in (*left_out, *_NOT_PART_OF_THE_RESULT) or value == one.default:
+            continue
+        # of a switch that is on by default the other spelling turns it off
+        turned_off = value is False and one.secondary_opts
+        options.append((one.secondary_opts[0], True) if turned_off else (one.opts[0], value))
+    return command_line(words, options)
 
 
 @experiment(u_shape.NAME)
-def u_shape_command(run: Run, groups: GroupsOption = u_shape.DEFAULT_GROUPS) -> None:
+def u_shape_command(run: Run) -> None:
     """Is there a dip in the middle? Accuracy by position of the unscaled model, in its window and at --length.
 
     Example: `layerrope experiment u-shape`
@@ -227,7 +232,7 @@ def u_shape_command(run: Run, groups: GroupsOption = u_shape.DEFAULT_GROUPS) -> 
     Example: `layerrope experiment u-shape meta-llama/Llama-3.1-8B-Instruct --length 16384 --output results`
     """
     tasks = window_and_task(run.make_task, run.specification, run.window)
-    run.finish(lambda measuring: u_shape.run_u_shape(run.model, tasks, num_groups=groups, measuring=measuring))
+    run.finish(lambda measuring: u_shape.run_u_shape(measuring, tasks))
 
 
 @experiment(sweep.NAME)
@@ -238,7 +243,6 @@ def sweep_command(
         list[float] | None, typer.Option("--try", help="A factor; may be repeated. Default: 1, 1.1 ... 2.")
     ] = None,
     rope: Annotated[Typed, options_of(SearchSettings, "rope_type", "factor")],
-    groups: GroupsOption = sweep.DEFAULT_GROUPS,
 ) -> None:
     """Scale all layers by one factor at a time: what is won in the middle, and what is lost in the tail?
 
@@ -246,23 +250,18 @@ def sweep_command(
 
     Example: `layerrope experiment sweep --try 1.25 --try 1.5 --try 3`
     """
-    config = LayerRopeConfig(**rope)
-    tried = tuple(factors or sweep.DEFAULT_FACTORS)
-    run.finish(
-        lambda measuring: sweep.run_sweep(
-            run.model, run.task, config, factors=tried, num_groups=groups, measuring=measuring
-        )
-    )
+    config, tried = LayerRopeConfig(**rope), factors or sweep.DEFAULT_FACTORS
+    run.finish(lambda measuring: sweep.run_sweep(measuring, run.task, config, tried))
 
 
 @experiment(halves.NAME)
-def halves_command(run: Run, adapter: AdapterOption, groups: GroupsOption = halves.DEFAULT_GROUPS) -> None:
+def halves_command(run: Run, adapter: AdapterOption) -> None:
     """Apply an adapter's factors to the first half of the layers, the last half, all, and none.
 
     Example: `layerrope experiment halves --adapter demo-adapter`
     """
     config = load_adapter_config(adapter)
-    run.finish(lambda measuring: halves.run_halves(run.model, run.task, config, num_groups=groups, measuring=measuring))
+    run.finish(lambda measuring: halves.run_halves(measuring, run.task, config))
 
 
 @experiment(control_points.NAME)
@@ -272,7 +271,6 @@ def control_points_command(
     adapter: AdapterOption,
     by: Annotated[float, typer.Option(help="How far a coordinate is moved.")] = control_points.STEP,
     grid: Annotated[Typed, options_of(FactorGrid, default="the search's")],
-    groups: GroupsOption = control_points.DEFAULT_GROUPS,
 ) -> None:
     """Move each coordinate of an adapter's Bézier curve up and down: which of them matter?
 
@@ -280,16 +278,13 @@ def control_points_command(
     """
     config = load_adapter_config(adapter)
     control_points.genes_of(config)  # before a model is loaded
-    searched = changed(_grid_of(adapter), grid)
-    run.finish(
-        lambda measuring: control_points.run_control_points(
-            run.model, run.task, config, grid=searched, step=by, num_groups=groups, measuring=measuring
-        )
-    )
+    folder = Path(adapter)
+    searched = changed(read_record(folder).grid if (folder / REPORT_NAME).is_file() else FactorGrid(), grid)
+    run.finish(lambda measuring: control_points.run_control_points(measuring, run.task, config, searched, by))
 
 
 @experiment(attention.NAME)
-def attention_command(run: Run, adapter: AdapterOption, groups: GroupsOption = attention.DEFAULT_GROUPS) -> None:
+def attention_command(run: Run, adapter: AdapterOption) -> None:
     """Read where the model looks for the answer, layer by layer, with and without an adapter.
 
     One prompt runs at a time; its last token alone runs with eager attention.
@@ -297,9 +292,7 @@ def attention_command(run: Run, adapter: AdapterOption, groups: GroupsOption = a
     Example: `layerrope experiment attention --adapter demo-adapter`
     """
     config = load_adapter_config(adapter)
-    run.finish(
-        lambda measuring: attention.run_attention(run.model, run.task, config, num_groups=groups, measuring=measuring)
-    )
+    run.finish(lambda measuring: attention.run_attention(measuring, run.task, config))
 
 
 @experiment(extrapolation.NAME)
@@ -313,7 +306,6 @@ def extrapolation_command(
         list[str] | None,
         typer.Option("--baseline", help="A further baseline such as uniform:1.5 or yarn:2; may be repeated."),
     ] = None,
-    groups: GroupsOption = extrapolation.DEFAULT_GROUPS,
 ) -> None:
     """Compare adapters with PI and Dynamic-NTK, matched to the length, as prompts grow beyond the window.
 
@@ -323,22 +315,14 @@ def extrapolation_command(
     yarn:2`
     """
     wanted = _lengths(lengths)
-    further = [extrapolation.Line.fixed(parse_baseline(text), is_baseline=True) for text in baselines or []]
-    tested = [extrapolation.Line.fixed(Contender.of_adapter(adapter)) for adapter in adapters]
-    if run.window is None and wanted is None:
-        raise TaskError("the model's config names no trained window (max_position_embeddings): pass --lengths.")
-    if wanted is not None:
-        tasks = {length: task_of_length(run.make_task, run.specification, length) for length in wanted}
-    else:
+    further = [parse_baseline(text) for text in baselines or []]
+    tested = [Contender.of_adapter(adapter) for adapter in adapters]
+    tasks = {length: task_of_length(run.make_task, run.specification, length) for length in wanted}
+    if not wanted and run.window is not None:
         tasks, refused = default_lengths(run.make_task, run.specification, run.window)
         for length, reason in refused.items():
             err.print(f"left out {length} tokens: {reason}", highlight=False, markup=False)
-    lines = [*extrapolation.matched_baselines(), *further, *tested]
-    run.finish(
-        lambda measuring: extrapolation.run_extrapolation(
-            run.model, tasks, lines, num_groups=groups, measuring=measuring
-        )
-    )
+    run.finish(lambda measuring: extrapolation.run_extrapolation(measuring, tasks, tested, further))
 
 
 @experiment(transfer.NAME)
@@ -349,7 +333,6 @@ def transfer_command(
         list[str] | None,
         typer.Option("--on", help="A task, with a length if need be: kv_words:512; may be repeated. Default: --task."),
     ] = None,
-    groups: GroupsOption = transfer.DEFAULT_GROUPS,
 ) -> None:
     """Measure every adapter on every task and length: do factors hold where they were not searched?
 
@@ -360,25 +343,14 @@ def transfer_command(
     cells = {cell: _cell_task(run, *parts) for cell, parts in asked.items()}
     if not cells:
         cells = {f"{run.specification.name}:{run.specification.length}": run.task}
-    run.finish(
-        lambda measuring: transfer.run_transfer(run.model, cells, contenders, num_groups=groups, measuring=measuring)
-    )
+    run.finish(lambda measuring: transfer.run_transfer(measuring, cells, contenders))
 
 
-def _grid_of(adapter: str) -> FactorGrid:
-    """The grid that the adapter was searched on, if its folder says so."""
-    folder = Path(adapter)
-    return read_record(folder).grid if (folder / REPORT_NAME).is_file() else FactorGrid()
-
-
-def _lengths(text: str | None) -> list[int] | None:
+def _lengths(text: str | None) -> list[int]:
     if text is None:
-        return None
-    try:
-        lengths = [int(part) for part in text.split(",")]
-    except ValueError:
-        lengths = []
-    if not lengths or min(lengths) < 1 or len(set(lengths)) != len(lengths):
+        return []
+    lengths = [int(part) for part in text.split(",") if re.fullmatch("[1-9][0-9]{0,8}", part.strip())]
+    if len(set(lengths)) != text.count(",") + 1:
         raise SearchError(f"--lengths {text!r} must be distinct numbers of tokens such as 4096,8192.")
     return lengths
 

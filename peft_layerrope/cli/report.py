@@ -11,11 +11,10 @@ import typer
 
 from ..base_model import ModelSource, check_source, format_model_args, load_tokenizer
 from ..cards import SPECIFICATION_NAME
-from ..declaration import changed, spellings
+from ..declaration import changed
 from ..errors import SearchError
 from ..experiments.measuring import factor_vector
 from ..experiments.report import ReportRequest, run_steps, write_report
-from ..experiments.section import command_line
 from ..loading import load_adapter_config
 from ..messages import DEMO_NAME, last_component
 from ..runs import check_free, locked
@@ -23,11 +22,10 @@ from ..searcher.plan import RichProgress
 from ..searcher.result import SearchRecord, read_record
 from ..searcher.settings import SearchSpecification, read_specification
 from ..tasks.specification import TASK_NAMES, TaskSpecification
-from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
 from .app import app, err, out, plain_errors, resumable
+from .experiments import repeated
 from .options import (
-    MODEL_ARGS,
     Compute,
     ComputeOptions,
     DebugOption,
@@ -56,6 +54,7 @@ class Format(StrEnum):
 @takes_settings
 def report_command(
     *,
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter that was searched.")],
     model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: as in search.json.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write. Default: FOLDER/report.html.")] = None,
@@ -83,7 +82,10 @@ def report_command(
     with plain_errors(debug):
         output = output or folder / f"report.{kind.value}"
         record, config = read_record(folder), load_adapter_config(str(folder))
-        _check(record, config, folder, output)
+        if config.layer_factors != record.layer_factors:
+            raise SearchError(f"{folder}: adapter_config.json and search.json have different layer_factors.")
+        if not output.suffix or output.is_dir():
+            raise SearchError(f"--output {output} must be a file such as report.html.")
         sections = output.with_suffix("")
         check_free(sections)
         check_output(sections, resume, overwrite)
@@ -99,49 +101,31 @@ def report_command(
                 f"{folder}: prompts of {specification.length} tokens are more than {_LONGEST}× the model's window of "
                 f"{window}; pass --length."
             )
+        build_task(specification, tokenizer)  # one that cannot be made stops here
         request = ReportRequest(
             model=loaded,
             model_option=compute.source.model,
             model_args=format_model_args(compute.source),
             adapter=str(folder),
             config=config,
-            grid=record.grid,
+            record=record,
             specification=specification,
             make_task=lambda wanted: build_task(wanted, tokenizer),
-            others=tuple(also or ()),
+            others=also or [],
             num_groups=groups,
             quick=quick,
         )
-        request.task()  # a task that cannot be made stops here
-        options = [
-            ("--model", model),
-            ("--model-args", computing.get(MODEL_ARGS.name)),
-            ("--also", list(also or [])),
-            ("--groups", groups),
-            ("--quick", quick),
-        ]
-        options += [(spellings(TaskSpecification, name)[0], value) for name, value in asked.items()]
-        own = [name for name in ("dtype", "tokenizer", "gguf_file") if name in computing]
-        options += [(spellings(ModelSource, name)[0], computing[name]) for name in own]
-        command = command_line(["report", str(folder)], options)
+        command = repeated(context, ["report", str(folder)], ("folder", "kind"))
         with resumable("the same command and --resume."), locked(sections):
             with RichProgress(err) as audience:
-                ran = run_steps(request, sections, batch_tokens=compute.batch_tokens, resume=resume, audience=audience)
+                ran, skipped = run_steps(
+                    request, sections, batch_tokens=compute.batch_tokens, resume=resume, audience=audience
+                )
             name = last_component(str(folder))
-            write_report(output, record, config, name, ran, command, markdown=kind is Format.md)
-        for section_name, reason in ran.skipped:
+            write_report(output, record, config, name, ran, skipped, command, markdown=kind is Format.md)
+        for section_name, reason in skipped:
             err.print(f"not run: {section_name}: {reason}", highlight=False, markup=False)
         out.print(f"report: {output}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _check(record: SearchRecord, config: LayerRopeConfig, folder: Path, output: Path) -> None:
-    """Refuses what cannot work before any model is loaded."""
-    if config.layer_factors != record.layer_factors:
-        raise SearchError(f"{folder}: adapter_config.json and search.json have different layer_factors.")
-    if not output.suffix:
-        raise SearchError(f"--output {output} must be a file such as report.html.")
-    if output.is_dir():
-        raise SearchError(f"--output {output} is a folder, expected a file such as report.html.")
 
 
 def _compute(searched: SearchSpecification, model: str | None, computing: Typed) -> Compute:

@@ -15,7 +15,15 @@ import typer
 from .. import hub
 from ..base_model import load_tokenizer
 from ..errors import LayerRopeError, TaskError
-from ..experiments.layer_sensitivity import change_style, plot_sensitivity, sensitivity_table
+from ..experiments.layer_sensitivity import (
+    DEFAULT_FACTORS,
+    NAME,
+    change_style,
+    plot_sensitivity,
+    sensitivity,
+    sensitivity_table,
+)
+from ..experiments.measuring import DEFAULT_GROUPS, Measuring
 from ..files import to_json, writing
 from ..lm_eval_tasks import lm_eval_tasks_path
 from ..loading import load_adapter, load_adapter_config
@@ -23,10 +31,10 @@ from ..report import Table
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import Scorer
 from ..searcher import SearchSettings
-from ..searcher.sensitivity import DEFAULT_FACTORS, sensitivity
-from ..searcher.space import parse_layers
+from ..searcher.plan import RichProgress
 from ..tasks import PromptTask, SplitName, Task
 from ..tasks.specification import TaskSpecification
+from ..tuner.config import LayerRopeConfig
 from ..verification import MISMATCH, NO_ROTATION, OK, Verification, verify
 from .app import app, err, out, plain_errors
 from .options import (
@@ -100,12 +108,12 @@ def sensitivity_command(
         typer.Option("--try", help="A factor to try on each layer; may be given again. Default: 1.3, 1.6, 2."),
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers to try, such as 0-3,7. Default: all.")] = None,
-    measured: Annotated[Typed, options_of(SearchSettings, "rope_type", "factor", "batch_tokens")],
+    rope: Annotated[Typed, options_of(SearchSettings, "rope_type", "factor")],
     asked: TaskOptions,
-    groups: Annotated[int, task_option(help="Contexts of the search split.")] = SearchSettings.search_groups,
+    groups: Annotated[int, task_option(help="Contexts of the search split.", min=2)] = DEFAULT_GROUPS[NAME],
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
     json_output: JsonOption = None,
-    loading: LoadOptions,
+    computing: ComputeOptions,
     debug: DebugOption = False,
 ) -> None:
     """Scale one layer at a time: which layers are worth searching, and is a range beyond 2 worth it?
@@ -118,23 +126,17 @@ def sensitivity_command(
     Example: `layerrope sensitivity meta-llama/Llama-3.1-8B-Instruct --length 8192 --try 1.5 --try 3`
     """
     with plain_errors(debug):
-        wanted = parse_layers(layers) if layers is not None else None
+        config = LayerRopeConfig(**rope)
+        SearchSettings(layers=layers)  # a text that names none stops here
         check_file(json_output, "--json")
         check_plot(plot)
-        specification = TaskSpecification(**asked)
-        source = Compute.of(model, loading).source
-        tokenizer = load_tokenizer(source)
+        compute, specification = Compute.of(model, computing), TaskSpecification(**asked)
+        source, tokenizer = compute.source, load_tokenizer(compute.source)
         specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
-        built = build_task(specification, tokenizer)
-        loaded = load(source)
-        result = sensitivity(
-            loaded,
-            built,
-            factors=tuple(factors or DEFAULT_FACTORS),
-            layers=wanted,
-            num_groups=groups,
-            **measured,
-        )
+        task, loaded = build_task(specification, tokenizer), load(source)
+        with RichProgress(err) as audience:
+            measuring = Measuring(loaded, groups, compute.batch_tokens, audience=audience)
+            result = sensitivity(measuring, task, config, factors or DEFAULT_FACTORS, layers)
         try:
             table = sensitivity_table(result, f"{display_name(source.model)}: {result.subtitle()}")
             out.print(table.to_rich(change_style))

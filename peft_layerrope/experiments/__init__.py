@@ -2,7 +2,7 @@
 
 from .attention import run_attention
 from .control_points import run_control_points
-from .extrapolation import Line, matched_baselines, run_extrapolation
+from .extrapolation import run_extrapolation
 from .halves import run_halves
 from .layer_sensitivity import run_sensitivity
 from .measuring import Measuring
@@ -12,11 +12,9 @@ from .transfer import run_transfer
 from .u_shape import run_u_shape
 
 __all__ = [
-    "Line",
     "Measuring",
     "Section",
     "SectionFigure",
-    "matched_baselines",
     "run_attention",
     "run_control_points",
     "run_extrapolation",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,13 +16,13 @@ from ..plots import COLOURS, GREY, draw_line, new_figure, to_png
 from ..report import Table, Unit
 from ..scoring.batching import rotation_depends_on_length
 from ..scoring.scorer import Scorer
-from ..scoring.scores import Interval, mean_interval
+from ..scoring.scores import mean_interval
 from ..searcher.space import format_layers
-from ..tasks import Example, Split, Task
+from ..tasks import Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import without_memory
 from ..tuner.sites import find_stack, model_type, text_config
-from .measuring import Measuring, factor_vector, held_out, interval_dict, measured_on, need_positions
+from .measuring import Measuring, factor_vector, interval_dict
 from .section import Section, SectionFigure
 
 EAGER = "eager"
@@ -79,7 +78,8 @@ class AttentionReader:
             ids = ids[:, -1:]
         with _eager(self._model), without_memory(self._model), _recorded(self._stack.layers) as rows:
             self._model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
-        return [None if row is None else _as_long_as(row, len(prompt)) for row in rows]
+        # a cache with a sliding window has forgotten the first keys, which get no attention
+        return [None if row is None else nn.functional.pad(row, (len(prompt) - row.shape[-1], 0)) for row in rows]
 
 
 @contextmanager
@@ -125,11 +125,6 @@ def _recorded(layers: nn.ModuleList) -> Iterator[list[torch.Tensor | None]]:
             handle.remove()
 
 
-def _as_long_as(row: torch.Tensor, length: int) -> torch.Tensor:
-    """A cache with a sliding window has forgotten the first keys, which get no attention."""
-    return nn.functional.pad(row, (length - row.shape[-1], 0))
-
-
 def visible_tokens(model: nn.Module, layer: int, length: int) -> int:
     """Returns how many tokens the last of `length` can attend to in a layer."""
     config = text_config(model)
@@ -145,11 +140,11 @@ def visible_tokens(model: nn.Module, layer: int, length: int) -> int:
 
 
 NAME = "attention"
-DEFAULT_GROUPS = 20
 ADAPTER = "with the adapter"
 PLACES = ("first", "middle", "last")
 MASS = Unit("attention on the gold", "%", "points", 100, 1)
 ENTROPY = Unit("entropy", "of log n", "", 1, 3)
+_KINDS = {"mass": (MASS, "Attention on the gold"), "entropy": (ENTROPY, "Entropy of attention")}
 
 _LEGEND = (
     "Mean over heads, from the token that predicts the answer's first. Without → with the adapter; *: the paired 95 % "
@@ -157,86 +152,76 @@ _LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Attention:
-    """What was read, by group: float64 of shape `(places, groups, layers)` each.
-
-    Attributes:
-        mass: share of the attention that is on the gold span, mean over heads.
-        entropy: of the attention, in nats over the log of the number of visible tokens, mean over heads: 0 on one
-            token, 1 spread evenly.
-    """
-
-    mass: np.ndarray
-    entropy: np.ndarray
-
-
-def run_attention(
-    model: nn.Module,
-    task: Task,
-    config: LayerRopeConfig,
-    *,
-    num_groups: int = DEFAULT_GROUPS,
-    measuring: Measuring | None = None,
-) -> Section:
+def run_attention(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Section:
     """Reads the attention of the last prompt token with the gold first, in the middle and last.
 
     Args:
-        model: a transformers causal language model; left as it was found.
+        measuring: model and contexts; one prompt runs at a time, and nothing is kept in its folder.
         task: where the examples come from; it must know where the gold stands.
         config: the adapter.
-        num_groups: held-out contexts.
-        measuring: how to measure; one prompt runs at a time, and nothing is kept in its folder.
 
     Raises:
         TaskError: a task without gold positions or gold spans, or one that cannot give the contexts.
         UnsupportedModelError: the model's attention cannot be read.
         AdapterMismatchError: the adapter is for another number of layers.
     """
-    measuring = measuring or Measuring()
-    factor_vector(model, config)
-    split = held_out(task, num_groups)
-    need_positions(task, split, NAME)
-    examples = _examples(task, split)
-    Scorer(model, batch_tokens=measuring.batch_tokens).check(split)
+    factor_vector(measuring.model, config)
+    split = measuring.split_by_position(task, NAME)
+    if any(example.gold_span is None for example in split.examples):
+        raise TaskError(f"{NAME} needs to know where the gold stands in the prompt; task {task.name} does not say.")
+    Scorer(measuring.model, batch_tokens=measuring.batch_tokens).check(split)
     contenders = [Contender(NO_SCALING), Contender.of_config(ADAPTER, config)]
     measuring.audience.stage(NAME, len(contenders) * len(PLACES) * split.num_groups)
     found, whole = [], False
     for contender in contenders:
-        with contending(model, contender) as subject:
+        with contending(measuring.model, contender) as subject:
             reader = AttentionReader(subject)
             layers, whole = reader.layers(), whole or reader.whole
-            found.append(_read(subject, reader, layers, examples, measuring))
-    return _section(model, task, split, layers, *found, whole)
-
-
-def _examples(task: Task, split: Split) -> list[list[Example]]:
-    """The examples to read, by place and group."""
-    wanted = (0, len(split.positions) // 2, len(split.positions) - 1)
-    chosen = [[example for example in split.examples if example.position == index] for index in wanted]
-    if any(example.gold_span is None for place in chosen for example in place):
-        raise TaskError(f"{NAME} needs to know where the gold stands in the prompt; task {task.name} does not say.")
-    return chosen
+            found.append(_read(subject, reader, layers, split, measuring))
+    before, after = found
+    measured = measuring.described(task, split)
+    way = "the whole prompt run eagerly, since the rotation depends on its length" if whole else "last token, by cache"
+    data = {
+        kind: {
+            place: {
+                name: [interval_dict(mean_interval(of_layer)) for of_layer in values[index].T]
+                for name, values in (
+                    ("without", before[kind]),
+                    ("with", after[kind]),
+                    ("difference", after[kind] - before[kind]),
+                )
+            }
+            for index, place in enumerate(PLACES)
+        }
+        for kind in _KINDS
+    }
+    return Section(
+        name=NAME,
+        title="Attention on the gold",
+        question="Does the adapter move attention towards the answer, and in which layers?",
+        measured=f"{measured}; {way}",
+        findings=tuple(_findings(layers, before, after)),
+        tables=tuple(_table(kind, layers, before[kind], after[kind]) for kind in _KINDS),
+        figures=tuple(_figure(kind, layers, before[kind], after[kind], measured) for kind in _KINDS),
+        data={"task": task.describe(), "split": split.describe(), "layers": layers, "whole_prompt": whole, **data},
+    )
 
 
 def _read(
-    model: nn.Module,
-    reader: AttentionReader,
-    layers: Sequence[int],
-    examples: list[list[Example]],
-    measuring: Measuring,
-) -> Attention:
-    shape = (len(examples), len(examples[0]), len(layers))
-    mass, entropy = np.empty(shape), np.empty(shape)
-    for place, members in enumerate(examples):
-        for group, example in enumerate(members):
+    model: nn.Module, reader: AttentionReader, layers: Sequence[int], split: Split, measuring: Measuring
+) -> dict[str, np.ndarray]:
+    """Mass and entropy: float64 of shape `(places, groups, layers)` each."""
+    found = {kind: np.empty((len(PLACES), split.num_groups, len(layers))) for kind in _KINDS}
+    for place, position in enumerate((0, len(split.positions) // 2, len(split.positions) - 1)):
+        examples = [example for example in split.examples if example.position == position]
+        for group, example in enumerate(examples):
             prompt = example.context_ids + example.query_ids
             rows = reader.read(prompt, layers)
             visible = [visible_tokens(model, layer, len(prompt)) for layer in layers]
-            mass[place, group] = gold_mass(rows, example.gold_span)
-            entropy[place, group] = relative_entropy(rows, visible)
+            found["mass"][place, group] = gold_mass(rows, example.gold_span)
+            found["entropy"][place, group] = relative_entropy(rows, visible)
             measuring.audience.advance()
-    return Attention(mass, entropy)
+    return found
 
 
 def gold_mass(rows: torch.Tensor, gold_span: tuple[int, int]) -> np.ndarray:
@@ -261,98 +246,55 @@ def relative_entropy(rows: torch.Tensor, visible: Sequence[int]) -> np.ndarray:
         visible: for each layer how many tokens can be attended to.
 
     Returns:
-        Shape `(layers,)`, from 0 to 1.
+        Shape `(layers,)`: 0 on one token, 1 spread evenly.
     """
     nats = torch.special.entr(rows.double()).sum(-1).mean(-1).numpy()
     return nats / np.array([math.log(max(count, 2)) for count in visible])
 
 
-def _section(
-    model: nn.Module,
-    task: Task,
-    split: Split,
-    layers: list[int],
-    before: Attention,
-    after: Attention,
-    whole: bool,
-) -> Section:
-    measured = measured_on(model, task, split)
-    tables, figures, data = [], [], {}
-    for kind, unit, title in (("mass", MASS, "Attention on the gold"), ("entropy", ENTROPY, "Entropy of attention")):
-        old, new = getattr(before, kind), getattr(after, kind)
-        tables.append(_table(title, unit, layers, old, new))
-        figures.append(_figure(kind, title, unit, layers, old, new, measured))
-        data[kind] = {
-            place: {
-                "without": [interval_dict(mean_interval(values)) for values in old[index].T],
-                "with": [interval_dict(mean_interval(values)) for values in new[index].T],
-                "difference": [interval_dict(mean_interval(values)) for values in (new - old)[index].T],
-            }
-            for index, place in enumerate(PLACES)
-        }
-    way = "the whole prompt run eagerly, since the rotation depends on its length" if whole else "last token, by cache"
-    return Section(
-        name=NAME,
-        title="Attention on the gold",
-        question="Does the adapter move attention towards the answer, and in which layers?",
-        measured=f"{measured}; {way}",
-        findings=tuple(_findings(layers, before, after)),
-        tables=tuple(tables),
-        figures=tuple(figures),
-        data={"task": task.describe(), "split": split.describe(), "layers": layers, "whole_prompt": whole, **data},
-    )
-
-
-def _findings(layers: list[int], before: Attention, after: Attention) -> list[str]:
+def _findings(layers: list[int], before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> list[str]:
     lines = []
-    for index, place in enumerate(PLACES):
-        change = after.mass[index] - before.mass[index]
-        overall, old = mean_interval(change.mean(axis=1)), float(before.mass[index].mean())
+    for place, old, change in zip(PLACES, before["mass"], after["mass"] - before["mass"], strict=True):
+        overall = mean_interval(change.mean(axis=1))
         moved = "more attention on it" if overall.value > 0 else "less attention on it"
         verdict = f"{moved} with the adapter" if overall.excludes_zero() else "no difference beyond noise"
-        by_layer = [mean_interval(values) for values in change.T]
-        up = [layer for layer, i in zip(layers, by_layer, strict=True) if i.low > 0]
-        down = [layer for layer, i in zip(layers, by_layer, strict=True) if i.high < 0]
+        by_layer = dict(zip(layers, map(mean_interval, change.T), strict=True))
+        up = [layer for layer, interval in by_layer.items() if interval.low > 0]
+        down = [layer for layer, interval in by_layer.items() if interval.high < 0]
+        where = [
+            f"{word} in layer{'s' if len(found) > 1 else ''} {format_layers(found)}"
+            for word, found in (("up", up), ("down", down))
+            if found
+        ]
         lines.append(
-            f"Gold {place}: {verdict} over all layers, {MASS.value(old)} % without it and "
-            f"{MASS.change_in_words(overall)} with it{_where(up, down)}."
+            f"Gold {place}: {verdict} over all layers, {MASS.value(old.mean())} % without it and "
+            f"{MASS.change_in_words(overall)} with it{'; ' * bool(where)}{' and '.join(where)}."
         )
-    entropy = mean_interval((after.entropy - before.entropy).mean(axis=(0, 2)))
+    entropy = mean_interval((after["entropy"] - before["entropy"]).mean(axis=(0, 2)))
     kind = "unchanged beyond noise" if not entropy.excludes_zero() else "sharper" if entropy.value < 0 else "flatter"
     text = f"{entropy.value:+.3f} [{entropy.low:+.3f}, {entropy.high:+.3f}]"
     return [*lines, f"Attention over all layers is {kind}: relative entropy {text}."]
 
 
-def _where(up: list[int], down: list[int]) -> str:
-    parts = [
-        f"{word} in layer{'s' if len(found) > 1 else ''} {format_layers(found)}"
-        for word, found in (("up", up), ("down", down))
-        if found
-    ]
-    return f"; {' and '.join(parts)}" if parts else ""
-
-
-def _table(title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.ndarray) -> Table:
+def _table(kind: str, layers: list[int], old: np.ndarray, new: np.ndarray) -> Table:
+    unit, title = _KINDS[kind]
     rows = []
     for column, layer in enumerate(layers):
         cells = []
-        for index in range(len(PLACES)):
-            change = mean_interval(new[index, :, column] - old[index, :, column])
-            values = f"{unit.value(old[index, :, column].mean())} → {unit.value(new[index, :, column].mean())}"
-            cells.append(values + ("*" if change.excludes_zero() else ""))
+        for before, after in zip(old[..., column], new[..., column], strict=True):
+            star = "*" if mean_interval(after - before).excludes_zero() else ""
+            cells.append(f"{unit.value(before.mean())} → {unit.value(after.mean())}{star}")
         rows.append((str(layer), *cells))
     header = ("layer", *(f"gold {place}" for place in PLACES))
     return Table(header, tuple(rows), f"{title} ({unit.symbol})", _LEGEND, ())
 
 
-def _figure(
-    kind: str, title: str, unit: Unit, layers: list[int], old: np.ndarray, new: np.ndarray, measured: str
-) -> SectionFigure:
+def _figure(kind: str, layers: list[int], old: np.ndarray, new: np.ndarray, measured: str) -> SectionFigure:
+    unit, title = _KINDS[kind]
     figure, panels = new_figure(height=3.6, columns=len(PLACES), sharey=True)
     for index, (axes, place) in enumerate(zip(panels, PLACES, strict=True)):
         for values, label, colour, shift in ((old, NO_SCALING, GREY, -0.08), (new, ADAPTER, COLOURS[0], 0.08)):
-            intervals: list[Interval] = [mean_interval(column) for column in values[index].T]
-            draw_line(axes, layers, intervals, unit, label, colour, shift)
+            draw_line(axes, layers, map(mean_interval, values[index].T), unit, label, colour, shift)
         axes.set_title(f"gold {place}", fontsize=9)
         axes.set_xlabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -2,83 +2,50 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from ..comparison.contenders import NO_SCALING, Contender
 from ..plots import draw_positions, new_figure, to_png
 from ..report import Table, legend, score_cells, unit_of
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
-from .measuring import (
-    Measuring,
-    factor_vector,
-    held_out,
-    in_force,
-    interval_dict,
-    measure,
-    measured_on,
-    score_header,
-    verdict,
-    with_factors,
-)
+from .measuring import Measuring, factor_vector, in_force, interval_dict, score_header, verdict, with_factors
 from .section import Section, SectionFigure
 
 NAME = "halves"
-DEFAULT_GROUPS = 100
 FIRST, LAST, ALL = "first half", "last half", "all layers"
 
 
 def half_vectors(factors: list[float]) -> dict[str, list[float]]:
     """Returns the vectors to compare. Of an odd number of layers the one in the middle belongs to the last half."""
-    half = len(factors) // 2
-    ones = [1.0] * len(factors)
-    return {
-        NO_SCALING: ones,
-        FIRST: factors[:half] + ones[half:],
-        LAST: ones[:half] + factors[half:],
-        ALL: factors,
-    }
+    half, ones = len(factors) // 2, [1.0] * len(factors)
+    return {NO_SCALING: ones, FIRST: factors[:half] + ones[half:], LAST: ones[:half] + factors[half:], ALL: factors}
 
 
-def run_halves(
-    model: nn.Module,
-    task: Task,
-    config: LayerRopeConfig,
-    *,
-    num_groups: int = DEFAULT_GROUPS,
-    measuring: Measuring | None = None,
-) -> Section:
+def run_halves(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Section:
     """Applies the adapter's factors to the first half of the layers, to the last half, to all, and to none.
 
     Args:
-        model: a transformers causal language model; left as it was found.
+        measuring: model and contexts.
         task: where the examples come from.
         config: the adapter.
-        num_groups: held-out contexts.
-        measuring: how to measure.
 
     Raises:
         AdapterMismatchError: the adapter is for another number of layers.
         TaskError: the task cannot give the contexts.
     """
-    factors = factor_vector(model, config)
-    split = held_out(task, num_groups)
-    vectors = {label: with_factors(model, config, vector) for label, vector in half_vectors(factors).items()}
-    contenders = [Contender.of_config(label, vector) for label, vector in vectors.items()]
-    scores = measure(model, split, contenders, NAME, measuring or Measuring())
-    unit, measured = unit_of(split.measure), measured_on(model, task, split)
+    factors = factor_vector(measuring.model, config)
+    split = measuring.split(task)
+    configs = {label: with_factors(measuring.model, config, vector) for label, vector in half_vectors(factors).items()}
+    scores = measuring.scores(split, [Contender.of_config(label, made) for label, made in configs.items()], NAME)
+    unit, measured = unit_of(split.measure), measuring.described(task, split)
     gains = {label: scores[label].paired_difference(scores[NO_SCALING]) for label in (FIRST, LAST, ALL)}
     short = {label: scores[label].paired_difference(scores[ALL]) for label in (FIRST, LAST)}
     names = score_header(split.measure)
-    rows = [
-        (
-            label,
-            _layers(label, len(factors)),
-            *score_cells(scores[label], names).values(),
-            unit.change(gains[label]) if label in gains else "",
-        )
-        for label in scores
-    ]
+    half, end = len(factors) // 2, len(factors) - 1
+    layers = {NO_SCALING: "none", FIRST: f"0-{half - 1}" if half else "none", LAST: f"{half}-{end}", ALL: f"0-{end}"}
+    rows = []
+    for label, of_one in scores.items():
+        change = unit.change(gains[label]) if label in gains else ""
+        rows.append((label, layers[label], *score_cells(of_one, names).values(), change))
     header = ("factors on", "layers", *names, "Δ to none")
     figures = ()
     if split.measure == "accuracy":
@@ -101,16 +68,9 @@ def run_halves(
         data={
             "task": task.describe(),
             "split": split.describe(),
-            "layer_factors": {label: vector.layer_factors for label, vector in vectors.items()},
+            "layer_factors": {label: made.layer_factors for label, made in configs.items()},
             "scores": {label: of_one.to_dict() for label, of_one in scores.items()},
             "average_minus_none": {label: interval_dict(gain) for label, gain in gains.items()},
             "average_minus_all": {label: interval_dict(gap) for label, gap in short.items()},
         },
-    )
-
-
-def _layers(label: str, num_layers: int) -> str:
-    half, last = num_layers // 2, num_layers - 1
-    return {NO_SCALING: "none", FIRST: f"0-{half - 1}" if half else "none", LAST: f"{half}-{last}"}.get(
-        label, f"0-{last}"
     )

@@ -1,56 +1,284 @@
-"""`sensitivity`, one layer at a time, as a section of a report."""
+"""`sensitivity`: one layer is scaled at a time. Which are worth searching, and over what range?"""
 
 from __future__ import annotations
 
-from matplotlib.ticker import MaxNLocator
-from torch import nn
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from matplotlib.ticker import MaxNLocator
+
+from ..base_model import adapted, keeping_modes
 from ..plots import COLOURS, draw_line, new_figure, to_png, unit_axis
-from ..report import NATS, Table, Unit, unit_of
-from ..searcher.plan import SearchProgress
-from ..searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
+from ..report import NATS, Table, Unit, times_window, unit_of
+from ..scoring.batching import check_vocabulary
+from ..scoring.preflight import preflight, with_targets
+from ..scoring.scorer import Scorer
+from ..scoring.scores import DEFAULT_WEIGHTS, Interval, PositionScores, rank_key
+from ..searcher.common import model_name
+from ..searcher.evaluator import densely_scored
+from ..searcher.settings import SearchSettings
 from ..searcher.space import format_layers
-from ..tasks import Task
+from ..tasks import PromptTask, Task
 from ..tuner.config import LayerRopeConfig
-from .measuring import Measuring, in_force
+from ..tuner.sites import find_stack
+from .measuring import (
+    Measuring,
+    in_force,
+    interval_dict,
+    log_prob_difference,
+    tried_factors,
+    utilisation_difference,
+    with_factors,
+)
 from .section import Section, SectionFigure
 
 NAME = "sensitivity"
-DEFAULT_GROUPS = 16
+DEFAULT_FACTORS = (1.3, 1.6, 2.0)
 
 
-def run_sensitivity(
-    model: nn.Module,
+@dataclass(frozen=True)
+class LayerEffect:
+    """What scaling one layer does, all others at 1.0.
+
+    Attributes:
+        layer: the layer; those that attend to its keys are scaled with it.
+        factor: its factor.
+        accuracy: context utilisation U of the accuracies, from 0 to 1.
+        log_prob: U of the gold log-probabilities, in nats.
+        accuracy_change: `accuracy` minus the unscaled model's, with a paired 95 % interval over groups.
+        log_prob_change: `log_prob` minus the unscaled model's, likewise.
+    """
+
+    layer: int
+    factor: float
+    accuracy: float
+    log_prob: float
+    accuracy_change: Interval
+    log_prob_change: Interval
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Result of [`sensitivity`].
+
+    Each of its intervals holds with 95 % by itself: of many effects that are none, one in twenty looks like one. And
+    a layer without an effect of its own may have one together with others.
+
+    Attributes:
+        layers: the layers that were scaled, ascending.
+        factors: the factors that were tried, ascending.
+        accuracy: U of the unscaled model's accuracies, from 0 to 1.
+        log_prob: U of the unscaled model's gold log-probabilities, in nats.
+        effects: one for each layer and factor, layer by layer.
+        key_sources: for each layer of the model the one whose keys it attends to, mostly itself.
+        settings: rope type, global factor and the like.
+        model_name: name of the base model, free of local paths.
+        model_window: the model's trained window in tokens; None if its config does not say.
+        task: the task's description.
+        split: the split's description.
+    """
+
+    layers: tuple[int, ...]
+    factors: tuple[float, ...]
+    accuracy: float
+    log_prob: float
+    effects: tuple[LayerEffect, ...]
+    key_sources: tuple[int, ...]
+    settings: dict[str, Any]
+    model_name: str
+    model_window: int | None
+    task: dict[str, Any]
+    split: dict[str, Any]
+
+    def of_layer(self, layer: int) -> tuple[LayerEffect, ...]:
+        """Returns the effects of one layer, by ascending factor."""
+        return tuple(effect for effect in self.effects if effect.layer == layer)
+
+    def followers(self, layer: int) -> tuple[int, ...]:
+        """Returns the layers that were scaled with `layer` because they attend to its keys."""
+        return tuple(i for i, source in enumerate(self.key_sources) if source == layer and i != layer)
+
+    def best_factor(self, layer: int) -> float:
+        """Returns the factor with the highest U of the gold log-probability; 1.0 where every other one lowers it."""
+        best = max(self.of_layer(layer), key=lambda effect: rank_key(effect.log_prob_change.value))
+        return best.factor if best.log_prob_change.value > 0 else 1.0
+
+    def layers_worth_searching(self) -> tuple[int, ...]:
+        """Layers where some factor changes U of the gold log-probability significantly, up or down."""
+        return tuple(sorted({e.layer for e in self.effects if e.log_prob_change.excludes_zero()}))
+
+    def layers_that_gain(self) -> tuple[int, ...]:
+        """Layers where some factor raises U of the gold log-probability significantly."""
+        return tuple(sorted({e.layer for e in self.effects if e.log_prob_change.low > 0}))
+
+    def rises_at_edge(self) -> tuple[int, ...]:
+        """Layers whose best factor is the largest tried, above 1 and significantly better than unscaled."""
+        return self._best_at(self.factors[-1]) if self.factors[-1] > 1 else ()
+
+    def rises_at_low_edge(self) -> tuple[int, ...]:
+        """Layers whose best factor is the smallest tried, below 1 and significantly better than unscaled."""
+        return self._best_at(self.factors[0]) if self.factors[0] < 1 else ()
+
+    def _best_at(self, factor: float) -> tuple[int, ...]:
+        at = [effect for effect in self.effects if effect.factor == factor and effect.log_prob_change.low > 0]
+        return tuple(effect.layer for effect in at if self.best_factor(effect.layer) == factor)
+
+    def advice(self) -> list[str]:
+        """Returns what this suggests for a search: plain sentences that name layers and options."""
+        worth, gain = self.layers_worth_searching(), self.layers_that_gain()
+        low, high = self.factors[0], self.factors[-1]
+        if not worth:
+            return [
+                "no layer changes the gold log-probability measurably with a factor of "
+                f"{', '.join(f'{factor:g}' for factor in self.factors)} in {self.split['groups']} contexts: try other "
+                "factors, more contexts or longer prompts."
+            ]
+        others = "the others change nothing measurable by themselves"
+        why = "each one that was tried changes the result" if worth == self.layers else others
+        advice = [f"search {_named(worth)} (--layers {format_layers(worth)}): {why}."]
+        if gain and gain != worth:
+            advice.append(f"of these only {_named(gain, 'gain')} by a factor of their own.")
+        if rising := self.rises_at_edge():
+            wider = f"--max-factor {2 * high - 1:.3g}"
+            advice.append(f"{_named(rising, 'still rise')} at {high:g}, the largest tried: try {wider}.")
+        if falling := self.rises_at_low_edge():
+            advice.append(
+                f"{_named(falling, 'score')} best at {low:g}, the smallest tried: try --min-factor {low / 2:.3g}."
+            )
+        # with factors above 1 alone, the unscaled model is the low end of the range
+        if losing := [layer for layer in worth if low > 1 and self.best_factor(layer) == 1.0]:
+            advice.append(f"{_named(losing, 'lose')} with every factor above 1; none below 1 was tried.")
+        return advice
+
+    def subtitle(self) -> str:
+        """Says in one line what was measured."""
+        tokens, groups, split = (self.split[name] for name in ("max_tokens", "groups", "name"))
+        window = times_window(tokens, self.model_window)
+        return f"{self.task['name']}, {tokens} tokens{window}, {groups} contexts of the {split} split"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values for a JSON report."""
+        return {
+            "model": self.model_name,
+            "model_window": self.model_window,
+            "task": self.task,
+            "split": self.split,
+            "settings": self.settings,
+            "layers": list(self.layers),
+            "factors": list(self.factors),
+            "key_sources": list(self.key_sources),
+            "unscaled": {
+                "accuracy_utilisation": round(self.accuracy, 6),
+                "log_prob_utilisation": round(self.log_prob, 6),
+            },
+            "effects": [
+                {
+                    "layer": effect.layer,
+                    "factor": effect.factor,
+                    "accuracy_utilisation": round(effect.accuracy, 6),
+                    "accuracy_change": interval_dict(effect.accuracy_change),
+                    "log_prob_utilisation": round(effect.log_prob, 6),
+                    "log_prob_change": interval_dict(effect.log_prob_change),
+                }
+                for effect in self.effects
+            ],
+            "layers_worth_searching": list(self.layers_worth_searching()),
+            "layers_that_gain": list(self.layers_that_gain()),
+            "rises_at_edge": list(self.rises_at_edge()),
+            "rises_at_low_edge": list(self.rises_at_low_edge()),
+            "advice": self.advice(),
+        }
+
+
+def _named(layers: Sequence[int], verb: str = "") -> str:
+    """The layers, and what they do."""
+    several = len(layers) > 1
+    return f"layer{'s' * several} {format_layers(layers)}" + (f" {verb}{'s' * (not several)}" if verb else "")
+
+
+def sensitivity(
+    measuring: Measuring,
     task: Task,
-    config: LayerRopeConfig | None = None,
-    *,
-    num_groups: int = DEFAULT_GROUPS,
-    measuring: Measuring | None = None,
-) -> Section:
-    """Scales one layer at a time, as `layerrope sensitivity` does: on the search split.
+    config: LayerRopeConfig,
+    factors: Sequence[float] = DEFAULT_FACTORS,
+    layers: str | Sequence[int] | None = None,
+) -> Sensitivity:
+    """Scales one layer at a time by each of `factors`, all others by 1.0, and measures what changes.
+
+    It is measured on the search split, since what decides about a search should not be its test split.
+
+    The differences are to the unscaled model: every layer's factor 1.0, the rope type in force. Layers with a shared KV
+    cache move with the layer whose keys they attend to.
 
     Args:
-        model: a transformers causal language model; left as it was found.
+        measuring: model and contexts; nothing is kept in its folder.
         task: where the examples come from.
-        config: whose rope type and global factor are in force; default: the plain rope.
-        num_groups: contexts of the search split.
-        measuring: how to measure; nothing is kept in its folder.
+        config: whose rope type and global factor are in force.
+        factors: what each layer is scaled by, other than 1.
+        layers: which layers to scale, also as text such as `"0-3,7"`; default: all that rotate keys of their own.
+
+    Returns:
+        The effect of each layer and factor; `.advice()` says what follows for a search.
 
     Raises:
-        SearchError: see `searcher.sensitivity`.
-        TaskError: the task cannot give the contexts.
+        LayerRopeError: a factor or a layer that cannot be.
+        TaskError: the split cannot be made or does not fit the model, or the unscaled model answers nothing, or
+            everything.
+        UnsupportedModelError: the model's rotation cannot be scaled per layer.
     """
-    config, measuring = config or LayerRopeConfig(), measuring or Measuring()
-    result = sensitivity(
-        model,
-        task,
-        rope_type=config.rope_type,
-        factor=config.factor,
-        original_max_position_embeddings=config.original_max_position_embeddings,
-        num_groups=num_groups,
-        batch_tokens=measuring.batch_tokens,
-        progress=_Borrowed(measuring.audience),
+    model, tried = measuring.model, tried_factors(factors)
+    space = SearchSettings(layers=layers).space(find_stack(model).key_sources)
+    split = measuring.split(task, "search")
+    check_vocabulary(model, split.examples)
+    if isinstance(task, PromptTask):
+        with keeping_modes(model):
+            scorer = Scorer(model, batch_tokens=measuring.batch_tokens)
+            found = preflight(scorer, task, wanted={split.name: measuring.num_groups})
+        found.check()
+        split = with_targets(split, found, task)
+    unscaled = [1.0] * space.num_layers
+    pairs = [(layer, factor) for layer in space.scaled_layers for factor in tried]
+    with adapted(model, with_factors(model, config, unscaled)) as peft_model:
+        scorer = Scorer(peft_model, batch_tokens=measuring.batch_tokens)
+        scorer.check(split)
+        measuring.audience.stage("one layer at a time", 1 + len(pairs))
+
+        def scores(vector: Sequence[float]) -> PositionScores:
+            peft_model.base_model.set_layer_factors(space.tie(vector))
+            found = densely_scored(scorer, split)
+            measuring.audience.advance()
+            return found
+
+        before = scores(unscaled)
+        effects = []
+        for layer, factor in pairs:
+            after = scores([factor if i == layer else 1.0 for i in range(space.num_layers)])
+            changes = utilisation_difference(after, before), log_prob_difference(after, before)
+            effects.append(LayerEffect(layer, factor, after.utilisation(), after.log_prob_utilisation(), *changes))
+    return Sensitivity(
+        layers=space.scaled_layers,
+        factors=tried,
+        accuracy=before.utilisation(),
+        log_prob=before.log_prob_utilisation(),
+        effects=tuple(effects),
+        key_sources=space.key_sources,
+        settings={
+            "rope_type": config.rope_type,
+            "factor": config.factor,
+            "original_max_position_embeddings": config.original_max_position_embeddings,
+            "weights": list(DEFAULT_WEIGHTS),
+        },
+        model_name=model_name(model),
+        model_window=measuring.window,
+        task=task.describe(),
+        split=split.describe(),
     )
+
+
+def run_sensitivity(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Section:
+    """Does what [`sensitivity`] does, as a section of a report."""
+    result = sensitivity(measuring, task, config)
     return Section(
         name=NAME,
         title="One layer at a time",
@@ -63,22 +291,6 @@ def run_sensitivity(
     )
 
 
-class _Borrowed(SearchProgress):
-    """Passes on what it is told; `sensitivity` would close what it was given."""
-
-    def __init__(self, audience: SearchProgress) -> None:
-        self._audience = audience
-
-    def stage(self, name: str, total: int) -> None:
-        self._audience.stage(name, total)
-
-    def advance(self) -> None:
-        self._audience.advance()
-
-    def note(self, text: str) -> None:
-        self._audience.note(text)
-
-
 _MOST_FACTORS_BESIDE = 4  # more do not fit into 80 columns
 _GROUP_WIDTH = 0.6  # of the points of one layer, where the distance of two layers is 1
 
@@ -89,24 +301,26 @@ def sensitivity_table(result: Sensitivity, title: str = "") -> Table:
     """
     beside = len(result.factors) <= _MOST_FACTORS_BESIDE
     name = "loss" if _is_loss(result) else "U"
-    header = [cell for factor in result.factors for cell in (f"{factor:g}: {name}", "Δ")] if beside else [name, "Δ"]
     rows = []
     for layer in result.layers:
-        lines = [(f"{effect.factor:g}", *_cells(result, effect)) for effect in result.of_layer(layer)]
+        followers = result.followers(layer)
+        label = f"{layer} (+{format_layers(followers)})" if followers else str(layer)
+        lines = []
+        for effect in result.of_layer(layer):
+            change = effect.log_prob_change
+            star = "*" if change.excludes_zero() else ""
+            lines.append((f"{effect.factor:g}", _unit(result).value(effect.accuracy), f"{change.value:+.3f}{star}"))
         if beside:
-            lines = [tuple(cell for _, *cells in lines for cell in cells)]
-        rows += [(_label(result, layer), *line) for line in lines]
-    return Table(("layer", *([] if beside else ["factor"]), *header), tuple(rows), title, _legend(result))
+            rows.append((label, *(cell for _, *cells in lines for cell in cells)))
+        else:
+            rows += [(label, *line) for line in lines]
+    columns = [cell for factor in result.factors for cell in (f"{factor:g}: {name}", "Δ")]
+    return Table(("layer", *(columns if beside else ("factor", name, "Δ"))), tuple(rows), title, _legend(result))
 
 
 def change_style(cell: str) -> str:
     """The style of a cell of [`sensitivity_table`] in a terminal."""
     return "" if not cell.endswith("*") else "green" if cell.startswith("+") else "red"
-
-
-def _label(result: Sensitivity, layer: int) -> str:
-    followers = result.followers(layer)
-    return f"{layer} (+{format_layers(followers)})" if followers else str(layer)
 
 
 def _is_loss(result: Sensitivity) -> bool:
@@ -115,11 +329,6 @@ def _is_loss(result: Sensitivity) -> bool:
 
 def _unit(result: Sensitivity) -> Unit:
     return unit_of(result.split.get("measure", "accuracy"))
-
-
-def _cells(result: Sensitivity, effect: LayerEffect) -> tuple[str, str]:
-    change = effect.log_prob_change
-    return _unit(result).value(effect.accuracy), f"{change.value:+.3f}{'*' if change.excludes_zero() else ''}"
 
 
 def _legend(result: Sensitivity) -> str:

@@ -1,9 +1,9 @@
-"""How experiments measure: held-out examples, and contenders put onto one model in turn."""
+"""How experiments measure: contexts of a task, and contenders put onto one model in turn."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -12,58 +12,153 @@ from torch import nn
 
 from ..comparison import compare
 from ..comparison.contenders import Contender
-from ..errors import AdapterMismatchError, TaskError
+from ..errors import AdapterMismatchError, SearchError, TaskError
 from ..report import Unit, times_window
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import Interval, PositionScores, mean_interval, paired_interval
 from ..searcher.plan import SearchProgress
-from ..tasks import Measure, Split, Task
+from ..tasks import Measure, Split, SplitName, Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window
 
-
-def verdict(subject: str, other: str, difference: Interval, unit: Unit) -> str:
-    """Says whether `subject` scores higher or lower than `other`; that it is not known, where the interval holds 0."""
-    change = unit.change_in_words(difference)
-    if not difference.excludes_zero():
-        return f"{subject} against {other}: no difference beyond noise ({change})."
-    return f"{subject} {'beats' if difference.value > 0 else 'falls behind'} {other}: {change}."
-
-
-def utilisation_difference(scores: PositionScores, other: PositionScores) -> Interval:
-    """U of `scores` minus that of `other` on the same examples, paired; minus the mean loss where that is measured."""
-    return paired_interval(scores.utilisation_by_group(), other.utilisation_by_group(), scores.measure)
-
-
-def log_prob_difference(scores: PositionScores, other: PositionScores) -> Interval:
-    """U of the gold log-probabilities minus that of `other`, paired, in nats."""
-    return mean_interval(scores.utilisation_by_group("log_prob") - other.utilisation_by_group("log_prob"))
+DEFAULT_GROUPS = {
+    "u-shape": 100,
+    "sweep": 50,
+    "sensitivity": 16,
+    "halves": 100,
+    "control-points": 50,
+    "attention": 20,
+    "extrapolation": 30,
+    "transfer": 50,
+}
+"""Contexts of each experiment, by its name on the command line."""
 
 
 @dataclass(frozen=True)
-class Thirds:
-    """Scores of each group with the answer at the first position, at the inner ones on average, and at the last."""
+class Measuring:
+    """What experiments measure with.
 
-    first: np.ndarray
-    middle: np.ndarray
-    last: np.ndarray
+    Attributes:
+        model: a transformers causal language model without an adapter; left as it was found.
+        num_groups: contexts; each is asked at every position. Over fewer than two, intervals are infinite.
+        batch_tokens: tokens per forward pass; halved when memory runs out.
+        folder: where finished parts are kept; None: nowhere.
+        resume: whether to go on with those in `folder`; else they are replaced.
+        audience: whom to tell how far it is.
+    """
 
-    @classmethod
-    def of(cls, scores: PositionScores) -> Thirds:
-        """Takes scores at three positions at least."""
-        values = scores.values
-        return cls(values[:, 0], values[:, 1:-1].mean(axis=1), values[:, -1])
+    model: nn.Module
+    num_groups: int
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    folder: Path | None = None
+    resume: bool = False
+    audience: SearchProgress = field(default_factory=SearchProgress)
+
+    @property
+    def window(self) -> int | None:
+        """The model's trained window in tokens; None if its config does not say."""
+        return trained_window(self.model)
+
+    def within(self, name: str) -> Measuring:
+        """Returns the same with a folder of its own for a part of an experiment."""
+        return self if self.folder is None else replace(self, folder=self.folder / name)
+
+    def split(self, task: Task, name: SplitName = "test") -> Split:
+        """Returns contexts of the task.
+
+        Raises:
+            TaskError: it cannot give so many.
+        """
+        return task.split(name, self.num_groups)
+
+    def split_by_position(self, task: Task, experiment: str) -> Split:
+        """Returns held-out contexts whose answers are right or wrong at three positions at least.
+
+        Raises:
+            TaskError: the task has no such positions, or cannot give so many contexts.
+        """
+        split = self.split(task)
+        if split.measure == "loss" or len(split.positions) < 3:
+            found = "measures a loss" if split.measure == "loss" else f"has {len(split.positions)}"
+            raise TaskError(f"{experiment} needs 3 gold positions (first, middle, last); task {task.name} {found}.")
+        return split
+
+    def scores(self, split: Split, contenders: Sequence[Contender], stage: str) -> dict[str, PositionScores]:
+        """Scores each contender on the same examples, and returns the scores by label.
+
+        Raises:
+            TaskError: see `compare`.
+            BlockingIOError: another run is at work in the same folder.
+            LayerRopeError: a contender that cannot be put onto the model, before anything is scored.
+        """
+        told = None
+
+        def tell(label: str, done: int, total: int) -> None:
+            nonlocal told
+            if told is None:
+                self.audience.stage(stage, total)
+                told = 0
+            for _ in range(done - told):
+                self.audience.advance()
+            told = done
+            self.audience.note(label if done < total else "")
+
+        keeps = self.folder is not None
+        found = compare(
+            self.model,
+            split,
+            contenders,
+            batch_tokens=self.batch_tokens,
+            folder=self.folder,
+            resume=keeps and self.resume,
+            overwrite=keeps and not self.resume,
+            progress=tell,
+        )
+        return dict(found.scores)
+
+    def described(self, task: Task, split: Split) -> str:
+        """Says in one line what was measured."""
+        return (
+            f"{task.name}, {split.max_tokens} tokens{times_window(split.max_tokens, self.window)}, "
+            f"{split.num_groups} contexts of the {split.name} split (seed {split.seed})"
+        )
 
 
-def score_header(measure: Measure) -> tuple[str, ...]:
-    """Names of the columns that sum up one contender's scores."""
-    return ("loss", "perplexity") if measure == "loss" else ("first", "middle", "last", "accuracy", "U")
+def factor_vector(model: nn.Module, config: LayerRopeConfig) -> list[float]:
+    """Returns the adapter's factors, one per layer.
+
+    Raises:
+        AdapterMismatchError: the model has another number of layers.
+    """
+    num_layers = len(find_stack(model).layers)
+    factors = config.resolved_layer_factors(num_layers)
+    if len(factors) != num_layers:
+        raise AdapterMismatchError(f"the adapter has {len(factors)} factors, the model {num_layers} layers.")
+    return factors
 
 
-def interval_dict(interval: Interval) -> dict[str, float | None]:
-    """An interval as JSON values; None for an end that is not finite."""
-    return {name: round(value, 6) if math.isfinite(value) else None for name, value in asdict(interval).items()}
+def with_factors(model: nn.Module, config: LayerRopeConfig, factors: Sequence[float]) -> LayerRopeConfig:
+    """Returns `config` with other factors; layers that borrow keys take those of the layers they borrow from."""
+    return replace(config, layer_factors=[factors[source] for source in find_stack(model).key_sources])
+
+
+def in_force(config: LayerRopeConfig) -> str:
+    """What stays when all of the adapter's factors are 1, in brackets; nothing for the plain rope."""
+    return "" if config.rope_type == "default" else f" ({config.rope_type}, factor {config.factor:g} stays in force)"
+
+
+def tried_factors(factors: Iterable[float]) -> tuple[float, ...]:
+    """Returns the factors other than 1, ascending, each once.
+
+    Raises:
+        InvalidConfigError: one that a layer cannot have.
+        SearchError: there is none but 1.
+    """
+    found = sorted({*LayerRopeConfig(layer_factors=list(factors)).layer_factors} - {1.0})
+    if not found:
+        raise SearchError("a factor other than 1 must be tried: 1 is the unscaled model, to which others are compared.")
+    return tuple(found)
 
 
 MakeTask = Callable[[TaskSpecification], Task]
@@ -108,122 +203,41 @@ def window_and_task(make: MakeTask, specification: TaskSpecification, window: in
     task = make(specification)
     if window is None or specification.length == window:
         return [task]
-    try:
-        return [task_of_length(make, specification, window), task]
-    except TaskError:
-        return [task]
+    at_window, _ = default_lengths(make, specification, window, (1,))
+    return [*at_window.values(), task]
 
 
-MIN_GROUPS = 2  # an interval over fewer is infinite
+def verdict(subject: str, other: str, difference: Interval, unit: Unit) -> str:
+    """Says whether `subject` scores higher or lower than `other`; that it is not known, where the interval holds 0."""
+    change = unit.change_in_words(difference)
+    if not difference.excludes_zero():
+        return f"{subject} against {other}: no difference beyond noise ({change})."
+    return f"{subject} {'beats' if difference.value > 0 else 'falls behind'} {other}: {change}."
 
 
-@dataclass(frozen=True)
-class Measuring:
-    """How to measure, whatever the experiment.
+def utilisation_difference(scores: PositionScores, other: PositionScores) -> Interval:
+    """U of `scores` minus that of `other` on the same examples, paired; minus the mean loss where that is measured."""
+    return paired_interval(scores.utilisation_by_group(), other.utilisation_by_group(), scores.measure)
 
-    Args:
-        batch_tokens: tokens per forward pass; halved when memory runs out.
-        folder: where finished parts are kept; None: nowhere.
-        resume: whether to go on with those in `folder`; else they are replaced.
-        audience: whom to tell how far it is.
+
+def log_prob_difference(scores: PositionScores, other: PositionScores) -> Interval:
+    """U of the gold log-probabilities minus that of `other`, paired, in nats."""
+    return mean_interval(scores.utilisation_by_group("log_prob") - other.utilisation_by_group("log_prob"))
+
+
+def by_place(scores: PositionScores) -> dict[str, np.ndarray]:
+    """Returns what each group scores with the answer first, in the middle (the mean of all inner positions) and last:
+    shape `(groups,)` each.
     """
-
-    batch_tokens: int = DEFAULT_BATCH_TOKENS
-    folder: Path | None = None
-    resume: bool = False
-    audience: SearchProgress = field(default_factory=SearchProgress)
-
-    def within(self, name: str) -> Measuring:
-        """Returns the same with a folder of its own for a part of an experiment."""
-        return self if self.folder is None else replace(self, folder=self.folder / name)
+    values = scores.values
+    return {"first": values[:, 0], "middle": values[:, 1:-1].mean(axis=1), "last": values[:, -1]}
 
 
-def held_out(task: Task, num_groups: int) -> Split:
-    """Returns contexts of the task's test split.
-
-    Raises:
-        TaskError: fewer groups than an interval needs, or the task cannot give them.
-    """
-    if num_groups < MIN_GROUPS:
-        raise TaskError(f"groups={num_groups} must be at least {MIN_GROUPS}, for an interval.")
-    return task.split("test", num_groups)
+def score_header(measure: Measure) -> tuple[str, ...]:
+    """Names of the columns that sum up one contender's scores."""
+    return ("loss", "perplexity") if measure == "loss" else ("first", "middle", "last", "accuracy", "U")
 
 
-def need_positions(task: Task, split: Split, experiment: str) -> None:
-    """Raises TaskError unless answers are right or wrong at three positions at least."""
-    if split.measure == "loss":
-        raise TaskError(f"{experiment} needs answers at known positions; task {task.name} measures a loss.")
-    if len(split.positions) < 3:
-        raise TaskError(f"{experiment} needs 3 gold positions (first, middle, last), got {len(split.positions)}.")
-
-
-def measure(
-    model: nn.Module, split: Split, contenders: Sequence[Contender], name: str, measuring: Measuring
-) -> dict[str, PositionScores]:
-    """Scores each contender on the same examples, and returns the scores by label.
-
-    Raises:
-        TaskError: see `compare`.
-        BlockingIOError: another run is at work in the same folder.
-        LayerRopeError: a contender that cannot be put onto the model, before anything is scored.
-    """
-    keeps = measuring.folder is not None
-    found = compare(
-        model,
-        split,
-        contenders,
-        batch_tokens=measuring.batch_tokens,
-        folder=measuring.folder,
-        resume=keeps and measuring.resume,
-        overwrite=keeps and not measuring.resume,
-        progress=_Told(name, measuring.audience),
-    )
-    return dict(found.scores)
-
-
-class _Told:
-    """Passes the progress of one comparison on as one stage."""
-
-    def __init__(self, name: str, audience: SearchProgress) -> None:
-        self._name, self._audience, self._done = name, audience, None
-
-    def __call__(self, label: str, done: int, total: int) -> None:
-        if self._done is None:
-            self._audience.stage(self._name, total)
-            self._done = 0
-        for _ in range(done - self._done):
-            self._audience.advance()
-        self._done = done
-        self._audience.note(label if done < total else "")
-
-
-def measured_on(model: nn.Module, task: Task, split: Split) -> str:
-    """Says in one line what was measured."""
-    return (
-        f"{task.name}, {split.max_tokens} tokens{times_window(split.max_tokens, trained_window(model))}, "
-        f"{split.num_groups} contexts of the {split.name} split (seed {split.seed})"
-    )
-
-
-def factor_vector(model: nn.Module, config: LayerRopeConfig) -> list[float]:
-    """Returns the adapter's factors, one per layer.
-
-    Raises:
-        AdapterMismatchError: the model has another number of layers.
-    """
-    num_layers = len(find_stack(model).layers)
-    factors = config.resolved_layer_factors(num_layers)
-    if len(factors) != num_layers:
-        raise AdapterMismatchError(f"the adapter has {len(factors)} factors, the model {num_layers} layers.")
-    return factors
-
-
-def with_factors(model: nn.Module, config: LayerRopeConfig, factors: Sequence[float]) -> LayerRopeConfig:
-    """Returns `config` with other factors; layers that borrow keys take those of the layers they borrow from."""
-    sources = find_stack(model).key_sources
-    return replace(config, layer_factors=[factors[source] for source in sources])
-
-
-def in_force(config: LayerRopeConfig) -> str:
-    """What stays when all of the adapter's factors are 1, in brackets; nothing for the plain rope."""
-    return "" if config.rope_type == "default" else f" ({config.rope_type}, factor {config.factor:g} stays in force)"
+def interval_dict(interval: Interval) -> dict[str, float | None]:
+    """An interval as JSON values; None for an end that is not finite."""
+    return {name: round(value, 6) if math.isfinite(value) else None for name, value in asdict(interval).items()}

@@ -8,23 +8,24 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Annotated, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import StringConstraints, TypeAdapter
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from ..errors import SearchError
 from ..files import read_bytes, read_json_object, to_json, write_atomically, writing
 from ..messages import last_component
 from ..report import Table, escape_markdown, printable
 from ..runs import RUN_FOLDER, locked
 
-_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_MAX_JSON, _MAX_PNG = 64 * 2**20, 16 * 2**20  # bytes
+_Name = Annotated[str, StringConstraints(pattern="^[a-z0-9]+(-[a-z0-9]+)*$")]  # it becomes a part of file names
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,14 @@ class SectionFigure:
     """A picture.
 
     Attributes:
-        name: unique within the section; letters, digits and hyphens.
+        name: unique within the section; lower-case letters, digits and hyphens.
         caption: what it shows, also for people who cannot see it.
         png: the picture.
     """
 
-    name: str
+    name: _Name
     caption: str
-    png: bytes = field(repr=False)
-
-    def __post_init__(self) -> None:
-        _check_name(self.name)
+    png: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
@@ -57,87 +55,32 @@ class Section:
         findings: short sentences, computed from the numbers, the most important first.
         tables: the numbers.
         figures: the pictures.
-        data: everything as JSON values.
         command: the command line that repeats it.
+        data: everything as JSON values.
     """
 
-    name: str
+    name: _Name
     title: str
     question: str
     measured: str
     findings: tuple[str, ...]
     tables: tuple[Table, ...] = ()
     figures: tuple[SectionFigure, ...] = ()
-    data: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
-
-    def __post_init__(self) -> None:
-        _check_name(self.name)
+    data: dict[str, Any] = field(default_factory=dict)
 
     def figure_file(self, figure: SectionFigure) -> str:
         """Returns the name of a figure's file, without a folder."""
         return f"{self.name}-{figure.name}.png"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns everything but the pictures as JSON values; see [`from_dict`]."""
-        return {
-            "name": self.name,
-            "title": self.title,
-            "question": self.question,
-            "measured": self.measured,
-            "findings": list(self.findings),
-            "tables": [asdict(table) for table in self.tables],
-            "figures": [
-                {"name": figure.name, "caption": figure.caption, "file": self.figure_file(figure)}
-                for figure in self.figures
-            ],
-            "command": self.command,
-            "data": dict(self.data),
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Section:
-        """The inverse of [`to_dict`].
-
-        Args:
-            values: what it returned.
-            pictures: each figure's PNG, by the figure's name.
-
-        Raises:
-            SearchError: they are not such values.
-        """
-        try:
-            return cls(
-                **{name: str(values[name]) for name in ("name", "title", "question", "measured", "command")},
-                findings=tuple(map(str, values["findings"])),
-                tables=tuple(_table(table) for table in values["tables"]),
-                figures=tuple(
-                    SectionFigure(figure["name"], str(figure["caption"]), pictures[figure["name"]])
-                    for figure in values["figures"]
-                ),
-                data=dict(values["data"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SearchError(f"these are not the values of a section: {error!r}.") from error
+    def write_figures(self, folder: Path) -> None:
+        """Writes the pictures into a folder, which is made if it is missing."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for figure in self.figures:
+            (folder / self.figure_file(figure)).write_bytes(figure.png)
 
 
-def _table(values: Mapping[str, Any]) -> Table:
-    return Table(
-        header=tuple(map(str, values["header"])),
-        rows=tuple(tuple(map(str, row)) for row in values["rows"]),
-        title=str(values["title"]),
-        caption=str(values["caption"]),
-        text_columns=tuple(map(int, values["text_columns"])),
-    )
-
-
-def _check_name(name: object) -> None:
-    """It becomes a part of file names, and a saved section's comes from a file."""
-    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
-        raise ValueError(f"name {name!r} must be lower-case letters, digits and hyphens.")
-
-
-_TEMPLATE = "report.html.j2"
+_SECTION = TypeAdapter(Section)
 
 
 def to_rich(section: Section) -> Group:
@@ -153,7 +96,7 @@ def to_rich(section: Section) -> Group:
 
 def code_markdown(text: str) -> str:
     """Returns text as a fenced block that it cannot end."""
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}sh\n{printable(text)}\n{fence}"
 
 
@@ -165,23 +108,23 @@ def to_markdown(section: Section, figures_at: str = "", level: int = 1) -> str:
         figures_at: where its figures' files are, ending in a slash.
         level: of its heading.
     """
-    blocks = [f"{'#' * level} {escape_markdown(section.title)}", f"*{escape_markdown(section.question)}*"]
-    blocks.append("\n".join(f"- {escape_markdown(finding)}" for finding in section.findings))
-    blocks.append(escape_markdown(section.measured))
-    blocks += [table.to_markdown() for table in section.tables]
-    for figure in section.figures:
-        blocks.append(f"![{escape_markdown(figure.caption)}]({figures_at}{section.figure_file(figure)})")
-    if section.command:
-        blocks.append(code_markdown(section.command))
+    blocks = [
+        f"{'#' * level} {escape_markdown(section.title)}",
+        f"*{escape_markdown(section.question)}*",
+        "\n".join(f"- {escape_markdown(finding)}" for finding in section.findings),
+        escape_markdown(section.measured),
+        *(table.to_markdown() for table in section.tables),
+        *(f"![{escape_markdown(f.caption)}]({figures_at}{section.figure_file(f)})" for f in section.figures),
+        code_markdown(section.command) if section.command else "",
+    ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def to_html(
     title: str,
     facts: Sequence[tuple[str, str]],
-    head: Sequence[Section],
     sections: Sequence[Section],
-    skipped: Iterable[tuple[str, str]],
+    skipped: Sequence[tuple[str, str]],
     footer: str,
 ) -> str:
     """Returns a page that needs nothing else: no other file, no request, no script.
@@ -189,8 +132,7 @@ def to_html(
     Args:
         title: of the page.
         facts: names and values under the title.
-        head: sections that come before the experiments.
-        sections: the experiments.
+        sections: in their order.
         skipped: names of experiments that were not run, and why.
         footer: the last line.
     """
@@ -200,26 +142,14 @@ def to_html(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        # every expression of the template goes through this before it is escaped
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    environment.filters |= {"picture": _data_uri, "pieces": _pieces}
-    environment.finalize = _finalized
-    return environment.get_template(_TEMPLATE).render(
-        title=title, facts=facts, head=head, sections=sections, skipped=list(skipped), footer=footer
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    environment.filters["pieces"] = lambda command: re.split(r" (?=--)", command)  # a line may end between options
+    return environment.get_template("report.html.j2").render(
+        title=title, facts=facts, sections=sections, skipped=skipped, footer=footer
     )
-
-
-def _data_uri(figure: SectionFigure) -> str:
-    return f"data:image/png;base64,{base64.b64encode(figure.png).decode()}"
-
-
-def _pieces(command: str) -> list[str]:
-    """A command line, in pieces that begin with an option: a line may end between them."""
-    return re.split(r" (?=--)", command)
-
-
-def _finalized(value: Any) -> Any:
-    """Every expression of the template goes through here before it is escaped."""
-    return printable(value) if type(value) is str else value
 
 
 def command_line(words: Iterable[str], options: Iterable[tuple[str, Any]]) -> str:
@@ -254,9 +184,6 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-_MAX_JSON, _MAX_PNG = 64 * 2**20, 16 * 2**20
-
-
 def work_folder(folder: Path, name: str) -> Path:
     """Returns where a section's parts are kept, and locked; other sections may be made beside it."""
     return folder / RUN_FOLDER / name
@@ -280,74 +207,55 @@ def kept_section(
     """
     work = work_folder(folder, name)
     with locked(work):
-        section = find_section(folder, name, asked) if resume else None
+        section = load_section(folder, name, asked) if resume else None
         if section is None:
-            section = make(work / digest_of(asked))
+            section = make(work / _digest(asked))
             save_section(section, folder, asked)
         return section
 
 
-def digest_of(asked: Mapping[str, Any]) -> str:
-    """Returns a short hash of what an experiment was asked."""
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def save_section(section: Section, folder: Path, asked: Mapping[str, Any] | None = None) -> Path:
+def save_section(section: Section, folder: Path, asked: Mapping[str, Any]) -> None:
     """Writes a section's files; the JSON last, so that what has one is complete.
 
     Args:
         section: what to write.
         folder: made if it is missing.
-        asked: what the section depends on, so that [`find_section`] knows whether it is still the answer.
-
-    Returns:
-        The path of the JSON file.
+        asked: what the section depends on.
 
     Raises:
         OSError: a file cannot be written.
     """
     path = folder / f"{section.name}.json"
+    values = asdict(section)
+    for figure, plain in zip(section.figures, values["figures"], strict=True):
+        plain["file"] = section.figure_file(figure)
+        del plain["png"]
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        for figure in section.figures:
-            (folder / section.figure_file(figure)).write_bytes(figure.png)
+        section.write_figures(folder)
         write_atomically(folder / f"{section.name}.md", to_markdown(section))
-        content = {"asked": digest_of(asked or {}), **section.to_dict()}
-        write_atomically(path, to_json(content, indent=2) + "\n")
-    return path
+        write_atomically(path, to_json({"asked": _digest(asked), **values}, indent=2) + "\n")
 
 
-def load_section(folder: Path, name: str) -> Section:
-    """Reads a section that [`save_section`] wrote.
+def load_section(folder: Path, name: str, asked: Mapping[str, Any] | None = None) -> Section | None:
+    """Returns a section that [`save_section`] wrote, if it is whole and answers what is asked now.
 
-    Raises:
-        SearchError: a file is missing or damaged.
+    Args:
+        folder: where it is.
+        name: its name.
+        asked: what it should depend on; None: whatever.
     """
-    return _load(folder, name)[0]
-
-
-def find_section(folder: Path, name: str, asked: Mapping[str, Any]) -> Section | None:
-    """Returns a saved section if it is whole and answers what is asked now; else None."""
     try:
-        section, digest = _load(folder, name)
-    except SearchError:
+        values = read_json_object(folder / f"{name}.json", _MAX_JSON)
+        section = _SECTION.validate_python(values)  # names first: they become paths
+        pictures = [read_bytes(folder / section.figure_file(figure), _MAX_PNG) for figure in section.figures]
+    except ValueError:  # pydantic's and those of files
         return None
-    return section if digest == digest_of(asked) else None
+    if asked is not None and values.get("asked") != _digest(asked):
+        return None
+    figures = (replace(figure, png=png) for figure, png in zip(section.figures, pictures, strict=True))
+    return replace(section, figures=tuple(figures))
 
 
-def _load(folder: Path, name: str) -> tuple[Section, str]:
-    path = folder / f"{name}.json"
-    try:
-        values = read_json_object(path, _MAX_JSON)
-        figures = values.get("figures")
-        names = [f["name"] for f in figures if isinstance(f, dict)] if isinstance(figures, list) else []
-        # a name from the file becomes a path only if it is one that a figure may have
-        pictures = {
-            figure: read_bytes(folder / f"{name}-{figure}.png", _MAX_PNG)
-            for figure in names
-            if isinstance(figure, str) and figure.replace("-", "").isalnum()
-        }
-    except (ValueError, KeyError) as error:
-        raise SearchError(f"{path} cannot be read as a section: {error}.") from error
-    return Section.from_dict(values, pictures), str(values.get("asked"))
+def _digest(asked: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:12]

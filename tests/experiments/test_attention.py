@@ -13,7 +13,7 @@ from experiment_helpers import FACTORS, short_task
 from peft_layerrope import LayerRopeConfig
 from peft_layerrope.base_model import adapted
 from peft_layerrope.errors import TaskError, UnsupportedModelError
-from peft_layerrope.experiments import run_attention
+from peft_layerrope.experiments import Measuring, run_attention
 from peft_layerrope.experiments.attention import AttentionReader, gold_mass, relative_entropy, visible_tokens
 
 LAYERS = [0, 1, 2, 3]
@@ -116,7 +116,7 @@ def test_mass_and_entropy():
 def test_the_experiment_equals_whole_maps(demo_model, demo_tokenizer):
     task, groups = short_task(demo_tokenizer, num_positions=5), 2
     config = LayerRopeConfig(layer_factors=FACTORS)
-    section = run_attention(demo_model, task, config, num_groups=groups)
+    section = run_attention(Measuring(demo_model, groups), task, config)
     split = task.split("test", groups)
     for name, vector in (("without", [1.0] * 6), ("with", FACTORS)):
         for place, position in (("first", 0), ("middle", 2), ("last", 4)):
@@ -147,7 +147,7 @@ def test_tasks_without_a_gold_span_are_refused(demo_model, demo_tokenizer):
 
     task.split = without
     with pytest.raises(TaskError, match="where the gold stands"):
-        run_attention(demo_model, task, LayerRopeConfig(layer_factors=FACTORS), num_groups=2)
+        run_attention(Measuring(demo_model, 2), task, LayerRopeConfig(layer_factors=FACTORS))
 
 
 def test_a_model_that_returns_no_weights_is_refused():

@@ -8,7 +8,7 @@ from experiment_helpers import FACTORS, GROUPS, by_hand, short_task
 
 from peft_layerrope import LayerRopeConfig
 from peft_layerrope.errors import SearchError
-from peft_layerrope.experiments import run_control_points
+from peft_layerrope.experiments import Measuring, run_control_points
 from peft_layerrope.experiments.control_points import COORDINATES, genes_of, genome_of, moves
 from peft_layerrope.searcher.space import FactorGrid
 
@@ -52,7 +52,7 @@ def test_every_move_is_decoded_as_by_hand(demo_model, layers, grid):
 def test_moves_are_scored_as_by_hand(demo_model, demo_tokenizer):
     task = short_task(demo_tokenizer)
     config = LayerRopeConfig(layer_factors=FACTORS, control_points=POINTS, scaled_layers=[0, 1, 2, 3, 4, 5])
-    section = run_control_points(demo_model, task, config, num_groups=GROUPS)
+    section = run_control_points(Measuring(demo_model, GROUPS), task, config)
     curve = by_hand(demo_model, task, section.data["curve_factors"])
     assert section.data["curve_factors"] == list(decoded_by_hand(POINTS, range(6), 6, 1, 2, 0.1))
     for move in section.data["moves"]:
@@ -68,14 +68,15 @@ def test_moves_are_scored_as_by_hand(demo_model, demo_tokenizer):
     ("changes", "message"),
     [
         ({"control_points": None}, "has no Bézier control points"),
-        ({"control_points": [[0.1, 1], [0.3, 1], [0.6, 1], [1, 1]]}, "x must start at 0"),
-        ({"control_points": [[0, 1], [1.3, 1], [0.6, 1], [1, 1]]}, "x must start at 0"),
-        ({"scaled_layers": []}, "must be distinct layers"),
-        ({"scaled_layers": [1, 1]}, "must be distinct layers"),
-        ({"scaled_layers": [6]}, "must be distinct layers"),
+        ({"control_points": [[0.1, 1], [0.3, 1], [0.6, 1], [1, 1]]}, "x start at 0"),
+        ({"control_points": [[0, 1], [1.3, 1], [0.6, 1], [1, 1]]}, "x start at 0"),
+        ({"scaled_layers": []}, "must be distinct layer indices"),
+        ({"scaled_layers": [1, 1]}, "must be distinct layer indices"),
+        ({"scaled_layers": [6]}, "must be distinct layer indices"),
     ],
 )
 def test_adapters_without_a_curve_are_refused(demo_model, demo_tokenizer, changes, message):
     values = {"layer_factors": FACTORS, "control_points": POINTS, "scaled_layers": [0, 1, 2, 3, 4, 5]}
+    config = LayerRopeConfig(**values | changes)
     with pytest.raises(SearchError, match=message):
-        run_control_points(demo_model, short_task(demo_tokenizer), LayerRopeConfig(**values | changes))
+        run_control_points(Measuring(demo_model, GROUPS), short_task(demo_tokenizer), config)

@@ -107,7 +107,7 @@ def test_an_output_is_resumed_or_replaced_only_when_asked(tmp_path, monkeypatch)
     def not_again(*arguments, **settings):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(sweep, "measure", not_again)
+    monkeypatch.setattr(sweep, "run_sweep", not_again)
     assert run(*call, "--resume").exit_code == 0
     with pytest.raises(AssertionError, match="measured again"):
         run(*call, "--overwrite")
@@ -123,8 +123,8 @@ def test_an_output_is_resumed_or_replaced_only_when_asked(tmp_path, monkeypatch)
         (("extrapolation", "--adapter", "{mine}", "--lengths", "1,x"), "distinct numbers of tokens"),
         (("extrapolation", "--adapter", "{mine}", "--lengths", "9000"), "cannot fill 9000 tokens"),
         (("extrapolation", "--adapter", "{mine}", "--baseline", "magic:2"), "magic"),
-        (("sweep", "--try", "-1"), "must be a positive"),
-        (("sweep", "--groups", "1"), "must be at least 2"),
+        (("sweep", "--try", "-1"), "must be greater than 0"),
+        (("sweep", "--groups", "1"), "1 is not in the range x>=2"),
         (("sweep", "--resume"), "need an --output"),
     ],
 )

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peft_layerrope import LayerRopeConfig, demo_model_path
 from peft_layerrope.comparison.contenders import NO_SCALING, Contender
 from peft_layerrope.errors import TaskError
-from peft_layerrope.experiments import Line, matched_baselines, run_extrapolation, run_transfer
+from peft_layerrope.experiments import Measuring, run_extrapolation, run_transfer
 from peft_layerrope.experiments.extrapolation import NTK, PI
 from peft_layerrope.experiments.measuring import default_lengths, task_of_length, window_and_task
 from peft_layerrope.scoring.scorer import Scorer
@@ -29,8 +29,7 @@ def adapter(tmp_path) -> str:
 
 def test_extrapolation_scores_each_contender_at_each_length(demo_model, demo_tokenizer, adapter):
     tasks = {length: short_task(demo_tokenizer, length) for length in (384, 192)}
-    lines = [*matched_baselines(), Line.fixed(Contender.of_adapter(adapter))]
-    section = run_extrapolation(demo_model, tasks, lines, num_groups=GROUPS)
+    section = run_extrapolation(Measuring(demo_model, GROUPS), tasks, [Contender.of_adapter(adapter)])
     assert list(section.data["scores"]) == ["192", "384"]
     for length, task in tasks.items():
         found = section.data["scores"][str(length)]
@@ -54,7 +53,7 @@ def test_extrapolation_scores_each_contender_at_each_length(demo_model, demo_tok
 def test_extrapolation_of_a_loss(demo_model):
     ids = np.random.default_rng(0).integers(3, 500, 6000)
     tasks = {length: Perplexity(ids, length=length) for length in (64, 300)}
-    section = run_extrapolation(demo_model, tasks, matched_baselines(), num_groups=2)
+    section = run_extrapolation(Measuring(demo_model, 2), tasks, [])
     for length, task in tasks.items():
         expected = Scorer(demo_model).bucket_losses(task.split("test", 2)).to_dict()
         found = section.data["scores"][str(length)][NO_SCALING]
@@ -65,15 +64,14 @@ def test_extrapolation_of_a_loss(demo_model):
 
 
 def test_extrapolation_names_its_contenders_apart(demo_model, demo_tokenizer):
-    line = Line.fixed(Contender(NO_SCALING))
-    with pytest.raises(TaskError, match="names of their own"):
-        run_extrapolation(demo_model, {192: short_task(demo_tokenizer, 192)}, [line, line])
+    with pytest.raises(TaskError, match="two contenders are called 'no scaling'"):
+        run_extrapolation(Measuring(demo_model, 2), {192: short_task(demo_tokenizer, 192)}, [Contender(NO_SCALING)])
 
 
 def test_transfer_scores_each_adapter_in_each_cell(demo_model, demo_tokenizer, adapter):
     cells = {f"kv_words:{length}": short_task(demo_tokenizer, length) for length in (192, 320)}
     other = Contender.of_config("other", LayerRopeConfig(layer_factors=[1.2] * 6))
-    section = run_transfer(demo_model, cells, [Contender.of_adapter(adapter), other], num_groups=GROUPS)
+    section = run_transfer(Measuring(demo_model, GROUPS), cells, [Contender.of_adapter(adapter), other])
     for cell, task in cells.items():
         none, mine, second = (by_hand(demo_model, task, f) for f in (None, FACTORS, [1.2] * 6))
         expected = {NO_SCALING: none.to_dict(), "mine": mine.to_dict(), "other": second.to_dict()}
@@ -88,7 +86,7 @@ def test_transfer_of_accuracy_and_loss_in_one_matrix(demo_model, demo_tokenizer)
     text = Perplexity(np.random.default_rng(0).integers(3, 500, 3000), length=80)
     cells = {"words": short_task(demo_tokenizer, 192), "text": text}
     one = Contender.of_config("one", LayerRopeConfig(layer_factors=[1.5] * 6))
-    section = run_transfer(demo_model, cells, [one], num_groups=GROUPS)
+    section = run_transfer(Measuring(demo_model, GROUPS), cells, [one])
     assert section.tables[0].header == ("adapter", "words (%)", "text (nats)")
     gain = section.data["average_minus_none"]["one"]["text"]["value"]
     shown = next(cell for cell in section.tables[1].rows[0][2:])
@@ -122,6 +120,6 @@ def test_the_task_at_the_window_where_it_can_be(demo_tokenizer, window, lengths)
 
 
 def test_a_model_without_a_window_has_nothing_to_extrapolate_from(monkeypatch, demo_model, demo_tokenizer):
-    monkeypatch.setattr("peft_layerrope.experiments.extrapolation.trained_window", lambda model: None)
-    with pytest.raises(TaskError, match="names no trained window"):
-        run_extrapolation(demo_model, {192: short_task(demo_tokenizer, 192)}, matched_baselines())
+    monkeypatch.setattr("peft_layerrope.experiments.measuring.trained_window", lambda model: None)
+    with pytest.raises(TaskError, match="needs a length, and a trained window"):
+        run_extrapolation(Measuring(demo_model, 2), {192: short_task(demo_tokenizer, 192)}, [])

@@ -47,7 +47,7 @@ class Tags(HTMLParser):
 
 
 def page() -> str:
-    return to_html(HOSTILE, [(HOSTILE, HOSTILE)], [hostile()], [hostile()], [(HOSTILE, HOSTILE)], HOSTILE)
+    return to_html(HOSTILE, [(HOSTILE, HOSTILE)], [hostile(), hostile()], [(HOSTILE, HOSTILE)], HOSTILE)
 
 
 def test_html_has_no_markup_from_outside():

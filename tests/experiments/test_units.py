@@ -8,7 +8,7 @@ from experiment_helpers import scores_of
 from scipy import stats
 
 from peft_layerrope import PositionScores
-from peft_layerrope.experiments.measuring import Thirds, interval_dict, score_header, utilisation_difference, verdict
+from peft_layerrope.experiments.measuring import by_place, interval_dict, score_header, utilisation_difference, verdict
 from peft_layerrope.report import ACCURACY, LOSS, score_cells
 from peft_layerrope.scoring.scores import Interval
 
@@ -36,11 +36,13 @@ def test_an_interval_that_is_not_finite_is_none_in_json():
     assert interval_dict(Interval(0.5, -np.inf, np.inf)) == {"value": 0.5, "low": None, "high": None}
 
 
-def test_thirds_average_all_inner_positions():
-    ends = Thirds.of(scores_of([[1, 0, 1, 0], [1, 1, 1, 1]]))
-    assert ends.first.tolist() == [1, 1]
-    assert ends.middle.tolist() == [0.5, 1]
-    assert ends.last.tolist() == [0, 1]
+def test_the_middle_is_the_average_of_all_inner_positions():
+    found = by_place(scores_of([[1, 0, 1, 0], [1, 1, 1, 1]]))
+    assert {place: values.tolist() for place, values in found.items()} == {
+        "first": [1, 1],
+        "middle": [0.5, 1],
+        "last": [0, 1],
+    }
 
 
 def test_cells_match_their_header_for_both_measures():

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from conftest import build_model
 from experiment_helpers import FACTORS, GROUPS, Audience, by_hand, scores_of, short_task
 
 from peft_layerrope import Example, LayerRopeConfig, TokenTask
-from peft_layerrope.errors import AdapterMismatchError, SearchError, TaskError
+from peft_layerrope.errors import AdapterMismatchError, LayerRopeError, TaskError
 from peft_layerrope.experiments import Measuring, run_halves, run_sensitivity, run_sweep, run_u_shape
 from peft_layerrope.experiments.halves import half_vectors
+from peft_layerrope.experiments.layer_sensitivity import sensitivity
 from peft_layerrope.experiments.measuring import utilisation_difference
 from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.experiments.u_shape import describe_shape
 from peft_layerrope.scoring.scores import Interval, difference_interval
-from peft_layerrope.searcher.sensitivity import sensitivity
 
 UP, DOWN, FLAT = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.0, -0.1, 0.1)
 
 
 def test_u_shape_compares_the_middle_with_both_ends(demo_model, demo_tokenizer):
     tasks = [short_task(demo_tokenizer, 256), short_task(demo_tokenizer)]
-    section = run_u_shape(demo_model, tasks, num_groups=8)
+    section = run_u_shape(Measuring(demo_model, 8), tasks)
     assert len(section.findings) == len(section.data["scores"]) == 2
     for task, (label, found) in zip(tasks, section.data["scores"].items(), strict=True):
         scores = by_hand(demo_model, task, groups=8)
@@ -51,7 +53,7 @@ def test_shapes_have_names(first, last, text):
 
 def test_sweep_scales_all_layers_by_one_factor(demo_model, demo_tokenizer):
     task = short_task(demo_tokenizer)
-    section = run_sweep(demo_model, task, factors=[2, 1.4], num_groups=GROUPS)
+    section = run_sweep(Measuring(demo_model, GROUPS), task, LayerRopeConfig(), [2, 1.4])
     assert list(section.data["scores"]) == ["1", "1.4", "2"]
     assert section.data["scores"]["1"] == by_hand(demo_model, task).to_dict()
     assert section.data["scores"]["1.4"] == by_hand(demo_model, task, [1.4] * 6).to_dict()
@@ -61,7 +63,7 @@ def test_sweep_scales_all_layers_by_one_factor(demo_model, demo_tokenizer):
 def test_sweep_keeps_the_rope_type_in_force(demo_model, demo_tokenizer):
     task = short_task(demo_tokenizer)
     config = LayerRopeConfig(rope_type="dynamic", factor=2.0)
-    section = run_sweep(demo_model, task, config, factors=[1.5], num_groups=GROUPS)
+    section = run_sweep(Measuring(demo_model, GROUPS), task, config, [1.5])
     dynamic = by_hand(demo_model, task, [1.5] * 6, rope_type="dynamic", factor=2.0)
     assert section.data["scores"]["1.5"] == dynamic.to_dict()
     assert "dynamic, factor 2 stays in force" in section.measured
@@ -69,8 +71,8 @@ def test_sweep_keeps_the_rope_type_in_force(demo_model, demo_tokenizer):
 
 @pytest.mark.parametrize("factors", [[], [1.0], [-1.0], [float("nan")], [True]])
 def test_sweep_refuses_factors_that_cannot_work(demo_model, demo_tokenizer, factors):
-    with pytest.raises(SearchError):
-        run_sweep(demo_model, short_task(demo_tokenizer), factors=factors, num_groups=GROUPS)
+    with pytest.raises(LayerRopeError):
+        run_sweep(Measuring(demo_model, GROUPS), short_task(demo_tokenizer), LayerRopeConfig(), factors)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +109,9 @@ def test_half_vectors(factors, first, last):
 
 def test_halves_are_scored_as_by_hand(demo_model, demo_tokenizer, tmp_path):
     task, audience = short_task(demo_tokenizer), Audience()
-    measuring = Measuring(folder=tmp_path, audience=audience)
+    measuring = Measuring(demo_model, GROUPS, folder=tmp_path, audience=audience)
     config = LayerRopeConfig(layer_factors=FACTORS)
-    section = run_halves(demo_model, task, config, num_groups=GROUPS, measuring=measuring)
+    section = run_halves(measuring, task, config)
     expected = {
         "no scaling": None,
         "first half": FACTORS[:3] + [1.0] * 3,
@@ -122,15 +124,14 @@ def test_halves_are_scored_as_by_hand(demo_model, demo_tokenizer, tmp_path):
     assert section.data["average_minus_none"]["first half"]["value"] == pytest.approx(gain.value, abs=1e-6)
     assert audience.stages == [["halves", 4 * GROUPS, 4 * GROUPS]]
 
-    again = Measuring(folder=tmp_path, resume=True)
     demo_model.forward = None  # nothing is left to run
-    resumed = run_halves(demo_model, task, config, num_groups=GROUPS, measuring=again)
+    resumed = run_halves(replace(measuring, resume=True, audience=Audience()), task, config)
     assert resumed.data == section.data
 
 
 def test_an_adapter_for_another_model_is_refused_before_any_work(demo_model, demo_tokenizer):
     with pytest.raises(AdapterMismatchError, match="2 factors, the model 6 layers"):
-        run_halves(demo_model, short_task(demo_tokenizer), LayerRopeConfig(layer_factors=[1.0, 2.0]))
+        run_halves(Measuring(demo_model, 2), short_task(demo_tokenizer), LayerRopeConfig(layer_factors=[1.0, 2.0]))
 
 
 def test_a_shared_kv_cache_keeps_its_layers_together():
@@ -143,8 +144,8 @@ def test_a_shared_kv_cache_keeps_its_layers_together():
 
 def test_sensitivity_is_that_of_its_own_command(demo_model, demo_tokenizer):
     task, audience = short_task(demo_tokenizer), Audience()
-    section = run_sensitivity(demo_model, task, num_groups=GROUPS, measuring=Measuring(audience=audience))
-    result = sensitivity(demo_model, task, num_groups=GROUPS, progress=False)
+    section = run_sensitivity(Measuring(demo_model, GROUPS, audience=audience), task, LayerRopeConfig())
+    result = sensitivity(Measuring(demo_model, GROUPS), task, LayerRopeConfig())
     assert section.data == result.to_dict()
     assert [finding.lower() for finding in section.findings] == [line.lower() for line in result.advice()]
     effect = result.of_layer(1)[2]
@@ -158,8 +159,6 @@ def _loss_task() -> TokenTask:
 
     class Windows(TokenTask):
         def split(self, name, num_groups):
-            from dataclasses import replace
-
             return replace(super().split(name, num_groups), measure="loss")
 
     examples = [
@@ -170,9 +169,10 @@ def _loss_task() -> TokenTask:
 
 def test_losses_have_halves_but_no_shape():
     model, task = build_model("llama"), _loss_task()
-    section = run_halves(model, task, LayerRopeConfig(layer_factors=[1.0, 1.2, 1.5, 2.0]), num_groups=3)
+    measuring = Measuring(model, 3)
+    section = run_halves(measuring, task, LayerRopeConfig(layer_factors=[1.0, 1.2, 1.5, 2.0]))
     assert section.tables[0].header[2:4] == ("loss", "perplexity")
     assert not section.figures
-    for run in (lambda: run_u_shape(model, [task], num_groups=3), lambda: run_sweep(model, task, num_groups=3)):
+    for run in (lambda: run_u_shape(measuring, [task]), lambda: run_sweep(measuring, task, LayerRopeConfig())):
         with pytest.raises(TaskError, match="measures a loss"):
             run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fakes import journal_of, token_task
@@ -18,7 +19,7 @@ from peft_layerrope.cli import experiments as experiments_command
 from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
 from peft_layerrope.experiments import report as report_plan
-from peft_layerrope.experiments.measuring import Measuring, measure
+from peft_layerrope.experiments.measuring import Measuring
 from peft_layerrope.experiments.report import Step
 from peft_layerrope.experiments.section import Section, kept_section
 from peft_layerrope.runs import JOURNAL_NAME, LOCK_NAME
@@ -56,7 +57,7 @@ def test_a_comparison_that_another_call_wants_to_join_ends_as_it_would_have_alon
                     comparison(tmp_path / "joined", resume=resume)
             split = token_task().split("test", 4)
             with pytest.raises(BlockingIOError):
-                measure(small_model(), split, [parse_baseline("none")], "x", Measuring(folder=tmp_path / "joined"))
+                Measuring(small_model(), 4, folder=tmp_path / "joined").scores(split, [parse_baseline("none")], "x")
             refused.append(label)
 
     found, alone = comparison(tmp_path / "joined", progress=join), comparison(tmp_path / "alone")
@@ -139,10 +140,10 @@ def test_a_report_skips_no_experiment_because_its_output_fails(tmp_path, monkeyp
     def fail(measuring: Measuring) -> Section:
         raise error("somebody else's")
 
-    monkeypatch.setattr(report_plan, "report_steps", lambda request: ([Step("halves", fail, 2)], []))
-    monkeypatch.setattr(report_plan, "_asked", lambda request, step: {})
+    monkeypatch.setattr(report_plan, "report_steps", lambda request: ([Step("halves", fail)], []))
+    request = SimpleNamespace(model=None, groups=lambda name: 2, asked=lambda step: {})
     with pytest.raises(error, match="somebody else's"):
-        report_plan.run_steps(None, tmp_path, batch_tokens=1, resume=False, audience=None)
+        report_plan.run_steps(request, tmp_path, batch_tokens=1, resume=False, audience=None)
 
 
 def test_a_dry_run_needs_no_lock(tmp_path):

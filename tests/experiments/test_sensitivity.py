@@ -17,11 +17,17 @@ from peft import get_peft_model
 from rich.console import Console
 from scipy import stats
 
-from peft_layerrope import Example, InvalidConfigError, KeyValueWords, LayerRopeConfig, SearchError, TaskError
-from peft_layerrope.experiments.layer_sensitivity import plot_sensitivity, sensitivity_table
+from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, LayerRopeError, SearchError
+from peft_layerrope.experiments.layer_sensitivity import (
+    LayerEffect,
+    Sensitivity,
+    plot_sensitivity,
+    sensitivity,
+    sensitivity_table,
+)
+from peft_layerrope.experiments.measuring import Measuring
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval, difference_interval, utilisation
-from peft_layerrope.searcher.sensitivity import LayerEffect, Sensitivity, sensitivity
 from peft_layerrope.searcher.space import format_layers, parse_layers
 from peft_layerrope.tasks import Split
 
@@ -50,29 +56,28 @@ class RandomTokens:
         return {"name": self.name}
 
 
-def measure(model, task=None, **arguments) -> Sensitivity:
-    return sensitivity(
-        model, task or RandomTokens(), **{"num_groups": GROUPS, "factors": (2.0, 0.5), "progress": False, **arguments}
-    )
+def measure(model, task=None, factors=(2.0, 0.5), layers=None, config=None, **how) -> Sensitivity:
+    measuring = Measuring(model, **{"num_groups": GROUPS} | how)
+    return sensitivity(measuring, task or RandomTokens(), config or LayerRopeConfig(), factors, layers)
 
 
-def by_hand(model, factors, weights=(0.8, 1.0, 1.2), split="search", **config):
+def by_hand(model, factors, **config):
     """Utilisation of each group, of accuracy and log-prob, of an ordinary PeftModel."""
     peft_model = get_peft_model(model, LayerRopeConfig(layer_factors=list(factors), **config))
-    scores = Scorer(peft_model).score(RandomTokens().split(split, GROUPS))
+    scores = Scorer(peft_model).score(RandomTokens().split("search", GROUPS))
     peft_model.unload()
-    return [np.array([utilisation(row, weights) for row in part]) for part in (scores.correct, scores.log_prob)]
+    return [np.array([utilisation(row) for row in part]) for part in (scores.correct, scores.log_prob)]
 
 
-def check_against_hand(result, model, tied, weights=(0.8, 1.0, 1.2), **arguments):
+def check_against_hand(result, model, tied, **config):
     """`tied`: the layers that get the factor, by the layer that is named."""
-    base = by_hand(model, [1.0] * NUM_LAYERS, weights, **arguments)
+    base = by_hand(model, [1.0] * NUM_LAYERS, **config)
     assert result.accuracy == pytest.approx(base[0].mean(), abs=1e-6)
     assert result.log_prob == pytest.approx(base[1].mean(), abs=1e-5)
     assert [(e.layer, e.factor) for e in result.effects] == [(i, f) for i in result.layers for f in result.factors]
     for effect in result.effects:
         factors = [effect.factor if i in tied[effect.layer] else 1.0 for i in range(NUM_LAYERS)]
-        accuracy, log_prob = by_hand(model, factors, weights, **arguments)
+        accuracy, log_prob = by_hand(model, factors, **config)
         assert effect.accuracy == pytest.approx(accuracy.mean(), abs=1e-6)
         assert effect.log_prob == pytest.approx(log_prob.mean(), abs=1e-5)
         paired = stats.ttest_rel(log_prob, base[1]) if not np.array_equal(log_prob, base[1]) else None
@@ -87,19 +92,19 @@ def check_against_hand(result, model, tied, weights=(0.8, 1.0, 1.2), **arguments
 )
 def test_equals_factors_set_by_hand(arguments):
     model = build_model("llama", max_position_embeddings=16)  # shorter than the prompts, for the dynamic type
-    result = measure(model, **arguments)
+    result = measure(model, config=LayerRopeConfig(**arguments))
     assert result.factors == (0.5, 2.0)
     check_against_hand(result, model, {i: [i] for i in range(NUM_LAYERS)}, **arguments)
     assert len({round(e.log_prob, 6) for e in result.effects}) > NUM_LAYERS  # the factors did reach the layers
 
 
-def test_weights_split_layers_and_small_batches():
+@pytest.mark.parametrize("layers", [(3, 1), "3,1"])
+def test_layers_and_small_batches(layers):
     model = build_model("llama")
-    result = measure(model, weights=(1.0, 5.0, 1.0), split="test", layers=(3, 1), batch_tokens=64)
+    result = measure(model, layers=layers, batch_tokens=64)
     assert result.layers == (1, 3)
-    check_against_hand(result, model, {1: [1], 3: [3]}, (1.0, 5.0, 1.0), split="test")
-    assert result.split["name"] == "test"
-    assert result.settings["weights"] == [1.0, 5.0, 1.0]
+    check_against_hand(result, model, {1: [1], 3: [3]})
+    assert result.split["name"] == "search"
 
 
 def test_layers_with_a_shared_kv_cache_move_with_their_source():
@@ -113,12 +118,8 @@ def test_layers_with_a_shared_kv_cache_move_with_their_source():
     assert [result.followers(i) for i in own] == [tuple(j for j in tied[i] if j != i) for i in own]
     check_against_hand(result, model, tied)
     bound = next(i for i, source in enumerate(sources) if source != i)
-    with pytest.raises(SearchError) as caught:
+    with pytest.raises(SearchError, match=rf"layers \[{bound}\] attend to keys of layers \[{sources[bound]}\]"):
         measure(model, layers=[bound])
-    assert str(caught.value) == (
-        f"layers=({bound}): layer {bound} attends to keys of layer {sources[bound]} (a shared KV cache) and takes the "
-        f"factor there; name layer {sources[bound]} instead."
-    )
 
 
 class Audience:
@@ -145,8 +146,8 @@ class Audience:
 
 def test_the_progress_is_told_every_step():
     audience = Audience()
-    measure(build_model("llama"), progress=audience, num_groups=8)
-    assert audience.done == audience.total == 2 * 4  # factors × parts of two groups
+    measure(build_model("llama"), audience=audience)
+    assert audience.done == audience.total == 1 + 2 * NUM_LAYERS  # the unscaled model, and factors × layers
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -172,45 +173,27 @@ def test_the_model_is_left_as_it_was(ids, fails, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"factors": ()}, "factors=() must hold at least one factor."),
-        ({"factors": 1.5}, "factors=1.5 must be a sequence of numbers."),
-        ({"factors": "1.5"}, "factors='1.5' must be a sequence of numbers."),
-        ({"factors": (1.5, 0)}, "factors=(1.5, 0): 0 must be a positive finite number."),
-        ({"factors": (math.inf,)}, "factors=(inf): inf must be a positive finite number."),
-        ({"factors": (math.nan,)}, "factors=(nan): nan must be a positive finite number."),
-        ({"factors": (True,)}, "factors=(True): True must be a positive finite number."),
-        ({"factors": ("2",)}, "factors=('2'): '2' must be a positive finite number."),
-        ({"factors": (2, 2.0)}, "factors=(2, 2.0) must be distinct."),
-        (
-            {"factors": (1.0, 2.0)},
-            "factors=(1.0, 2.0): 1 is the unscaled model, to which all are compared; leave it out.",
-        ),
-        ({"layers": (0, 4)}, "layers=(0, 4) must be distinct layer indices from 0 to 3."),
-        ({"layers": (-1,)}, "layers=(-1) must be distinct layer indices from 0 to 3."),
-        ({"layers": (1, 1)}, "layers=(1, 1) must be distinct layer indices from 0 to 3."),
-        ({"layers": ()}, "layers=() must be distinct layer indices from 0 to 3."),
-        ({"layers": (1.0,)}, "layers=(1.0) must be distinct layer indices from 0 to 3."),
-        ({"layers": "0-1"}, "layers=('0', '-', '1') must be distinct layer indices from 0 to 3."),
-        ({"num_groups": 1}, "num_groups=1 must be an integer of at least 2, for an interval."),
-        ({"num_groups": 2.0}, "num_groups=2.0 must be an integer of at least 2, for an interval."),
-        ({"split": "train"}, "split='train' is unknown, expected one of search, validation, test."),
-        ({"batch_tokens": 0}, "batch_tokens=0 must be at least 1."),
+        ({"factors": ()}, "has 0 entries"),
+        ({"factors": (1.5, 0)}, "=0 must be greater than 0"),
+        ({"factors": (math.inf,)}, "must be finite"),
+        ({"factors": (math.nan,)}, "must be finite"),
+        ({"factors": (1.0,)}, "other than 1"),
+        ({"layers": (0, 4)}, "must be distinct layer indices from 0 to 3"),
+        ({"layers": (-1,)}, "must be distinct layer indices from 0 to 3"),
+        ({"layers": (1, 1)}, "must be distinct layer indices from 0 to 3"),
+        ({"layers": ()}, "must be distinct layer indices from 0 to 3"),
+        ({"layers": "0-x"}, "'0-x' is no layer or range"),
+        ({"task": RandomTokens(10 * VOCAB)}, "outside the model's vocabulary"),
     ],
 )
-def test_errors_name_value_and_expectation(arguments, message):
-    with pytest.raises(SearchError) as caught:
-        measure(build_model("llama"), **arguments)
-    assert str(caught.value) == message
-
-
-def test_errors_of_others_come_before_any_work(monkeypatch):
+def test_what_cannot_work_is_refused_before_any_work(monkeypatch, arguments, message):
     monkeypatch.setattr("peft_layerrope.base_model.get_peft_model", lambda *args: pytest.fail("work"))
-    with pytest.raises(InvalidConfigError, match="has no effect with rope_type='default'"):
-        measure(build_model("llama"), factor=2.0)
-    with pytest.raises(SearchError, match=r"weights\[1\]=0.0 must"):
-        measure(build_model("llama"), weights=(1.0, 0.0, 1.0))
-    with pytest.raises(TaskError, match="outside the model's vocabulary"):
-        measure(build_model("llama"), RandomTokens(10 * VOCAB))
+    with pytest.raises(LayerRopeError, match=message):
+        measure(build_model("llama"), **arguments)
+
+
+def test_factors_are_tried_once_and_beside_one():
+    assert measure(build_model("llama"), factors=(2, 1.0, 1.5, 2.0), layers=[1]).factors == (1.5, 2.0)
 
 
 # What it advises, on made-up effects.
@@ -259,9 +242,7 @@ def test_factors_below_one_have_an_edge_as_well():
     result = made_up({0: [0.5, 0.3], 1: [0.3, 0.5], 2: [-0.3, -0.2]}, factors=(0.6, 0.8))
     assert result.rises_at_edge() == ()  # 0.8 is the largest tried, but 1.0 lies beyond it and is known
     assert result.rises_at_low_edge() == (0,)
-    assert result.advice()[-1] == "layer 0 is best at 0.6, the smallest tried: try --min-factor 0.3."
-    with pytest.raises(KeyError, match="layer 7 was not scaled; layers 0-2 were"):
-        result.of_layer(7)
+    assert result.advice()[-1] == "layer 0 scores best at 0.6, the smallest tried: try --min-factor 0.3."
 
 
 def test_a_rise_at_the_edge_must_be_significant():
@@ -348,6 +329,6 @@ def test_bad_texts(text, message):
 
 def test_the_demo_model_is_repaired_by_its_first_two_layers(demo_model, demo_tokenizer):
     task = KeyValueWords(demo_tokenizer, 512, seed=777)
-    result = sensitivity(demo_model, task, factors=(1.6,), layers=(0, 1, 4), progress=False)
+    result = sensitivity(Measuring(demo_model, 16), task, LayerRopeConfig(), (1.6,), (0, 1, 4))
     assert result.layers_that_gain() == (0, 1)
     assert result.layers_worth_searching() == (0, 1)
