@@ -1,4 +1,7 @@
-"""The paper's experiments: functions from a model and a task to a [`Section`], and what renders and keeps them."""
+"""The paper's experiments: functions from a [`Measuring`], a task and an adapter's config to a [`Section`].
+
+The model is left as it was found, and an adapter is judged on contexts of the test split.
+"""
 
 from .attention import run_attention
 from .control_points import run_control_points

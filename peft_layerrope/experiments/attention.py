@@ -22,7 +22,7 @@ from ..tasks import Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import without_memory
 from ..tuner.sites import find_stack, model_type, text_config
-from .measuring import Measuring, factor_vector, interval_dict
+from .measuring import Measuring, factor_vector, json_data
 from .section import Section, SectionFigure
 
 EAGER = "eager"
@@ -155,10 +155,7 @@ _LEGEND = (
 def run_attention(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Section:
     """Reads the attention of the last prompt token with the gold first, in the middle and last.
 
-    Args:
-        measuring: model and contexts; one prompt runs at a time, and nothing is kept in its folder.
-        task: where the examples come from; it must know where the gold stands.
-        config: the adapter.
+    One prompt runs at a time, and nothing is kept.
 
     Raises:
         TaskError: a task without gold positions or gold spans, or one that cannot give the contexts.
@@ -181,20 +178,13 @@ def run_attention(measuring: Measuring, task: Task, config: LayerRopeConfig) -> 
     before, after = found
     measured = measuring.described(task, split)
     way = "the whole prompt run eagerly, since the rotation depends on its length" if whole else "last token, by cache"
-    data = {
-        kind: {
-            place: {
-                name: [interval_dict(mean_interval(of_layer)) for of_layer in values[index].T]
-                for name, values in (
-                    ("without", before[kind]),
-                    ("with", after[kind]),
-                    ("difference", after[kind] - before[kind]),
-                )
-            }
+    data = {}
+    for kind in _KINDS:
+        read = {"without": before[kind], "with": after[kind], "difference": after[kind] - before[kind]}
+        data[kind] = {
+            place: {name: list(map(mean_interval, values[index].T)) for name, values in read.items()}
             for index, place in enumerate(PLACES)
         }
-        for kind in _KINDS
-    }
     return Section(
         name=NAME,
         title="Attention on the gold",
@@ -203,7 +193,7 @@ def run_attention(measuring: Measuring, task: Task, config: LayerRopeConfig) -> 
         findings=tuple(_findings(layers, before, after)),
         tables=tuple(_table(kind, layers, before[kind], after[kind]) for kind in _KINDS),
         figures=tuple(_figure(kind, layers, before[kind], after[kind], measured) for kind in _KINDS),
-        data={"task": task.describe(), "split": split.describe(), "layers": layers, "whole_prompt": whole, **data},
+        data=json_data(task=task, split=split, layers=layers, whole_prompt=whole, **data),
     )
 
 
@@ -225,28 +215,14 @@ def _read(
 
 
 def gold_mass(rows: torch.Tensor, gold_span: tuple[int, int]) -> np.ndarray:
-    """Returns the share of the attention on a span, mean over heads.
-
-    Args:
-        rows: shape `(layers, heads, S)`.
-        gold_span: first token, and the one after the last.
-
-    Returns:
-        Shape `(layers,)`.
-    """
+    """Returns the share of the attention on a span, mean over heads: shape `(layers,)`, of `(layers, heads, S)`."""
     start, end = gold_span
     return rows[..., start:end].sum(-1).mean(-1).double().numpy()
 
 
 def relative_entropy(rows: torch.Tensor, visible: Sequence[int]) -> np.ndarray:
-    """Returns the entropy of the attention over that of an even spread, mean over heads.
-
-    Args:
-        rows: shape `(layers, heads, S)`.
-        visible: for each layer how many tokens can be attended to.
-
-    Returns:
-        Shape `(layers,)`: 0 on one token, 1 spread evenly.
+    """Returns the entropy of the attention over that of an even spread, mean over heads: 0 on one token, 1 spread
+    evenly over all that are visible in a layer. Shape `(layers,)`, of `(layers, heads, S)`.
     """
     nats = torch.special.entr(rows.double()).sum(-1).mean(-1).numpy()
     return nats / np.array([math.log(max(count, 2)) for count in visible])

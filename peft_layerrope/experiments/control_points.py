@@ -20,7 +20,7 @@ from .measuring import (
     Measuring,
     factor_vector,
     in_force,
-    interval_dict,
+    json_data,
     log_prob_difference,
     utilisation_difference,
     with_factors,
@@ -102,18 +102,12 @@ def moves(genome: BezierGenome, genes: list[float], step: float = STEP) -> list[
 
 
 def run_control_points(
-    measuring: Measuring, task: Task, config: LayerRopeConfig, grid: FactorGrid | None = None, step: float = STEP
+    measuring: Measuring, task: Task, config: LayerRopeConfig, grid: FactorGrid, step: float = STEP
 ) -> Section:
     """Moves each free coordinate of the adapter's Bézier curve up and down and measures what changes.
 
-    The curve is decoded as the search does, so a move that changes no factor on the grid changes nothing.
-
-    Args:
-        measuring: model and contexts.
-        task: where the examples come from.
-        config: the adapter, with its control points.
-        grid: the factors that the search could choose from; default: the search's default.
-        step: how far a coordinate is moved.
+    The curve is decoded as the search did that chose from `grid`, so a move that changes no factor there changes
+    nothing.
 
     Raises:
         SearchError: the adapter has no control points, or its scaled layers are not the model's.
@@ -121,7 +115,7 @@ def run_control_points(
         TaskError: the task cannot give the contexts.
     """
     model = measuring.model
-    genes, genome = genes_of(config), genome_of(model, config, grid or FactorGrid())
+    genes, genome = genes_of(config), genome_of(model, config, grid)
     final = tuple(factor_vector(model, config))
     if not step > 0:
         raise SearchError(f"step={step} must be positive.")
@@ -153,24 +147,24 @@ def run_control_points(
         findings=tuple(_findings(tried, changes, curve, final, unit)),
         tables=(Table(header, tuple(rows), caption=caption, text_columns=(0, 1)),),
         figures=(_tornado(tried, changes, unit, measured),),
-        data={
-            "task": task.describe(),
-            "split": split.describe(),
-            "curve_factors": list(curve),
-            "adapter_factors": list(final),
-            "adapter_minus_curve": interval_dict(changes[final]),
-            "moves": [
+        data=json_data(
+            task=task,
+            split=split,
+            curve_factors=curve,
+            adapter_factors=final,
+            adapter_minus_curve=changes[final],
+            moves=[
                 {
                     "coordinate": move.coordinate,
                     "from": move.before,
                     "to": move.after,
-                    "layer_factors": list(move.factors),
-                    "utilisation_change": interval_dict(changes[move.factors]),
+                    "layer_factors": move.factors,
+                    "utilisation_change": changes[move.factors],
                 }
                 for move in tried
             ],
-            "utilisation": {label: round(of_one.utilisation(), 6) for label, of_one in by_label.items()},
-        },
+            utilisation={label: of_one.utilisation() for label, of_one in by_label.items()},
+        ),
     )
 
 

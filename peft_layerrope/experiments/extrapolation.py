@@ -11,7 +11,7 @@ from ..plots import COLOURS, GREY, draw_line, new_figure, to_png, unit_axis
 from ..report import Table, Unit, legend, perplexity_of, unit_of
 from ..scoring.scores import Interval, PositionScores, rank_key
 from ..tasks import Task
-from .measuring import Measuring, interval_dict, verdict
+from .measuring import Measuring, json_data, verdict
 from .section import Section, SectionFigure
 
 NAME = "extrapolation"
@@ -22,11 +22,7 @@ Scores = dict[int, dict[str, PositionScores]]
 
 
 def matched_baselines(ratio: float) -> list[Contender]:
-    """Returns no scaling, and PI and Dynamic-NTK with the factor that a length needs; within the window, none.
-
-    Args:
-        ratio: length over trained window.
-    """
+    """Returns no scaling, and PI and Dynamic-NTK with the factor that a length needs, `ratio` times the window."""
     matched = [(PI, "linear"), (NTK, "dynamic")]
     beyond = [Contender(label, kind, (ratio,)) if ratio > 1 else Contender(label) for label, kind in matched]
     return [Contender(NO_SCALING), *beyond]
@@ -38,13 +34,7 @@ def run_extrapolation(
     adapters: Sequence[Contender],
     baselines: Sequence[Contender] = (),
 ) -> Section:
-    """Measures adapters at each length, beside baselines that are matched to it.
-
-    Args:
-        measuring: model and contexts.
-        tasks: the same task for each length in tokens.
-        adapters: what is tested.
-        baselines: what else it has to beat.
+    """Measures adapters with the same task at each length in tokens, beside baselines.
 
     Raises:
         TaskError: no length, contenders of one name, no trained window in the model's config, or a task that cannot
@@ -78,19 +68,13 @@ def run_extrapolation(
         findings=tuple(_findings(scores, [adapter.label for adapter in adapters], unit, window)),
         tables=_tables(scores, gains, unit, window),
         figures=(_figure(scores, unit, measured),),
-        data={
-            "tasks": {str(length): tasks[length].describe() for length in splits},
-            "splits": {str(length): split.describe() for length, split in splits.items()},
-            "window": window,
-            "scores": {
-                str(length): {label: of_one.to_dict() for label, of_one in by_label.items()}
-                for length, by_label in scores.items()
-            },
-            "average_minus_baseline": {
-                str(length): {label: interval_dict(gain) for label, gain in by_label.items()}
-                for length, by_label in gains.items()
-            },
-        },
+        data=json_data(
+            tasks={length: tasks[length] for length in splits},
+            splits=splits,
+            window=window,
+            scores=scores,
+            average_minus_baseline=gains,
+        ),
     )
 
 

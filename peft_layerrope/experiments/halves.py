@@ -7,7 +7,7 @@ from ..plots import draw_positions, new_figure, to_png
 from ..report import Table, legend, score_cells, unit_of
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
-from .measuring import Measuring, factor_vector, in_force, interval_dict, score_header, verdict, with_factors
+from .measuring import Measuring, factor_vector, in_force, json_data, score_header, verdict, with_factors
 from .section import Section, SectionFigure
 
 NAME = "halves"
@@ -22,11 +22,6 @@ def half_vectors(factors: list[float]) -> dict[str, list[float]]:
 
 def run_halves(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Section:
     """Applies the adapter's factors to the first half of the layers, to the last half, to all, and to none.
-
-    Args:
-        measuring: model and contexts.
-        task: where the examples come from.
-        config: the adapter.
 
     Raises:
         AdapterMismatchError: the adapter is for another number of layers.
@@ -65,12 +60,12 @@ def run_halves(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Sec
         ),
         tables=(Table(header, tuple(rows), caption=legend(header, split.measure), text_columns=(0, 1)),),
         figures=figures,
-        data={
-            "task": task.describe(),
-            "split": split.describe(),
-            "layer_factors": {label: made.layer_factors for label, made in configs.items()},
-            "scores": {label: of_one.to_dict() for label, of_one in scores.items()},
-            "average_minus_none": {label: interval_dict(gain) for label, gain in gains.items()},
-            "average_minus_all": {label: interval_dict(gap) for label, gap in short.items()},
-        },
+        data=json_data(
+            task=task,
+            split=split,
+            layer_factors={label: made.layer_factors for label, made in configs.items()},
+            scores=scores,
+            average_minus_none=gains,
+            average_minus_all=short,
+        ),
     )

@@ -25,7 +25,7 @@ from ..tuner.sites import find_stack
 from .measuring import (
     Measuring,
     in_force,
-    interval_dict,
+    json_data,
     log_prob_difference,
     tried_factors,
     utilisation_difference,
@@ -44,17 +44,17 @@ class LayerEffect:
     Attributes:
         layer: the layer; those that attend to its keys are scaled with it.
         factor: its factor.
-        accuracy: context utilisation U of the accuracies, from 0 to 1.
-        log_prob: U of the gold log-probabilities, in nats.
-        accuracy_change: `accuracy` minus the unscaled model's, with a paired 95 % interval over groups.
-        log_prob_change: `log_prob` minus the unscaled model's, likewise.
+        accuracy_utilisation: context utilisation U of the accuracies, from 0 to 1.
+        accuracy_change: that minus the unscaled model's, with a paired 95 % interval over groups.
+        log_prob_utilisation: U of the gold log-probabilities, in nats.
+        log_prob_change: that minus the unscaled model's, likewise.
     """
 
     layer: int
     factor: float
-    accuracy: float
-    log_prob: float
+    accuracy_utilisation: float
     accuracy_change: Interval
+    log_prob_utilisation: float
     log_prob_change: Interval
 
 
@@ -159,36 +159,23 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for a JSON report."""
-        return {
-            "model": self.model_name,
-            "model_window": self.model_window,
-            "task": self.task,
-            "split": self.split,
-            "settings": self.settings,
-            "layers": list(self.layers),
-            "factors": list(self.factors),
-            "key_sources": list(self.key_sources),
-            "unscaled": {
-                "accuracy_utilisation": round(self.accuracy, 6),
-                "log_prob_utilisation": round(self.log_prob, 6),
-            },
-            "effects": [
-                {
-                    "layer": effect.layer,
-                    "factor": effect.factor,
-                    "accuracy_utilisation": round(effect.accuracy, 6),
-                    "accuracy_change": interval_dict(effect.accuracy_change),
-                    "log_prob_utilisation": round(effect.log_prob, 6),
-                    "log_prob_change": interval_dict(effect.log_prob_change),
-                }
-                for effect in self.effects
-            ],
-            "layers_worth_searching": list(self.layers_worth_searching()),
-            "layers_that_gain": list(self.layers_that_gain()),
-            "rises_at_edge": list(self.rises_at_edge()),
-            "rises_at_low_edge": list(self.rises_at_low_edge()),
-            "advice": self.advice(),
-        }
+        return json_data(
+            model=self.model_name,
+            model_window=self.model_window,
+            task=self.task,
+            split=self.split,
+            settings=self.settings,
+            layers=self.layers,
+            factors=self.factors,
+            key_sources=self.key_sources,
+            unscaled={"accuracy_utilisation": self.accuracy, "log_prob_utilisation": self.log_prob},
+            effects=self.effects,
+            layers_worth_searching=self.layers_worth_searching(),
+            layers_that_gain=self.layers_that_gain(),
+            rises_at_edge=self.rises_at_edge(),
+            rises_at_low_edge=self.rises_at_low_edge(),
+            advice=self.advice(),
+        )
 
 
 def _named(layers: Sequence[int], verb: str = "") -> str:
@@ -217,9 +204,6 @@ def sensitivity(
         config: whose rope type and global factor are in force.
         factors: what each layer is scaled by, other than 1.
         layers: which layers to scale, also as text such as `"0-3,7"`; default: all that rotate keys of their own.
-
-    Returns:
-        The effect of each layer and factor; `.advice()` says what follows for a search.
 
     Raises:
         LayerRopeError: a factor or a layer that cannot be.
@@ -254,8 +238,9 @@ def sensitivity(
         effects = []
         for layer, factor in pairs:
             after = scores([factor if i == layer else 1.0 for i in range(space.num_layers)])
-            changes = utilisation_difference(after, before), log_prob_difference(after, before)
-            effects.append(LayerEffect(layer, factor, after.utilisation(), after.log_prob_utilisation(), *changes))
+            accuracy = after.utilisation(), utilisation_difference(after, before)
+            log_prob = after.log_prob_utilisation(), log_prob_difference(after, before)
+            effects.append(LayerEffect(layer, factor, *accuracy, *log_prob))
     return Sensitivity(
         layers=space.scaled_layers,
         factors=tried,
@@ -309,7 +294,9 @@ def sensitivity_table(result: Sensitivity, title: str = "") -> Table:
         for effect in result.of_layer(layer):
             change = effect.log_prob_change
             star = "*" if change.excludes_zero() else ""
-            lines.append((f"{effect.factor:g}", _unit(result).value(effect.accuracy), f"{change.value:+.3f}{star}"))
+            lines.append(
+                (f"{effect.factor:g}", _unit(result).value(effect.accuracy_utilisation), f"{change.value:+.3f}{star}")
+            )
         if beside:
             rows.append((label, *(cell for _, *cells in lines for cell in cells)))
         else:
@@ -360,7 +347,7 @@ def plot_sensitivity(result: Sensitivity) -> bytes:
         x = [result.layers.index(effect.layer) + shift for effect in effects]
         colour = COLOURS[number % len(COLOURS)]
         draw_line(upper, x, [e.log_prob_change for e in effects], NATS, f"× {factor:g}", colour, fmt="o")
-        lower.plot(x, unit.shown([effect.accuracy for effect in effects]), "o", color=colour, markersize=4)
+        lower.plot(x, unit.shown([effect.accuracy_utilisation for effect in effects]), "o", color=colour, markersize=4)
     upper.axhline(0, color="black", linewidth=0.8, label="unscaled")
     lower.axhline(unit.shown(result.accuracy), color="black", linewidth=0.8)
     unit_axis(lower, unit)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -238,6 +239,20 @@ def score_header(measure: Measure) -> tuple[str, ...]:
     return ("loss", "perplexity") if measure == "loss" else ("first", "middle", "last", "accuracy", "U")
 
 
-def interval_dict(interval: Interval) -> dict[str, float | None]:
-    """An interval as JSON values; None for an end that is not finite."""
-    return {name: round(value, 6) if math.isfinite(value) else None for name, value in asdict(interval).items()}
+def json_data(**values: Any) -> dict[str, Any]:
+    """Returns tasks, splits, scores, intervals and what else a section keeps as JSON values."""
+    return _plain(values)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, Interval):
+        return {name: round(end, 6) if math.isfinite(end) else None for name, end in asdict(value).items()}
+    if isinstance(value, PositionScores):
+        return value.to_dict()
+    if hasattr(value, "describe"):
+        return value.describe()
+    return _plain({f.name: getattr(value, f.name) for f in fields(value)}) if is_dataclass(value) else value

@@ -19,7 +19,7 @@ from .measuring import (
     Measuring,
     by_place,
     in_force,
-    interval_dict,
+    json_data,
     score_header,
     tried_factors,
     utilisation_difference,
@@ -34,13 +34,7 @@ DEFAULT_FACTORS = tuple(round(1 + i / 10, 1) for i in range(11))
 def run_sweep(
     measuring: Measuring, task: Task, config: LayerRopeConfig, factors: Sequence[float] = DEFAULT_FACTORS
 ) -> Section:
-    """Scales all layers by one factor at a time.
-
-    Args:
-        measuring: model and contexts.
-        task: where the examples come from.
-        config: whose rope type and global factor are in force.
-        factors: what to scale by; 1 is added.
+    """Scales all layers by one factor at a time, 1 among them, with the rope type of `config` in force.
 
     Raises:
         LayerRopeError: a factor that cannot be, or none but 1.
@@ -70,14 +64,14 @@ def run_sweep(
         findings=tuple(sweep_findings(scores, changes)),
         tables=(Table(("factor", *names, "ΔU to 1"), tuple(rows), "", legend(names, "accuracy"), ()),),
         figures=(_lines(scores, measured), _curves(scores, measured)),
-        data={
-            "task": task.describe(),
-            "split": split.describe(),
-            "rope_type": config.rope_type,
-            "factor": config.factor,
-            "scores": {label: of_one.to_dict() for label, of_one in found.items()},
-            "utilisation_change": {f"{factor:g}": interval_dict(gap) for factor, gap in changes.items()},
-        },
+        data=json_data(
+            task=task,
+            split=split,
+            rope_type=config.rope_type,
+            factor=config.factor,
+            scores=found,
+            utilisation_change={f"{factor:g}": change for factor, change in changes.items()},
+        ),
     )
 
 

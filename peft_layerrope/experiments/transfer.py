@@ -11,19 +11,14 @@ from ..plots import new_figure, plain, to_png
 from ..report import Table, Unit, legend, times_window, unit_of
 from ..scoring.scores import Interval, PositionScores
 from ..tasks import Task
-from .measuring import Measuring, interval_dict
+from .measuring import Measuring, json_data
 from .section import Section, SectionFigure
 
 NAME = "transfer"
 
 
 def run_transfer(measuring: Measuring, cells: Mapping[str, Task], adapters: Sequence[Contender]) -> Section:
-    """Measures each adapter on each task, against no scaling.
-
-    Args:
-        measuring: model and contexts.
-        cells: task by name, such as `"kv_words:512"`; at least one.
-        adapters: what to put on; at least one.
+    """Measures each adapter on each task, against no scaling; tasks by a name such as `"kv_words:512"`.
 
     Raises:
         TaskError: a task that cannot give the contexts.
@@ -66,17 +61,12 @@ def run_transfer(measuring: Measuring, cells: Mapping[str, Task], adapters: Sequ
             Table(header, tuple(changes), f"Difference to {NO_SCALING}"),
         ),
         figures=(_heat_map(scores, gains, units, measured),),
-        data={
-            "tasks": {cell: task.describe() for cell, task in cells.items()},
-            "splits": {cell: split.describe() for cell, split in splits.items()},
-            "scores": {
-                cell: {label: of_one.to_dict() for label, of_one in by_label.items()}
-                for cell, by_label in scores.items()
-            },
-            "average_minus_none": {
-                label: {cell: interval_dict(gain) for cell, gain in by_cell.items()} for label, by_cell in gains.items()
-            },
-        },
+        data=json_data(
+            tasks=cells,
+            splits=splits,
+            scores=scores,
+            average_minus_none=gains,
+        ),
     )
 
 

@@ -9,18 +9,14 @@ from ..plots import draw_positions, new_figure, to_png
 from ..report import ACCURACY, Table, legend, position_table, score_cells, times_window
 from ..scoring.scores import Interval, PositionScores, difference_interval
 from ..tasks import Task
-from .measuring import Measuring, by_place, interval_dict, score_header
+from .measuring import Measuring, by_place, json_data, score_header
 from .section import Section, SectionFigure
 
 NAME = "u-shape"
 
 
 def run_u_shape(measuring: Measuring, tasks: Sequence[Task]) -> Section:
-    """Measures the unscaled model at every gold position, and compares the middle with both ends.
-
-    Args:
-        measuring: model and contexts.
-        tasks: one for each length.
+    """Measures the unscaled model at every gold position, and compares the middle with both ends: a task by length.
 
     Raises:
         TaskError: a task without gold positions, or one that cannot give the contexts.
@@ -52,13 +48,13 @@ def run_u_shape(measuring: Measuring, tasks: Sequence[Task]) -> Section:
         findings=tuple(f"{label}: {describe_shape(*pair)}." for label, pair in gaps.items()),
         tables=(table, *(position_table(scores, f"By position, {label}") for label, scores in curves.items())),
         figures=(SectionFigure("positions", caption, to_png(figure, "Accuracy by position, unscaled", measured)),),
-        data={
-            "tasks": [task.describe() for task in tasks],
-            "splits": [split.describe() for split in splits],
-            "scores": {label: scores.to_dict() for label, scores in curves.items()},
-            "middle_minus_first": {label: interval_dict(first) for label, (first, _) in gaps.items()},
-            "middle_minus_last": {label: interval_dict(last) for label, (_, last) in gaps.items()},
-        },
+        data=json_data(
+            tasks=tasks,
+            splits=splits,
+            scores=curves,
+            middle_minus_first={label: first for label, (first, _) in gaps.items()},
+            middle_minus_last={label: last for label, (_, last) in gaps.items()},
+        ),
     )
 
 

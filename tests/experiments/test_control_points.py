@@ -52,7 +52,7 @@ def test_every_move_is_decoded_as_by_hand(demo_model, layers, grid):
 def test_moves_are_scored_as_by_hand(demo_model, demo_tokenizer):
     task = short_task(demo_tokenizer)
     config = LayerRopeConfig(layer_factors=FACTORS, control_points=POINTS, scaled_layers=[0, 1, 2, 3, 4, 5])
-    section = run_control_points(Measuring(demo_model, GROUPS), task, config)
+    section = run_control_points(Measuring(demo_model, GROUPS), task, config, FactorGrid())
     curve = by_hand(demo_model, task, section.data["curve_factors"])
     assert section.data["curve_factors"] == list(decoded_by_hand(POINTS, range(6), 6, 1, 2, 0.1))
     for move in section.data["moves"]:
@@ -79,4 +79,4 @@ def test_adapters_without_a_curve_are_refused(demo_model, demo_tokenizer, change
     values = {"layer_factors": FACTORS, "control_points": POINTS, "scaled_layers": [0, 1, 2, 3, 4, 5]}
     config = LayerRopeConfig(**values | changes)
     with pytest.raises(SearchError, match=message):
-        run_control_points(Measuring(demo_model, GROUPS), short_task(demo_tokenizer), config)
+        run_control_points(Measuring(demo_model, GROUPS), short_task(demo_tokenizer), config, FactorGrid())

@@ -78,8 +78,8 @@ def check_against_hand(result, model, tied, **config):
     for effect in result.effects:
         factors = [effect.factor if i in tied[effect.layer] else 1.0 for i in range(NUM_LAYERS)]
         accuracy, log_prob = by_hand(model, factors, **config)
-        assert effect.accuracy == pytest.approx(accuracy.mean(), abs=1e-6)
-        assert effect.log_prob == pytest.approx(log_prob.mean(), abs=1e-5)
+        assert effect.accuracy_utilisation == pytest.approx(accuracy.mean(), abs=1e-6)
+        assert effect.log_prob_utilisation == pytest.approx(log_prob.mean(), abs=1e-5)
         paired = stats.ttest_rel(log_prob, base[1]) if not np.array_equal(log_prob, base[1]) else None
         low, high = paired.confidence_interval(0.95) if paired else (0.0, 0.0)
         change, expected = effect.log_prob_change, ((log_prob - base[1]).mean(), low, high)
@@ -95,7 +95,9 @@ def test_equals_factors_set_by_hand(arguments):
     result = measure(model, config=LayerRopeConfig(**arguments))
     assert result.factors == (0.5, 2.0)
     check_against_hand(result, model, {i: [i] for i in range(NUM_LAYERS)}, **arguments)
-    assert len({round(e.log_prob, 6) for e in result.effects}) > NUM_LAYERS  # the factors did reach the layers
+    assert (
+        len({round(e.log_prob_utilisation, 6) for e in result.effects}) > NUM_LAYERS
+    )  # the factors did reach the layers
 
 
 @pytest.mark.parametrize("layers", [(3, 1), "3,1"])
@@ -202,7 +204,7 @@ def test_factors_are_tried_once_and_beside_one():
 def made_up(changes: dict[int, list[float]], factors=(1.5, 2.0), groups=16, key_sources=None) -> Sensitivity:
     """`changes`: per layer one change of log-prob per factor, each ± 0.1."""
     effects = tuple(
-        LayerEffect(layer, f, 0.5, -2 + c, Interval(0, -0.1, 0.1), Interval(c, c - 0.1, c + 0.1))
+        LayerEffect(layer, f, 0.5, Interval(0, -0.1, 0.1), -2 + c, Interval(c, c - 0.1, c + 0.1))
         for layer, row in changes.items()
         for f, c in zip(factors, row, strict=True)
     )

@@ -8,7 +8,7 @@ from experiment_helpers import scores_of
 from scipy import stats
 
 from peft_layerrope import PositionScores
-from peft_layerrope.experiments.measuring import by_place, interval_dict, score_header, utilisation_difference, verdict
+from peft_layerrope.experiments.measuring import by_place, json_data, score_header, utilisation_difference, verdict
 from peft_layerrope.report import ACCURACY, LOSS, score_cells
 from peft_layerrope.scoring.scores import Interval
 
@@ -33,7 +33,7 @@ def test_verdict(interval, unit, text):
 
 
 def test_an_interval_that_is_not_finite_is_none_in_json():
-    assert interval_dict(Interval(0.5, -np.inf, np.inf)) == {"value": 0.5, "low": None, "high": None}
+    assert json_data(gap=Interval(0.5, -np.inf, np.inf)) == {"gap": {"value": 0.5, "low": None, "high": None}}
 
 
 def test_the_middle_is_the_average_of_all_inner_positions():

@@ -149,7 +149,7 @@ def test_sensitivity_is_that_of_its_own_command(demo_model, demo_tokenizer):
     assert section.data == result.to_dict()
     assert [finding.lower() for finding in section.findings] == [line.lower() for line in result.advice()]
     effect = result.of_layer(1)[2]
-    assert section.tables[0].rows[1][5] == f"{100 * effect.accuracy:.1f}"
+    assert section.tables[0].rows[1][5] == f"{100 * effect.accuracy_utilisation:.1f}"
     assert section.tables[0].rows[1][6].startswith(f"{effect.log_prob_change.value:+.3f}")
     assert audience.stages[0][1] == audience.stages[0][2]
 
