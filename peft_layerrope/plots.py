@@ -87,7 +87,7 @@ def draw_positions(axes: Axes, curves: Mapping[str, PositionScores], relative: b
         axes: to draw on.
         curves: label to scores, all of one measure.
         relative: from 0, the first position, to 1, the last.
-        band: draw 95 % intervals too: Wilson's of accuracies, t-intervals over windows of losses.
+        band: draw 95 % intervals too.
     """
     alpha = 0.07 if len(curves) > _MANY else 0.15
     styles = ((colour, dash) for dash in cycle(_DASHES) for colour in COLOURS)
@@ -125,18 +125,12 @@ def draw_line(
 
 def _ends(intervals: Iterable[Interval], unit: Unit) -> np.ndarray:
     """Value, low and high as drawn, of shape `(3, N)`; NaN for what is infinite."""
-    value, one, other = unit.shown([(i.value, i.low, i.high) for i in intervals]).T
-    ends = np.array([value, np.minimum(one, other), np.maximum(one, other)])
+    ends = np.array([unit.shown_interval(interval) for interval in intervals]).T
     return np.where(np.isfinite(ends), ends, np.nan)
 
 
 def plot_by_position(curves: Mapping[str, PositionScores], subtitle: str) -> bytes:
-    """Draws accuracy or loss with its 95 % bands over the position, as PNG; see [`draw_positions`].
-
-    Args:
-        curves: label to scores, all of one measure.
-        subtitle: what was measured, under the title.
-    """
+    """Draws accuracy or loss with its 95 % bands over the position, as PNG; see [`draw_positions`]."""
     figure, (axes,) = new_figure()
     draw_positions(axes, curves, relative=False)
     if next(iter(curves.values())).measure == "loss":
@@ -165,13 +159,9 @@ def plot_gain_over_harm(
     colours = iter(COLOURS)
     for label, (harm, gain) in points.items():
         colour = GREY if label == UNSCALED else next(colours)
-        across, along = (
-            [[max(0.0, interval.value - interval.low)], [max(0.0, interval.high - interval.value)]]
-            for interval in (harm, gain)
-        )
-        axes.errorbar(
-            harm.value, gain.value, along, across, fmt="o", color=colour, markersize=5, linewidth=1, label=label
-        )
+        across, along = ([[max(0.0, i.value - i.low)], [max(0.0, i.high - i.value)]] for i in (harm, gain))
+        style = {"fmt": "o", "color": colour, "markersize": 5, "linewidth": 1, "label": label}
+        axes.errorbar(harm.value, gain.value, along, across, **style)
     # close to 0 the axis is linear, and far from it a factor that ruins the text does not push the others together
     axes.set_xscale("symlog", linthresh=bound if bound is not None else 0.01)
     axes.xaxis.set_major_formatter("{x:g}")

@@ -79,10 +79,9 @@ class Table:
         whole = list(map(cell_len, self.header))
         folded = [min(max(map(cell_len, name.split() or [""])), _WORD) for name in self.header]
         for names, longest in ((whole, _WORD), (folded, _WORD), (folded, _PART)):
-            least = [
-                min(word, longest) if i in self.text_columns else max(cell, name)
-                for i, (word, cell, name) in enumerate(zip(words, cells, names, strict=True))
-            ]
+            least = [max(pair) for pair in zip(cells, names, strict=True)]
+            for i in self.text_columns:
+                least[i] = min(words[i], longest)
             if sum(least) + _GAP * len(least) <= _WIDEST:
                 return least, True
         return [min(word, _WORD) for word in words], False
@@ -156,8 +155,8 @@ class Unit:
 
     def mean(self, interval: Interval) -> str:
         """A mean with its interval."""
-        low, high = sorted((interval.low, interval.high), key=lambda end: self.scale * end)
-        return f"{self.value(interval.value)} [{self.value(low)}, {self.value(high)}]"
+        value, low, high = self.shown_interval(interval)
+        return f"{value:.{self.digits}f} [{low:.{self.digits}f}, {high:.{self.digits}f}]"
 
     def change(self, interval: Interval) -> str:
         """A difference with half the width of its symmetric interval."""
@@ -173,13 +172,17 @@ class Unit:
 
     def change_in_words(self, interval: Interval) -> str:
         """A difference with its interval, for a sentence."""
-        value, low, high = self.shown([interval.value, interval.low, interval.high])
-        low, high = min(low, high), max(low, high)
+        value, low, high = self.shown_interval(interval)
         return f"{value:+.{self.digits}f} {self.step} [{low:+.{self.digits}f}, {high:+.{self.digits}f}]"
 
     def shown(self, scores: Sequence[float] | np.ndarray) -> np.ndarray:
         """Scores as they are drawn."""
         return self.scale * np.asarray(scores, dtype=np.float64)
+
+    def shown_interval(self, interval: Interval) -> tuple[float, float, float]:
+        """Value, lower and upper end as they are drawn."""
+        value, *ends = (self.scale * score for score in (interval.value, interval.low, interval.high))
+        return value, min(ends), max(ends)
 
 
 ACCURACY = Unit("accuracy", "%", "points", 100, 1)
@@ -267,18 +270,19 @@ def position_table(scores: PositionScores, title: str) -> Table:
         ]
         caption = "Tokens from each position to the next. Brackets: 95 % intervals over windows."
         return Table(("token", "loss in nats", "perplexity"), tuple(cells), title, caption, ())
-    more = written_columns(scores)
-    cells = []
-    for row, (position, interval) in enumerate(zip(scores.positions, scores.intervals(), strict=True)):
-        others = [ACCURACY.value(values[:, row].mean()) for values in more.values()]
-        cells.append((str(position), ACCURACY.mean(interval), *others, NATS.value(scores.log_prob_by_position[row])))
-    others = [ACCURACY.value(values.mean()) for values in more.values()]
-    cells.append(("average", ACCURACY.mean(scores.average()), *others, NATS.value(scores.log_prob_by_position.mean())))
-    blanks = [""] * len(more)
-    cells.append(("U", ACCURACY.value(scores.utilisation()), *blanks, NATS.value(scores.log_prob_utilisation())))
+    more, log_prob = written_columns(scores), scores.log_prob_by_position
+    columns = {
+        "gold position": [*map(str, scores.positions), "average", "U"],
+        "accuracy %": [
+            *map(ACCURACY.mean, [*scores.intervals(), scores.average()]),
+            ACCURACY.value(scores.utilisation()),
+        ],
+        **{name: [*map(ACCURACY.value, [*v.mean(axis=0), v.mean()]), ""] for name, v in more.items()},
+        "gold log-prob": list(map(NATS.value, [*log_prob, log_prob.mean(), scores.log_prob_utilisation()])),
+    }
     caption = "Brackets: 95 % intervals, of the average over contexts, else Wilson's; U: context utilisation."
-    header = ("gold position", "accuracy %", *more, "gold log-prob")
-    return Table(header, tuple(cells), title, " ".join([caption, *written_legend(scores)]), ())
+    caption = " ".join([caption, *written_legend(scores)])
+    return Table(tuple(columns), tuple(zip(*columns.values(), strict=True)), title, caption, ())
 
 
 def written_columns(scores: PositionScores) -> dict[str, np.ndarray]:
@@ -300,10 +304,8 @@ def written_legend(scores: PositionScores) -> list[str]:
 
 
 def fitness_remark(scores: Mapping[str, PositionScores]) -> list[str]:
-    """Returns a line where other answers are the likeliest, which a search climbs to, than are right the most often.
-
-    Args:
-        scores: by the name of what was scored, all on the same examples.
+    """Returns a line where other answers are the likeliest, which a search climbs to, than are right the most often:
+    of scores on the same examples, by the name of what was scored.
     """
     if any(each.written is None or each.written.forced is None for each in scores.values()):
         return []

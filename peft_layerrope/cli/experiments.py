@@ -75,10 +75,7 @@ class Kept:
     overwrite: Annotated[bool, _output("Replace an earlier result in --output.", "--overwrite")] = False
 
     def check(self, name: str) -> None:
-        """Refuses an output that cannot be used, before any work.
-
-        Args:
-            name: the experiment's.
+        """Refuses an output that the experiment of this name cannot use, before any work.
 
         Raises:
             SearchError: no output to resume, or one that holds a result already.
@@ -114,17 +111,14 @@ class Run:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model, without an adapter."""
         return load(self.compute.source)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer."""
         return load_tokenizer(self.compute.source)
 
-    @cached_property
+    @property
     def window(self) -> int | None:
-        """Its trained window."""
         return trained_window(self.model)
 
     @cached_property
@@ -135,19 +129,13 @@ class Run:
 
     @cached_property
     def task(self) -> Task:
-        """The task that was asked for."""
         return self.make_task(self.specification)
 
     def make_task(self, specification: TaskSpecification) -> Task:
-        """Makes another task for the model's tokenizer."""
         return build_task(specification, self.tokenizer)
 
     def finish(self, experiment: Callable[[Measuring], Section]) -> None:
-        """Runs the experiment, prints its section, and writes it where `--output` was given.
-
-        Args:
-            experiment: measures; not called where a resumed run was finished.
-        """
+        """Runs the experiment unless a resumed run had ended, prints its section, and writes it to `--output`."""
         folder = self.kept.output
         model, dtype = self.model, self.compute.source.dtype
 
@@ -205,12 +193,8 @@ _NOT_PART_OF_THE_RESULT = ("output", "resume", "overwrite", "debug", "batch_toke
 
 
 def repeated(context: typer.Context, words: Sequence[str], left_out: Sequence[str]) -> str:
-    """Returns the command line that repeats a call: what differs from the defaults.
-
-    Args:
-        context: of the call.
-        words: the command and its arguments.
-        left_out: parameters that it does not name, beside those that make no difference.
+    """Returns the command line that repeats a call: `words`, and the options that differ from the defaults; without
+    those that are `left_out` or make no difference to the result.
     """
     options = []
     for one in context.command.params:

@@ -16,12 +16,12 @@ from ..errors import SearchError
 from ..experiments.measuring import factor_vector
 from ..experiments.report import ReportRequest, run_steps, write_report
 from ..loading import load_adapter_config
-from ..messages import DEMO_NAME, last_component
+from ..messages import DEMO_NAME
 from ..runs import check_free, locked
 from ..searcher.plan import RichProgress
 from ..searcher.result import SearchRecord, read_record
 from ..searcher.settings import SearchSpecification, read_specification
-from ..tasks.specification import TASK_NAMES, TaskSpecification
+from ..tasks.specification import TaskSpecification
 from ..tuner.sites import trained_window
 from .app import app, err, out, plain_errors, resumable
 from .experiments import repeated
@@ -91,11 +91,12 @@ def report_command(
         check_output(sections, resume, overwrite)
         searched = _searched(folder, record)
         compute = _compute(searched, model, computing)
-        specification = _changed(searched.task, asked)
+        # another task has few of the settings of the one that was searched on
+        task = searched.task.of_task(asked["name"]) if "name" in asked else searched.task
         tokenizer, loaded = load_tokenizer(compute.source), load(compute.source)
         factor_vector(loaded, config)
         window = trained_window(loaded)
-        specification = resolve_task(specification, window, compute.source.model is None, tokenizer)
+        specification = resolve_task(replace(task, **asked), window, compute.source.model is None, tokenizer)
         if window is not None and specification.length > _LONGEST * window:
             raise SearchError(
                 f"{folder}: prompts of {specification.length} tokens are more than {_LONGEST}× the model's window of "
@@ -118,11 +119,8 @@ def report_command(
         command = repeated(context, ["report", str(folder)], ("folder", "kind"))
         with resumable("the same command and --resume."), locked(sections):
             with RichProgress(err) as audience:
-                ran, skipped = run_steps(
-                    request, sections, batch_tokens=compute.batch_tokens, resume=resume, audience=audience
-                )
-            name = last_component(str(folder))
-            write_report(output, record, config, name, ran, skipped, command, markdown=kind is Format.md)
+                ran, skipped = run_steps(request, sections, compute.batch_tokens, resume, audience)
+            write_report(output, request, ran, skipped, command, markdown=kind is Format.md)
         for section_name, reason in skipped:
             err.print(f"not run: {section_name}: {reason}", highlight=False, markup=False)
         out.print(f"report: {output}", highlight=False, markup=False, soft_wrap=True)
@@ -140,23 +138,12 @@ def _compute(searched: SearchSpecification, model: str | None, computing: Typed)
 
 def _searched(folder: Path, record: SearchRecord) -> SearchSpecification:
     """The search that is reported on; a file that its task read is named by whoever asks for the report."""
-    path = folder / SPECIFICATION_NAME
+    path, known = folder / SPECIFICATION_NAME, record.task
     if path.is_file():
         found = SearchSpecification.of(read_specification(path), str(path))
-        task = replace(found.task, length=found.task.length or record.task.length, data=None)
-        return replace(found, model=_model_of(record), task=task)
-    if record.task.name not in TASK_NAMES:
-        raise SearchError(f"{folder}: the search's task {record.task.name!r} is not one of {', '.join(TASK_NAMES)}.")
-    positions = len(record.task.positions) if record.task.name != "perplexity" else None
-    task = TaskSpecification(record.task.name, record.task.length, positions or None, record.task.seed)
-    return SearchSpecification(model=_model_of(record), task=task)
-
-
-def _model_of(record: SearchRecord) -> str | None:
-    return None if record.model == DEMO_NAME else record.model
-
-
-def _changed(specification: TaskSpecification, changes: Typed) -> TaskSpecification:
-    """Another task has few of the settings of the one that was searched on."""
-    name = changes.get("name", specification.name)
-    return replace(specification.of_task(name) if name is not None else specification, **changes)
+        task = replace(found.task, length=found.task.length or known.length, data=None)
+    else:
+        found = SearchSpecification()
+        positions = len(known.positions) if known.name != "perplexity" else 0
+        task = TaskSpecification(known.name, known.length, positions or None, known.seed)
+    return replace(found, model=None if record.model == DEMO_NAME else record.model, task=task)

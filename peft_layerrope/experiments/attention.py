@@ -41,43 +41,35 @@ class AttentionReader:
         model: a transformers model, with or without an adapter.
 
     Attributes:
+        model: see above.
         whole: whether the whole prompt runs eagerly.
+        layers: those that have attention weights, found by a trial.
 
     Raises:
         UnsupportedModelError: the model's attention cannot be read.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model.eval()
-        self._stack = find_stack(model)
+        self.model = model.eval()
         self.whole = rotation_depends_on_length(model)
+        self.layers = [layer for layer, row in enumerate(self._rows(_TRIAL)) if row is not None]
+        if not self.layers:
+            raise UnsupportedModelError(f"{model_type(model)}: its layers return no attention weights.")
 
-    def layers(self) -> list[int]:
-        """Returns the layers that have attention weights, after a trial.
-
-        Raises:
-            UnsupportedModelError: none has.
-        """
-        found = [layer for layer, row in enumerate(self._rows(_TRIAL)) if row is not None]
-        if not found:
-            raise UnsupportedModelError(f"{model_type(self._model)}: its layers return no attention weights.")
-        return found
-
-    def read(self, prompt: Sequence[int], layers: Sequence[int]) -> torch.Tensor:
+    def read(self, prompt: Sequence[int]) -> torch.Tensor:
         """Returns the last token's attention: float32 of shape `(layers, heads, S)` on the CPU."""
         rows = self._rows(prompt)
-        return torch.stack([rows[layer] for layer in layers])
+        return torch.stack([rows[layer] for layer in self.layers])
 
     @torch.no_grad()
     def _rows(self, prompt: Sequence[int]) -> list[torch.Tensor | None]:
-        device = self._model.get_input_embeddings().weight.device
-        ids = torch.tensor([list(prompt)], device=device)
+        ids = torch.tensor([list(prompt)], device=self.model.get_input_embeddings().weight.device)
         cache = None
         if not self.whole:
-            cache = self._model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            cache = self.model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
             ids = ids[:, -1:]
-        with _eager(self._model), without_memory(self._model), _recorded(self._stack.layers) as rows:
-            self._model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        with _eager(self.model), without_memory(self.model), _recorded(find_stack(self.model).layers) as rows:
+            self.model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
         # a cache with a sliding window has forgotten the first keys, which get no attention
         return [None if row is None else nn.functional.pad(row, (len(prompt) - row.shape[-1], 0)) for row in rows]
 
@@ -173,8 +165,8 @@ def run_attention(measuring: Measuring, task: Task, config: LayerRopeConfig) -> 
     for contender in contenders:
         with contending(measuring.model, contender) as subject:
             reader = AttentionReader(subject)
-            layers, whole = reader.layers(), whole or reader.whole
-            found.append(_read(subject, reader, layers, split, measuring))
+            layers, whole = reader.layers, whole or reader.whole
+            found.append(_read(reader, split, measuring))
     before, after = found
     measured = measuring.described(task, split)
     way = "the whole prompt run eagerly, since the rotation depends on its length" if whole else "last token, by cache"
@@ -197,17 +189,15 @@ def run_attention(measuring: Measuring, task: Task, config: LayerRopeConfig) -> 
     )
 
 
-def _read(
-    model: nn.Module, reader: AttentionReader, layers: Sequence[int], split: Split, measuring: Measuring
-) -> dict[str, np.ndarray]:
+def _read(reader: AttentionReader, split: Split, measuring: Measuring) -> dict[str, np.ndarray]:
     """Mass and entropy: float64 of shape `(places, groups, layers)` each."""
-    found = {kind: np.empty((len(PLACES), split.num_groups, len(layers))) for kind in _KINDS}
+    found = {kind: np.empty((len(PLACES), split.num_groups, len(reader.layers))) for kind in _KINDS}
     for place, position in enumerate((0, len(split.positions) // 2, len(split.positions) - 1)):
         examples = [example for example in split.examples if example.position == position]
         for group, example in enumerate(examples):
             prompt = example.context_ids + example.query_ids
-            rows = reader.read(prompt, layers)
-            visible = [visible_tokens(model, layer, len(prompt)) for layer in layers]
+            rows = reader.read(prompt)
+            visible = [visible_tokens(reader.model, layer, len(prompt)) for layer in reader.layers]
             found["mass"][place, group] = gold_mass(rows, example.gold_span)
             found["entropy"][place, group] = relative_entropy(rows, visible)
             measuring.audience.advance()

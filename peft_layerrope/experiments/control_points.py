@@ -199,10 +199,10 @@ def _tornado(tried: list[Move], changes: dict[Factors, Interval], unit: Unit, me
 
     order = sorted(COORDINATES, key=spread)
     for move in tried:
-        change, y = changes[move.factors], order.index(move.coordinate) + 0.2 * move.sign
-        value, *ends = unit.shown([change.value, change.low, change.high])
+        y = order.index(move.coordinate) + 0.2 * move.sign
+        value, low, high = unit.shown_interval(changes[move.factors])
         axes.barh(y, value, height=0.38, color=COLOURS[1] if move.sign > 0 else COLOURS[0], alpha=0.85)
-        axes.errorbar(value, y, xerr=[[value - min(ends)], [max(ends) - value]], color="0.25", elinewidth=1, capsize=2)
+        axes.errorbar(value, y, xerr=[[value - low], [high - value]], color="0.25", elinewidth=1, capsize=2)
         axes.annotate(
             f"{move.after:.2f}", (1, y), (4, 0), ("axes fraction", "data"), "offset points", fontsize=7, va="center"
         )

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..base_model import adapted, keeping_modes
 from ..plots import COLOURS, draw_line, new_figure, to_png, unit_axis
-from ..report import NATS, Table, Unit, times_window, unit_of
+from ..report import NATS, Table, times_window, unit_of
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import Scorer
@@ -19,7 +19,7 @@ from ..searcher.common import model_name
 from ..searcher.evaluator import densely_scored
 from ..searcher.settings import SearchSettings
 from ..searcher.space import format_layers
-from ..tasks import PromptTask, Task
+from ..tasks import Measure, PromptTask, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
 from .measuring import (
@@ -90,6 +90,10 @@ class Sensitivity:
     model_window: int | None
     task: dict[str, Any]
     split: dict[str, Any]
+
+    @property
+    def measure(self) -> Measure:
+        return self.split.get("measure", "accuracy")
 
     def of_layer(self, layer: int) -> tuple[LayerEffect, ...]:
         """Returns the effects of one layer, by ascending factor."""
@@ -285,7 +289,7 @@ def sensitivity_table(result: Sensitivity, title: str = "") -> Table:
     line for each layer and factor.
     """
     beside = len(result.factors) <= _MOST_FACTORS_BESIDE
-    name = "loss" if _is_loss(result) else "U"
+    name, unit = "loss" if result.measure == "loss" else "U", unit_of(result.measure)
     rows = []
     for layer in result.layers:
         followers = result.followers(layer)
@@ -293,10 +297,8 @@ def sensitivity_table(result: Sensitivity, title: str = "") -> Table:
         lines = []
         for effect in result.of_layer(layer):
             change = effect.log_prob_change
-            star = "*" if change.excludes_zero() else ""
-            lines.append(
-                (f"{effect.factor:g}", _unit(result).value(effect.accuracy_utilisation), f"{change.value:+.3f}{star}")
-            )
+            shown = f"{change.value:+.3f}{'*' * change.excludes_zero()}"
+            lines.append((f"{effect.factor:g}", unit.value(effect.accuracy_utilisation), shown))
         if beside:
             rows.append((label, *(cell for _, *cells in lines for cell in cells)))
         else:
@@ -310,20 +312,12 @@ def change_style(cell: str) -> str:
     return "" if not cell.endswith("*") else "green" if cell.startswith("+") else "red"
 
 
-def _is_loss(result: Sensitivity) -> bool:
-    return result.split.get("measure") == "loss"
-
-
-def _unit(result: Sensitivity) -> Unit:
-    return unit_of(result.split.get("measure", "accuracy"))
-
-
 def _legend(result: Sensitivity) -> str:
     what = (
         f"U: context utilisation of the accuracies in %, {100 * result.accuracy:.1f} unscaled. Δ: change of the gold "
         f"log-prob's U in nats, from {result.log_prob:.3f} unscaled."
     )
-    if _is_loss(result):
+    if result.measure == "loss":
         what = f"loss: in nats per token, {-result.accuracy:.3f} unscaled. Δ: nats saved."
     legend = (
         f"Only that layer is scaled. {what} *: the paired 95 % interval over contexts excludes 0, as it does for 1 in "
@@ -340,7 +334,7 @@ def plot_sensitivity(result: Sensitivity) -> bytes:
     """
     figure, (upper, lower) = new_figure(6.4, rows=2, sharex=True, height_ratios=(3, 2))
     figure.set_figwidth(min(max(figure.get_figwidth(), 2.2 + 0.09 * len(result.effects)), 14))
-    loss, unit = _is_loss(result), _unit(result)
+    loss, unit = result.measure == "loss", unit_of(result.measure)
     for number, factor in enumerate(result.factors):
         effects = [effect for effect in result.effects if effect.factor == factor]
         shift = _GROUP_WIDTH * ((number + 0.5) / len(result.factors) - 0.5)

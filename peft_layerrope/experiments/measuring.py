@@ -58,7 +58,6 @@ class Measuring:
 
     @property
     def window(self) -> int | None:
-        """The model's trained window in tokens; None if its config does not say."""
         return trained_window(self.model)
 
     def within(self, name: str) -> Measuring:
@@ -66,11 +65,7 @@ class Measuring:
         return self if self.folder is None else replace(self, folder=self.folder / name)
 
     def split(self, task: Task, name: SplitName = "test") -> Split:
-        """Returns contexts of the task.
-
-        Raises:
-            TaskError: it cannot give so many.
-        """
+        """Returns contexts of the task; raises TaskError if it cannot give so many."""
         return task.split(name, self.num_groups)
 
     def split_by_position(self, task: Task, experiment: str) -> Split:
@@ -89,7 +84,6 @@ class Measuring:
         """Scores each contender on the same examples, and returns the scores by label.
 
         Raises:
-            TaskError: see `compare`.
             BlockingIOError: another run is at work in the same folder.
             LayerRopeError: a contender that cannot be put onto the model, before anything is scored.
         """

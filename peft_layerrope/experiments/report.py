@@ -16,10 +16,12 @@ from ..comparison.contenders import Contender
 from ..declaration import as_options
 from ..errors import LayerRopeError
 from ..files import write_atomically, writing
+from ..messages import last_component
 from ..plots import plot_by_position, plot_factors_by_depth
 from ..report import escape_markdown, format_factors, times_window, unit_of
 from ..searcher.plan import SearchProgress
 from ..searcher.result import NONE, SearchRecord
+from ..tasks import Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
@@ -108,23 +110,13 @@ _FOOTER = (
 
 
 def write_report(
-    path: Path,
-    record: SearchRecord,
-    config: LayerRopeConfig,
-    name: str,
-    experiments: Sequence[Section],
-    skipped: Pairs,
-    command: str,
-    *,
-    markdown: bool,
+    path: Path, request: ReportRequest, experiments: Sequence[Section], skipped: Pairs, command: str, *, markdown: bool
 ) -> None:
     """Writes the report.
 
     Args:
         path: the file; Markdown has its pictures in a folder beside it, named as the file without its ending.
-        record: the search.
-        config: the adapter.
-        name: the adapter's name.
+        request: what it is about.
         experiments: what was measured.
         skipped: names of experiments that were not run, and why.
         command: the command line that repeats the report.
@@ -133,8 +125,9 @@ def write_report(
     Raises:
         OSError: a file cannot be written.
     """
+    record, config = request.record, request.config
     sections = [held_out_section(record), factors_section(config), *experiments]
-    title = f"Report on {name}: per-layer RoPE scaling for {record.model}"
+    title = f"Report on {last_component(request.adapter)}: per-layer RoPE scaling for {record.model}"
     known = [*facts(record, config), ("this report", command)]
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +226,7 @@ class Step:
 def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
     """Returns the experiments that may apply, and those that do not from the start, with the reason."""
     config, make, specification, skipped = request.config, request.make_task, request.specification, []
-    window, task = trained_window(request.model), make(specification)
+    window, task, grid = trained_window(request.model), make(specification), request.record.grid
     adapter = (("--adapter", request.adapter),)
     rope = (("--rope-type", config.rope_type), ("--factor", config.factor)) if config.rope_type != "default" else ()
     factors = _QUICK_SWEEP if request.quick else sweep.DEFAULT_FACTORS
@@ -243,50 +236,33 @@ def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
         Step(sweep.NAME, lambda m: sweep.run_sweep(m, task, config, factors), tried),
         Step(layer_sensitivity.NAME, lambda m: layer_sensitivity.run_sensitivity(m, task, config), rope),
         Step(halves.NAME, lambda m: halves.run_halves(m, task, config), adapter),
-        Step(
-            control_points.NAME,
-            lambda m: control_points.run_control_points(m, task, config, request.record.grid),
-            adapter,
-        ),
+        Step(control_points.NAME, lambda m: control_points.run_control_points(m, task, config, grid), adapter),
         Step(attention.NAME, lambda m: attention.run_attention(m, task, config), adapter),
     ]
-    tasks: dict[int, Any] = {}
+    tasks: dict[int, Task] = {}
     if window is None:
         skipped.append((extrapolation.NAME, "the model's config names no trained window to extrapolate from."))
     else:
         tasks, refused = default_lengths(make, specification, window)
         skipped += [(f"{extrapolation.NAME} at {length} tokens", reason) for length, reason in refused.items()]
-    everyone = ("--adapter", [request.adapter, *request.others])
-    contenders = [Contender.of_adapter(one) for one in everyone[1]]
+    adapters = [request.adapter, *request.others]
+    contenders = list(map(Contender.of_adapter, adapters))
     if tasks:
-        lengths = ("--lengths", ",".join(map(str, tasks)))
-        steps.append(
-            Step(
-                extrapolation.NAME,
-                lambda m: extrapolation.run_extrapolation(m, tasks, contenders),
-                (everyone, lengths),
-            )
-        )
+        options = ("--adapter", adapters), ("--lengths", ",".join(map(str, tasks)))
+        steps.append(Step(extrapolation.NAME, lambda m: extrapolation.run_extrapolation(m, tasks, contenders), options))
     if not request.others:
         skipped.append((transfer.NAME, "it compares adapters: pass another one with --also."))
     elif tasks:
         cells = {f"{specification.name}:{length}": task for length, task in tasks.items()}
-        on = ("--on", list(cells))
-        steps.append(Step(transfer.NAME, lambda m: transfer.run_transfer(m, cells, contenders), (everyone, on)))
+        options = ("--adapter", adapters), ("--on", list(cells))
+        steps.append(Step(transfer.NAME, lambda m: transfer.run_transfer(m, cells, contenders), options))
     return steps, skipped
 
 
 def run_steps(
-    request: ReportRequest, folder: Path, *, batch_tokens: int, resume: bool, audience: SearchProgress
+    request: ReportRequest, folder: Path, batch_tokens: int, resume: bool, audience: SearchProgress
 ) -> tuple[list[Section], Pairs]:
     """Runs the experiments of a report, each kept in `folder` as soon as it is there.
-
-    Args:
-        request: what the report is about.
-        folder: for finished sections and the parts of unfinished ones.
-        batch_tokens: tokens per forward pass.
-        resume: keep sections and parts in `folder` that answer the same request.
-        audience: whom to tell how far it is.
 
     Returns:
         The sections, and the names of experiments that do not apply, with the reason.

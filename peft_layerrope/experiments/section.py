@@ -101,13 +101,7 @@ def code_markdown(text: str) -> str:
 
 
 def to_markdown(section: Section, figures_at: str = "", level: int = 1) -> str:
-    """Returns a section as Markdown.
-
-    Args:
-        section: what to write.
-        figures_at: where its figures' files are, ending in a slash.
-        level: of its heading.
-    """
+    """Returns a section as Markdown, with a heading of this level; `figures_at` comes before its figures' files."""
     blocks = [
         f"{'#' * level} {escape_markdown(section.title)}",
         f"*{escape_markdown(section.question)}*",
@@ -132,7 +126,7 @@ def to_html(
     Args:
         title: of the page.
         facts: names and values under the title.
-        sections: in their order.
+        sections: of the page, in order.
         skipped: names of experiments that were not run, and why.
         footer: the last line.
     """
@@ -238,13 +232,7 @@ def save_section(section: Section, folder: Path, asked: Mapping[str, Any]) -> No
 
 
 def load_section(folder: Path, name: str, asked: Mapping[str, Any] | None = None) -> Section | None:
-    """Returns a section that [`save_section`] wrote, if it is whole and answers what is asked now.
-
-    Args:
-        folder: where it is.
-        name: its name.
-        asked: what it should depend on; None: whatever.
-    """
+    """Returns a section that [`save_section`] wrote, if it is whole and answers what is asked now; None: anything."""
     try:
         values = read_json_object(folder / f"{name}.json", _MAX_JSON)
         section = _SECTION.validate_python(values)  # names first: they become paths

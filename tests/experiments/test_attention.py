@@ -40,13 +40,13 @@ def test_rows_equal_the_last_row_of_the_whole_map(family, config):
     if family != "sliding" and family != "gemma2":
         model.set_attn_implementation("sdpa")
     if config is None:
-        rows = AttentionReader(model).read(PROMPT, LAYERS)
+        rows = AttentionReader(model).read(PROMPT)
         whole = last_row_of_whole_maps(model, PROMPT)
     else:
         with adapted(model, config) as peft_model:
             reader = AttentionReader(peft_model)
             assert reader.whole == (config is DYNAMIC)
-            rows, whole = reader.read(PROMPT, LAYERS), last_row_of_whole_maps(peft_model, PROMPT)
+            rows, whole = reader.read(PROMPT), last_row_of_whole_maps(peft_model, PROMPT)
     assert rows.shape == (4, 4, len(PROMPT))
     assert whole.std() > 1e-3
     torch.testing.assert_close(rows, whole, atol=2e-5, rtol=1e-3)
@@ -57,7 +57,7 @@ def test_rows_of_dynamic_ntk_by_cache_would_be_wrong():
     with adapted(build_model("llama"), DYNAMIC) as model:
         reader = AttentionReader(model)
         reader.whole = False
-        difference = reader.read(PROMPT, LAYERS) - last_row_of_whole_maps(model, PROMPT)
+        difference = reader.read(PROMPT) - last_row_of_whole_maps(model, PROMPT)
     assert difference.abs().max() > 1e-4
 
 
@@ -65,7 +65,7 @@ def test_rows_of_dynamic_ntk_by_cache_would_be_wrong():
 def test_the_implementation_is_as_it_was(implementation):
     model = build_model("llama")
     model.set_attn_implementation(implementation)
-    AttentionReader(model).read(PROMPT, LAYERS)
+    AttentionReader(model).read(PROMPT)
     assert model.config._attn_implementation == implementation
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -80,7 +80,7 @@ def test_only_rows_are_kept(whole):
         sizes.append(output[1].shape[-2] if output[1] is not None else 0)
 
     handles = [layer.self_attn.register_forward_hook(hook) for layer in model.model.layers]
-    rows = reader.read(PROMPT, LAYERS)
+    rows = reader.read(PROMPT)
     for handle in handles:
         handle.remove()
     assert max(sizes) == (len(PROMPT) if whole else 1)
@@ -156,4 +156,4 @@ def test_a_model_that_returns_no_weights_is_refused():
         inner = layer.self_attn.forward
         layer.self_attn.forward = lambda *args, inner=inner, **kwargs: (inner(*args, **kwargs)[0], None)
     with pytest.raises(UnsupportedModelError, match="no attention weights"):
-        AttentionReader(model).layers()
+        AttentionReader(model)

@@ -143,7 +143,7 @@ def test_a_report_skips_no_experiment_because_its_output_fails(tmp_path, monkeyp
     monkeypatch.setattr(report_plan, "report_steps", lambda request: ([Step("halves", fail)], []))
     request = SimpleNamespace(model=None, groups=lambda name: 2, asked=lambda step: {})
     with pytest.raises(error, match="somebody else's"):
-        report_plan.run_steps(request, tmp_path, batch_tokens=1, resume=False, audience=None)
+        report_plan.run_steps(request, tmp_path, 1, False, None)
 
 
 def test_a_dry_run_needs_no_lock(tmp_path):
