@@ -121,19 +121,19 @@ def run_control_points(
         raise SearchError(f"step={step} must be positive.")
     curve, tried = genome.decode(genes), moves(genome, genes, step)
     split = measuring.split(task)
-    vectors = {_label(vector): vector for vector in (curve, final, *(move.factors for move in tried))}
-    contenders = [Contender.of_config(label, with_factors(model, config, v)) for label, v in vectors.items()]
-    by_label = measuring.scores(split, contenders, NAME)
-    scores = {vector: by_label[label] for label, vector in vectors.items()}
+    vectors = (curve, final, *(move.factors for move in tried))
+    configs = {_label(vector): with_factors(model, config, vector) for vector in vectors}
+    by_label = measuring.scores(split, list(map(Contender.of_config, configs, configs.values())), NAME)
+    scores = {vector: by_label[_label(vector)] for vector in vectors}
     changes = {vector: utilisation_difference(of_one, scores[curve]) for vector, of_one in scores.items()}
     unit, measured = unit_of(split.measure), measuring.described(task, split)
     rows = [("the curve itself", _label(curve), unit.value(scores[curve].utilisation()), "", "")]
     for label, vector in [("the adapter's factors", final), *((move.label, move.factors) for move in tried)]:
-        cells = ["as the curve", unit.value(scores[vector].utilisation()), "0", "0"]
+        factors, gaps = "as the curve", ("0", "0")
         if vector != curve:
-            nats = NATS.change(log_prob_difference(scores[vector], scores[curve]))
-            cells = [_label(vector), cells[1], unit.change(changes[vector]), nats]
-        rows.append((label, *cells))
+            nats = log_prob_difference(scores[vector], scores[curve])
+            factors, gaps = _label(vector), (unit.change(changes[vector]), NATS.change(nats))
+        rows.append((label, factors, unit.value(scores[vector].utilisation()), *gaps))
     header = ("moved", "factors", "U" if split.measure == "accuracy" else unit.name, "Δ", "Δ gold log-prob's U")
     caption = (
         f"Each coordinate moved by ±{step:g}, at most to its limit, and rounded to the grid as in the search. Δ: to "

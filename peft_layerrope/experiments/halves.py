@@ -30,7 +30,7 @@ def run_halves(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Sec
     factors = factor_vector(measuring.model, config)
     split = measuring.split(task)
     configs = {label: with_factors(measuring.model, config, vector) for label, vector in half_vectors(factors).items()}
-    scores = measuring.scores(split, [Contender.of_config(label, made) for label, made in configs.items()], NAME)
+    scores = measuring.scores(split, list(map(Contender.of_config, configs, configs.values())), NAME)
     unit, measured = unit_of(split.measure), measuring.described(task, split)
     gains = {label: scores[label].paired_difference(scores[NO_SCALING]) for label in (FIRST, LAST, ALL)}
     short = {label: scores[label].paired_difference(scores[ALL]) for label in (FIRST, LAST)}

@@ -118,11 +118,11 @@ class Sensitivity:
 
     def rises_at_edge(self) -> tuple[int, ...]:
         """Layers whose best factor is the largest tried, above 1 and significantly better than unscaled."""
-        return self._best_at(self.factors[-1]) if self.factors[-1] > 1 else ()
+        return self._best_at(max(1.0, *self.factors))
 
     def rises_at_low_edge(self) -> tuple[int, ...]:
         """Layers whose best factor is the smallest tried, below 1 and significantly better than unscaled."""
-        return self._best_at(self.factors[0]) if self.factors[0] < 1 else ()
+        return self._best_at(min(1.0, *self.factors))
 
     def _best_at(self, factor: float) -> tuple[int, ...]:
         at = [effect for effect in self.effects if effect.factor == factor and effect.log_prob_change.low > 0]
@@ -195,9 +195,8 @@ def sensitivity(
     factors: Sequence[float] = DEFAULT_FACTORS,
     layers: str | Sequence[int] | None = None,
 ) -> Sensitivity:
-    """Scales one layer at a time by each of `factors`, all others by 1.0, and measures what changes.
-
-    It is measured on the search split, since what decides about a search should not be its test split.
+    """Scales one layer at a time by each of `factors`, all others by 1.0, and measures what changes: on the search
+    split, for what decides about a search should not be its test split.
 
     The differences are to the unscaled model: every layer's factor 1.0, the rope type in force. Layers with a shared KV
     cache move with the layer whose keys they attend to.

@@ -112,15 +112,8 @@ _FOOTER = (
 def write_report(
     path: Path, request: ReportRequest, experiments: Sequence[Section], skipped: Pairs, command: str, *, markdown: bool
 ) -> None:
-    """Writes the report.
-
-    Args:
-        path: the file; Markdown has its pictures in a folder beside it, named as the file without its ending.
-        request: what it is about.
-        experiments: what was measured.
-        skipped: names of experiments that were not run, and why.
-        command: the command line that repeats the report.
-        markdown: Markdown instead of HTML.
+    """Writes the report as HTML, or as Markdown with its pictures in a folder that is named as the file without its
+    ending. `command` repeats it.
 
     Raises:
         OSError: a file cannot be written.

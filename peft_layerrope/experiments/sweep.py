@@ -42,12 +42,9 @@ def run_sweep(
     """
     tried = sorted((1.0, *tried_factors(factors)))
     split = measuring.split_by_position(task, NAME)
-    num_layers = len(find_stack(measuring.model).layers)
-    contenders = [
-        Contender.of_config(f"{factor:g}", with_factors(measuring.model, config, [factor] * num_layers))
-        for factor in tried
-    ]
-    found = measuring.scores(split, contenders, NAME)
+    model, num_layers = measuring.model, len(find_stack(measuring.model).layers)
+    configs = {f"{factor:g}": with_factors(model, config, [factor] * num_layers) for factor in tried}
+    found = measuring.scores(split, list(map(Contender.of_config, configs, configs.values())), NAME)
     scores = dict(zip(tried, found.values(), strict=True))
     changes = {factor: utilisation_difference(of_one, scores[1.0]) for factor, of_one in scores.items()}
     names = score_header("accuracy")
