@@ -163,7 +163,7 @@ def run_control_points(
                 }
                 for move in tried
             ],
-            utilisation={label: of_one.utilisation() for label, of_one in by_label.items()},
+            utilisation={label: round(of_one.utilisation(), 6) for label, of_one in by_label.items()},
         ),
     )
 

@@ -241,14 +241,14 @@ def sensitivity(
         effects = []
         for layer, factor in pairs:
             after = scores([factor if i == layer else 1.0 for i in range(space.num_layers)])
-            accuracy = after.utilisation(), utilisation_difference(after, before)
-            log_prob = after.log_prob_utilisation(), log_prob_difference(after, before)
+            accuracy = round(after.utilisation(), 6), utilisation_difference(after, before)
+            log_prob = round(after.log_prob_utilisation(), 6), log_prob_difference(after, before)
             effects.append(LayerEffect(layer, factor, *accuracy, *log_prob))
     return Sensitivity(
         layers=space.scaled_layers,
         factors=tried,
-        accuracy=before.utilisation(),
-        log_prob=before.log_prob_utilisation(),
+        accuracy=round(before.utilisation(), 6),
+        log_prob=round(before.log_prob_utilisation(), 6),
         effects=tuple(effects),
         key_sources=space.key_sources,
         settings={
