@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 
 from .errors import AdapterMismatchError
@@ -29,17 +29,13 @@ def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
     """Reads a file of at most `limit` bytes.
 
     Raises:
-        ValueError: it is no file, cannot be read, or is larger. Callers say what the file was for.
+        ValueError: it is no file, or is larger. Callers say what the file was for.
     """
-    path, content = Path(path), None
-    try:
-        if path.is_file():
-            with path.open("rb") as file:
-                content = file.read(limit + 1)  # and not as many as `stat` says: some files say 0
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot be read: {one_line(error)}") from error
-    if content is None:
+    path = Path(path)
+    if not path.is_file():
         raise ValueError("there is no such file")
+    with path.open("rb") as file:
+        content = file.read(limit + 1)  # and not as many as `stat` says: some files say 0
     if len(content) > limit:
         raise ValueError(f"is larger than {limit} bytes")
     return content
@@ -55,9 +51,7 @@ def read_json_object(path: str | Path, limit: int = MAX_BYTES) -> dict[str, Any]
     content = read_bytes(path, limit)
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise ValueError("is nested too deep") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"must hold a JSON object, got {type(values).__name__}")
@@ -108,16 +102,25 @@ class _PlainLoader(yaml.SafeLoader):
     _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # nine lines of aliases of aliases stand for a thousand million values
-            mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases are not read: write the value out", mark)
-        if self._depth >= _DEEPEST:
-            raise yaml.composer.ComposerError(None, None, "nested too deep", self.peek_event().start_mark)
+        # nine lines of aliases of aliases stand for a thousand million values
+        if self.check_event(yaml.AliasEvent) or self._depth >= _DEEPEST:
+            problem = f"aliases and more than {_DEEPEST} levels are not read: write the values out"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
         self._depth += 1
         try:
             return super().compose_node(parent, index)
         finally:
             self._depth -= 1
+
+
+def _without_base_60(tag: str) -> None:
+    """Has `1:30` read as text. As the number in base 60 that it is in YAML 1.1 a long one takes quadratic time."""
+    number = yaml.SafeLoader.yaml_constructors[tag]
+    _PlainLoader.add_constructor(tag, lambda loader, node: node.value if ":" in node.value else number(loader, node))
+
+
+_without_base_60("tag:yaml.org,2002:int")
+_without_base_60("tag:yaml.org,2002:float")
 
 
 def parse_yaml(text: str) -> Any:
@@ -134,8 +137,6 @@ def parse_yaml(text: str) -> Any:
 
 
 _STAGING = "result.partial"
-
-
 _UNWRITTEN = "cannot be written: "
 
 
@@ -148,13 +149,11 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if (error.strerror or "").startswith(_UNWRITTEN):
-            raise
-        reason = f"{_UNWRITTEN}{error.strerror or error}"
-        raise OSError(error.errno or errno.EIO, reason, str(error.filename or path)) from error
-    except SafetensorError as error:  # its writer has no OSError
-        raise OSError(errno.EIO, f"{_UNWRITTEN}{error}", str(path)) from error
+    except (OSError, SafetensorError) as error:  # the writer of safetensors has no OSError
+        known = error if isinstance(error, OSError) else OSError()
+        reason = known.strerror or str(error)
+        reason = reason if reason.startswith(_UNWRITTEN) else _UNWRITTEN + reason
+        raise OSError(known.errno or errno.EIO, reason, str(known.filename or path)) from error
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -171,10 +170,9 @@ def write_atomically(path: Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
+        finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)  # on a full disk it is in the way
-            raise
 
 
 @contextmanager
@@ -249,24 +247,14 @@ class AdapterFiles:
             AdapterMismatchError: there is no such file, or it is too large. The Hub client's own errors (no network,
                 no such repository) come through.
         """
-        path = self.folder / name
+        path, reason = self.folder / name, f"it has no {name}, expected that file and no other format"
         if path.is_file():
             return path
-        if self.folder.is_dir():
-            raise AdapterMismatchError(self._lacks(name))
-        where = {"subfolder": self.subfolder, **self.download}
-        try:
-            if limit is not None:
-                size = hf_hub_download(self.location, name, dry_run=True, **where).file_size
-                if size > limit:
-                    raise AdapterMismatchError(
-                        f"cannot load adapter {self.location!r}: {name} has {size} bytes, expected {limit} at most."
-                    )
-            return Path(hf_hub_download(self.location, name, **where))
-        except LocalEntryNotFoundError:  # no network
-            raise
-        except EntryNotFoundError as error:
-            raise AdapterMismatchError(self._lacks(name)) from error
-
-    def _lacks(self, name: str) -> str:
-        return f"cannot load adapter {self.location!r}: it has no {name}, expected that file and no other format."
+        if not self.folder.is_dir():
+            where = {"repo_id": self.location, "filename": name, "subfolder": self.subfolder, **self.download}
+            with suppress(RemoteEntryNotFoundError):
+                size = hf_hub_download(**where, dry_run=True).file_size if limit is not None else 0
+                if size <= (limit or 0):
+                    return Path(hf_hub_download(**where))
+                reason = f"{name} has {size} bytes, expected {limit} at most"
+        raise AdapterMismatchError(f"cannot load adapter {self.location!r}: {reason}.")

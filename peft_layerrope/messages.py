@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .errors import LayerRopeError, TaskError
+from .errors import TaskError
 
 DEMO_NAME = "peft_layerrope/demo"
 """How reports and adapters call the demo model: its path in the repository, whatever the machine."""
@@ -80,14 +80,9 @@ def is_local_path(name: str) -> bool:
 
 
 def is_machine_path(text: str) -> bool:
-    """Whether a text begins as a path does: `/...`, `./...`, `../...`, `~...`, or Windows' kinds."""
-    first = re.split(r"[/\\]", text, maxsplit=1)[0]
-    return (
-        PurePosixPath(text).is_absolute()
-        or PureWindowsPath(text).is_absolute()
-        or first in (".", "..")
-        or text.startswith("~")
-    )
+    """Whether a text begins as a path does: `/`, `./`, `../`, `~`, `$HOME/`, `file:/`, or Windows' kinds."""
+    is_absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    return is_absolute or re.match(r"~|(\.|\.\.|\$\w+|\$\{\w+\}|%\w+%|file:)([/\\]|$)", text, re.ASCII) is not None
 
 
 def public_name(name: str) -> str:
@@ -110,13 +105,7 @@ def last_component(path: str) -> str:
     return Path(path).expanduser().resolve().name
 
 
-def whole_number(
-    name: str,
-    value: Any,
-    least: int | None = None,
-    most: int | None = None,
-    error: type[LayerRopeError] = TaskError,
-) -> int:
+def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
     """Returns a whole number as an `int`.
 
     Args:
@@ -124,29 +113,23 @@ def whole_number(
         value: what was passed; also a NumPy integer, but no truth value.
         least: the smallest allowed; None: any.
         most: the largest allowed; None: any.
-        error: what to raise.
 
     Raises:
-        LayerRopeError: `error`, for anything else.
+        TaskError: it is anything else.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        limit = "" if least is None else f" of at least {least}"
-        raise error(f"{name}={named(value)} must be a whole number{limit}.")
-    if least is not None and value < least:
-        raise error(f"{name}={value} must be at least {least}.")
-    if most is not None and value > most:
-        raise error(f"{name}={value} must be at most {most}.")
-    return int(value)
+        expected = "a whole number" + ("" if least is None else f" of at least {least}")
+    elif least is not None and value < least:
+        expected = f"at least {least}"
+    elif most is not None and value > most:
+        expected = f"at most {most}"
+    else:
+        return int(value)
+    raise TaskError(f"{name}={named(value)} must be {expected}.")
 
 
-def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
-    """Returns several whole numbers as a tuple; see [`whole_number`].
-
-    Raises:
-        TaskError: they are something else.
-    """
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TaskError(f"{name}={named(values)} must be a list of whole numbers.")
+def whole_numbers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
+    """Returns several whole numbers as a tuple; see [`whole_number`]."""
     return tuple(whole_number(f"{name}[{index}]", value) for index, value in enumerate(values))
 
 

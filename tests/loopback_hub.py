@@ -279,7 +279,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             files = repo.commits[sha]
             if action == "tree":
                 return [{"type": "file", "path": n, "oid": _blob(c), "size": len(c)} for n, c in sorted(files.items())]
-            siblings = [{"rfilename": name} for name in sorted(files)]
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in sorted(files.items())]
             return {"id": "/".join(parts[:2]), "sha": sha, "private": repo.private, "siblings": siblings}
 
         def _send_file(self, parts: list[str], *, cut: bool) -> None:  # {id}/resolve/{rev}/{file}

@@ -46,6 +46,7 @@ import peft_layerrope
 from peft_layerrope import LayerRopeError, SearchError, restore_baked, verify
 from peft_layerrope.base_model import ModelSource, load_base
 from peft_layerrope.cli import app
+from peft_layerrope.files import parse_yaml
 from peft_layerrope.loading import load_adapter, load_adapter_config
 from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tuner.tables import LayerScaling
@@ -581,6 +582,14 @@ YAMLS = {
 @pytest.mark.parametrize("name", YAMLS)
 def test_search_yaml_worth_a_name(name, tmp_path):
     _check_yaml(tmp_path / "search.yaml", YAMLS[name], refused=True)
+
+
+def test_a_number_in_base_60_is_text_and_takes_no_time():
+    """As YAML 1.1 has it, 1 MB of them took minutes."""
+    with deadline(30):
+        read = parse_yaml(f"a: 1:30\nb: 1:30.5\nc: 90\nd: 1.5\ne: {'1:' * 400_000}1\n")
+    assert (read["a"], read["b"], read["c"], read["d"]) == ("1:30", "1:30.5", 90, 1.5)
+    assert isinstance(read["e"], str)
 
 
 def test_search_yaml_folder_and_missing(tmp_path):

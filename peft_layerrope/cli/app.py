@@ -14,12 +14,21 @@ from types import FrameType
 from typing import Annotated
 
 import typer
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,  # of the HTTP library that this version of the client has
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from rich.console import Console
 from rich.markup import escape
 from transformers.utils import logging as transformers_logging
 
 from .. import __version__
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
+from ..report import printable
 from ..scoring.batching import is_out_of_memory
 
 app = typer.Typer(
@@ -34,8 +43,9 @@ out = Console()
 err = Console(stderr=True)
 
 USAGE_ERROR, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
-_OUT_OF_MEMORY_ADVICE = "use a smaller model or --dtype, shorter prompts, or a larger device."
 _USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError)
+_HUB_ERRORS = (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, LocalTokenNotFoundError)
+_LOGIN_ERRORS = (RepositoryNotFoundError, LocalTokenNotFoundError)
 
 
 @contextmanager
@@ -43,25 +53,31 @@ def plain_errors(debug: bool) -> Iterator[None]:
     """One line per error: exit status 2 for settings that cannot work, 1 for a failure, 130 for Ctrl-C."""
     try:
         yield
-    except LayerRopeError as error:
-        if debug:
-            raise
-        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(USAGE_ERROR if isinstance(error, _USAGE_ERRORS) else FAILURE) from error
-    except OSError as error:
-        if debug or error.filename is None:  # stdout
-            raise
-        told = f"{error.filename}: {error.strerror or error}".removesuffix(".")
-        err.print(f"[bold red]error:[/] {escape(told)}.", highlight=False, soft_wrap=True)
-        raise typer.Exit(FAILURE) from error
-    except (RuntimeError, MemoryError) as error:
-        if debug or not is_out_of_memory(error):
-            raise
-        err.print(f"[bold red]error:[/] out of memory: {_OUT_OF_MEMORY_ADVICE}", highlight=False, soft_wrap=True)
-        raise typer.Exit(FAILURE) from error
     except KeyboardInterrupt:
         err.print("interrupted.")
         raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        told = None if debug else _told(error)
+        if told is None:
+            raise
+        err.print(f"[bold red]error:[/] {escape(told)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(USAGE_ERROR if isinstance(error, _USAGE_ERRORS) else FAILURE) from error
+
+
+def _told(error: Exception) -> str | None:
+    """What people are told of an error; None of one that nobody expected, and of a stdout that is closed."""
+    if isinstance(error, LayerRopeError):
+        return str(error)
+    if isinstance(error, _HUB_ERRORS):
+        text = " ".join(printable(str(error)).split())[:500]
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        login = isinstance(error, _LOGIN_ERRORS) or status in (401, 403)
+        return f"the Hub: {text}{' Log in with `hf auth login`, or set HF_TOKEN.' if login else ''}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or error}".removesuffix(".") + "."
+    if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+        return "out of memory: use a smaller model or --dtype, shorter prompts, or a larger device."
+    return None
 
 
 @contextmanager
@@ -77,10 +93,11 @@ def resumable(how: str) -> Iterator[None]:
         err.print(f"interrupted; nothing is lost. Go on with {how}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
-        if error.filename is None or isinstance(error, BlockingIOError):  # no file that was being written
-            raise
-        kept = f"Nothing that was measured is lost: make room, then go on with {how}"
-        raise OSError(error.errno, f"{error.strerror or error}. {kept}", error.filename) from error
+        if error.filename is not None and not isinstance(error, BlockingIOError):  # a file that was being written
+            error.strerror = (
+                f"{error.strerror or error}. Nothing that was measured is lost: make room, then go on with {how}"
+            )
+        raise
 
 
 def shell_word(path: Path) -> str:
@@ -118,7 +135,7 @@ def run() -> None:
     def terminate(number: int, frame: FrameType | None) -> None:
         nonlocal terminated
         terminated = True
-        raise KeyboardInterrupt
+        signal.default_int_handler(number, frame)
 
     signal.signal(signal.SIGTERM, terminate)
     try:

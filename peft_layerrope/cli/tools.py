@@ -185,8 +185,6 @@ def prompts_command(
     Example: `layerrope prompts --task kv_retrieval --data kv-retrieval-75_keys.jsonl.gz --position 37 --limit 5`
     """
     with plain_errors(debug):
-        if targets and position is not None:
-            raise TaskError(f"--targets shows the task's own positions: leave --position {position} out.")
         compute = Compute.of(model, computing)
         source, specification = compute.source, TaskSpecification(**asked)
         if specification.name == "perplexity":
@@ -194,6 +192,9 @@ def prompts_command(
         tokenizer = load_tokenizer(source)
         specification = with_defaults(specification, window_of(source), source.model is None, tokenizer)
         built = build_task(specification, tokenizer)
+        if targets and (position is not None or not isinstance(built, PromptTask)):
+            reason = f"{built.name} has none" if position is None else "leave --position out"
+            raise TaskError(f"--targets shows written answers at the task's own positions: {reason}.")
         wanted = built.positions if position is None else (position,)
         num_groups = -(-limit // len(wanted))
         if "length" in asked:
@@ -209,12 +210,10 @@ def prompts_command(
             typer.echo(to_json(line))
 
 
-def _targets(task: Task, compute: Compute, split: SplitName, groups: int) -> list[dict[str, Any]]:
+def _targets(task: PromptTask, compute: Compute, split: SplitName, groups: int) -> list[dict[str, Any]]:
     """Of each example of a split what the model writes before its answer, and the answer's tokens; on stderr what was
     found out.
     """
-    if not isinstance(task, PromptTask):
-        raise TaskError(f"--targets: {task.name} has no written answers to learn from.")
     scorer = Scorer(load(compute.source), batch_tokens=compute.batch_tokens)
     found = preflight(scorer, task, wanted={split: groups})
     for line in found.remarks():
@@ -359,14 +358,16 @@ def push(
 @app.command()
 def pull(
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name.")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New, empty, or from an earlier pull of REPO_ID.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Made if missing; may hold an earlier pull of REPO_ID.")
+    ],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace whatever DIR holds.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is not from such a pull.")] = False,
     debug: DebugOption = False,
 ) -> None:
     """Download an adapter from the Hub, with its card and reports.
 
-    DIR appears when everything is there and checked; after an interruption the same command goes on.
+    Files go into DIR when all are there and checked; after an interruption the same command goes on.
 
     Example: `layerrope pull me/llama-long my-adapter --revision v2`
     """

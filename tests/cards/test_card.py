@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -21,14 +22,13 @@ from peft_layerrope.cards import (
     ADAPTER_PLACEHOLDER,
     BEGIN,
     END,
+    GENERATED,
     OWN_METRICS,
     HeldOut,
-    generated_part,
     has_own_text,
     merged,
     model_card,
     save_card,
-    with_adapter_id,
 )
 from peft_layerrope.messages import DEMO_NAME, demo_model_path, is_local_path, public_name
 from peft_layerrope.scoring.scores import Interval
@@ -133,14 +133,14 @@ def demo_adapter(tmp_path_factory) -> Path:
     config = LayerRopeConfig(layer_factors=DEMO_FACTORS, task_type="CAUSAL_LM")
     config.base_model_name_or_path = DEMO_NAME
     save_adapter(config, folder)
-    save_card(model_card(DEMO_NAME, config), folder)
+    save_card(model_card(DEMO_NAME, config, adapter=str(folder)), folder)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
     get_peft_model(base, lora).save_pretrained(folder / "lora")
     return folder
 
 
 def snippets(folder: Path) -> list[str]:
-    text = with_adapter_id((folder / "README.md").read_text(), str(folder))
+    text = (folder / "README.md").read_text()
     code = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
     return [part.replace("path/or/hub-id/of/a/lora", str(folder / "lora")) for part in code]
 
@@ -165,14 +165,33 @@ def test_snippets_run(number, demo_adapter, ids):
         assert names["pipe"]("baba dab fob , ? baba", max_new_tokens=2)[0]["generated_text"]
 
 
-def test_the_adapters_id_goes_into_every_snippet_and_nowhere_else():
+def test_a_card_for_another_place_has_other_names_and_the_same_results():
     outside = 'adapter = "mine"'
-    text = f"{outside}\n{card().text}"
-    first = with_adapter_id(text, "owner/one")
-    assert ADAPTER_PLACEHOLDER not in first
-    assert first.count('adapter = "owner/one"') == 4
-    assert with_adapter_id(first, "owner/two").count('adapter = "owner/two"') == 4  # also when it moves
-    assert first.startswith(outside)
+    first = card(files=EVERYTHING)
+    first.text = f"{outside}\n{first.text}"
+    for adapter, base in (("owner/one", "owner/base"), ("owner/two", "owner/other")):  # also when it moves
+        first = merged(first, model_card(base, CONFIG, adapter=adapter, earlier=first))
+        assert first.text.count(f'adapter = "{adapter}"') == first.text.count(f'base = "{base}"') == 4
+        assert (first.data.base_model, first.data.model_name) == (base, f"per-layer RoPE scaling for {base}")
+    assert ADAPTER_PLACEHOLDER not in first.text
+    assert "owner/one" not in first.text
+    assert first.text.startswith(outside)
+    assert first.text.partition("## Held-out")[2] == card(files=EVERYTHING).text.partition("## Held-out")[2]
+    assert [r.metric_value for r in first.data.eval_results] == [r.metric_value for r in card().data.eval_results]
+
+
+@pytest.mark.parametrize(
+    "name", ['x"\nimport os; os.system("id")', "<script>alert(1)</script>", "`a` | b", "a\x1b[31m"]
+)
+def test_a_base_models_name_is_no_code_and_no_markup(name):
+    found = card(base_model=name, held_out=None)
+    for letter in '"<>|\x1b\n`':
+        assert letter not in found.data.base_model
+    assert len(re.findall(r"^base = (.*)$", found.text, re.MULTILINE)) == 4
+    assert all(
+        ast.literal_eval(line) == found.data.base_model for line in re.findall(r"^base = (.*)$", found.text, re.M)
+    )
+    assert f"# Per-layer RoPE scaling for {found.data.base_model}\n" in found.text
 
 
 # names
@@ -321,7 +340,7 @@ def test_a_stray_marker_swallows_nothing(stray, tmp_path):
         save_card(card(), tmp_path)
     saved = ModelCard.load(tmp_path / "README.md")
     assert "mine" in saved.text
-    assert len(generated_part().findall(saved.text)) == 1
+    assert len(GENERATED.findall(saved.text)) == 1
 
 
 def test_windows_line_ends_stay(tmp_path):
@@ -370,7 +389,7 @@ def test_peft_keeps_the_card_when_it_saves(tmp_path):
     save_card(card(), folder)
     last = ModelCard.load(folder / "README.md")
     assert "# My adapter\n\nWords of mine." in last.text
-    assert len(generated_part().findall(last.text)) == 1
+    assert len(GENERATED.findall(last.text)) == 1
     assert last.data.base_model == "owner/base"
     assert "layer-rope" in last.data.tags
     assert str(tmp_path) not in last.content  # which PEFT had written into base_model and tags

@@ -18,6 +18,15 @@ import yaml
 from conftest import build_model, logits
 from fakes import LEAST_SEARCH
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from loopback_hub import LoopbackHub, files_of, loopback_hub
 from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -37,7 +46,8 @@ from peft_layerrope import (
 )
 from peft_layerrope.cards import ADAPTER_PLACEHOLDER, BEGIN, model_card, save_card
 from peft_layerrope.cli import app
-from peft_layerrope.hub import PULL_RECORD, HubError, InvalidConfigError
+from peft_layerrope.errors import HubError, InvalidConfigError
+from peft_layerrope.hub import PULL_RECORD
 from peft_layerrope.messages import DEMO_NAME, demo_model_path
 from peft_layerrope.tuner.artifacts import FACTORS_KEY, save_adapter
 
@@ -97,7 +107,7 @@ def make_folder(path: Path, factors: list[float] = FACTORS, base_model: str = "o
     (path / "search.json").write_text(json.dumps({"model": base_model, "task": {"name": "kv_words"}}))
     (path / "search.yaml").write_text(f"# a comment\nmodel: {base_model}\ntask:\n  name: kv_words\n")
     for name in ("accuracy_by_position.png", "factors_by_depth.png"):
-        (path / name).write_bytes(b"\x89PNG" + bytes(range(256)))
+        (path / name).write_bytes(b"\x89PNG" + name.encode() + bytes(range(256)))
     save_card(model_card(base_model, config, files=PUBLISHED), path)
     private = ("timing.json", "search.json.partial", ".secret", ".lock", "notes.txt", "adapter_model.bin")
     for junk in (*private, "journal.jsonl", "run/journal.jsonl"):
@@ -177,7 +187,7 @@ def test_a_pull_request_to_somebody_elses_repository(alice, folder):
     assert repo.branches["main"] == main
     assert info.pr_url == f"{alice.endpoint}/alice/adapter/discussions/1"
     assert json.loads(repo.files(info.pr_revision)["adapter_config.json"])["layer_factors"] == OTHER
-    with pytest.raises(HubError, match="it has no revision 'v9'"):  # nobody makes branches by the way
+    with pytest.raises(RevisionNotFoundError):  # nobody makes branches by the way
         push_to_hub(other, "alice/adapter", create_pr=True, revision="v9", token=BOB)
 
 
@@ -203,11 +213,6 @@ def test_from_a_search_result(alice, demo_model, demo_tokenizer):
     assert ModelCard(files["README.md"].decode()).data.base_model == DEMO_NAME
 
 
-def test_something_else_is_no_source(alice):
-    with pytest.raises(TypeError, match="source must be a folder, a SearchResult or a PeftModel, got int"):
-        push_to_hub(3, "alice/adapter")
-
-
 # no path of this machine goes up
 
 
@@ -227,7 +232,7 @@ def local_folder(tmp_path) -> Path:
 
 
 def test_a_base_model_known_by_its_path_is_refused(alice, local_folder):
-    with pytest.raises(InvalidConfigError, match=r"is a folder of this machine, .* pass base_model") as caught:
+    with pytest.raises(InvalidConfigError, match=r"is no id owner/name .* pass base_model") as caught:
         push_to_hub(local_folder, "alice/adapter")
     one_line(caught)
     assert alice.requests == []
@@ -236,7 +241,7 @@ def test_a_base_model_known_by_its_path_is_refused(alice, local_folder):
 def test_a_base_model_without_an_owner_must_be_meant(alice, tmp_path):
     """It may be what a search left of a path."""
     folder = make_folder(tmp_path / "bare", base_model="my-model")
-    with pytest.raises(InvalidConfigError, match="'my-model' has no owner, so it may be a folder's name") as caught:
+    with pytest.raises(InvalidConfigError, match=r"'my-model' .* is no id owner/name") as caught:
         push_to_hub(folder, "alice/adapter")
     one_line(caught)
     assert alice.requests == []
@@ -259,6 +264,57 @@ def test_paths_stay_here(alice, local_folder, tmp_path):
     assert "my-model" not in card.content
     assert "mine" in card.data.tags
     assert "layer-rope" in card.data.tags
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_link_is_not_followed(alice, folder, tmp_path, name):
+    """It may lead to something private."""
+    (folder / name).rename(tmp_path / "private")
+    (folder / name).symlink_to(tmp_path / "private")
+    with pytest.raises(InvalidConfigError, match=f"{name} must be a file .* no link") as caught:
+        push_to_hub(folder, "alice/adapter")
+    one_line(caught)
+    assert alice.requests == []
+
+
+def test_other_pictures_stay_here(alice, folder):
+    (folder / "holiday.png").write_bytes(b"\x89PNG")
+    push_to_hub(folder, "alice/adapter")
+    assert "holiday.png" not in alice.repos["alice/adapter"].files()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "clients/acme/secret/mails.jsonl",
+        "file:///home/me/secret/mails.jsonl",
+        "$HOME/secret/mails.jsonl",
+        "${HOME}/secret/mails.jsonl",
+        r"%USERPROFILE%\secret\mails.jsonl",
+        "~/secret/mails.jsonl",
+        "datasets:/home/me/secret/mails.jsonl",
+    ],
+)
+def test_of_a_data_file_the_name_alone_goes_up(alice, folder, path):
+    task = {"name": "kv_retrieval", "data": path, "system_prompt": "Answer with yes/no."}
+    values = {"model": "owner/base", "task": task, "search": {"text": path}}
+    (folder / "search.yaml").write_text(yaml.safe_dump(values))
+    (folder / "search.json").write_text(json.dumps({**values, "bound": {"text": path}}))
+    push_to_hub(folder, "alice/adapter")
+    files = alice.repos["alice/adapter"].files()
+    public = "datasets:mails.jsonl" if path.startswith("datasets:") else "mails.jsonl"
+    for found in (yaml.safe_load(files["search.yaml"]), json.loads(files["search.json"])):
+        assert found["task"] == {**task, "data": public}
+        assert found["search"]["text"] == public
+        assert found["model"] == "owner/base"
+    assert b"secret" not in files["search.json"]
+
+
+def test_the_name_of_a_base_model_that_is_code_is_refused(alice, tmp_path):
+    folder = make_folder(tmp_path / "evil", base_model='x"\nimport os\n<script>')
+    with pytest.raises(InvalidConfigError) as caught:
+        push_to_hub(folder, "alice/adapter")
+    one_line(caught)
 
 
 def test_the_demo_model_has_a_name(alice, tmp_path):
@@ -335,7 +391,7 @@ SPOILERS = {
     "config": (spoil_config, LayerRopeError, "not JSON"),
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), LayerRopeError, "no adapter_config.json"),
     "lora": (make_it_a_lora, LayerRopeError, "is a LORA adapter, expected LAYER_ROPE"),
-    "no base": (forget_the_base, InvalidConfigError, "names no base model: pass base_model"),
+    "no base": (forget_the_base, InvalidConfigError, "pass base_model"),
     "report": (lambda folder: (folder / "search.json").write_text("["), InvalidConfigError, "search.json"),
     "yaml": (lambda folder: (folder / "search.yaml").write_text("- a"), InvalidConfigError, "search.yaml"),
     "card": (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), InvalidConfigError, "README.md"),
@@ -371,26 +427,27 @@ def test_invalid_ids(hub, folder, tmp_path, repo_id):
 
 
 def test_pushing_without_a_login(hub, folder):
-    with pytest.raises(HubError, match="hf auth login") as caught:
+    with pytest.raises(LocalTokenNotFoundError):
         push_to_hub(folder, "alice/adapter")
-    one_line(caught)
     assert hub.requests == []
+    assert "hf auth login" in refused("push", str(folder), "alice/adapter")
 
 
-def test_pushing_with_a_token_that_the_hub_does_not_know(hub, folder):
-    with pytest.raises(HubError, match="hf auth login") as caught:
+def test_pushing_with_a_token_that_the_hub_does_not_know(hub, folder, monkeypatch):
+    with pytest.raises(HfHubHTTPError):
         push_to_hub(folder, "alice/adapter", token="hf_stale")
-    one_line(caught)
+    monkeypatch.setenv("HF_TOKEN", "hf_stale")
+    assert "hf auth login" in refused("push", str(folder), "alice/adapter")
     assert hub.repos == {}
 
 
 def test_pushing_to_somebody_elses_name(alice, folder):
-    with pytest.raises(HubError, match=r"your token may not do this .*rights to create") as caught:
+    with pytest.raises(HfHubHTTPError, match="rights to create"):
         push_to_hub(folder, "bob/adapter")
-    one_line(caught)
     alice.create("bob/adapter")
-    with pytest.raises(HubError, match="rights to write"):
+    with pytest.raises(HfHubHTTPError, match="rights to write"):
         push_to_hub(folder, "bob/adapter")
+    assert "rights to write" in refused("push", str(folder), "bob/adapter")
     assert set(alice.repos["bob/adapter"].files()) == {".gitattributes"}
 
 
@@ -398,26 +455,25 @@ def test_pushing_to_somebody_elses_name(alice, folder):
 def test_a_private_repository_is_as_good_as_none(hub, folder, tmp_path, token):
     push_to_hub(folder, "alice/adapter", private=True, token=ALICE)
     for repo_id in ("alice/adapter", "alice/nothing"):
-        with pytest.raises(HubError, match=r"no such repository, or it is private: .*hf auth login") as caught:
+        with pytest.raises(RepositoryNotFoundError):
             pull(repo_id, tmp_path / "new", token=token)
-        one_line(caught)
+    message = refused("pull", "alice/nothing", str(tmp_path / "new"))
+    assert "alice/nothing" in message
+    assert "hf auth login" in message
     assert pull("alice/adapter", tmp_path / "mine", token=ALICE).is_dir()
 
 
 def test_a_gated_repository(hub, tmp_path):
     hub.create("alice/adapter")
     hub.fail("/api/models/alice/adapter", 403, headers={"X-Error-Code": "GatedRepo"})
-    with pytest.raises(HubError, match="it is gated; ask for access") as caught:
+    with pytest.raises(GatedRepoError):
         pull("alice/adapter", tmp_path / "new")
-    one_line(caught)
 
 
 def test_a_401_without_a_code(hub, tmp_path):
     """Older answers of the Hub to strangers."""
     hub.fail("/api/models/alice/adapter", 401)
-    with pytest.raises(HubError, match=r"there is no such repository, it is private, or .*hf auth login") as caught:
-        pull("alice/adapter", tmp_path / "new")
-    one_line(caught)
+    assert "hf auth login" in refused("pull", "alice/adapter", str(tmp_path / "new"))
 
 
 # connections
@@ -426,9 +482,9 @@ def test_a_401_without_a_code(hub, tmp_path):
 def test_offline(alice, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for call in (lambda: push_to_hub(folder, "alice/adapter"), lambda: pull("alice/adapter", tmp_path / "new")):
-        with pytest.raises(HubError, match="HF_HUB_OFFLINE is set") as caught:
+        with pytest.raises(OfflineModeIsEnabled):
             call()
-        one_line(caught)
+    assert "HF_HUB_OFFLINE" in refused("pull", "alice/adapter", str(tmp_path / "new"))
 
 
 def test_no_hub_there(alice, folder, tmp_path, monkeypatch):
@@ -436,9 +492,9 @@ def test_no_hub_there(alice, folder, tmp_path, monkeypatch):
         endpoint = gone.endpoint
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     for call in (lambda: push_to_hub(folder, "alice/adapter"), lambda: pull("alice/adapter", tmp_path / "new")):
-        with pytest.raises(HubError, match="no connection to the Hub") as caught:
+        with pytest.raises(HTTPError):
             call()
-        one_line(caught)
+    assert "the Hub" in refused("pull", "alice/adapter", str(tmp_path / "new"))
 
 
 def test_an_upload_is_tried_again(alice, folder):
@@ -451,9 +507,9 @@ def test_an_upload_is_tried_again(alice, folder):
 def test_a_hub_that_stays_down(alice, folder, tmp_path):
     alice.fail("/api/", 503, times=1000)
     for call in (lambda: push_to_hub(folder, "alice/adapter"), lambda: pull("alice/adapter", tmp_path / "new")):
-        with pytest.raises(HubError, match="the Hub answered 503") as caught:
+        with pytest.raises(HfHubHTTPError, match="503"):
             call()
-        one_line(caught)
+    assert "503" in refused("push", str(folder), "alice/adapter")
     assert not (tmp_path / "new").exists()
 
 
@@ -493,9 +549,9 @@ def test_a_revision(published, tmp_path, kind):
 
 
 def test_a_revision_that_is_not_there(published, tmp_path):
-    with pytest.raises(HubError, match="cannot pull 'alice/adapter': it has no revision 'v9'") as caught:
+    with pytest.raises(RevisionNotFoundError):
         pull("alice/adapter", tmp_path / "new", "v9")
-    one_line(caught)
+    assert "v9" in refused("pull", "alice/adapter", str(tmp_path / "new"), "--revision", "v9")
 
 
 def test_a_broken_connection_is_resumed(published, tmp_path, monkeypatch):
@@ -503,7 +559,7 @@ def test_a_broken_connection_is_resumed(published, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 16)
     published.cut("adapter_model.safetensors")
     if Version(huggingface_hub.__version__) < Version("1.20"):
-        with pytest.raises(HubError, match="without sending complete message body"):
+        with pytest.raises(HTTPError, match="without sending complete message body"):
             pull("alice/adapter", tmp_path / "new")
     assert factors_in(pull("alice/adapter", tmp_path / "new")) == FACTORS
     ranges = [r for _, path, r in published.requests if path.endswith("adapter_model.safetensors") and r is not None]
@@ -515,10 +571,10 @@ def test_a_broken_connection_is_resumed(published, tmp_path, monkeypatch):
 def test_an_interrupted_pull_leaves_nothing(published, tmp_path, broken):
     target = tmp_path / "new"
     published.cut(broken, times=100)
-    with pytest.raises(HubError) as caught:
+    with pytest.raises((HTTPError, OSError)):
         pull("alice/adapter", target)
-    one_line(caught)
     assert not target.exists()
+    refused("pull", "alice/adapter", str(target))
     published.faults.clear()
     before = published.downloads("adapter_config.json")
     assert factors_in(pull("alice/adapter", target)) == FACTORS
@@ -531,7 +587,7 @@ def test_an_interrupted_pull_leaves_the_earlier_one(published, tmp_path):
     target = pull("alice/adapter", tmp_path / "new")
     before = files_of(target)
     published.cut("adapter_model.safetensors", times=100)
-    with pytest.raises(HubError):
+    with pytest.raises((HTTPError, OSError)):
         pull("alice/adapter", target, "v2")
     assert files_of(target) == before
     published.faults.clear()
@@ -548,52 +604,77 @@ def test_pulling_again(published, tmp_path):
     assert not (target / "factors_by_depth.png").exists()
 
 
-def change(target: Path) -> None:
-    (target / "README.md").write_text("mine")
-
-
-TARGETS = {
-    "changed": (change, "README.md changed since the pull"),
-    "added": (lambda target: (target / "notes.txt").write_text("mine"), "notes.txt changed since the pull"),
-    "deleted": (lambda target: (target / "search.yaml").unlink(), "search.yaml changed since the pull"),
-    "no record": (lambda target: (target / PULL_RECORD).unlink(), "is not empty, and not from a pull"),
-    "bad record": (lambda target: (target / PULL_RECORD).write_text("[]"), "is not empty, and not from a pull"),
+SPOILED = {
+    "changed": lambda target: (target / "README.md").write_text("mine"),
+    "no record": lambda target: (target / PULL_RECORD).unlink(),
+    "bad record": lambda target: (target / PULL_RECORD).write_text("[]"),
+    "other record": lambda target: (target / PULL_RECORD).write_text('{"repo_id": "alice/adapter", "sha256": 1}'),
 }
 
 
-@pytest.mark.parametrize("what", TARGETS)
-def test_a_folder_in_use_is_not_replaced(published, tmp_path, what):
-    spoil, message = TARGETS[what]
+@pytest.mark.parametrize("what", SPOILED)
+def test_what_a_pull_could_not_bring_back_is_not_replaced(published, tmp_path, what):
     target = pull("alice/adapter", tmp_path / "new")
-    spoil(target)
+    SPOILED[what](target)
     before = files_of(target)
-    with pytest.raises(InvalidConfigError, match=message) as caught:
+    with pytest.raises(InvalidConfigError, match=r"README\.md") as caught:
         pull("alice/adapter", target, "v2")
     assert "--overwrite" in one_line(caught)
     assert files_of(target) == before
     assert factors_in(pull("alice/adapter", target, "v2", overwrite=True)) == OTHER
-    assert not (target / "notes.txt").exists()
 
 
-def test_what_cannot_be_replaced(published, folder, tmp_path, monkeypatch):
+def test_what_is_not_ours_stays(published, tmp_path, monkeypatch):
+    """And what of ours is missing comes back."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    pull("alice/adapter", ".")
+    (tmp_path / "search.yaml").unlink()
+    for overwrite in (False, True):
+        pull("alice/adapter", ".", "v2", overwrite=overwrite)
+        assert factors_in(tmp_path) == OTHER
+        assert (tmp_path / "search.yaml").is_file()
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_pull_that_was_killed_while_it_replaced_is_overcome(published, tmp_path):
+    target = pull("alice/adapter", tmp_path / "new")
+    (target / "adapter_config.json").unlink()
+    (target / "result.partial").mkdir()
+    (target / "result.partial" / "adapter_config.json").write_text("{")
+    assert factors_in(pull("alice/adapter", target)) == FACTORS
+    assert {path.name for path in target.iterdir()} == PUBLISHED | {PULL_RECORD}
+
+
+def test_what_cannot_be_replaced(published, folder, tmp_path):
     push_to_hub(folder, "alice/second")
     target = pull("alice/adapter", tmp_path / "new")
-    with pytest.raises(InvalidConfigError, match="was pulled from 'alice/adapter'"):
+    with pytest.raises(InvalidConfigError, match="not from a pull of 'alice/second'"):
         pull("alice/second", target)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InvalidConfigError, match="exists and is not a folder"):
-        pull("alice/adapter", tmp_path / "file", overwrite=True)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(InvalidConfigError, match="is the working directory"):
-        pull("alice/adapter", ".")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match=f"cannot be written: .*{tmp_path / 'file'}"):
+            pull("alice/adapter", place, overwrite=True)
 
 
 BAD_REPOSITORIES = {
-    "empty": ({"adapter_config.json": None}, HubError, "it has no adapter_config.json"),
-    "lora": ({"adapter_config.json": b'{"peft_type": "LORA"}'}, LayerRopeError, "the peft_type of its .* is LORA"),
-    "not json": ({"adapter_config.json": b"<html>"}, LayerRopeError, "is unreadable"),
-    "no tensor": ({"adapter_model.safetensors": None}, LayerRopeError, "no such file"),
+    "empty": ({"adapter_config.json": None}, HubError, "has no adapter_config.json"),
+    "lora": (
+        {"adapter_config.json": b'{"peft_type": "LORA"}'},
+        LayerRopeError,
+        "is a LORA adapter, expected LAYER_ROPE",
+    ),
+    "not json": ({"adapter_config.json": b"<html>"}, LayerRopeError, "is not JSON"),
+    "too deep": (
+        {"adapter_config.json": b'{"peft_type": "LAYER_ROPE", "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"},
+        LayerRopeError,
+        "adapter_config.json",
+    ),
+    "escapes": ({"adapter_config.json": b'{"peft_type": "\\u001b]0;owned\\u0007"}'}, LayerRopeError, "does not know"),
+    "large config": ({"adapter_config.json": b" " * 2**21}, HubError, "no adapter_config.json of at most"),
+    "large tensor": ({"adapter_model.safetensors": b" " * 2**21}, HubError, "no adapter_model.safetensors of at most"),
+    "large card": ({"README.md": b" " * 2**21}, HubError, "no README.md of at most"),
+    "no tensor": ({"adapter_model.safetensors": None}, HubError, "has no adapter_model.safetensors"),
     "bad tensor": ({"adapter_model.safetensors": b"\x80\x04pickle"}, AdapterMismatchError, "not a safetensors file"),
     "bad factors": (
         {"adapter_config.json": b'{"peft_type": "LAYER_ROPE", "layer_factors": [-1, 1, 1, 1]}'},
@@ -619,9 +700,12 @@ def test_a_bad_repository(published, tmp_path, what):
     published.repos["alice/adapter"].commit("main", changes)
     with pytest.raises(kind, match=message) as caught:
         pull("alice/adapter", tmp_path / "new")
-    one_line(caught)
+    assert one_line(caught).isprintable()
     assert not (tmp_path / "new").exists()
-    if what in ("empty", "lora", "not json"):
+    for name, content in changes.items():
+        if content is not None and len(content) > 2**20:
+            assert published.downloads(name) == 0
+    if "tensor" not in what and what not in ("large card", "bad factors", "no factors", "other factors"):
         assert published.downloads("adapter_model.safetensors") == 0
 
 
@@ -685,6 +769,15 @@ def run(*arguments: str) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
+def refused(*arguments: str) -> str:
+    """What a command says in its one line when it fails."""
+    status, text = run(*arguments)
+    assert status == 1
+    assert text.startswith("error: ")
+    assert len(text.splitlines()) == 1, text
+    return text
+
+
 def test_commands(alice, folder, tmp_path):
     status, text = run("push", str(folder), "alice/adapter", "--private", "--commit-message", "by command")
     assert (status, text.strip()) == (
@@ -701,9 +794,9 @@ def test_commands(alice, folder, tmp_path):
     assert run("pull", "alice/adapter", target)[0] == 0
     assert run("pull", "alice/adapter", target, "--revision", "v2")[0] == 0
     assert factors_in(Path(target)) == OTHER
-    (Path(target) / "notes.txt").write_text("mine")
+    (Path(target) / "README.md").write_text("mine")
     status, text = run("pull", "alice/adapter", target)
-    assert status != 0
+    assert status == 2
     assert text.startswith("error: ")
     assert len(text.splitlines()) == 1
     assert run("pull", "alice/adapter", target, "--overwrite")[0] == 0
