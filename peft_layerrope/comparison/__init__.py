@@ -14,7 +14,6 @@ from torch import nn
 
 from ..base_model import describe_loading, library_versions, model_fingerprint
 from ..errors import TaskError
-from ..messages import check_callable, named, whole_number
 from ..plots import plot_by_position
 from ..report import (
     ACCURACY,
@@ -33,7 +32,6 @@ from ..scoring.generation import check_judged
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, DEFAULT_BUCKETS, Scorer, aligned_windows, check_buckets
 from ..scoring.scores import Interval, PositionScores
 from ..tasks import Split
-from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table, find_stack
 from .contenders import ROPE_TYPES, Contender, contending, describe_scaling
 
@@ -73,14 +71,7 @@ class Comparison:
         return self.scores[self.baseline].measure
 
     def difference(self, label: str, other: str) -> Interval:
-        """Average accuracy (or minus the loss) of `label` minus that of `other`, paired, so that more is better.
-
-        Raises:
-            KeyError: no such label.
-        """
-        for name in (label, other):
-            if name not in self.scores:
-                raise KeyError(f"no contender {name!r}; there are {', '.join(self.scores)}.")
+        """Average accuracy (or minus the loss) of `label` minus that of `other`, paired, so that more is better."""
         return self.scores[label].paired_difference(self.scores[other])
 
     def to_dict(self) -> dict[str, Any]:
@@ -136,10 +127,14 @@ def compare(
         OSError: the scores cannot be written, as on a full disk; make room and resume.
         LayerRopeError: an adapter that cannot be loaded or does not fit, before anything is scored.
     """
-    _check_types(split, contenders)
-    check_callable("progress", progress)
-    whole_number("batch_tokens", batch_tokens, 1)
-    judged = _how(split, num_buckets)
+    scorer = Scorer(model, batch_tokens=batch_tokens)
+    windows = aligned_windows(split) if split.measure == "loss" else split
+    judged = split.judged()
+    if split.measure == "loss":
+        check_buckets(windows, num_buckets)
+        judged |= {"buckets": num_buckets}
+    else:
+        check_judged(split)
     check_vocabulary(model, split.examples)
     described = _described(model, contenders)
     identity = {
@@ -154,8 +149,7 @@ def compare(
         "versions": library_versions(),
     }
 
-    scorer = Scorer(model, batch_tokens=batch_tokens)
-    parts = _parts(aligned_windows(split) if split.measure == "loss" else split)
+    parts = _parts(windows)
     total = len(parts) * len(contenders)
     scores = {}
     with Journal(Path(folder) if folder is not None else None, identity, resume, overwrite) as journal:
@@ -186,52 +180,25 @@ def _kept_parts(journal: Journal, label: str) -> list[PositionScores]:
     return found
 
 
-def _check_types(split: Split, contenders: Sequence[Contender]) -> None:
-    if not isinstance(split, Split):
-        raise TaskError(f"split={named(split)} must be examples such as task.split('test', 100).")
-    if isinstance(contenders, str) or not isinstance(contenders, Sequence):
-        raise TaskError(f"contenders={named(contenders)} must be a list, such as [parse_baseline('none')].")
-    for contender in contenders:
-        if not isinstance(contender, Contender):
-            raise TaskError(
-                f"contenders: {named(contender)} must be a Contender, such as parse_baseline('none') or "
-                "Contender.of_adapter('my-adapter')."
-            )
-        if contender.kind == "config" and not isinstance(contender.config, LayerRopeConfig):
-            raise TaskError(f"contender {contender.label!r}: {named(contender.config)} must be a LayerRopeConfig.")
-
-
-def _how(split: Split, num_buckets: int) -> dict[str, Any]:
-    """How the split is judged, after checking that it can be."""
-    if split.measure == "loss":
-        check_buckets(aligned_windows(split), num_buckets)
-        return split.judged() | {"buckets": num_buckets}
-    check_judged(split)
-    return split.judged()
-
-
 def _described(model: nn.Module, contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
     """What each contender is, after putting every one onto the model once: a wrong one must not cost hours."""
-    if not contenders:
-        raise TaskError("there is nothing to compare: pass at least one contender.")
     labels = [contender.label for contender in contenders]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice is not None:
-        raise TaskError(f"two contenders are called {twice!r}: give each a label of its own.")
-    described = {}
+    if len(set(labels)) != max(1, len(labels)):
+        raise TaskError(f"contenders {labels} must be at least one, and each of a label of its own.")
+    described: dict[str, dict[str, Any]] = {}
     for contender in contenders:
         with contending(model, contender):
-            described[contender.label] = contender.identity()
+            known = described[contender.label] = contender.identity()
         config = contender.layer_rope(len(find_stack(model).layers))
         if config is not None:
-            described[contender.label]["layer_factors"] = config.layer_factors
-        if config is not None:
+            known["layer_factors"] = config.layer_factors
             scaling = describe_scaling(model, config.rope_type, "on top of")
         elif contender.kind in ROPE_TYPES:
             scaling = describe_scaling(model, contender.kind, "in place of")
         else:
             scaling = describe_scaling(model, "default", "with")
-        described[contender.label] |= {"scaling": scaling} if scaling else {}
+        if scaling:
+            known["scaling"] = scaling
     return described
 
 
@@ -256,27 +223,26 @@ BUCKET_LEGEND = "Loss in nats of the tokens from each position to the next, with
 
 def describe_task(task: Mapping[str, Any]) -> str:
     """Writes a task's description in one line: its name and every setting that is on."""
-    settings = [f"{name.replace('_', ' ')}: {_shown(v)}" for name, v in task.items() if name != "name" and _is_on(v)]
-    return f"{task.get('name', 'task')} ({'; '.join(settings)})" if settings else str(task.get("name", "task"))
+    settings = []
+    for setting, value in task.items():
+        if setting != "name" and value is not None and value is not False:
+            listed = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            settings.append(f"{setting.replace('_', ' ')}: {'yes' if value is True else listed}")
+    name = task.get("name", "task")
+    return f"{name} ({'; '.join(settings)})" if settings else name
 
 
 def describe_setting(comparison: Comparison) -> str:
     """Writes what was measured in one line: task, split, how it was judged, and what a scaling's name does not say."""
-    split, unit = comparison.split, "windows" if comparison.measure == "loss" else "contexts"
+    split, judged, unit = comparison.split, comparison.judged, "windows" if comparison.measure == "loss" else "contexts"
     held = f"{split['name']} split, {split['groups']} {unit}, up to {split['max_tokens']} tokens"
     if "protocol" in split:
         held += f", {split['protocol']}"
+    how = {"loss": "loss of the next token", "teacher-forced": "teacher-forced exact match"}.get(judged["by"])
+    if how is None:
+        how = f"generate(), judged by {judged['metric']}, up to {judged['max_new_tokens']} new tokens"
     scalings = [f"{label}: {what['scaling']}" for label, what in comparison.contenders.items() if what.get("scaling")]
-    return "; ".join([describe_task(comparison.task), held, describe_judge(comparison.judged), *scalings])
-
-
-def describe_judge(judged: Mapping[str, Any]) -> str:
-    """Writes how answers were judged."""
-    if judged["by"] == "loss":
-        return "loss of the next token"
-    if judged["by"] != "generate()":
-        return "teacher-forced exact match"
-    return f"generate(), judged by {judged['metric']}, up to {judged['max_new_tokens']} new tokens"
+    return "; ".join([describe_task(comparison.task), held, how, *scalings])
 
 
 def summary_table(comparison: Comparison, title: str = "") -> Table:
@@ -369,13 +335,3 @@ def comparison_markdown(comparison: Comparison) -> str:
 def plot_comparison(comparison: Comparison) -> bytes:
     """Draws every contender's scores over the position, with 95 % bands, as PNG."""
     return plot_by_position(comparison.scores, describe_setting(comparison))
-
-
-def _is_on(value: Any) -> bool:
-    return value is not None and value is not False
-
-
-def _shown(value: Any) -> str:
-    if value is True:
-        return "yes"
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +16,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..base_model import adapted, keeping_modes
-from ..errors import InvalidConfigError, TaskError
+from ..errors import TaskError
 from ..loading import adapter_identity, adapter_weights, load_peft_config, put_on
-from ..messages import last_component, named
+from ..messages import last_component, shown
 from ..tuner.artifacts import check_weights_file
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import frequencies_at, inv_freq_names, own_frequencies, rope_type_reaches
@@ -27,11 +28,9 @@ _KEPT = ("_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_f
 
 
 @contextmanager
-def as_found(model: nn.Module) -> Iterator[None]:
+def _as_found(model: nn.Module) -> Iterator[None]:
     """Afterwards every module has the children, the hooks and the mode that it had, every parameter its
-    `requires_grad`, and the model its adapter configurations; also when an error is raised halfway through a change.
-
-    What was written into weights in place stays written.
+    `requires_grad`, and the model its adapter configurations. What was written into weights in place stays written.
     """
     kept = [(getattr(module, name), dict(getattr(module, name))) for module in model.modules() for name in _KEPT]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -51,9 +50,6 @@ def as_found(model: nn.Module) -> Iterator[None]:
             del model.peft_config
 
 
-_PLAIN = (bool, int, float, str)
-_BUILD_ERRORS = (TypeError, KeyError, ValueError, AttributeError)
-
 _OF_A_SCALING = (
     *("type", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate"),
     *("mscale", "mscale_all_dim", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "alpha"),
@@ -61,30 +57,14 @@ _OF_A_SCALING = (
 """Entries of `rope_parameters` that belong to a scaling; the others say what is scaled."""
 
 
-def scaled_rotaries(model: nn.Module, rope_type: str, factor: float) -> list[tuple[RotarySite, nn.Module]]:
-    """Builds the rotary embeddings that the model would have had, had its config asked for a scaling.
+def _scaled_rotaries(model: nn.Module, rope_type: str, factor: float) -> list[tuple[RotarySite, nn.Module]]:
+    """Builds the rotary embeddings that the model would have had, had its config asked for a scaling, and says where
+    they belong.
 
     Where a family has a table for its full-attention layers and one for its sliding ones, that is the first one's
     scaling, as in transformers. A scaling that the model has of its own is replaced.
-
-    Args:
-        model: a transformers model; not changed.
-        rope_type: `"linear"`, `"dynamic"` or `"yarn"`.
-        factor: target length / trained length.
-
-    Returns:
-        Where they belong, and the new modules on the devices of the old ones. In their places the model computes what
-        a model built with this rope type from the start does.
-
-    Raises:
-        TaskError: the scaling cannot be put onto this model; the message says why.
-        UnsupportedModelError: the family does not rotate by its module's frequencies.
     """
     kind, name = model_type(model), f"{rope_type}:{factor:g}"
-    if not isinstance(model, PreTrainedModel):
-        raise TaskError(f"{name} needs a plain transformers model, got {type(model).__name__}.")
-    if rope_type != "linear" and trained_window(model) is None:
-        raise TaskError(f"{name} needs the trained window, and {kind}'s config has no max_position_embeddings.")
     sites = find_stack(model).sites
     own, plain, scaled = (copy.deepcopy(model.config) for _ in range(3))
     _set_rope_type(plain.get_text_config(decoder=True), "default", factor, name)
@@ -95,7 +75,7 @@ def scaled_rotaries(model: nn.Module, rope_type: str, factor: float) -> list[tup
         before, rotaries = ([_built(site.rotary, m) for site in find_stack(m).sites] for m in models[1:])
         far = torch.tensor([2 * (trained_window(model) or 1)])  # where `dynamic` has begun
         same = all(_are_equal(*pair, far) for pair in zip(before, rotaries, strict=True))
-    except _BUILD_ERRORS as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise TaskError(f"{name}: {kind} cannot be built with it ({error!r}).") from error
     if same and factor != 1:
         raise TaskError(f"{name} does not change the frequencies of {kind} as it should.")
@@ -175,7 +155,7 @@ def _check_nothing_else_changes(own: PreTrainedModel, scaled: PreTrainedModel, s
     """Raises TaskError where the scaling is more than rotary embeddings: some families scale their attention too."""
     for (name, one), (_, other) in zip(own.named_modules(), scaled.named_modules(), strict=True):
         for key, value in vars(one).items():
-            if name not in sites and isinstance(value, _PLAIN) and vars(other).get(key) != value:
+            if name not in sites and isinstance(value, (bool, int, float, str)) and vars(other).get(key) != value:
                 raise TaskError(
                     f"{label}: in {model_type(own)} it changes more than the rotary embedding ({name}.{key}): compare "
                     "with a model that is loaded with it."
@@ -220,10 +200,7 @@ class Contender:
     @classmethod
     def of_adapter(cls, adapter: str | Path, label: str | None = None) -> Contender:
         """An adapter of any PEFT method; its default label is the last part of its folder's or repository's name."""
-        if not isinstance(adapter, (str, Path)):
-            raise TaskError(f"adapter={named(adapter)} must be a folder or a Hub id.")
-        adapter = str(adapter)
-        return cls(label or last_component(adapter), "adapter", adapter=adapter)
+        return cls(label or last_component(str(adapter)), "adapter", adapter=str(adapter))
 
     @classmethod
     def of_config(cls, label: str, config: LayerRopeConfig) -> Contender:
@@ -236,14 +213,9 @@ class Contender:
         Raises:
             LayerRopeError: an adapter that cannot be loaded, or whose two files disagree.
         """
-        config = self.config
-        if self.kind == "uniform":
-            config = LayerRopeConfig(layer_factors=[self.numbers[0]] * num_layers)
-        elif self.kind == "first_and_rest":
-            first, rest = self.numbers
-            config = LayerRopeConfig(layer_factors=[first] + [rest] * (num_layers - 1))
-        elif self.kind == "adapter":
-            config = _checked_adapter(self.adapter)
+        if self.kind in ("uniform", "first_and_rest"):
+            return LayerRopeConfig(layer_factors=[*self.numbers, *self.numbers[-1:] * num_layers][:num_layers])
+        config = self._config()
         # a new one: PEFT writes the base model's name into it
         return LayerRopeConfig(**_scaling(config)) if isinstance(config, LayerRopeConfig) else None
 
@@ -254,14 +226,26 @@ class Contender:
         Raises:
             LayerRopeError: an adapter that cannot be loaded.
         """
-        if self.config is not None:
-            return {"kind": "layer_rope", **_scaling(self.config)}
-        if self.kind != "adapter":
+        config = self._config()
+        if config is None:
             return {"kind": self.kind, "numbers": list(self.numbers)}
-        config = _checked_adapter(self.adapter)
         if isinstance(config, LayerRopeConfig):
             return {"kind": "layer_rope", **_scaling(config)}
         return adapter_identity(self.adapter, config)
+
+    def _config(self) -> PeftConfig | None:
+        """Of what is an adapter; its files are checked."""
+        if self.adapter is None:
+            return self.config
+        config = load_peft_config(self.adapter)
+        if isinstance(config, LayerRopeConfig):
+            check_weights_file(adapter_weights(self.adapter), config.layer_factors)
+        elif config.is_prompt_learning:
+            raise TaskError(
+                f"{self.adapter!r} is a {config.peft_type.value} adapter: its virtual tokens would shift every "
+                "position, so it cannot be compared by position."
+            )
+        return config
 
 
 def parse_baseline(text: str) -> Contender:
@@ -276,27 +260,23 @@ def parse_baseline(text: str) -> Contender:
 
     Raises:
         TaskError: it is none of these.
+        InvalidConfigError: a factor out of the range that adapters may have.
     """
-    if not isinstance(text, str):
-        raise TypeError(f"a baseline is text such as 'linear:2', got {type(text).__name__}.")
     kind, _, rest = text.strip().partition(":")
     try:
         numbers = tuple(float(number) for number in rest.split(",")) if rest else ()
     except ValueError:
-        numbers = (0.0,)
-    count = _NUMBERS.get(kind, 1)
+        numbers = (math.nan,)
     smallest = 1.0 if kind == "yarn" else 0.0
-    if kind not in BASELINES or len(numbers) != count or not all(smallest < n < float("inf") for n in numbers):
+    fit = len(numbers) == _NUMBERS.get(kind, 1) and all(smallest < number < math.inf for number in numbers)
+    if kind not in BASELINES or not fit:
         more = " The factor of yarn must be above 1." if kind == "yarn" else ""
-        raise TaskError(f"baseline {text!r} is unknown, expected one like {', '.join(BASELINES.values())}.{more}")
+        raise TaskError(f"baseline {shown(text)} is unknown, expected one like {', '.join(BASELINES.values())}.{more}")
+    if kind in ROPE_TYPES:
+        LayerRopeConfig(rope_type="linear", factor=numbers[0])  # for the range of factors
     label = NO_SCALING if kind == "none" else f"{kind}:{','.join(f'{number:g}' for number in numbers)}"
     contender = Contender(label, kind, numbers)
-    try:
-        if kind in ROPE_TYPES:
-            LayerRopeConfig(rope_type="linear", factor=numbers[0])  # for the range of factors
-        contender.layer_rope(2)
-    except InvalidConfigError as error:
-        raise TaskError(f"baseline {text!r}: {error}") from error
+    contender.layer_rope(2)  # likewise
     return contender
 
 
@@ -316,33 +296,18 @@ def contending(model: nn.Module, contender: Contender) -> Iterator[nn.Module]:
         TaskError: a method that cannot be put onto this model.
         LayerRopeError: an adapter that cannot be loaded.
     """
-    with as_found(model):
+    with _as_found(model):
         if contender.kind == "none":
             yield model
-            return
-        if contender.kind in ROPE_TYPES:
-            for site, rotary in scaled_rotaries(model, contender.kind, contender.numbers[0]):
+        elif contender.kind in ROPE_TYPES:
+            for site, rotary in _scaled_rotaries(model, contender.kind, contender.numbers[0]):
                 site.replace(rotary)
             yield model
-            return
-        config = contender.layer_rope(len(find_stack(model).layers))
-        if config is None:
-            yield put_on(model, contender.adapter)  # `as_found` takes it off again
-            return
-        with adapted(model, config) as peft_model:
-            yield peft_model
-
-
-def _checked_adapter(adapter: str) -> PeftConfig:
-    config = load_peft_config(adapter)
-    if isinstance(config, LayerRopeConfig):
-        check_weights_file(adapter_weights(adapter), config.layer_factors)
-    elif config.is_prompt_learning:
-        raise TaskError(
-            f"{adapter!r} is a {config.peft_type.value} adapter: its virtual tokens would shift every position, so it "
-            "cannot be compared by position."
-        )
-    return config
+        elif (config := contender.layer_rope(len(find_stack(model).layers))) is None:
+            yield put_on(model, contender.adapter)  # `_as_found` takes it off again
+        else:
+            with adapted(model, config) as peft_model:
+                yield peft_model
 
 
 def _scaling(config: LayerRopeConfig) -> dict[str, Any]:

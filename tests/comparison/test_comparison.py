@@ -107,7 +107,7 @@ def test_differences_are_paired_by_context(model, split, contenders):
     paired = difference_interval(rows["per layer"] - rows["no scaling"])
     assert (gap.low, gap.high) == pytest.approx((paired.low, paired.high))
     assert gap.value == pytest.approx(rows["per layer"].mean() - rows["no scaling"].mean())
-    with pytest.raises(KeyError, match="no contender 'best'; there are no scaling, per layer, yarn:2"):
+    with pytest.raises(KeyError, match="best"):
         found.difference("best", "no scaling")
 
 
@@ -214,11 +214,11 @@ def test_everything_is_checked_before_anything_is_scored(model, split, contender
         (wrong, AdapterMismatchError, "layer_factors has 5 entries, but llama has 4"),
         (Contender.of_adapter(tmp_path / "wide"), LayerRopeError, "cannot load adapter"),
         (Contender.of_adapter(tmp_path), LayerRopeError, "has no adapter_config.json"),
-        (replace(contenders[1], label="yarn:2"), TaskError, "two contenders are called 'yarn:2'"),
+        (replace(contenders[1], label="yarn:2"), TaskError, "each of a label of its own"),
     ):
         with pytest.raises(error, match=message):
             compare(model, split, [*contenders, added], folder=tmp_path / "out")
-    with pytest.raises(TaskError, match="nothing to compare"):
+    with pytest.raises(TaskError, match="must be at least one"):
         compare(model, split, [])
     with pytest.raises(TaskError, match="needs accepted answers"):
         compare(model, replace(split, judge=Judge("contains_value", Letters())), contenders, folder=tmp_path / "out")
