@@ -45,33 +45,20 @@ if TYPE_CHECKING:
 
 # Loaded at first use, so that serving an adapter needs neither DEAP nor SciPy nor matplotlib.
 _LAZY = {
-    "Comparison": ".comparison",
-    "Contender": ".comparison.contenders",
-    "Example": ".tasks",
-    "KeyValueRetrieval": ".tasks",
-    "KeyValueWords": ".tasks",
-    "LayerCheck": ".verification",
-    "MultiDocumentQA": ".tasks",
-    "Perplexity": ".tasks",
-    "PositionScores": ".scoring.scores",
-    "RayWorkers": ".searcher.ray_workers",
-    "SearchResult": ".searcher",
-    "SearchSettings": ".searcher",
-    "Split": ".tasks",
-    "Task": ".tasks",
-    "TokenTask": ".tasks",
-    "Verification": ".verification",
-    "best_subspan_em": ".tasks",
-    "compare": ".comparison",
-    "evaluate": ".scoring.scorer",
-    "load_adapter": ".loading",
-    "load_model": ".base_model",
-    "parse_baseline": ".comparison.contenders",
-    "plan_search": ".searcher",
-    "pull": ".hub",
-    "push_to_hub": ".hub",
-    "search": ".searcher",
-    "verify": ".verification",
+    ".base_model": ("load_model",),
+    ".comparison": ("Comparison", "compare"),
+    ".comparison.contenders": ("Contender", "parse_baseline"),
+    ".hub": ("pull", "push_to_hub"),
+    ".loading": ("load_adapter",),
+    ".scoring.scorer": ("evaluate",),
+    ".scoring.scores": ("PositionScores",),
+    ".searcher": ("SearchResult", "SearchSettings", "plan_search", "search"),
+    ".searcher.ray_workers": ("RayWorkers",),
+    ".tasks": (
+        *("Example", "KeyValueRetrieval", "KeyValueWords", "MultiDocumentQA", "Perplexity", "Split", "Task"),
+        *("TokenTask", "best_subspan_em"),
+    ),
+    ".verification": ("LayerCheck", "Verification", "verify"),
 }
 
 __all__ = [
@@ -118,8 +105,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    module = next((module for module, names in _LAZY.items() if name in names), None)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name], __name__), name)
-    globals()[name] = value
+    value = globals()[name] = getattr(import_module(module, __name__), name)
     return value

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from .errors import InvalidConfigError, LayerRopeError
+from .errors import InvalidConfigError
 from .files import to_json, write_atomically, writing
 
 JOURNAL_NAME, LOCK_NAME = "journal.jsonl", ".lock"
@@ -51,10 +51,10 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(Timeout):
             lock.acquire(blocking=False)
     if not lock.is_locked:
-        who = "another process"
+        who = ""
         with suppress(OSError):  # which is done by now, perhaps
-            text = path.read_text(errors="replace")
-            who = f"process {text}" if text.isdecimal() else who
+            who = path.read_text(errors="replace")
+        who = f"process {who}" if who.isdecimal() else "another process"
         advice = "wait until it is done, end it, or use another folder"
         raise BlockingIOError(errno.EAGAIN, f"in use by {who}: {advice}", str(folder))
     try:
@@ -161,8 +161,6 @@ class Journal:
         try:
             yield
         except (KeyError, TypeError, ValueError, AttributeError) as damage:
-            if isinstance(damage, LayerRopeError):
-                raise
             raise InvalidConfigError(f"{self._path} is damaged ({damage!r}): begin anew, overwriting it.") from damage
 
     def _keep(self, entry: Mapping[str, Any]) -> None:
@@ -183,23 +181,18 @@ class Journal:
         self._size += len(line)
 
     def _load(self) -> None:
-        try:
-            content = self._path.read_bytes()
-        except FileNotFoundError:  # killed before its first entry
+        if not self._path.exists():  # killed before its first entry
             return
-        except OSError as error:
-            raise InvalidConfigError(f"{self._path} cannot be read: {error}.") from error
-        *lines, _ = content.split(b"\n")  # what was being written at the kill has no line end
+        *lines, _ = self._path.read_bytes().split(b"\n")  # what was being written at the kill has no line end
         self._size = sum(len(line) + 1 for line in lines)
         with self.reading():
             head, *entries = map(json.loads, lines)
-            if head["format"] != _FORMAT:
-                raise InvalidConfigError(f"{self._path} has format {head['format']!r}, expected {_FORMAT}.")
-            difference = first_difference(head["identity"], self._head["identity"])
-            if difference is not None:
-                raise InvalidConfigError(f"{self._path} is of another run: {difference}.")
             for entry in entries:
                 self._keep(entry)
+            runs = [{"format": run["format"], **run["identity"]} for run in (head, self._head)]
+        difference = first_difference(*runs)
+        if difference is not None:
+            raise InvalidConfigError(f"{self._path} is of another run: {difference}.")
 
 
 def first_difference(before: Any, now: Any, name: str = "") -> str | None:
