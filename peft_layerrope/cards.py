@@ -80,15 +80,15 @@ def save_card(card: ModelCard, folder: Path, target: Path | None = None) -> None
 
 
 def merged(existing: ModelCard | None, new: ModelCard) -> ModelCard:
-    """Returns `existing` with the generated part of `new` in the place of its own.
+    """Returns `existing`, if there is one, with the generated part of `new` in the place of its own.
 
     What stands outside the markers stays, and so do metadata that are not ours to say, tags, and results on other data.
     A card without markers is kept whole, with the new part at its end; one that nobody wrote in, an empty template, is
     replaced.
     """
-    card = ModelCard((new if existing is None else existing).content)
     if existing is None:
-        return card
+        return ModelCard(new.content)
+    card = ModelCard(existing.content)
     line_end = "\r\n" if "\r\n" in card.text else "\n"
     part = GENERATED.search(new.text)[0].replace("\n", line_end)
     if GENERATED.search(card.text):

@@ -19,19 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from . import __version__
-from .cards import (
-    ACCURACY_PLOT,
-    CARD_NAME,
-    FACTORS_PLOT,
-    HARM_PLOT,
-    REPORT_NAME,
-    SPECIFICATION_NAME,
-    has_own_text,
-    merged,
-    model_card,
-    read_card,
-)
+from . import __version__, cards
 from .errors import AdapterMismatchError, HubError, InvalidConfigError, LayerRopeError
 from .files import MAX_BYTES, parse_yaml, read_json_object, replacing_files, to_json
 from .loading import load_adapter_config
@@ -45,12 +33,12 @@ if TYPE_CHECKING:
 PUBLISHED = {
     CONFIG_NAME: MAX_BYTES,
     SAFETENSORS_WEIGHTS_NAME: MAX_BYTES,
-    CARD_NAME: 2**20,
-    SPECIFICATION_NAME: 2**20,
-    REPORT_NAME: 2**26,
-    ACCURACY_PLOT: 2**24,
-    FACTORS_PLOT: 2**24,
-    HARM_PLOT: 2**24,
+    cards.CARD_NAME: 2**18,
+    cards.SPECIFICATION_NAME: 2**20,
+    cards.REPORT_NAME: 2**26,
+    cards.ACCURACY_PLOT: 2**24,
+    cards.FACTORS_PLOT: 2**24,
+    cards.HARM_PLOT: 2**24,
 }
 """The files that go to the Hub and come from it, with the most bytes that each may have."""
 
@@ -107,27 +95,24 @@ def push_to_hub(
         config = load_adapter_config(str(folder))
         names = sorted(PUBLISHED.keys() & {path.name for path in folder.iterdir()})
         files = {name: _read(folder / name, PUBLISHED[name]) for name in names}
-        own_card = read_card(folder / CARD_NAME)
+        own_card = cards.read_card(folder / cards.CARD_NAME)
         _check_adapter(folder, config)
     base_model = _public_base_model(config, base_model)
     _clean(files, CONFIG_NAME, json.loads, {"base_model_name_or_path": base_model})
-    _clean(files, REPORT_NAME, json.loads, {"model": base_model})
-    _clean(files, SPECIFICATION_NAME, parse_yaml, {"model": base_model})
+    _clean(files, cards.REPORT_NAME, json.loads, {"model": base_model})
+    _clean(files, cards.SPECIFICATION_NAME, parse_yaml, {"model": base_model})
 
     api = _api(token or True)  # which asks for a login before anything is sent
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    card = model_card(base_model, config, files=files, adapter=repo_id, earlier=own_card)
-    if own_card is not None:
-        card = merged(own_card, card)
-    card.data.license = license or card.data.license
-    published = _fetch(api, api.model_info(repo_id, revision=revision, files_metadata=True), CARD_NAME)
-    if published is not None and not has_own_text(own_card):  # where something was written here, that is the newer one
-        licensed = card.data.license
-        card = merged(read_card(published), card)
-        card.data.license = licensed or card.data.license
-    files[CARD_NAME] = str(card).encode()
+    card = cards.merged(own_card, cards.model_card(base_model, config, files=files, adapter=repo_id, earlier=own_card))
+    licensed = license or card.data.license
+    published = _fetch(api, api.model_info(repo_id, revision=revision, files_metadata=True), cards.CARD_NAME)
+    if published is not None and not cards.has_own_text(own_card):  # else what was written here is the newer one
+        card = cards.merged(cards.read_card(published), card)
+    card.data.license = licensed or card.data.license
+    files[cards.CARD_NAME] = str(card).encode()
     try:
         return api.create_commit(  # not upload_folder, which may make several
             repo_id,
@@ -236,7 +221,7 @@ def _as_folder(source: str | Path | SearchResult | PeftModel) -> Iterator[Path]:
         if isinstance(source, PeftModel):
             name = _adapter_name(source)
             source.save_pretrained(scratch, selected_adapters=[name])
-            (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT's template
+            (folder / cards.CARD_NAME).unlink(missing_ok=True)  # PEFT's template
             folder = folder if name == "default" else folder / name
         else:
             source.save(scratch)

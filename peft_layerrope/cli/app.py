@@ -14,14 +14,7 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,  # of the HTTP library that this version of the client has
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import errors as hub
 from rich.console import Console
 from rich.markup import escape
 from transformers.utils import logging as transformers_logging
@@ -44,8 +37,8 @@ err = Console(stderr=True)
 
 USAGE_ERROR, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
 _USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError)
-_HUB_ERRORS = (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, LocalTokenNotFoundError)
-_LOGIN_ERRORS = (RepositoryNotFoundError, LocalTokenNotFoundError)
+_LOGIN_ERRORS = (hub.RepositoryNotFoundError, hub.LocalTokenNotFoundError)
+_HUB_ERRORS = (hub.HTTPError, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, *_LOGIN_ERRORS)
 
 
 @contextmanager
@@ -69,8 +62,8 @@ def _told(error: Exception) -> str | None:
     if isinstance(error, LayerRopeError):
         return str(error)
     if isinstance(error, _HUB_ERRORS):
-        text = " ".join(printable(str(error)).split())[:500]
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        text = printable(" ".join(str(error).split()))[:500]
+        status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
         login = isinstance(error, _LOGIN_ERRORS) or status in (401, 403)
         return f"the Hub: {text}{' Log in with `hf auth login`, or set HF_TOKEN.' if login else ''}"
     if isinstance(error, OSError) and error.filename is not None:
