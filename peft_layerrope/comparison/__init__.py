@@ -295,12 +295,21 @@ def by_position_tables(comparison: Comparison, title: str) -> list[Table]:
     columns where one would be wider.
     """
     whole = _position_table(comparison)
-    widths = [max(len(row[i]) for row in whole.rows) for i in range(1, len(whole.header))]
+    positions, *columns = zip(whole.header, *whole.rows, strict=True)
+    groups: list[list[tuple[str, ...]]] = [[]]
+    room = _ROOM
+    for column in columns:
+        width = max(map(len, column[1:])) + _GAP
+        if width > room and groups[-1]:
+            groups.append([])
+            room = _ROOM
+        groups[-1].append(column)
+        room -= width
     tables: list[Table] = []
-    for columns in _fitting(widths):
-        header, *rows = ((line[0], *(line[i + 1] for i in columns)) for line in (whole.header, *whole.rows))
-        parts = ("", "") if tables else (title, whole.caption)
-        tables.append(Table(header, tuple(rows), *parts, text_columns=()))
+    for group in groups:
+        header, *rows = zip(positions, *group, strict=True)
+        title, caption = ("", "") if tables else (title, whole.caption)
+        tables.append(Table(header, tuple(rows), title, caption, text_columns=()))
     return tables
 
 
@@ -312,17 +321,6 @@ def _position_table(comparison: Comparison) -> Table:
     header = ("token" if loss else "position", *comparison.scores)
     caption = BUCKET_LEGEND if loss else POSITION_LEGEND
     return Table(header, tuple(zip(positions, *columns, strict=True)), "", caption, ())
-
-
-def _fitting(widths: Sequence[int]) -> list[list[int]]:
-    """Groups columns of such widths, in order, so that each group fits beside the positions."""
-    groups: list[list[int]] = [[]]
-    for i, width in enumerate(widths):
-        taken = sum(widths[k] + _GAP for k in groups[-1])
-        if groups[-1] and taken + width + _GAP > _ROOM:
-            groups.append([])
-        groups[-1].append(i)
-    return groups
 
 
 def comparison_markdown(comparison: Comparison) -> str:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..base_model import adapted, keeping_modes
 from ..errors import TaskError
 from ..loading import adapter_identity, adapter_weights, load_peft_config, put_on
-from ..messages import last_component, shown
+from ..messages import last_component, one_line, shown
 from ..tuner.artifacts import check_weights_file
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import frequencies_at, inv_freq_names, own_frequencies, rope_type_reaches
@@ -67,16 +67,16 @@ def _scaled_rotaries(model: nn.Module, rope_type: str, factor: float) -> list[tu
     kind, name = model_type(model), f"{rope_type}:{factor:g}"
     sites = find_stack(model).sites
     own, plain, scaled = (copy.deepcopy(model.config) for _ in range(3))
-    _set_rope_type(plain.get_text_config(decoder=True), "default", factor, name)
-    _set_rope_type(scaled.get_text_config(decoder=True), rope_type, factor, name)
     try:
+        _set_rope_type(plain.get_text_config(decoder=True), "default", factor)
+        _set_rope_type(scaled.get_text_config(decoder=True), rope_type, factor)
         with torch.device("meta"):
             models = [type(model)(config) for config in (own, plain, scaled)]
         before, rotaries = ([_built(site.rotary, m) for site in find_stack(m).sites] for m in models[1:])
         far = torch.tensor([2 * (trained_window(model) or 1)])  # where `dynamic` has begun
         same = all(_are_equal(*pair, far) for pair in zip(before, rotaries, strict=True))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise TaskError(f"{name}: {kind} cannot be built with it ({error!r}).") from error
+        raise TaskError(f"{name} cannot be put onto {kind}: {one_line(repr(error))}.") from error
     if same and factor != 1:
         raise TaskError(f"{name} does not change the frequencies of {kind} as it should.")
     _check_nothing_else_changes(models[0], models[2], {site.name for site in sites}, name)
@@ -110,7 +110,7 @@ def describe_scaling(model: nn.Module, rope_type: str, relation: str) -> str:
     return ", ".join(said)
 
 
-def _set_rope_type(text: PretrainedConfig, rope_type: str, factor: float, name: str) -> None:
+def _set_rope_type(text: PretrainedConfig, rope_type: str, factor: float) -> None:
     """Writes what a checkpoint's author would: into every table of the config that the scaling reaches."""
     parameters = getattr(text, "rope_parameters", None) or {}
     tables = {table: entries for table, entries in parameters.items() if isinstance(entries, dict)}
@@ -119,7 +119,7 @@ def _set_rope_type(text: PretrainedConfig, rope_type: str, factor: float, name: 
             continue
         own = entries.get("rope_type", "default")
         if "rope_theta" not in entries or (own == "proportional" and rope_type not in ("default", "linear")):
-            raise TaskError(f"{name} cannot be put onto {text.model_type}, whose rope_parameters are {parameters}.")
+            raise ValueError(f"its rope_parameters are {parameters}")
         kept = entries if own == "default" else {k: v for k, v in entries.items() if k not in _OF_A_SCALING}
         changed = {**kept, "rope_type": rope_type if own != "proportional" else own}  # which has a factor of its own
         if rope_type != "default":

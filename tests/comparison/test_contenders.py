@@ -219,8 +219,8 @@ def test_a_scaling_that_changes_more_than_the_rotation_is_refused(baseline):
     [
         ("phimoe", "phimoe"),  # recomputes its frequencies
         ("bamba", "does not change the frequencies"),
-        ("ernie4_5_vl_moe", "cannot be built with it"),
-        ("recurrent_gemma", "cannot be built with it"),  # has no trained window
+        ("ernie4_5_vl_moe", "cannot be put onto"),
+        ("recurrent_gemma", "cannot be put onto"),  # has no trained window
     ],
 )
 def test_yarn_is_refused_where_it_would_do_nothing_or_fail(family, message):
@@ -232,5 +232,5 @@ def test_yarn_is_refused_where_it_would_do_nothing_or_fail(family, message):
 
 def test_yarn_is_refused_on_an_adapter():
     model = get_peft_model(build_model("llama"), LayerRopeConfig(layer_factors=[1.0] * 4))
-    with pytest.raises(TaskError, match="cannot be built with it"):
+    with pytest.raises(TaskError, match="cannot be put onto"):
         contending(model, parse_baseline("yarn:2")).__enter__()
