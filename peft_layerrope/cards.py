@@ -169,23 +169,10 @@ def model_card(
     """
     # It may be a folder's name, or a stranger's, and stands in code, in HTML and in YAML.
     base_model = re.sub(r"[^\w ./+()-]", "_", public_name(base_model))
-    found = GENERATED.search(earlier.text.replace("\r\n", "\n")) if earlier is not None else None
-    _, heading, rest = found[0].removesuffix(END).partition(_RESULTS) if found is not None else ("", "", "")
-    if held_out is not None:
-        results = _eval_results(held_out)
-    else:
-        results = [r for r in earlier.data.eval_results or [] if r.metric_name in OWN_METRICS] if heading else None
-    sections = [_head(base_model, config), _use(base_model, adapter)]
-    if heading and held_out is None:
-        sections.append(heading + rest.rstrip())
-    else:
-        sections += [
-            _results(held_out),
-            _plots(held_out, files),
-            _limits(config, held_out),
-            _reproduce(files),
-            _CITATION,
-        ]
+    rest, results = _of_earlier_search(earlier) if held_out is None else ("", _eval_results(held_out))
+    if not rest:
+        parts = _plots(held_out, files), _limits(config, held_out), _reproduce(files), _CITATION
+        rest = _joined(_results(held_out), *parts)
     data = ModelCardData(
         base_model=base_model,
         library_name="peft",
@@ -196,8 +183,21 @@ def model_card(
         eval_results=results or None,
         base_model_relation="adapter",
     )
-    body = "\n\n".join(section for section in sections if section)
+    body = _joined(_head(base_model, config), _use(base_model, adapter), rest)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{BEGIN}\n\n{body}\n\n{END}\n")
+
+
+def _joined(*sections: str) -> str:
+    return "\n\n".join(section for section in sections if section)
+
+
+def _of_earlier_search(card: ModelCard | None) -> tuple[str, list[EvalResult]]:
+    """A card's generated text from the results on, and its model-index; nothing where no search wrote it."""
+    found = GENERATED.search(card.text.replace("\r\n", "\n")) if card is not None else None
+    if found is None or _RESULTS not in found[0]:
+        return "", []
+    text = found[0][found[0].index(_RESULTS) :].removesuffix(END).rstrip()
+    return text, [result for result in card.data.eval_results or [] if result.metric_name in OWN_METRICS]
 
 
 def _eval_results(held_out: HeldOut) -> list[EvalResult]:
@@ -330,15 +330,14 @@ def _results(held_out: HeldOut | None) -> str:
         differences.append(f"{value} {gained} against {label} ({low} to {high})")
     paired = f" Paired differences with 95 % intervals: {'; '.join(differences)}." if differences else ""
     remarks = "\n".join(f"- {remark}" for remark in held_out.remarks)
-    sections = [
+    return _joined(
         f"{_RESULTS}\n\nTask: {held_out.measured}. Every method chose its factors on a search split; these are the "
         "scores on a disjoint test split.",
         _searched_on(held_out.base, held_out.task),
         sentence + paired,
         held_out.table,
         f"### Result, harm and cost of the search\n\n{remarks}" if remarks else "",
-    ]
-    return "\n\n".join(section for section in sections if section)
+    )
 
 
 def _searched_on(base: Mapping[str, Any], task: Mapping[str, Any]) -> str:
@@ -358,7 +357,7 @@ def _searched_on(base: Mapping[str, Any], task: Mapping[str, Any]) -> str:
         arguments = ", ".join(f"{name}={_code(repr(value))}" for name, value in given.items())
         note = f"""The factors were searched on `model, tokenizer = peft_layerrope.load_model(base, {arguments})`: take
 that in place of `AutoModelForCausalLM.from_pretrained(base)` above."""
-    return "\n\n".join(part for part in (_table(rows), note) if part)
+    return _joined(_table(rows), note)
 
 
 def _code(value: Any) -> str:

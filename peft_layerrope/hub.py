@@ -287,7 +287,7 @@ def _without_paths(value: Any, key: str = "") -> Any:
         return {name: _without_paths(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
         return [_without_paths(inner, key) for inner in value]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or key == "system_prompt":  # which may begin with `/no_think`
         return value
     if key in _MODELS:
         return public_name(value)

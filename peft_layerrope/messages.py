@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -82,14 +83,16 @@ def is_local_path(name: str) -> bool:
 def is_machine_path(text: str) -> bool:
     """Whether a text begins as a path does: `/`, `./`, `../`, `~`, `$HOME/`, `file:/`, or Windows' kinds."""
     is_absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
-    return is_absolute or re.match(r"~|(\.|\.\.|\$\w+|\$\{\w+\}|%\w+%|file:)([/\\]|$)", text, re.ASCII) is not None
+    return (
+        is_absolute or re.match(r"(~[\w.-]*|\.|\.\.|\$\w+|\$\{\w+\}|%\w+%|file:)([/\\]|$)", text, re.ASCII) is not None
+    )
 
 
 def public_name(name: str) -> str:
     """Returns the name of a model without a path: the id, or the last component of a folder's path."""
     if not is_local_path(name):
         return name
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir() and path.resolve() == Path(demo_model_path()).resolve():
         return DEMO_NAME
     cached = _CACHED_SNAPSHOT.search(name)
@@ -102,7 +105,7 @@ def last_component(path: str) -> str:
     """Returns the last component of a path of any system, `..` and `.` resolved."""
     if "\\" in path:
         return PureWindowsPath(path).name
-    return Path(path).expanduser().resolve().name
+    return Path(os.path.expanduser(path)).resolve().name  # of pathlib's an unknown `~user` is an error
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:

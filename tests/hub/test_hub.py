@@ -296,7 +296,7 @@ def test_other_pictures_stay_here(alice, folder):
     ],
 )
 def test_of_a_data_file_the_name_alone_goes_up(alice, folder, path):
-    task = {"name": "kv_retrieval", "data": path, "system_prompt": "Answer with yes/no."}
+    task = {"name": "kv_retrieval", "data": path, "system_prompt": "/no_think"}
     values = {"model": "owner/base", "task": task, "search": {"text": path}}
     (folder / "search.yaml").write_text(yaml.safe_dump(values))
     (folder / "search.json").write_text(json.dumps({**values, "bound": {"text": path}}))
