@@ -32,7 +32,7 @@ from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import Scorer
 from ..searcher import SearchSettings
 from ..searcher.plan import RichProgress
-from ..tasks import PromptTask, SplitName, Task
+from ..tasks import PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..verification import MISMATCH, NO_ROTATION, OK, Verification, verify
