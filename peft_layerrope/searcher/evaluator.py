@@ -1,4 +1,4 @@
-"""The scores of factor vectors on a split: what a search asks of a model, here or in workers."""
+"""What a search asks of a model, here or in workers: the scores of factor vectors, on contexts that are asked much."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ import numpy as np
 from ..scoring.batching import can_pack
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
-from ..tasks import Split
+from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task
+from ..tasks.base import spread_positions
+from ..tasks.prompts import ASKED_EVERYWHERE
 from .space import Factors
+
+_OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
+# Questions to a context, in times of the task's positions: of 100 pairs, 42 questions instead of 14 take a quarter more
+# time, and four fifths of what one says are its own.
+_DENSER = 8
 
 
 class Evaluator(Protocol):
@@ -62,3 +69,26 @@ def densely_scored(scorer: Scorer, split: Split) -> PositionScores:
 def fitness_by_context(scores: PositionScores) -> np.ndarray:
     """Returns the mean probability of each context's targets, or minus its loss."""
     return (scores.log_prob if scores.measure == "loss" else np.exp(scores.log_prob)).mean(axis=1)
+
+
+def contexts_to_ask(task: Task, wanted: int) -> int:
+    """Returns how many different contexts of the search split there are for a search that wants so many."""
+    if isinstance(task, PromptTask) and task.without_distractors("search", 0, 1, gold=True) is not None:
+        wanted = min(wanted, _OWN_TARGET_CONTEXTS)
+    return available(task, "search", wanted)
+
+
+def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
+    """Returns contexts of a split, asked at many more positions where a context is run once for all of its questions:
+    they add little to it, and each says something of the factors.
+    """
+    if not isinstance(task, KeyValueRetrieval) or task.protocol(name) != ASKED_EVERYWHERE:
+        return task.split(name, contexts)
+    count = min(_DENSER * len(task.positions), task.num_items)
+    positions = {*task.positions, *spread_positions(task.num_items, max(3, count))}
+    return task.split(name, contexts, sorted(positions))
+
+
+def available(task: Task, split: SplitName, wanted: int) -> int:
+    """Returns how many contexts a split has, at least 1 and at most `wanted`; all that are, where a task cannot say."""
+    return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted

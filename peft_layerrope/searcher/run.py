@@ -21,12 +21,11 @@ from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import Preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
-from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task, check_disjoint
-from ..tasks.base import check_task, spread_positions
-from ..tasks.prompts import ASKED_EVERYWHERE
+from ..tasks import PromptTask, Split, Task, check_disjoint
+from ..tasks.base import check_task
 from ..tuner.sites import find_stack, trained_window
 from .common import adapter_config, identity_of, keep_look, look, model_name
-from .evaluator import Evaluator, ModelEvaluator, densely_scored
+from .evaluator import Evaluator, ModelEvaluator, available, contexts_to_ask, densely_asked, densely_scored
 from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
 from .plan import (
     CONTROLS,
@@ -48,10 +47,6 @@ from .stages import SIMPLEST_FIRST, Outcome, Stages, end_changes
 _PREFLIGHT_COST = 2.5  # of a context whose questions are answered in writing, in times of scoring it
 _WRITING_COST = 2.0  # the same of the held-out test
 _MIN_TEST_GROUPS = 20
-_OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets
-# Questions to a context, in times of the task's positions: of 100 pairs, 42 questions instead of 14 take a quarter more
-# time, and four fifths of what one says are its own.
-_DENSER = 8
 _HARM = Unit("harm", "nats", "nats", 1, 4)
 
 Distribute = Callable[[ModelEvaluator, Split], Evaluator]
@@ -367,29 +362,6 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
         f"{outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
     )
     return verdict, text, cost
-
-
-def contexts_to_ask(task: Task, wanted: int) -> int:
-    """Returns how many different contexts of the search split there are for a search that wants so many."""
-    if isinstance(task, PromptTask) and task.without_distractors("search", 0, 1, gold=True) is not None:
-        wanted = min(wanted, _OWN_TARGET_CONTEXTS)
-    return available(task, "search", wanted)
-
-
-def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
-    """Returns contexts of a split, asked at many more positions where a context is run once for all of its questions:
-    they add little to it, and each says something of the factors.
-    """
-    if not isinstance(task, KeyValueRetrieval) or task.protocol(name) != ASKED_EVERYWHERE:
-        return task.split(name, contexts)
-    count = min(_DENSER * len(task.positions), task.num_items)
-    positions = {*task.positions, *spread_positions(task.num_items, max(3, count))}
-    return task.split(name, contexts, sorted(positions))
-
-
-def available(task: Task, split: SplitName, wanted: int) -> int:
-    """Returns how many contexts a split has, at least 1 and at most `wanted`; all that are, where a task cannot say."""
-    return max(1, task.available(split, wanted)) if hasattr(task, "available") else wanted
 
 
 def measured_rates(scorer: Scorer, one: Split, text_tokens: int) -> Rates:
