@@ -188,12 +188,12 @@ GOOD = {"prompt": "a?", "answers": ["b"], "position": 0}
     [
         (None, "cannot be read: No such file"),
         ("", "is empty, expected one JSON object a line with prompt, answers, position"),
-        (json.dumps(GOOD) + "\n{", "line 2: not JSON"),
-        (json.dumps({"prompt": "a?", "answers": ["b"]}), "line 1: position missing"),
-        (json.dumps(GOOD | {"prompt": ""}), "line 1: prompt must be text"),
-        (json.dumps(GOOD | {"answers": "b"}), "line 1: answers must be a list of texts"),
-        (json.dumps(GOOD | {"answers": []}), "line 1: answers must be a list of texts, at least one"),
-        (json.dumps(GOOD | {"position": "0"}), "line 1: position='0' must be a whole number of at least 0"),
+        (json.dumps(GOOD) + "\n{", "line 2: Invalid JSON"),
+        (json.dumps({"prompt": "a?", "answers": ["b"]}), "line 1: position is missing"),
+        (json.dumps(GOOD | {"prompt": ""}), "line 1: prompt=''"),
+        (json.dumps(GOOD | {"answers": "b"}), "line 1: answers='b' must be"),
+        (json.dumps(GOOD | {"answers": []}), "line 1: answers=[]"),
+        (json.dumps(GOOD | {"position": "0"}), "line 1: position='0' must be a valid integer"),
     ],
 )
 def test_a_data_file_that_cannot_be_used_is_named(harness, text, message, tmp_path):

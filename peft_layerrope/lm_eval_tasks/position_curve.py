@@ -6,42 +6,29 @@ Imports lm_eval, which is an extra; lm_eval itself loads this file when one of t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from datasets import Dataset
 from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import resolve_max_length
+from pydantic import Field
 from transformers import AutoConfig
 
 from ..base_model import ModelSource, load_tokenizer
 from ..errors import TaskError
 from ..tasks import metrics
-from ..tasks.prompts import read_records
+from ..tasks.prompts import Record, Text, read_records
 
-FIELDS = ("prompt", "answers", "position")
 SPLIT = "test"
 
 
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Reads the JSON lines that `layerrope prompts` wrote: prompt, accepted answers, position of the gold item.
+class PromptLine(Record):
+    """A line that `layerrope prompts` wrote: prompt, accepted answers, position of the gold item."""
 
-    Raises:
-        TaskError: the file cannot be read, is empty, or has a line that is no such object; the message names it.
-    """
-    return [_checked(record, where) for where, record in read_records(path, FIELDS)]
-
-
-def _checked(record: dict[str, Any], where: str) -> dict[str, Any]:
-    prompt, answers, position = (record[field] for field in FIELDS)
-    if not (isinstance(prompt, str) and prompt):
-        raise TaskError(f"{where}: prompt must be text and not empty.")
-    if not (isinstance(answers, list) and answers and all(isinstance(a, str) and a for a in answers)):
-        raise TaskError(f"{where}: answers must be a list of texts, at least one and none of them empty.")
-    if type(position) is not int or position < 0:  # True is an int, too
-        raise TaskError(f"{where}: position={position!r} must be a whole number of at least 0.")
-    return {field: record[field] for field in FIELDS}
+    prompt: Text
+    answers: Annotated[list[Text], Field(min_length=1)]
+    position: Annotated[int, Field(ge=0)]
 
 
 def check_length(prompts: Sequence[str], model_args: dict[str, Any], max_gen_toks: int) -> None:
@@ -58,8 +45,7 @@ def check_length(prompts: Sequence[str], model_args: dict[str, Any], max_gen_tok
     name = model_args.get("pretrained")
     if not isinstance(name, str) or model_args.get("trust_remote_code"):
         return
-    revision = model_args.get("revision")
-    own = model_args.get("tokenizer")
+    revision, own = model_args.get("revision"), model_args.get("tokenizer")
     tokenizer = load_tokenizer(ModelSource(own or name, revision=None if own else revision))
     config = AutoConfig.from_pretrained(name, revision=revision)
     limit = model_args.get("max_length") or resolve_max_length(config, tokenizer)
@@ -91,7 +77,7 @@ class PositionCurve(ConfigurableTask):
                 f"{task} needs a file of prompts: write one with `layerrope prompts ... > prompts.jsonl` and pass "
                 "--metadata data=prompts.jsonl."
             )
-        rows = read_prompts(Path(str(path)))
+        rows = [line.model_dump() for line in read_records(str(path), PromptLine)]
         check_length([row["prompt"] for row in rows], metadata, self.config.generation_kwargs["max_gen_toks"])
         width = len(str(max(row["position"] for row in rows)))  # tables are sorted by name
         for row in rows:
@@ -110,17 +96,14 @@ class PositionCurve(ConfigurableTask):
 
 def contains_value(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """lm_eval's `process_results` with [`metrics.contains_value`]."""
-    return _judge(metrics.contains_value, doc, results)
+    return _at_its_position(doc, metrics.contains_value(results[0], doc["answers"]))
 
 
 def best_subspan_em(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     """lm_eval's `process_results` with [`metrics.best_subspan_em`]."""
-    return _judge(metrics.best_subspan_em, doc, results)
+    return _at_its_position(doc, metrics.best_subspan_em(results[0], doc["answers"]))
 
 
-def _judge(
-    metric: Callable[[str, Sequence[str]], bool], doc: dict[str, Any], results: Sequence[str]
-) -> dict[str, float]:
+def _at_its_position(doc: dict[str, Any], right: bool) -> dict[str, float]:
     """A prompt counts at its own position and nowhere else: other positions' means do not see it."""
-    right = float(metric(results[0], doc["answers"]))
-    return {"acc": right, doc["metric"]: right}
+    return {"acc": float(right), doc["metric"]: float(right)}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
 from ..errors import TaskError
-from ..messages import is_number, named, whole_number, whole_numbers
+from ..messages import named, whole_number
 from .metrics import Judge
 
 Measure = Literal["accuracy", "loss"]
@@ -24,6 +25,8 @@ MAX_LENGTH = 2**22
 """Tokens of a prompt: four million, more than any model takes. What is longer is a typing error, and would be built."""
 MAX_GROUPS = 2**20
 """Contexts of a split, for the same reason."""
+FRACTIONS = (0.4, 0.2, 0.4)
+"""Shares of what a file holds for search, validation and test."""
 _TAIL = 3  # tokens by which the end of an opening is found
 
 
@@ -44,14 +47,12 @@ class Example:
         query_ids: token ids of the question; at least one, since the first answer token is read after it.
         answer_ids: token ids of the gold answer; at least one.
         position: index into the task's `positions` of where the answer stands in the context.
-        group: number of the independent draw that this example belongs to, the unit of all statistics:
-            examples of one group (one context asked at every position) are not independent of each other.
-        answers: accepted answers as text, where a written answer is judged by the task's metric; empty where only the
-            answer's own tokens are right.
-        gold_span: first token of `context_ids` that the answer can be read from, and the one after the last; None
-            where the task does not know.
-        opening_ids: token ids that the model is known to write before the answer. Scoring gives them and does not
-            judge them; they are no part of the prompt.
+        group: number of the independent draw that this example belongs to, the unit of all statistics: one context
+            asked at every position.
+        answers: accepted answers as text; empty where only the answer's own tokens are right.
+        gold_span: first token of `context_ids` that the answer can be read from, and the one after the last; None if
+            not known.
+        opening_ids: what the model is known to write before the answer: given and not judged, no part of the prompt.
         question: what is asked, as text: a key, a question; empty where the task has no text.
         other_targets: pairs of `opening_ids` and `answer_ids` by which the model now and then writes the answer too.
     """
@@ -130,25 +131,18 @@ class Split:
     def __post_init__(self) -> None:
         if not self.examples:
             raise TaskError(f"split {self.name!r} has no examples.")
-        check_examples(self.examples)
-        wanted = list(range(len(self.positions)))
-        by_group: dict[int, list[int]] = {}
+        found: dict[int, list[int]] = {}
         for example in self.examples:
-            for name in ("context_ids", "query_ids", "answer_ids"):
-                if not isinstance(getattr(example, name), tuple):
-                    raise TaskError(
-                        f"split {self.name!r}: {name}={named(getattr(example, name))} must be a tuple of token ids."
-                    )
             if not (example.query_ids and example.answer_ids):
                 raise TaskError(
                     f"split {self.name!r}: an example of group {example.group} has an empty query or answer."
                 )
-            by_group.setdefault(example.group, []).append(example.position)
-        for group, found in by_group.items():
-            if sorted(found) != wanted:
+            found.setdefault(example.group, []).append(example.position)
+        for group, indices in found.items():
+            if sorted(indices) != list(range(len(self.positions))):
                 raise TaskError(
-                    f"split {self.name!r}: group {group} has position indices {sorted(found)}, expected one example "
-                    f"for each of the {len(wanted)} positions."
+                    f"split {self.name!r}: group {group} has position indices {sorted(indices)}, expected one example "
+                    f"for each of the {len(self.positions)} positions."
                 )
 
     @property
@@ -158,8 +152,7 @@ class Split:
 
     def part(self, start: int, stop: int) -> Split:
         """Returns the split's groups from number `start` to before `stop`, in their order."""
-        members = list(dict.fromkeys(example.group for example in self.examples))[start:stop]
-        wanted = set(members)
+        wanted = set(list(dict.fromkeys(example.group for example in self.examples))[start:stop])
         return replace(self, examples=tuple(e for e in self.examples if e.group in wanted))
 
     @property
@@ -217,22 +210,10 @@ def check_request(name: str, num_groups: int) -> None:
     whole_number("num_groups", num_groups, 1, MAX_GROUPS)
 
 
-def check_length(length: int, least: int = 1) -> int:
-    """Returns the most tokens that a prompt may have.
-
-    Raises:
-        TaskError: it is no whole number from `least` to `MAX_LENGTH`.
-    """
-    return whole_number("length", length, least, MAX_LENGTH)
-
-
-def check_examples(examples: Sequence[Example]) -> None:
-    """Raises TaskError unless `examples` is a sequence of them."""
-    if isinstance(examples, (str, bytes)) or not isinstance(examples, Sequence):
-        raise TaskError(f"examples={named(examples)} must be a list of Example.")
-    for example in examples:
-        if not isinstance(example, Example):
-            raise TaskError(f"examples must be a list of Example, got {named(example)} among them.")
+def check_enough(found: int, wanted: int, told: str) -> None:
+    """Raises TaskError if fewer were found than are wanted; `told` says where, and what there is."""
+    if found < wanted:
+        raise TaskError(f"{told}, {wanted} were asked for.")
 
 
 def check_task(task: Task) -> None:
@@ -242,12 +223,6 @@ def check_task(task: Task) -> None:
             f"task={named(task)} must be a task such as KeyValueRetrieval(tokenizer, length=4096): it needs name, "
             "positions, split() and describe()."
         )
-
-
-def check_seed(seed: int) -> None:
-    """Raises TaskError unless a generator can begin with `seed`."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise TaskError(f"seed={seed!r} must be an integer of at least 0.")
 
 
 def split_stream(seed: int, name: SplitName) -> np.random.Generator:
@@ -263,12 +238,10 @@ def check_disjoint(splits: Sequence[Split]) -> None:
     Raises:
         TaskError: naming the two splits and how many contexts they share.
     """
-    contexts = [{_context(example, split.measure) for example in split.examples} for split in splits]
-    for i, first in enumerate(splits):
-        for j in range(i + 1, len(splits)):
-            shared = len(contexts[i] & contexts[j])
-            if shared:
-                raise TaskError(f"splits {first.name!r} and {splits[j].name!r} share {shared} contexts.")
+    contexts = [(split.name, {_context(example, split.measure) for example in split.examples}) for split in splits]
+    for (name, some), (other, more) in combinations(contexts, 2):
+        if some & more:
+            raise TaskError(f"splits {name!r} and {other!r} share {len(some & more)} contexts.")
 
 
 def _context(example: Example, measure: Measure) -> tuple[int, ...]:
@@ -289,6 +262,44 @@ def spread_positions(num_items: int, num_positions: int) -> tuple[int, ...]:
     return tuple(i * (num_items - 1) // (num_positions - 1) for i in range(num_positions))
 
 
+def cut_into_splits(
+    shared: Sequence[Hashable], seed: int, source: str, fractions: Sequence[float] = FRACTIONS
+) -> dict[SplitName, list[int]]:
+    """Shuffles records by the seed and cuts them into search, validation and test split.
+
+    Args:
+        shared: for each record what no two splits may share; records that agree in it go to one split together.
+        seed: of the shuffling.
+        source: where the records come from, for messages.
+        fractions: of the records; what they leave is in no split.
+
+    Returns:
+        The records' numbers, by split.
+
+    Raises:
+        TaskError: a split would be empty.
+    """
+    units: dict[Hashable, list[int]] = {}
+    for number, unit in enumerate(shared):
+        units.setdefault(unit, []).append(number)
+    members = list(units.values())
+    limits = np.floor(np.cumsum(fractions) * len(shared) + 1e-9)
+    splits: dict[SplitName, list[int]] = {name: [] for name in SPLIT_NAMES}
+    taken = 0
+    for index in np.random.default_rng(seed).permutation(len(members)).tolist():
+        taken += len(members[index])
+        place = np.searchsorted(limits, taken)
+        if place < len(SPLIT_NAMES):
+            splits[SPLIT_NAMES[place]] += members[index]
+    for name, numbers in splits.items():
+        if not numbers:
+            raise TaskError(
+                f"{source} has {len(shared)} records, {len(members)} of them independent: too few, split {name!r} "
+                "would be empty."
+            )
+    return splits
+
+
 class TokenTask:
     """Splits a given list of examples, by whole groups.
 
@@ -300,7 +311,7 @@ class TokenTask:
         name: shown in reports.
 
     Raises:
-        TaskError: no examples, incomplete groups, or a split that would be empty.
+        TaskError: a split would be empty.
 
     Example:
     ```py
@@ -324,28 +335,18 @@ class TokenTask:
         fractions: tuple[float, float, float] = (0.4, 0.2, 0.4),
         name: str = "token_task",
     ) -> None:
-        if examples is None or (isinstance(examples, Sequence) and not examples):
-            raise TaskError("a TokenTask needs examples, got none.")
-        check_examples(examples)
-        if not _are_shares(fractions):
-            raise TaskError(f"fractions={named(fractions)} must be three positive shares that sum to at most 1.")
-        check_seed(seed)
         self.name = name
         self.seed = seed
-        self.positions = whole_numbers("positions", positions) if positions is not None else _position_indices(examples)
         groups: dict[int, list[Example]] = {}
         for example in examples:
             groups.setdefault(example.group, []).append(example)
-        order = np.random.default_rng(seed).permutation(sorted(groups)).tolist()
-        ends = np.floor(np.cumsum(fractions) * len(order) + 1e-9).astype(int)
-        starts = [0, *ends[:-1]]
+        numbers = sorted(groups)
         self._groups = {
-            split: [groups[g] for g in order[start:end]]
-            for split, start, end in zip(SPLIT_NAMES, starts, ends, strict=True)
+            split: [groups[numbers[index]] for index in members]
+            for split, members in cut_into_splits(numbers, seed, name, fractions).items()
         }
-        for split, members in self._groups.items():
-            if not members:
-                raise TaskError(f"{len(order)} groups are too few: split {split!r} would be empty.")
+        last = max(example.position for example in examples)
+        self.positions = tuple(positions) if positions is not None else tuple(range(1 + last))
 
     def available(self, name: SplitName, most: int) -> int:
         """Returns how many groups a split has, but no more than `most`."""
@@ -355,14 +356,11 @@ class TokenTask:
         """Returns the first `num_groups` groups of the named split.
 
         Raises:
-            TaskError: the split is unknown or has fewer groups.
+            TaskError: the split is unknown or has fewer groups, or one of them is incomplete.
         """
-        if name not in SPLIT_NAMES:
-            raise TaskError(f"split {name!r} is unknown, expected one of {', '.join(SPLIT_NAMES)}.")
+        check_request(name, num_groups)
         members = self._groups[name]
-        whole_number("num_groups", num_groups, 1)
-        if num_groups > len(members):
-            raise TaskError(f"split {name!r} has {len(members)} groups, {num_groups} were asked for.")
+        check_enough(len(members), num_groups, f"split {name!r} has {len(members)} groups")
         examples = [example for group in members[:num_groups] for example in group]
         return Split(name, self.seed, self.positions, tuple(examples))
 
@@ -370,13 +368,3 @@ class TokenTask:
         """Returns the task's settings, for a report."""
         sizes = {name: len(groups) for name, groups in self._groups.items()}
         return {"name": self.name, "seed": self.seed, "positions": list(self.positions), "groups": sizes}
-
-
-def _are_shares(fractions: Sequence[float]) -> bool:
-    if not isinstance(fractions, (tuple, list)) or len(fractions) != len(SPLIT_NAMES):
-        return False
-    return all(is_number(share) and share > 0 for share in fractions) and sum(fractions) <= 1 + 1e-9
-
-
-def _position_indices(examples: Sequence[Example]) -> tuple[int, ...]:
-    return tuple(range(1 + max(example.position for example in examples)))

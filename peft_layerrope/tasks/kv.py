@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self, Unpack
 from uuid import UUID
 
 import numpy as np
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError
-from ..messages import whole_number
+from ..messages import shown, whole_number
 from .base import (
     MAX_LENGTH,
     SPLIT_NAMES,
     Example,
     Split,
     SplitName,
-    check_length,
+    check_enough,
     check_request,
-    check_seed,
+    cut_into_splits,
     split_stream,
     spread_positions,
 )
@@ -32,12 +33,12 @@ from .prompts import (
     ASKED_EVERYWHERE,
     GOLD_MOVES,
     Prompt,
-    PromptEncoder,
+    PromptSettings,
     PromptTask,
+    Record,
+    Text,
     check_positions,
-    check_tokenizer,
-    cut_into_splits,
-    data_path,
+    known_ids,
     read_records,
 )
 
@@ -46,12 +47,11 @@ _VOWELS = "aeiou"
 
 NUM_KEYS = 256
 NUM_VALUES = 256
-MAX_KEYS = (len(_CONSONANTS) * len(_VOWELS)) ** 2
 
 
 @cache
 def key_words(count: int = NUM_KEYS) -> tuple[str, ...]:
-    """Returns `count` keys, up to `MAX_KEYS`: two consonant-vowel syllables each ("baba", "bake", ...)."""
+    """Returns `count` keys, 4900 at most: two consonant-vowel syllables each ("baba", "bake", ...)."""
     syllables = [c + v for c, v in product(_CONSONANTS, _VOWELS)]
     return _evenly([first + second for first, second in product(syllables, syllables)], count)
 
@@ -59,12 +59,12 @@ def key_words(count: int = NUM_KEYS) -> tuple[str, ...]:
 @cache
 def value_words() -> tuple[str, ...]:
     """Returns the 256 values: consonant-vowel-consonant ("bab", "bad", ...)."""
-    return _evenly(all_syllables(), NUM_VALUES)
+    return _evenly(_syllables(), NUM_VALUES)
 
 
 @cache
-def all_syllables() -> tuple[str, ...]:
-    """Returns all 980 syllables of three letters: consonant-vowel-consonant."""
+def _syllables() -> tuple[str, ...]:
+    """All 980 of three letters: consonant-vowel-consonant."""
     return tuple(a + v + b for a, v, b in product(_CONSONANTS, _VOWELS, _CONSONANTS))
 
 
@@ -72,14 +72,35 @@ def _evenly(words: Sequence[str], count: int) -> tuple[str, ...]:
     return tuple(words[i * len(words) // count] for i in range(count))
 
 
-DEFAULT_NUM_POSITIONS = 5
-KEY_STYLES = ("uuid", "words", "syllables")
+KeyStyle = Literal["uuid", "words", "syllables"]
+_MOST_KEYS = {"uuid": MAX_LENGTH, "words": (len(_CONSONANTS) * len(_VOWELS)) ** 2, "syllables": 980**2 // 2}
 
 _BEFORE = "Extract the value corresponding to the specified key in the JSON object below.\n\nJSON data:\n"
 _AFTER = '\n\nKey: "{key}"\nCorresponding value:'
-_FIELDS = ("ordered_kv_records", "key", "value")
 _SAMPLES = 4  # contexts by which it is measured how many pairs fit
 _MARGIN = 6  # standard deviations of a context's length that are left free
+
+
+class _Line(Record):
+    """A record of the public format."""
+
+    ordered_kv_records: Annotated[tuple[tuple[Text, Text], ...], Field(min_length=2)]
+    key: Text
+    value: Text
+
+    @property
+    def num_items(self) -> int:
+        return len(self.ordered_kv_records)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        values = dict(self.ordered_kv_records)
+        if len(values) < self.num_items or values.get(self.key) != self.value:
+            raise TaskError(
+                f"ordered_kv_records must have distinct keys, and hold key={shown(self.key)} with "
+                f"value={shown(self.value)}."
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -89,16 +110,10 @@ class KeyValueRecord:
     pairs: tuple[tuple[str, str], ...]
     gold: int
 
-    def cut(self, num_keys: int) -> KeyValueRecord:
-        """Returns the record with its gold pair and the first `num_keys - 1` others."""
+    def moved(self, position: int, num_keys: int) -> KeyValueRecord:
+        """Returns a record of the gold pair, at `position`, and the first `num_keys - 1` others in their order."""
         others = [pair for i, pair in enumerate(self.pairs) if i != self.gold][: num_keys - 1]
-        return KeyValueRecord((self.pairs[self.gold], *others), 0)
-
-    def moved(self, position: int) -> KeyValueRecord:
-        """Returns the record with its gold pair at `position`, the others in their order."""
-        pairs = list(self.pairs)
-        pairs.insert(position, pairs.pop(self.gold))
-        return KeyValueRecord(tuple(pairs), position)
+        return KeyValueRecord((*others[:position], self.pairs[self.gold], *others[position:]), position)
 
     def prompt(self, group: int = 0) -> Prompt:
         """Returns the prompt that asks for the gold pair where it stands."""
@@ -109,7 +124,7 @@ class KeyValueRecord:
         return Prompt(text, (value,), self.gold, group, (len(before), len(before) + len(value)), key)
 
 
-class KeyValueRetrieval(PromptTask[KeyValueRecord]):
+class KeyValueRetrieval(PromptTask):
     """The key-value retrieval of "Lost in the Middle", from a public file or generated.
 
     A record of a file is `{"ordered_kv_records": [[k, v], ...], "key": ..., "value": ...}`. Its gold pair is taken out
@@ -122,17 +137,10 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
         data: JSON lines, plain or gzipped; None: generated.
         num_keys: pairs of a context. Default: as in the file (a smaller number keeps the gold pair and the first
             others); generated: as many as fit into `length`, measured with the tokenizer.
-        length: the most tokens that a prompt with its answer may have; None: no limit.
         keys: generated keys and values: `"uuid"` (the default); `"words"`, short ones with values of two words; or
             `"syllables"`, both of two syllables, consonant, vowel, consonant each.
         num_positions: gold positions, spread evenly from the first pair to the last; default: 5.
-        positions: the gold positions themselves, instead.
-        seed: base seed.
-        chat_template: put prompts into the tokenizer's chat template; None: where it has one.
-        chat_template_args: variables of the template, such as `{"enable_thinking": False}`.
-        system_prompt: a message of the system before the prompt.
-        chat_date: `YYYY-MM-DD`, what the template writes as today's date; None: today.
-        max_new_tokens: tokens that a written answer may have; default: 100.
+        settings: `seed`, `length`, `max_new_tokens` and those of the chat template, as for [`PromptTask`].
 
     Raises:
         TaskError: the file holds something else, settings that exclude each other, or positions that a context does
@@ -157,193 +165,113 @@ class KeyValueRetrieval(PromptTask[KeyValueRecord]):
         *,
         data: str | Path | None = None,
         num_keys: int | None = None,
-        length: int | None = None,
-        keys: Literal["uuid", "words", "syllables"] | None = None,
+        keys: KeyStyle | None = None,
         num_positions: int | None = None,
-        positions: Sequence[int] | None = None,
-        seed: int = 0,
-        chat_template: bool | None = None,
-        chat_template_args: Mapping[str, Any] | None = None,
-        system_prompt: str | None = None,
-        chat_date: str | None = None,
-        max_new_tokens: int | None = None,
+        **settings: Unpack[PromptSettings],
     ) -> None:
-        if keys is not None and (data is not None or keys not in KEY_STYLES):
-            known = f"one of {', '.join(KEY_STYLES)}"
+        super().__init__(tokenizer, data, **settings)
+        if keys is not None and (data is not None or keys not in _MOST_KEYS):
+            known = f"one of {', '.join(_MOST_KEYS)}"
             raise TaskError(
                 f"keys={keys!r}, expected {known if data is None else 'nothing: data has keys of its own'}."
             )
-        if positions is not None and num_positions is not None:
-            raise TaskError("pass either num_positions or positions, got both.")
-        check_seed(seed)
-        encoder = PromptEncoder(tokenizer, chat_template, chat_template_args, system_prompt, chat_date)
-        if length is not None:
-            check_length(length)
-        if num_keys is not None:
-            whole_number("num_keys", num_keys, 2, MAX_LENGTH)
-        if num_keys is not None and length is not None and num_keys > length:
-            raise TaskError(f"num_keys={num_keys} pairs cannot fit into length={length} tokens.")
-        self.data = data_path(data) if data is not None else None
         self.keys = keys or "uuid"
-        splits = None
+        if num_keys is not None:
+            whole_number("num_keys", num_keys, 2, min(self.length or MAX_LENGTH, _MOST_KEYS[self.keys]))
         if self.data is not None:
-            splits, num_keys = _read_splits(self.data, num_keys, seed)
+            lines = list(read_records(self.data, _Line))
+            records = [KeyValueRecord(r.ordered_kv_records, [*dict(r.ordered_kv_records)].index(r.key)) for r in lines]
+            splits = cut_into_splits([record.pairs for record in records], self.seed, str(self.data))
+            self._splits = {name: [records[i] for i in numbers] for name, numbers in splits.items()}
+            self._most_items = lines[0].num_items
+            num_keys = num_keys or self._most_items
         elif num_keys is None:
-            if length is None:
+            if self.length is None:
                 raise TaskError("pass num_keys or length, which says how many pairs fit, or data.")
-            num_keys = _fitting(encoder, self.keys, length, seed)
-        super().__init__(
-            encoder,
-            num_items=num_keys,
-            num_positions=DEFAULT_NUM_POSITIONS if num_positions is None else num_positions,
-            positions=positions,
-            seed=seed,
-            length=length,
-            max_new_tokens=max_new_tokens,
-            splits=splits,
-        )
+            num_keys = self._fitting(self.length)
+        self._arrange(num_keys, num_positions)
 
-    def _generated(self, name: SplitName, num_groups: int) -> list[KeyValueRecord]:
-        rng = split_stream(self.seed, name)
-        return [_random_record(rng, self.keys, self.num_items) for _ in range(num_groups)]
+    def _sources(self, name: SplitName, num_groups: int, elsewhere: bool) -> list[KeyValueRecord]:
+        if self.data is None:
+            rng = split_stream(self.seed, name)
+            return [_random_record(rng, self.keys, self.num_items) for _ in range(num_groups)]
+        found = self._splits[name][:num_groups]
+        told = f"{self.name}, split {name!r}: the file has {len(found)} contexts for it"
+        check_enough(len(found), num_groups, told)
+        return found
+
+    def available(self, split_name: SplitName, most: int) -> int:
+        return most if self.data is None else min(most, len(self._splits[split_name]))
 
     def protocol(self, split_name: SplitName) -> str:
-        """See [`PromptTask`]: a file keeps the public protocol."""
-        return ASKED_EVERYWHERE if self.data is None else GOLD_MOVES
+        return ASKED_EVERYWHERE if self.data is None else GOLD_MOVES  # as the public protocol has it
 
     def _written(self, source: KeyValueRecord, position: int, group: int) -> Prompt:
-        record = source.moved(position) if self.data is not None else replace(source, gold=position)
+        in_place = self.protocol("test") == ASKED_EVERYWHERE
+        record = replace(source, gold=position) if in_place else source.moved(position, self.num_items)
         return record.prompt(group)
 
-    def resized(self, num_items: int, length: int | None = None) -> KeyValueRetrieval:
-        """See [`PromptTask`]."""
-        settings = {"keys": self.keys} if self.data is None else {"data": self.data}
-        return KeyValueRetrieval(
-            self.tokenizer,
-            num_keys=num_items,
-            length=length,
-            num_positions=len(self.positions) if len(self.positions) >= 3 else None,
-            seed=self.seed,
-            **self.encoder.settings(),
-            max_new_tokens=self.judge.max_new_tokens,
-            **settings,
-        )
-
     def describe(self) -> dict[str, Any]:
-        """Returns the task's settings, for a report; of the file its name alone."""
-        source = {"keys": self.keys} if self.data is None else {"data": self.data.name}
-        return super().describe() | source
+        return super().describe() | ({"keys": self.keys} if self.data is None else {})
+
+    def _fitting(self, length: int) -> int:
+        """How many generated pairs fit into `length` tokens.
+
+        Contexts differ in length, so that room is left for six standard deviations: the seed of the examples does not
+        decide on whether they fit.
+        """
+        stream = np.random.SeedSequence([self.seed, len(SPLIT_NAMES)])  # that no split draws from
+        rng = np.random.default_rng(stream)
+
+        def tokens(record: KeyValueRecord) -> int:
+            encoded = self.encoder.encode(record.prompt().text, record.pairs[record.gold][1], None)
+            return len(encoded.prompt_ids) + len(encoded.answer_ids)
+
+        few = _random_record(rng, self.keys, 2)
+        more = [
+            replace(few, pairs=(*few.pairs, *_random_record(rng, self.keys, 2).pairs)) for _ in range(16 * _SAMPLES)
+        ]
+        added = [(tokens(record) - tokens(few)) / 2 for record in more]
+        each, spread = float(np.mean(added)), float(np.std(added)) * math.sqrt(2)
+        overhead = tokens(few) - 2 * each
+
+        def fits(num_keys: int) -> int:
+            room = length - overhead - _MARGIN * spread * math.sqrt(max(num_keys, 1))
+            return min(int(room / each), length, _MOST_KEYS[self.keys])
+
+        count = fits(fits(int(length / each)))
+        if count > 2:  # what a pair takes is known well enough once whole contexts are measured
+            whole = [_random_record(rng, self.keys, count) for _ in range(_SAMPLES)]
+            each = float(np.mean([tokens(record) - overhead for record in whole])) / count
+            count = fits(count)
+        if count < 2:
+            raise TaskError(f"length={length} tokens holds fewer than 2 pairs: a prompt of 2 has {tokens(few)} tokens.")
+        return count
 
 
-def read_key_values(path: str | Path) -> list[KeyValueRecord]:
-    """Reads a file in the public format.
-
-    Raises:
-        TaskError: naming file, line and what was expected.
-    """
-    records: list[KeyValueRecord] = []
-    for where, content in read_records(path, _FIELDS):
-        records.append(_checked(content, where))
-        if len(records[-1].pairs) != len(records[0].pairs):
-            raise TaskError(
-                f"{where}: {len(records[-1].pairs)} pairs, expected {len(records[0].pairs)} as in the first record."
-            )
-    return records
-
-
-def _checked(content: dict[str, Any], where: str) -> KeyValueRecord:
-    pairs, key, value = (content[field] for field in _FIELDS)
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and part for part in pair)
-        for pair in pairs
-    ):
-        raise TaskError(f"{where}: ordered_kv_records must be a list of [key, value], both text and not empty.")
-    if len(pairs) < 2:
-        raise TaskError(f"{where}: {len(pairs)} pairs, expected at least 2.")
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise TaskError(f"{where}: key {twice!r} stands twice, expected distinct keys.")
-    if not isinstance(key, str) or key not in values:
-        raise TaskError(f"{where}: key {key!r} is not among its ordered_kv_records.")
-    if values[key] != value:
-        raise TaskError(f"{where}: value {value!r} is not that of its key, {values[key]!r}.")
-    return KeyValueRecord(tuple((k, v) for k, v in pairs), list(values).index(key))
-
-
-def _read_splits(path: Path, num_keys: int | None, seed: int) -> tuple[dict[SplitName, list[KeyValueRecord]], int]:
-    records = read_key_values(path)
-    in_file = len(records[0].pairs)
-    if num_keys is not None and num_keys > in_file:
-        raise TaskError(f"num_keys={num_keys}, but the records of {path} have {in_file} pairs.")
-    splits = cut_into_splits([record.pairs for record in records], seed, str(path))
-    if num_keys is not None and num_keys < in_file:
-        records = [record.cut(num_keys) for record in records]
-    return {name: [records[i] for i in numbers] for name, numbers in splits.items()}, len(records[0].pairs)
-
-
-def _random_record(rng: np.random.Generator, keys: str, num_keys: int) -> KeyValueRecord:
+def _random_record(rng: np.random.Generator, keys: KeyStyle, num_keys: int) -> KeyValueRecord:
     """A context of random pairs with distinct keys and distinct values."""
     gold = int(rng.integers(num_keys))
+    if keys == "words":
+        names, words = key_words(NUM_KEYS if num_keys <= NUM_KEYS else _MOST_KEYS[keys]), value_words()
+        texts = [names[i] for i in rng.permutation(len(names))[:num_keys].tolist()]
+        values = rng.choice(NUM_VALUES**2, num_keys, replace=False).tolist()
+        others = [f"{words[i // NUM_VALUES]} {words[i % NUM_VALUES]}" for i in values]
+        return KeyValueRecord(tuple(zip(texts, others, strict=True)), gold)
     if keys == "uuid":
         texts = [str(UUID(bytes=rng.bytes(16), version=4)) for _ in range(2 * num_keys)]
-        return KeyValueRecord(tuple(zip(texts[::2], texts[1::2], strict=True)), gold)
-    if keys == "syllables":
-        syllables = all_syllables()
-        if 2 * num_keys > len(syllables) ** 2:
-            raise TaskError(f"num_keys={num_keys}, but there are {len(syllables) ** 2} words: use keys='uuid'.")
+    else:
+        syllables = _syllables()
         drawn = rng.choice(len(syllables) ** 2, 2 * num_keys, replace=False).tolist()
         texts = [syllables[i // len(syllables)] + syllables[i % len(syllables)] for i in drawn]
-        return KeyValueRecord(tuple(zip(texts[::2], texts[1::2], strict=True)), gold)
-    if num_keys > MAX_KEYS:
-        raise TaskError(f"num_keys={num_keys}, but there are {MAX_KEYS} distinct words: use keys='uuid'.")
-    names, words = key_words(NUM_KEYS if num_keys <= NUM_KEYS else MAX_KEYS), value_words()
-    chosen = rng.permutation(len(names))[:num_keys].tolist()
-    values = rng.choice(NUM_VALUES**2, num_keys, replace=False).tolist()
-    pairs = [
-        (names[k], f"{words[v // NUM_VALUES]} {words[v % NUM_VALUES]}") for k, v in zip(chosen, values, strict=True)
-    ]
-    return KeyValueRecord(tuple(pairs), gold)
-
-
-def _fitting(encoder: PromptEncoder, keys: str, length: int, seed: int) -> int:
-    """How many generated pairs fit into `length` tokens.
-
-    Contexts differ in length, so that room is left for six standard deviations: the seed of the examples does not
-    decide on whether they fit.
-    """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, len(SPLIT_NAMES)]))  # a stream that no split draws from
-
-    def tokens(record: KeyValueRecord) -> int:
-        encoded = encoder.encode(record.prompt().text, record.pairs[record.gold][1], None)
-        return len(encoded.prompt_ids) + len(encoded.answer_ids)
-
-    most = {"words": MAX_KEYS, "syllables": len(all_syllables()) ** 2 // 2}.get(keys, length)
-    few = _random_record(rng, keys, 2)
-    more = [replace(few, pairs=(*few.pairs, *_random_record(rng, keys, 2).pairs)) for _ in range(16 * _SAMPLES)]
-    added = [(tokens(record) - tokens(few)) / 2 for record in more]
-    each, spread = float(np.mean(added)), float(np.std(added)) * math.sqrt(2)
-    overhead = tokens(few) - 2 * each
-
-    def fits(num_keys: int) -> int:
-        room = length - overhead - _MARGIN * spread * math.sqrt(max(num_keys, 1))
-        return min(int(room / each), most)
-
-    count = fits(fits(int(length / each)))
-    if count > 2:  # what a pair takes is known well enough once whole contexts are measured
-        each = float(np.mean([tokens(_random_record(rng, keys, count)) - overhead for _ in range(_SAMPLES)])) / count
-        count = fits(count)
-    if count < 2:
-        raise TaskError(f"length={length} tokens holds fewer than 2 pairs: a prompt of 2 has {tokens(few)} tokens.")
-    return count
+    return KeyValueRecord(tuple(zip(texts[::2], texts[1::2], strict=True)), gold)
 
 
 SEPARATOR = ","
 QUESTION = "?"
 
-_Pair = tuple[int, int, int]
-"""Numbers of a key and of its two values."""
+_Pair = tuple[str, str, str]
+"""A key and its two values."""
 
 
 class KeyValueWords:
@@ -358,7 +286,7 @@ class KeyValueWords:
         num_pairs: pairs per context; default: as many as fit into `length`.
 
     Raises:
-        TaskError: the length has no room for the positions, or asks for more pairs than there are keys.
+        TaskError: the length has no room for the pairs or the positions.
     """
 
     name = "kv_words"
@@ -372,39 +300,19 @@ class KeyValueWords:
         seed: int = 0,
         num_pairs: int | None = None,
     ) -> None:
-        self.length = length = check_length(length)
-        whole_number("num_positions", num_positions)
-        if num_pairs is not None:
-            whole_number("num_pairs", num_pairs, 1)
-        check_seed(seed)
-        check_tokenizer(tokenizer)
-        self.seed = seed
-        self.tokenizer = tokenizer
-        self._num_positions = num_positions
+        self.length, self.seed, self.tokenizer = length, seed, tokenizer
         self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self._keys = [_encode(tokenizer, word) for word in key_words()]
-        self._values = [_encode(tokenizer, word) for word in value_words()]
-        self._separator = _encode(tokenizer, SEPARATOR)
-        self._question = _encode(tokenizer, QUESTION)
+        words = (*key_words(), *value_words(), SEPARATOR, QUESTION)
+        # as each stands inside a line, after a space
+        self._ids = {w: known_ids(tokenizer, tokenizer.encode(f" {w}", add_special_tokens=False), w) for w in words}
         # No prompt can be longer than one whose every word has the most tokens: checked before any work.
-        key, value = max(map(len, self._keys)), max(map(len, self._values))
-        pair = key + 2 * value + len(self._separator)
-        overhead = len(self._bos) + len(self._question) + key + 2 * value
-        fitting = min((length - overhead) // pair, NUM_KEYS)
-        if num_pairs is None:
-            num_pairs = fitting
-        elif num_pairs > NUM_KEYS:
-            raise TaskError(f"num_pairs={num_pairs}, but the task has {NUM_KEYS} distinct keys.")
-        elif num_pairs > fitting:
-            raise TaskError(
-                f"{num_pairs} pairs need up to {overhead + num_pairs * pair} tokens, more than length={length}."
-            )
-        if num_pairs < num_positions:
-            raise TaskError(
-                f"length={length} tokens holds {max(num_pairs, 0)} pairs, fewer than {num_positions} gold positions."
-            )
-        self.num_pairs = num_pairs
-        self.positions = spread_positions(num_pairs, num_positions)
+        asked = max(len(self._ids[key]) for key in key_words()) + 2 * max(len(self._ids[v]) for v in value_words())
+        room = length - len(self._bos) - len(self._ids[QUESTION]) - asked
+        fitting = max(0, min(room // (asked + len(self._ids[SEPARATOR])), NUM_KEYS))
+        needed = max(num_positions, num_pairs or 0)
+        check_enough(fitting, needed, f"length={length} tokens holds {fitting} of {NUM_KEYS} pairs")
+        self.num_pairs = fitting if num_pairs is None else num_pairs
+        self.positions = spread_positions(self.num_pairs, num_positions)
 
     def split(self, name: SplitName, num_groups: int) -> Split:
         """Returns `num_groups` contexts of the named split, each asked at every gold position.
@@ -430,8 +338,7 @@ class KeyValueWords:
         Raises:
             TaskError: the split is unknown, a position is out of range, or no text gives these token ids.
         """
-        wanted = self.positions if positions is None else tuple(positions)
-        check_positions(wanted, self.num_pairs, "pair")
+        wanted = self.positions if positions is None else check_positions(positions, self.num_pairs, "pair")
         return [
             self._prompt(pairs, gold, group)
             for group, pairs in enumerate(self._contexts(split_name, num_groups))
@@ -439,52 +346,43 @@ class KeyValueWords:
         ]
 
     def _contexts(self, name: SplitName, num_groups: int) -> list[list[_Pair]]:
-        """The numbers of the words of each context."""
         check_request(name, num_groups)
-        rng = split_stream(self.seed, name)
+        rng, keys, values = split_stream(self.seed, name), key_words(), value_words()
         contexts = []
         for _ in range(num_groups):
-            keys = rng.permutation(NUM_KEYS)[: self.num_pairs].tolist()
-            values = _draw_evenly(rng, NUM_VALUES, 2 * self.num_pairs).reshape(-1, 2).tolist()
-            contexts.append([(key, first, second) for key, (first, second) in zip(keys, values, strict=True)])
+            drawn = rng.permutation(NUM_KEYS)[: self.num_pairs].tolist()
+            pairs = _draw_evenly(rng, NUM_VALUES, 2 * self.num_pairs).reshape(-1, 2).tolist()
+            contexts.append([(keys[k], values[a], values[b]) for k, (a, b) in zip(drawn, pairs, strict=True)])
         return contexts
 
-    def _example(self, pairs: Sequence[_Pair], gold: int, index: int, group: int) -> Example:
-        context, answer = list(self._bos), self._value_ids(pairs[gold])
-        span = (0, 0)
-        for number, pair in enumerate(pairs):
-            context += self._keys[pair[0]]
-            if number == gold:
-                span = (len(context), len(context) + len(answer))
-            context += self._value_ids(pair) + self._separator
-        query = self._question + self._keys[pairs[gold][0]]
-        answers, key = (_value_text(pairs[gold]),), key_words()[pairs[gold][0]]
-        return Example(tuple(context), tuple(query), tuple(answer), index, group, answers, span, question=key)
+    def _encoded(self, words: Sequence[str]) -> list[int]:
+        return [token for word in words for token in self._ids[word]]
 
-    def _value_ids(self, pair: _Pair) -> list[int]:
-        return self._values[pair[1]] + self._values[pair[2]]
+    def _example(self, pairs: Sequence[_Pair], gold: int, index: int, group: int) -> Example:
+        key, *value = pairs[gold]
+        words, answer = _listed(pairs), self._encoded(value)
+        start = len(self._bos) + len(self._encoded([*_listed(pairs[:gold]), key]))
+        return Example(
+            context_ids=(*self._bos, *self._encoded(words)),
+            query_ids=tuple(self._encoded([QUESTION, key])),
+            answer_ids=tuple(answer),
+            position=index,
+            group=group,
+            answers=(" ".join(value),),
+            gold_span=(start, start + len(answer)),
+            question=key,
+        )
 
     def _prompt(self, pairs: Sequence[_Pair], gold: int, group: int) -> Prompt:
-        names = key_words()
-        key, answer = names[pairs[gold][0]], _value_text(pairs[gold])
-        before = "".join(f"{names[pair[0]]} {_value_text(pair)} {SEPARATOR} " for pair in pairs[:gold]) + f"{key} "
-        after = "".join(f" {SEPARATOR} {names[pair[0]]} {_value_text(pair)}" for pair in pairs[gold + 1 :])
-        text = f"{before}{answer}{after} {SEPARATOR} {QUESTION} {key}"
-        example = self._example(pairs, gold, 0, group)
+        key, *value = pairs[gold]
+        answer, words = " ".join(value), [*_listed(pairs), QUESTION, key]
+        before, text = " ".join([*_listed(pairs[:gold]), key, ""]), " ".join(words)
         bos = self.tokenizer.bos_token or ""
         for start in ("", " ", bos, bos + " "):  # some tokenizers begin a word with its space, some texts with BOS
-            if tuple(self.tokenizer(start + text)["input_ids"]) == example.context_ids + example.query_ids:
+            if self.tokenizer(start + text)["input_ids"] == [*self._bos, *self._encoded(words)]:
                 begin = len(start + before)
-                return Prompt(start + text, example.answers, gold, group, (begin, begin + len(answer)))
+                return Prompt(start + text, (answer,), gold, group, (begin, begin + len(answer)))
         raise TaskError(f"{self.name}: no text gives these token ids with this tokenizer; use kv_retrieval.")
-
-    def shortened(self, length: int) -> KeyValueWords:
-        """Returns the same task with prompts of at most `length` tokens.
-
-        Raises:
-            TaskError: the length has no room for the positions.
-        """
-        return KeyValueWords(self.tokenizer, length, num_positions=self._num_positions, seed=self.seed)
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's settings, for a report."""
@@ -497,9 +395,8 @@ class KeyValueWords:
         }
 
 
-def _value_text(pair: _Pair) -> str:
-    words = value_words()
-    return f"{words[pair[1]]} {words[pair[2]]}"
+def _listed(pairs: Sequence[_Pair]) -> list[str]:
+    return [word for pair in pairs for word in (*pair, SEPARATOR)]
 
 
 def _draw_evenly(rng: np.random.Generator, population: int, count: int) -> np.ndarray:
@@ -508,11 +405,3 @@ def _draw_evenly(rng: np.random.Generator, population: int, count: int) -> np.nd
     """
     rounds = -(-count // population)
     return np.concatenate([rng.permutation(population) for _ in range(rounds)])[:count]
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
-    """Encodes a word as it stands inside a line, after a space."""
-    ids = tokenizer.encode(" " + word, add_special_tokens=False)
-    if not ids or tokenizer.unk_token_id in ids:
-        raise TaskError(f"the tokenizer cannot encode the word {word!r}.")
-    return ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import regex  # its word boundary, unlike re's, does not tear a combining accent off its letter
 from transformers import PreTrainedTokenizerBase
@@ -19,15 +19,9 @@ _QUOTED = regex.compile(r'"([^"]*)"(?=([^"]*))')  # what stands in quotes, and w
 _NAMES = (":", " is")  # what ends so, on the same line, says that a value follows
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A public metric, and what is needed to stop writing in time and to look closer.
-
-    Attributes:
-        is_right: of what was written and the accepted answers. Once true it stays true, whatever is written next.
-        is_over: whether nothing that is written next can make a wrong text right.
-        is_strictly_right: of what was written, the accepted answers and what was asked: whether the answer comes before
-            any other; None where the metric needs no stricter look.
+class Metric(NamedTuple):
+    """A public metric: whether an answer is right, which it stays whatever is written next; whether a wrong one can no
+    longer become right; and, where there is such a look, whether the right one comes before any other.
     """
 
     is_right: Callable[[str, Sequence[str]], bool]
@@ -46,29 +40,19 @@ def best_subspan_em(prediction: str, answers: Sequence[str]) -> bool:
     An accepted answer of which normalisation leaves nothing ("The", "?") would be found in everything; it is found in
     nothing instead.
 
-    Args:
-        prediction: what the model wrote.
-        answers: the accepted answers.
-
     Raises:
-        TaskError: one of them is no text.
+        TaskError: the answers are a single text, of which each letter would be an answer.
     """
-    _check_texts(prediction, answers)
     written = normalised(prediction.split("\n", 1)[0])
-    return any(answer in written for answer in map(normalised, answers) if answer)
+    return any(answer in written for answer in map(normalised, _several(answers)) if answer)
 
 
 def contains_value(prediction: str, answers: Sequence[str]) -> bool:
     """Whether what was written contains an accepted value, both in lower case; an empty one is found in nothing.
 
-    Args:
-        prediction: what the model wrote.
-        answers: the accepted values.
-
     Raises:
-        TaskError: one of them is no text.
+        TaskError: as for [`best_subspan_em`].
     """
-    _check_texts(prediction, answers)
     return _first_value(prediction, answers) is not None
 
 
@@ -76,18 +60,12 @@ def first_value(prediction: str, answers: Sequence[str], key: str) -> bool:
     """Whether an accepted value is written before any other: [`contains_value`] is also satisfied by a model that
     recites the whole object.
 
-    Another value is any text in double quotes that is no key: neither the one that was asked for, nor one that a colon
+    Another value is any text in double quotes that is no key: neither `key`, which was asked for, nor one that a colon
     or "is" leads on from, such as the same key with a letter wrong.
 
-    Args:
-        prediction: what the model wrote.
-        answers: the accepted values.
-        key: the key that was asked for.
-
     Raises:
-        TaskError: one of them is no text.
+        TaskError: as for [`best_subspan_em`].
     """
-    _check_texts(prediction, answers)
     start = _first_value(prediction, answers)
     if start is None:
         return False
@@ -100,16 +78,14 @@ def first_value(prediction: str, answers: Sequence[str], key: str) -> bool:
 def _first_value(prediction: str, answers: Sequence[str]) -> int | None:
     """Where the first accepted value begins in the lower-case text."""
     written = prediction.lower()
-    found = [written.find(answer.lower()) for answer in answers if answer]
+    found = [written.find(answer.lower()) for answer in _several(answers) if answer]
     return min((start for start in found if start >= 0), default=None)
 
 
-def _check_texts(prediction: str, answers: Sequence[str]) -> None:
-    if not isinstance(prediction, str):
-        raise TaskError(f"prediction={named(prediction)} must be the text that was written.")
-    # of a single text, each letter would be an answer
-    if isinstance(answers, str) or not isinstance(answers, Sequence) or not all(isinstance(a, str) for a in answers):
+def _several(answers: Sequence[str]) -> Sequence[str]:
+    if isinstance(answers, str):
         raise TaskError(f"answers={named(answers)} must be a list of texts.")
+    return answers
 
 
 METRICS: dict[str, Metric] = {
@@ -124,24 +100,13 @@ MAX_NEW_TOKENS = 100
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """How the written answers of a split are judged.
-
-    Args:
-        metric: a name in `METRICS`.
-        tokenizer: decodes what was written.
-        max_new_tokens: tokens that an answer may have.
-
-    Raises:
-        TaskError: an unknown metric, or no such number.
-    """
+    """How the written answers of a split are judged: by one of `METRICS`, on what the tokenizer decodes."""
 
     metric: str
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int = MAX_NEW_TOKENS
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise TaskError(f"metric={self.metric!r} is unknown, expected one of {', '.join(METRICS)}.")
         whole_number("max_new_tokens", self.max_new_tokens, 1, 2**20)
 
     def text(self, ids: Sequence[int]) -> str:

@@ -8,26 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self, Unpack
 
 import numpy as np
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError
-from ..messages import whole_number
-from .base import SPLIT_NAMES, Split, SplitName, check_request, check_seed
+from ..messages import shown, whole_number
+from .base import SPLIT_NAMES, Split, SplitName, check_enough, cut_into_splits, spread_positions
 from .metrics import normalised
-from .prompts import (
-    ASKED_EVERYWHERE,
-    GOLD_MOVES,
-    Prompt,
-    PromptEncoder,
-    PromptTask,
-    check_positions,
-    cut_into_splits,
-    data_path,
-    read_records,
-)
+from .prompts import ASKED_EVERYWHERE, GOLD_MOVES, Prompt, PromptSettings, PromptTask, Record, Text, read_records
 
 PUBLISHED_NUM_POSITIONS = {10: 3, 20: 5, 30: 7}
 """By number of documents; spread evenly they are 0, 4, 9 of 10, and so on."""
@@ -39,7 +30,33 @@ _BEFORE = (
     "(some of which might be irrelevant).\n\n"
 )
 _CLOSED_BOOK = "Question: {}\nAnswer:"
-_FIELDS = ("question", "answers", "ctxs")
+
+
+class _Document(Record):
+    title: str
+    text: str
+    isgold: bool = False
+
+
+class _Line(Record):
+    """A record of the public format."""
+
+    question: Text
+    answers: Annotated[tuple[Text, ...], Field(min_length=1)]
+    ctxs: tuple[_Document, ...]
+
+    @property
+    def num_items(self) -> int:
+        return len(self.ctxs)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        golden = sum(document.isgold for document in self.ctxs)
+        if golden != 1:
+            raise TaskError(f"{golden} of its {len(self.ctxs)} documents are gold (isgold), expected 1.")
+        if not any(map(normalised, self.answers)):
+            raise TaskError(f"of answers={shown(self.answers)} nothing is left without punctuation and articles.")
+        return self
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,14 @@ class Passage:
 
     title: str
     text: str
+
+    @cached_property
+    def _plain(self) -> str:
+        return normalised(f"{self.title} {self.text}")
+
+    def answers(self, questions: Sequence[Question]) -> bool:
+        """Whether it holds an accepted answer of one of the questions."""
+        return any(answer in self._plain for question in questions for answer in question.plain_answers)
 
 
 @dataclass(frozen=True)
@@ -63,6 +88,17 @@ class Question:
     others: tuple[Passage, ...]
     number: int
 
+    @cached_property
+    def plain_answers(self) -> tuple[str, ...]:
+        """Its answers as the metric compares them, without those of which nothing is left."""
+        return tuple(filter(None, map(normalised, self.answers)))
+
+
+def _question(line: _Line, number: int) -> Question:
+    (gold,) = (Passage(d.title, d.text) for d in line.ctxs if d.isgold)
+    others = tuple(Passage(d.title, d.text) for d in line.ctxs if not d.isgold)
+    return Question(line.question, line.answers, gold, others, number)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -72,7 +108,7 @@ class Context:
     questions: Mapping[int, Question]
 
 
-class MultiDocumentQA(PromptTask[Question | Context]):
+class MultiDocumentQA(PromptTask):
     """The multi-document question answering of "Lost in the Middle", from a public file.
 
     A record is `{"question", "answers", "ctxs": [{"title", "text", "isgold", ...}, ...]}`. The gold document is put at
@@ -98,14 +134,7 @@ class MultiDocumentQA(PromptTask[Question | Context]):
             smaller number than the file's keeps the gold document and the first others.
         num_positions: gold positions, spread evenly from the first document to the last. Default: as published for
             10, 20 and 30 documents (3, 5 and 7), else up to 5.
-        positions: the gold positions themselves, instead.
-        seed: base seed.
-        length: the most tokens that a prompt with its answer may have; None: no limit.
-        chat_template: put prompts into the tokenizer's chat template; None: where it has one.
-        chat_template_args: variables of the template, such as `{"enable_thinking": False}`.
-        system_prompt: a message of the system before the prompt.
-        chat_date: `YYYY-MM-DD`, what the template writes as today's date; None: today.
-        max_new_tokens: tokens that a written answer may have; default: 100.
+        settings: `seed`, `length`, `max_new_tokens` and those of the chat template, as for [`PromptTask`].
 
     Raises:
         TaskError: the file holds something else, more documents than it gives, or positions that a context does not
@@ -124,48 +153,29 @@ class MultiDocumentQA(PromptTask[Question | Context]):
         *,
         num_documents: int | None = None,
         num_positions: int | None = None,
-        positions: Sequence[int] | None = None,
-        seed: int = 0,
-        length: int | None = None,
-        chat_template: bool | None = None,
-        chat_template_args: Mapping[str, Any] | None = None,
-        system_prompt: str | None = None,
-        chat_date: str | None = None,
-        max_new_tokens: int | None = None,
+        **settings: Unpack[PromptSettings],
     ) -> None:
-        if positions is not None and num_positions is not None:
-            raise TaskError("pass either num_positions or positions, got both.")
-        check_seed(seed)
-        encoder = PromptEncoder(tokenizer, chat_template, chat_template_args, system_prompt, chat_date)
-        self.data = data_path(data)
-        questions = read_questions(self.data)
-        in_file = 1 + len(questions[0].others)
-        if num_documents is None:
-            num_documents = in_file if in_file > 1 else DEFAULT_NUM_DOCUMENTS
-        whole_number("num_documents", num_documents, 1)
-        if 1 < in_file < num_documents:
-            raise TaskError(f"num_documents={num_documents}, but the records of {self.data} have {in_file} documents.")
-        if positions is None and num_positions is None:
-            num_positions = PUBLISHED_NUM_POSITIONS.get(num_documents, min(5, num_documents))
-            if num_positions < 3:
-                positions = range(num_documents)
-        splits = cut_into_splits([question.gold for question in questions], seed, str(self.data))
-        super().__init__(
-            encoder,
-            num_items=num_documents,
-            num_positions=num_positions,
-            positions=positions,
-            seed=seed,
-            length=length,
-            max_new_tokens=max_new_tokens,
-            splits={name: [questions[i] for i in numbers] for name, numbers in splits.items()},
-        )
-        self._passages = _Passages(questions, seed)
-        self._drawn = in_file == 1 and num_documents > 1
+        super().__init__(tokenizer, data, **settings)
+        self._questions = [_question(line, number) for number, line in enumerate(read_records(data, _Line))]
+        self._golden = list(dict.fromkeys(question.gold for question in self._questions))
+        self._splits = cut_into_splits([question.gold for question in self._questions], self.seed, str(data))
         self._answerable: frozenset[int] | None = None
+        in_file = 1 + len(self._questions[0].others)
+        self._most_items = in_file if in_file > 1 else None
+        if num_documents is None:
+            num_documents = self._most_items or DEFAULT_NUM_DOCUMENTS
+        self._arrange(whole_number("num_documents", num_documents, 1), num_positions)
+
+    def _usual_positions(self) -> tuple[int, ...]:
+        count = PUBLISHED_NUM_POSITIONS.get(self.num_items, min(5, self.num_items))
+        return spread_positions(self.num_items, count) if count >= 3 else tuple(range(self.num_items))
+
+    @property
+    def _drawn(self) -> bool:
+        return self._most_items is None and self.num_items > 1
 
     def protocol(self, split_name: SplitName) -> str:
-        """See [`PromptTask`]: held-out figures keep the public protocol."""
+        # held-out figures keep the public protocol
         enough = len(self.positions) > 1 and self.num_items > 1
         return ASKED_EVERYWHERE if split_name != "test" and enough else GOLD_MOVES
 
@@ -179,68 +189,67 @@ class MultiDocumentQA(PromptTask[Question | Context]):
 
     def questions(self, split_name: SplitName) -> list[Question]:
         """Returns the questions of a split, in their order."""
-        members = self._splits[split_name]
+        members = [self._questions[number] for number in self._splits[split_name]]
         if split_name == "search" and self._answerable is not None:
             return [question for question in members if question.number in self._answerable]
-        return list(members)
+        return members
 
     def available(self, split_name: SplitName, most: int) -> int:
-        """See [`PromptTask`]."""
         if self.protocol(split_name) == GOLD_MOVES:
             return min(most, len(self.questions(split_name)))
         return sum(1 for _ in islice(self._contexts(split_name), most))
 
-    def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
-        """See [`PromptTask`]; at positions other than the task's the gold document moves."""
-        check_request(split_name, num_groups)
-        if positions is None or self.protocol(split_name) == GOLD_MOVES:
-            return super().prompts(split_name, num_groups, positions)
-        check_positions(positions, self.num_items, self.item)
-        sources = self._single(split_name, num_groups)
-        return [self._written(source, p, group) for group, source in enumerate(sources) for p in positions]
-
-    def _sources(self, name: SplitName, num_groups: int) -> Sequence[Question | Context]:
-        if self.protocol(name) == GOLD_MOVES:
-            return self._single(name, num_groups)
-        found = list(islice(self._contexts(name), num_groups))
-        if len(found) < num_groups:
-            raise TaskError(
-                f"{self.name}, split {name!r}: its {len(self.questions(name))} questions make {len(found)} contexts of "
-                f"{len(self.positions)} questions each, {num_groups} were asked for."
-            )
-        return found
-
-    def _single(self, name: SplitName, num_groups: int) -> Sequence[Question]:
-        """Questions that have enough other documents."""
+    def _sources(self, name: SplitName, num_groups: int, elsewhere: bool) -> Sequence[Question | Context]:
         members = self.questions(name)
-        wanted = self.num_items - 1
-        usable = (question for question in members if not self._drawn or self._passages.drawn_for(question, wanted))
-        found = list(islice(usable, num_groups))
-        if len(found) < num_groups:
+        told = f"{self.name}, split {name!r}: "
+        if self.protocol(name) == GOLD_MOVES or elsewhere:
+            wanted = self.num_items - 1
+            found = list(islice((q for q in members if len(self._others(q)) == wanted), num_groups))
             reason = f"leave {wanted} passages without their answers" if self._drawn else "are there"
-            raise TaskError(
-                f"{self.name}, split {name!r}: of its {len(members)} questions only {len(found)} {reason}, "
-                f"{num_groups} were asked for."
-            )
+            told += f"of its {len(members)} questions only {len(found)} {reason}"
+        else:
+            found = list(islice(self._contexts(name), num_groups))
+            told += f"its {len(members)} questions make {len(found)} contexts of {len(self.positions)} questions each"
+        check_enough(len(found), num_groups, told)
         return found
 
     def _contexts(self, name: SplitName) -> Iterator[Context]:
         """Contexts of several questions, which rotate over the gold positions."""
         count = len(self.positions)
-        for asked in self._passages.compatible(self.questions(name), count):
+        for asked in _compatible(self.questions(name), count):
             for turn in range(count):
                 at = {position: asked[(i + turn) % count] for i, position in enumerate(self.positions)}
-                others = self._passages.around(asked, self.num_items - count, turn, drawn=self._drawn)
-                if others is not None:
+                others = list(islice(self._around(asked, turn), self.num_items - count))
+                if len(others) == self.num_items - count:
                     rest = iter(others)
-                    places = range(self.num_items)
-                    yield Context(tuple(at[i].gold if i in at else next(rest) for i in places), at)
+                    documents = (at[i].gold if i in at else next(rest) for i in range(self.num_items))
+                    yield Context(tuple(documents), at)
+
+    def _around(self, asked: Sequence[Question], turn: int) -> Iterator[Passage]:
+        """Documents that answer none of several questions: others for each turn, or those of the file in turn."""
+        if self._drawn:
+            return self._draw(asked, len(SPLIT_NAMES) + 1, asked[0].number, turn)
+        golden = {question.gold for question in asked}
+        own = dict.fromkeys(p for rank in zip(*(q.others for q in asked), strict=True) for p in rank)
+        return (passage for passage in own if passage not in golden and not passage.answers(asked))
+
+    def _others(self, question: Question) -> list[Passage]:
+        """The documents beside a single question's own: the same beginning for every number of them."""
+        usable = self._draw([question], len(SPLIT_NAMES), question.number) if self._drawn else question.others
+        return list(islice(usable, self.num_items - 1))
+
+    def _draw(self, asked: Sequence[Question], *stream: int) -> Iterator[Passage]:
+        """Gold passages of other questions in the order of a stream of their own, without those that answer these."""
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, *stream]))
+        golden = {question.gold for question in asked}
+        for index in rng.permutation(len(self._golden)).tolist():
+            if self._golden[index] not in golden and not self._golden[index].answers(asked):
+                yield self._golden[index]
 
     def _written(self, source: Question | Context, position: int, group: int) -> Prompt:
         if isinstance(source, Context):
             return _prompt(source.documents, source.questions[position], position, group)
-        wanted = self.num_items - 1
-        documents = list(self._passages.drawn_for(source, wanted) if self._drawn else source.others[:wanted])
+        documents = self._others(source)
         documents.insert(position, source.gold)
         return _prompt(documents, source, position, group)
 
@@ -255,25 +264,8 @@ class MultiDocumentQA(PromptTask[Question | Context]):
             prompts = [Prompt(_CLOSED_BOOK.format(q.question), q.answers, 0, q.number, None, q.question) for q in asked]
         return self._encoded(split_name, (0,), prompts, "")
 
-    def resized(self, num_items: int, length: int | None = None) -> MultiDocumentQA:
-        """See [`PromptTask`]."""
-        task = MultiDocumentQA(
-            self.tokenizer,
-            self.data,
-            num_documents=num_items,
-            num_positions=len(self.positions) if len(self.positions) >= 3 else None,
-            seed=self.seed,
-            length=length,
-            **self.encoder.settings(),
-            max_new_tokens=self.judge.max_new_tokens,
-        )
-        task._answerable = self._answerable
-        return task
-
     def describe(self) -> dict[str, Any]:
-        """Returns the task's settings, for a report: of the file its name alone, and where distractors come from."""
-        distractors = DRAWN if self._drawn else AS_IN_FILE
-        described = super().describe() | {"data": self.data.name, "distractors": distractors}
+        described = super().describe() | {"distractors": DRAWN if self._drawn else AS_IN_FILE}
         if self._answerable is not None:
             described["answerable_search_questions"] = len(self._answerable)
         return described
@@ -287,116 +279,19 @@ def _prompt(documents: Sequence[Passage], question: Question, position: int, gro
     return Prompt(text, question.answers, position, group, gold, question.question)
 
 
-class _Passages:
-    """Which documents may stand beside which questions; every choice from a stream of its own."""
-
-    def __init__(self, questions: Sequence[Question], seed: int) -> None:
-        self._gold = list(dict.fromkeys(question.gold for question in questions))
-        self._seed = seed
-
-    @cached_property
-    def _normalised(self) -> list[str]:
-        return [_normalised(passage) for passage in self._gold]
-
-    def drawn_for(self, question: Question, count: int) -> list[Passage]:
-        """Returns `count` distinct gold passages of other questions that do not hold the question's answers, the same
-        beginning for every count; none if there are not so many.
-        """
-        stream = np.random.SeedSequence([self._seed, len(SPLIT_NAMES), question.number])
-        found = list(islice(self._draw([question], np.random.default_rng(stream)), count))
-        return found if len(found) == count else []
-
-    def around(self, asked: Sequence[Question], count: int, turn: int, drawn: bool) -> list[Passage] | None:
-        """Returns `count` documents that answer none of several questions; None if there are not so many.
-
-        Args:
-            asked: the questions.
-            count: how many.
-            turn: number of the context that asks them; another one draws others.
-            drawn: draw them from all questions' gold passages; otherwise they are those that the file gives to these
-                questions, in turn.
-        """
-        if drawn:
-            stream = np.random.SeedSequence([self._seed, len(SPLIT_NAMES) + 1, asked[0].number, turn])
-            usable = self._draw(asked, np.random.default_rng(stream))
-        else:
-            answers = _answers(asked)
-            own = dict.fromkeys(p for rank in zip(*(q.others for q in asked), strict=True) for p in rank)
-            golden = {question.gold for question in asked}
-            usable = (p for p in own if p not in golden and not _holds(_normalised(p), answers))
-        found = list(islice(usable, count))
-        return found if len(found) == count else None
-
-    def compatible(self, questions: Sequence[Question], count: int) -> Iterator[list[Question]]:
-        """Yields sets of `count` questions, in their order, in which no gold passage answers another question."""
-        waiting: list[list[Question]] = []
-        for question in questions:
-            own, text = _answers([question]), _normalised(question.gold)
-            fits = (
-                members
-                for members in waiting
-                if not any(
-                    question.gold == m.gold or _holds(text, _answers([m])) or _holds(_normalised(m.gold), own)
-                    for m in members
-                )
-            )
-            members = next(fits, None)
-            if members is None:
-                waiting.append(members := [])
-            members.append(question)
-            if len(members) == count:
-                waiting = [others for others in waiting if others is not members]
-                yield members
-
-    def _draw(self, asked: Sequence[Question], rng: np.random.Generator) -> Iterator[Passage]:
-        answers, golden = _answers(asked), {question.gold for question in asked}
-        for index in rng.permutation(len(self._gold)).tolist():
-            if self._gold[index] not in golden and not _holds(self._normalised[index], answers):
-                yield self._gold[index]
+def _compatible(questions: Sequence[Question], count: int) -> Iterator[list[Question]]:
+    """Sets of `count` questions, in their order, in which no gold passage answers another question."""
+    waiting: list[list[Question]] = []
+    for question in questions:
+        fits = (members for members in waiting if not any(_collide(question, member) for member in members))
+        members = next(fits, None)
+        if members is None:
+            waiting.append(members := [])
+        members.append(question)
+        if len(members) == count:
+            waiting = [others for others in waiting if others is not members]
+            yield members
 
 
-def _normalised(passage: Passage) -> str:
-    return normalised(f"{passage.title} {passage.text}")
-
-
-def _answers(questions: Sequence[Question]) -> list[str]:
-    return [answer for question in questions for answer in map(normalised, question.answers) if answer]
-
-
-def _holds(text: str, answers: Sequence[str]) -> bool:
-    return any(answer in text for answer in answers)
-
-
-def read_questions(path: str | Path) -> list[Question]:
-    """Reads a file in the public format.
-
-    Raises:
-        TaskError: naming file, line and what was expected.
-    """
-    questions: list[Question] = []
-    for where, content in read_records(path, _FIELDS):
-        questions.append(_checked(content, where, len(questions)))
-        found, expected = 1 + len(questions[-1].others), 1 + len(questions[0].others)
-        if found != expected:
-            raise TaskError(f"{where}: {found} documents, expected {expected} as in the first record.")
-    return questions
-
-
-def _checked(content: Mapping[str, Any], where: str, number: int) -> Question:
-    question, answers, documents = (content[field] for field in _FIELDS)
-    if not isinstance(question, str) or not question:
-        raise TaskError(f"{where}: question must be text, got {question!r}.")
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) and a for a in answers):
-        raise TaskError(f"{where}: answers must be a list of at least one text, got {answers!r}.")
-    if not any(map(normalised, answers)):
-        raise TaskError(f"{where}: of its answers {answers!r} nothing is left without punctuation and articles.")
-    if not isinstance(documents, list) or not all(
-        isinstance(d, dict) and isinstance(d.get("title"), str) and isinstance(d.get("text"), str) for d in documents
-    ):
-        raise TaskError(f"{where}: ctxs must be a list of objects with title and text.")
-    gold = [i for i, document in enumerate(documents) if document.get("isgold") is True]
-    if len(gold) != 1:
-        raise TaskError(f"{where}: {len(gold)} of its {len(documents)} documents are gold (isgold), expected 1.")
-    passages = [Passage(document["title"], document["text"]) for document in documents]
-    golden = passages.pop(gold[0])
-    return Question(question, tuple(answers), golden, tuple(passages), number)
+def _collide(one: Question, other: Question) -> bool:
+    return one.gold == other.gold or one.gold.answers([other]) or other.gold.answers([one])

@@ -11,14 +11,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError
-from ..messages import named, whole_number
-from .base import SPLIT_NAMES, Example, Split, SplitName, check_length, check_request, check_seed
-from .prompts import FRACTIONS, check_tokenizer, read_records
+from ..messages import one_line, whole_number
+from .base import FRACTIONS, SPLIT_NAMES, Example, Split, SplitName, check_enough, check_request
+from .prompts import Record, read_records
 
 DATASETS_PREFIX = "datasets:"
 _SEAM = "\n\n"  # between the texts of a source, as is usual for WikiText
-_COLUMN = "text"
 _KINDS = {".npy": "a NumPy array of token ids", ".json": "a JSON list of token ids"}
+
+
+class _Line(Record):
+    text: str
 
 
 def read_source(source: str | Path) -> list[str] | np.ndarray:
@@ -34,26 +37,21 @@ def read_source(source: str | Path) -> list[str] | np.ndarray:
     Raises:
         TaskError: it cannot be read, or is not what its name says.
     """
-    source = str(source)
-    if source.startswith(DATASETS_PREFIX):
-        return _from_datasets(source)
     path = Path(source)
+    if str(source).startswith(DATASETS_PREFIX):
+        return _from_datasets(str(source))
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return [_text(record[_COLUMN], where) for where, record in read_records(path, (_COLUMN,))]
+        return [line.text for line in read_records(path, _Line)]
     try:
         if path.suffix == ".npy":
-            return token_ids(np.load(path, allow_pickle=False), source)
-        text = path.read_text(encoding="utf-8")
-        return token_ids(json.loads(text), source) if path.suffix == ".json" else [text]
-    except OSError as error:
-        raise TaskError(f"{source} cannot be read: {error.strerror}.") from error
-    except (ValueError, EOFError, RecursionError) as error:  # of which TaskError and UnicodeDecodeError are some
-        if isinstance(error, TaskError):
-            raise
-        kind = {".npy": "a NumPy array of token ids", ".json": "a JSON list of token ids"}.get(
-            path.suffix, "UTF-8 text"
-        )
-        raise TaskError(f"{source} is not {kind}: {' '.join(str(error).split())}.") from error
+            content = np.load(path, allow_pickle=False)
+        else:
+            content = path.read_text(encoding="utf-8")
+            content = json.loads(content) if path.suffix == ".json" else [content]
+    except (OSError, ValueError, EOFError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise TaskError(f"{path} cannot be read as {_KINDS.get(path.suffix, 'UTF-8 text')}: {reason}.") from error
+    return token_ids(content, str(path)) if path.suffix in _KINDS else content
 
 
 def token_ids(values: Any, source: str) -> np.ndarray:
@@ -75,39 +73,24 @@ def tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, source: 
     """Returns the texts as one stream, an empty line between them, without special tokens.
 
     Raises:
-        TaskError: there is no text in them.
+        TaskError: there is no text in them, or something else.
     """
-    wrong = [text for text in texts if not isinstance(text, str)]
-    if wrong:
-        raise TaskError(f"{source} must hold texts alone or token ids alone, got {named(wrong[0])} among texts.")
-    joined = _SEAM.join(texts)
-    if not joined.strip():
-        raise TaskError(f"{source} holds no text.")
-    return token_ids(tokenizer(joined, add_special_tokens=False, verbose=False)["input_ids"], source)
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise TaskError(f"{where}: {_COLUMN} must be text, got {type(value).__name__}.")
-    return value
+    if not all(isinstance(text, str) for text in texts) or not any(map(str.strip, texts)):
+        raise TaskError(f"{source} must hold text, and nothing but text.")
+    return token_ids(tokenizer(_SEAM.join(texts), add_special_tokens=False, verbose=False)["input_ids"], source)
 
 
 def _from_datasets(source: str) -> list[str]:
     name, _, split = source.removeprefix(DATASETS_PREFIX).partition(":")
     name, _, config = name.partition("@")
-    if not name:
-        raise TaskError(f"{source!r} names no data set, expected {DATASETS_PREFIX}NAME[@CONFIG][:SPLIT].")
     try:
         from datasets import load_dataset  # an optional extra
+
+        return list(load_dataset(name, config or None, split=split or "test")["text"])
     except ImportError as error:
         raise TaskError(f"{source} needs the datasets package: pip install 'peft-layerrope[datasets]'.") from error
-    try:
-        rows = load_dataset(name, config or None, split=split or "test")
     except Exception as error:  # network, file formats, names: its errors have no common base
-        raise TaskError(f"{source} cannot be loaded: {' '.join(str(error).split())}") from error
-    if _COLUMN not in rows.column_names:
-        raise TaskError(f"{source} has columns {', '.join(rows.column_names)}, expected {_COLUMN!r}.")
-    return [_text(value, source) for value in rows[_COLUMN]]
+        raise TaskError(f"{source} cannot be loaded as rows with a column 'text': {one_line(error)}.") from error
 
 
 class Perplexity:
@@ -155,48 +138,27 @@ class Perplexity:
         seed: int = 0,
         source: str = "text",
     ) -> None:
-        length = check_length(length, 2)  # a token is predicted from those before it
-        if stride is not None and whole_number("stride", stride, 1) >= length:
-            raise TaskError(f"stride={stride} must be at least 1 and below length={length}.")
-        check_seed(seed)
-        self.length = length
-        self.stride = stride
-        self.seed = seed
-        self.source = source
-        self.tokenizer = tokenizer
-        if tokenizer is not None:
-            check_tokenizer(tokenizer)
+        self.length = whole_number("length", length, 2)  # a token is predicted from those before it
+        self.stride = whole_number("stride", stride, 1, length - 1) if stride is not None else None
+        self.seed, self.source, self.tokenizer = seed, source, tokenizer
         texts = [text] if isinstance(text, str) else text
-        if not isinstance(texts, (Sequence, np.ndarray)) and not hasattr(texts, "__array__"):
-            raise TaskError(f"text={named(text)} must be text, several texts, or token ids.")
-        if len(texts) and isinstance(texts[0], str):
-            if tokenizer is None:
-                raise TaskError("text needs a tokenizer; without one pass token ids.")
-            self._ids = tokenised(texts, tokenizer, source)
-        else:
+        if not (len(texts) and isinstance(texts[0], str)):
             self._ids = token_ids(texts, source)
+        elif tokenizer is None:
+            raise TaskError("text needs a tokenizer; without one pass token ids.")
+        else:
+            self._ids = tokenised(texts, tokenizer, source)
         self._beginning = _beginning(tokenizer)
         self._body = length - len(self._beginning)
-        self._step = stride if stride is not None else self._body
+        self._step = self.stride or self._body
 
     @classmethod
     def from_source(
-        cls,
-        source: str | Path,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        *,
-        length: int,
-        stride: int | None = None,
-        seed: int = 0,
+        cls, source: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, **settings: Any
     ) -> Perplexity:
-        """Reads the text from a file or the `datasets` package; see [`read_source`] and the class.
-
-        Raises:
-            TaskError: the source cannot be read, or the settings do not work.
-        """
+        """Reads the text from a file or the `datasets` package; see [`read_source`], and the class for its settings."""
         name = str(source) if str(source).startswith(DATASETS_PREFIX) else Path(source).name
-        text = read_source(source)
-        return cls(text, tokenizer=tokenizer, length=length, stride=stride, seed=seed, source=name)
+        return cls(read_source(source), tokenizer=tokenizer, source=name, **settings)
 
     def available(self, name: SplitName, most: int) -> int:
         """Returns how many windows a split has, but no more than `most`."""
@@ -211,11 +173,8 @@ class Perplexity:
         """
         check_request(name, num_groups)
         stretch, found = self._stretch(name), self.available(name, num_groups)
-        if num_groups > found:
-            raise TaskError(
-                f"{self.source}, split {name!r}: its {len(stretch)} tokens hold {found} windows of {self.length}, "
-                f"{num_groups} were asked for. Use a longer text, or fewer or shorter windows."
-            )
+        told = f"{self.source}, split {name!r}: its {len(stretch)} tokens hold {found} windows of {self.length}"
+        check_enough(found, num_groups, told)
         examples = tuple(self._window(stretch, group) for group in range(num_groups))
         return Split(name, self.seed, self.positions, examples, "loss")
 
@@ -231,14 +190,6 @@ class Perplexity:
         num_scored = len(tokens) - 1 if group == 0 or self.stride is None else self._step
         scored = len(tokens) - num_scored
         return Example(tokens[: scored - 1], tokens[scored - 1 : scored], tokens[scored:], 0, group)
-
-    def shortened(self, length: int) -> Perplexity:
-        """Returns the same text in windows of `length` tokens that do not overlap.
-
-        Raises:
-            TaskError: the length is below 2.
-        """
-        return Perplexity(self._ids, tokenizer=self.tokenizer, length=length, seed=self.seed, source=self.source)
 
     def describe(self) -> dict[str, Any]:
         """Returns the task's settings, for a report."""

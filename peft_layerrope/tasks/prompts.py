@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import codecs
+import copy
 import gzip
 import json
-import os
+import operator
 import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypedDict, TypeVar, Unpack
 
-import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from ..declaration import converted
 from ..errors import TaskError
-from ..messages import named, one_line, shown, whole_number, whole_numbers
-from .base import SPLIT_NAMES, Example, Split, SplitName, check_length, check_request, check_seed, spread_positions
+from ..messages import named, one_line, shown, whole_number
+from .base import MAX_LENGTH, Example, Split, SplitName, check_request, common_prefix, spread_positions
 from .metrics import MAX_NEW_TOKENS, Judge
 
 _DATE_CALL = re.compile(r"""strftime_now\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""")
@@ -33,6 +36,23 @@ class EncodedPrompt(NamedTuple):
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
     gold_span: tuple[int, int] | None
+
+
+class ChatSettings(TypedDict, total=False):
+    """How prompts are put into a chat template; see [`PromptEncoder`]."""
+
+    chat_template: bool | None
+    chat_template_args: Mapping[str, Any] | None
+    system_prompt: str | None
+    chat_date: str | None
+
+
+class PromptSettings(ChatSettings, total=False):
+    """Of all tasks with written prompts; see [`PromptTask`]."""
+
+    seed: int
+    length: int | None
+    max_new_tokens: int | None
 
 
 class PromptEncoder:
@@ -48,8 +68,8 @@ class PromptEncoder:
         chat_date: `YYYY-MM-DD`, what the template writes as today's date; None: today, as it is when this is made.
 
     Raises:
-        TaskError: no tokenizer; a chat template was asked for, or arguments of one, and there is none; the template
-            fails, knows no such variable, or leaves out the system prompt.
+        TaskError: a chat template was asked for, or arguments of one, and there is none; the template fails, knows no
+            such variable, or leaves out the system prompt.
     """
 
     def __init__(
@@ -60,28 +80,30 @@ class PromptEncoder:
         system_prompt: str | None = None,
         chat_date: str | None = None,
     ) -> None:
-        check_tokenizer(tokenizer)
-        has_template = bool(getattr(tokenizer, "chat_template", None))
-        if chat_template and not has_template:
-            raise TaskError("chat_template=True, but the tokenizer has no chat template: leave it off for this model.")
+        has_template = bool(tokenizer.chat_template)
         self.tokenizer = tokenizer
         self.uses_chat = has_template if chat_template is None else chat_template
         self._args = dict(chat_template_args or {})
         self._system = system_prompt
         self._template, self._date = "", None
-        if self.uses_chat:
-            self._template, self._date = self._dated_template(chat_date)
-            self._check_template()
+        if self.uses_chat and has_template:
+            self._template, self._date = _dated_template(tokenizer, chat_date)
+            problem = next(self._problems(chat_date), None)  # what cannot work is to be told before any long work
+            if problem is not None:
+                raise TaskError(
+                    f"the tokenizer's chat template {problem}. Leave that out, or turn the template off "
+                    "(chat_template=False, --no-chat-template)."
+                )
         else:
-            asked = {"chat_template_args": self._args, "system_prompt": system_prompt, "chat_date": chat_date}
+            asked = {**self.settings(), "chat_date": chat_date}
             name = next((name for name, value in asked.items() if value), None)
             if name is not None:
                 reason = "chat_template is off" if has_template else "the tokenizer has no chat template"
-                raise TaskError(f"{name}={named(asked[name])} is for a chat template, and {reason}.")
+                raise TaskError(f"{name}={named(asked[name])} is for a chat template, and {reason}: leave it out.")
         mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
         self._num_end = 0 if self.uses_chat else next((i for i, special in enumerate(reversed(mask)) if not special), 0)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> ChatSettings:
         """Returns the arguments that make the same encoder for this tokenizer, on any day."""
         return {
             "chat_template": self.uses_chat,
@@ -90,58 +112,22 @@ class PromptEncoder:
             "chat_date": self._date,
         }
 
-    def describe(self) -> dict[str, Any]:
-        """Returns [`settings`] for a report, without those that are not in use."""
-        return {name: value for name, value in self.settings().items() if value is not None}
-
-    def _dated_template(self, chat_date: str | None) -> tuple[str, str | None]:
-        """The template with a date in place of calls of `strftime_now`; and the date, None where there are none.
-
-        transformers gives templates the clock itself, and lets nobody pass another.
-        """
-        try:
-            template = self.tokenizer.get_chat_template()
-        except Exception as error:  # several templates, and none of them the default
-            raise _failing(error) from error
-        if "strftime_now(" not in template:
-            if chat_date is not None:
-                raise TaskError(
-                    f"chat_date={shown(chat_date)}: the tokenizer's chat template does not ask for the date."
-                )
-            return template, None
-        try:
-            day = date.fromisoformat(chat_date) if chat_date is not None else date.today()
-        except ValueError as error:
-            raise TaskError(f"chat_date={shown(chat_date)} must be a date, YYYY-MM-DD.") from error
-        fixed = _DATE_CALL.sub(lambda call: json.dumps(day.strftime(call[1] or call[2] or "")), template)
-        if "strftime_now(" in fixed:
-            raise TaskError(
-                "the tokenizer's chat template writes a date in a format that it computes, so its prompts would be "
-                "others on another day: turn it off (chat_template=False)."
-            )
-        return fixed, day.isoformat()
-
-    def _check_template(self) -> None:
-        """Renders once: what cannot work is to be told before any long work."""
-        unknown = next((n for n in self._args if not re.search(rf"\b{re.escape(n)}\b", self._template)), None)
-        if unknown is not None:
-            raise TaskError(
-                f"chat_template_args: the tokenizer's chat template has no variable {shown(unknown)}, so it would do "
-                "nothing."
-            )
+    def _problems(self, chat_date: str | None) -> Iterator[str]:
+        for name in self._args:
+            if not re.search(rf"\b{re.escape(name)}\b", self._template):
+                yield f"has no variable {shown(name)}, so chat_template_args would do nothing"
+        if chat_date is not None and self._date is None:
+            yield f"does not ask for the date, so chat_date={shown(chat_date)} would do nothing"
+        if "strftime_now(" in self._template:
+            yield "writes a date in a format that it computes, so its prompts would be others on another day"
         text = self.in_template(_TRIED)
         if _TRIED.casefold() not in text.casefold():
-            raise TaskError("the tokenizer's chat template leaves the user's message out: turn it off for this model.")
+            yield "leaves the user's message out"
         if self._system is not None and self._system.strip() not in text:
-            raise TaskError(f"the tokenizer's chat template leaves out system_prompt={named(self._system)}.")
+            yield f"leaves out system_prompt={named(self._system)}"
 
     def encode(self, text: str, answer: str, gold: tuple[int, int] | None) -> EncodedPrompt:
-        """Encodes a prompt with its answer.
-
-        Args:
-            text: the prompt.
-            answer: what follows it.
-            gold: the characters of `text` that the answer can be read from.
+        """Encodes a prompt and the answer that follows it; `gold` are the characters that it can be read from.
 
         Raises:
             TaskError: the tokenizer has no tokens for the answer, or its chat template fails.
@@ -156,8 +142,7 @@ class PromptEncoder:
             answer_ids = joined[len(ids) :]
         else:  # the tokenizer merges across the seam, and the prompt has to stay what it is
             answer_ids = self.tokenizer(continuation, add_special_tokens=False)["input_ids"]
-        if not answer_ids or self.tokenizer.unk_token_id in answer_ids:
-            raise TaskError(f"the tokenizer cannot encode the answer {answer!r}.")
+        known_ids(self.tokenizer, answer_ids, answer)
         span = None
         if gold is not None and self.tokenizer.is_fast and start >= 0:
             span = _tokens_of(encoded, start + gold[0], start + gold[1])
@@ -171,33 +156,45 @@ class PromptEncoder:
         return ids[: len(ids) - self._num_end]
 
     def in_template(self, text: str) -> str:
-        """Returns the prompt as the tokenizer's chat template writes it.
-
-        Raises:
-            TaskError: the template fails.
-        """
+        """Returns the prompt as the tokenizer's chat template writes it; TaskError, if that fails."""
         messages = [{"role": "system", "content": self._system}] if self._system is not None else []
         messages.append({"role": "user", "content": text})
-        try:
+        with _template_errors():
             return self.tokenizer.apply_chat_template(
                 messages, chat_template=self._template, add_generation_prompt=True, tokenize=False, **self._args
             )
-        except Exception as error:  # a template is a program of the tokenizer's author and raises what it likes
-            raise _failing(error) from error
 
 
-def _failing(error: Exception) -> TaskError:
-    return TaskError(
-        f"the tokenizer's chat template fails: {one_line(error).rstrip('.')}. Turn it off "
-        "(chat_template=False, --no-chat-template)."
-    )
+def _dated_template(tokenizer: PreTrainedTokenizerBase, chat_date: str | None) -> tuple[str, str | None]:
+    """The template with a date in place of calls of `strftime_now`, since transformers lets nobody pass another clock;
+    and the date, None where there are none.
+    """
+    with _template_errors():
+        template = tokenizer.get_chat_template()
+    try:
+        day = date.fromisoformat(chat_date) if chat_date is not None else date.today()
+    except ValueError as error:
+        raise TaskError(f"chat_date={shown(chat_date)} must be a date, YYYY-MM-DD.") from error
+    dated, calls = _DATE_CALL.subn(lambda call: json.dumps(day.strftime(call[1] or call[2] or "")), template)
+    return dated, day.isoformat() if calls else None
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises TaskError unless `tokenizer` is one; a processor only has one."""
-    if not (callable(getattr(tokenizer, "encode", None)) and hasattr(tokenizer, "bos_token_id")):
-        hint = ": pass its .tokenizer" if hasattr(tokenizer, "tokenizer") else ""
-        raise TaskError(f"tokenizer={named(tokenizer)} must be a transformers tokenizer{hint}.")
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a template is a program of the tokenizer's author and raises what it likes
+        raise TaskError(
+            f"the tokenizer's chat template fails: {one_line(error).rstrip('.')}. Turn it off "
+            "(chat_template=False, --no-chat-template)."
+        ) from error
+
+
+def known_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> Sequence[int]:
+    """Returns the token ids of a text; TaskError, if the tokenizer has none for it."""
+    if not ids or tokenizer.unk_token_id in ids:
+        raise TaskError(f"the tokenizer cannot encode {text!r}.")
+    return ids
 
 
 def _tokens_of(encoded: BatchEncoding, start: int, stop: int) -> tuple[int, int] | None:
@@ -206,10 +203,8 @@ def _tokens_of(encoded: BatchEncoding, start: int, stop: int) -> tuple[int, int]
     return (tokens[0], tokens[-1] + 1) if tokens else None
 
 
+DEFAULT_NUM_POSITIONS = 5
 _SHORTENED_GROUPS = 8  # contexts by which it is found how many items fit
-
-Source = TypeVar("Source")
-"""What one context is made from, before the gold item has its place."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +234,7 @@ ASKED_EVERYWHERE = "one context, asked at every position"
 """Every position has a question of its own, and the context is the same for all of them."""
 
 
-class PromptTask(ABC, Generic[Source]):
+class PromptTask(ABC):
     """Base of the tasks with written prompts.
 
     Where one context is asked at every position (see [`protocol`]), its examples share their `context_ids`: what their
@@ -247,17 +242,16 @@ class PromptTask(ABC, Generic[Source]):
     last token.
 
     Args:
-        encoder: of the prompts.
-        num_items: items of a context.
-        num_positions: gold positions, spread evenly from the first item to the last.
-        positions: the gold positions themselves, instead.
+        tokenizer: any transformers tokenizer.
+        data: the file that contexts come from; None: they are generated.
         seed: base seed.
         length: the most tokens that a prompt with its answer may have; None: no limit.
         max_new_tokens: tokens that a written answer may have; None: 100.
-        splits: the contexts of each split, where they come from a file.
+        chat: how prompts are put into the tokenizer's chat template: `chat_template`, `chat_template_args`,
+            `system_prompt` and `chat_date`, as for [`PromptEncoder`].
 
     Raises:
-        TaskError: positions that the context does not have.
+        TaskError: a number that cannot work, or a chat template that does not.
     """
 
     name: ClassVar[str]
@@ -270,85 +264,65 @@ class PromptTask(ABC, Generic[Source]):
 
     def __init__(
         self,
-        encoder: PromptEncoder,
+        tokenizer: PreTrainedTokenizerBase,
+        data: str | Path | None,
         *,
-        num_items: int,
-        num_positions: int,
-        positions: Sequence[int] | None,
-        seed: int,
-        length: int | None,
+        seed: int = 0,
+        length: int | None = None,
         max_new_tokens: int | None = None,
-        splits: Mapping[SplitName, Sequence[Source]] | None = None,
+        **chat: Unpack[ChatSettings],
     ) -> None:
-        check_seed(seed)
-        length = check_length(length) if length is not None else None
-        self._splits = splits
-        self.encoder = encoder
-        self.tokenizer = tokenizer = encoder.tokenizer
-        self.num_items = num_items
-        self.seed = seed
-        self.length = length
+        self.tokenizer = tokenizer
+        self.encoder = PromptEncoder(tokenizer, **chat)
         self.judge = Judge(self.metric, tokenizer, MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens)
-        if positions is None:
-            positions = spread_positions(num_items, whole_number("num_positions", num_positions))
-        self.positions = whole_numbers("positions", positions)
-        check_positions(self.positions, num_items, self.item)
-        if not self.positions or list(self.positions) != sorted(set(self.positions)):
-            raise TaskError(f"positions={self.positions} must be distinct, at least one, and ascending.")
+        self.data = Path(data) if data is not None else None
+        self.seed = seed
+        self.length = whole_number("length", length, 1, MAX_LENGTH) if length is not None else None
+        self.num_items = 0
+        self.positions: tuple[int, ...] = ()
+        self._most_items: int | None = None  # as the file has them; None: any number
 
-    def _generated(self, name: SplitName, num_groups: int) -> Sequence[Source]:
-        """The first `num_groups` contexts of a split, for a task without a file."""
-        raise NotImplementedError
-
-    def _sources(self, name: SplitName, num_groups: int) -> Sequence[Source]:
-        if self._splits is None:
-            return self._generated(name, num_groups)
-        members = self._splits[name]
-        if num_groups > len(members):
+    def _arrange(self, num_items: int, num_positions: int | None) -> None:
+        """Gives each context so many items, and the task its gold positions among them."""
+        if self._most_items is not None and num_items > self._most_items:
             raise TaskError(
-                f"{self.name}, split {name!r}: the file has {len(members)} contexts for it, {num_groups} were asked "
-                "for."
+                f"{self.size_setting}={num_items}, but the records of {self.data} have {self._most_items} {self.item}s."
             )
-        return members[:num_groups]
+        self.num_items = num_items
+        if num_positions is None:
+            self.positions = self._usual_positions()
+        else:
+            self.positions = spread_positions(num_items, num_positions)
+
+    def _usual_positions(self) -> tuple[int, ...]:
+        return spread_positions(self.num_items, DEFAULT_NUM_POSITIONS)
+
+    @abstractmethod
+    def _sources(self, name: SplitName, num_groups: int, elsewhere: bool) -> Sequence[Any]:
+        """What the first contexts of a split are made from; `elsewhere`: asked at other positions than the task's."""
+
+    @abstractmethod
+    def _written(self, source: Any, position: int, group: int) -> Prompt:
+        """The prompt of a context with the gold item at `position`."""
 
     @abstractmethod
     def protocol(self, split_name: SplitName) -> str:
         """How the contexts of a split are asked: [`GOLD_MOVES`] or [`ASKED_EVERYWHERE`]."""
 
     @abstractmethod
-    def _written(self, source: Source, position: int, group: int) -> Prompt:
-        """The prompt of a context with the gold item at `position`."""
-
-    @abstractmethod
-    def resized(self, num_items: int, length: int | None = None) -> PromptTask[Source]:
-        """Returns the same task with another number of items and another limit of a prompt's tokens (None: none).
-
-        Raises:
-            TaskError: its data do not have so many, or fewer than there are gold positions.
-        """
-
     def available(self, split_name: SplitName, most: int) -> int:
         """Returns how many contexts of a split there are, but no more than `most`."""
-        return most if self._splits is None else min(most, len(self._splits[split_name]))
 
     def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
-        """Returns the prompts of a split as text, in the order of [`split`]'s examples.
-
-        Args:
-            split_name: which split.
-            num_groups: independent contexts.
-            positions: gold positions other than the task's.
+        """Returns the prompts of a split as text, in the order of [`split`]'s examples, and with its arguments.
 
         Raises:
             TaskError: the split is unknown or has fewer contexts, or a position is out of range.
         """
         check_request(split_name, num_groups)
-        wanted = self.positions if positions is None else tuple(positions)
-        check_positions(wanted, self.num_items, self.item)
-        found = []
-        for group, source in enumerate(self._sources(split_name, num_groups)):
-            found += [self._written(source, position, group) for position in wanted]
-        return found
+        wanted = self.positions if positions is None else check_positions(positions, self.num_items, self.item)
+        sources = self._sources(split_name, num_groups, elsewhere=positions is not None)
+        return [self._written(source, p, group) for group, source in enumerate(sources) for p in wanted]
 
     def split(self, name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> Split:
         """Returns `num_groups` contexts of the named split, each asked at every position.
@@ -379,23 +353,20 @@ class PromptTask(ABC, Generic[Source]):
             groups.setdefault(prompt.group, []).append((prompt, encoded))
         examples = []
         for members in groups.values():
-            all_ids = [encoded.prompt_ids for _, encoded in members]
-            shared = _shared(all_ids) if protocol == ASKED_EVERYWHERE else max(map(len, all_ids))
+            first = members[0][1].prompt_ids
+            shared = min(common_prefix(first, encoded.prompt_ids) for _, encoded in members)
             for prompt, (ids, answer_ids, gold_span) in members:
-                cut = min(shared, len(ids) - 1)  # the question has a token at least
+                cut = len(ids) - 1  # the question has a token at least
+                if protocol == ASKED_EVERYWHERE:
+                    cut = min(cut, shared)
                 place, known = positions.index(prompt.position), (prompt.answers, gold_span, (), prompt.question)
                 examples.append(Example(ids[:cut], ids[cut:], answer_ids, place, prompt.group, *known))
         return Split(name, self.seed, positions, tuple(examples), judge=self.judge, protocol=protocol)
 
     def without_distractors(self, split_name: SplitName, start: int, stop: int, gold: bool) -> Split | None:
-        """Returns questions of a split by themselves, to see what the model can answer at all; None where that is no
-        question, since the answer stands nowhere but in the context.
-
-        Args:
-            split_name: which split.
-            start: number of the first question.
-            stop: the one after the last; fewer are returned where the split has fewer.
-            gold: whether each comes with its gold item, or with nothing (closed-book).
+        """Returns questions of a split by themselves, from number `start` to before `stop` or as many as there are, to
+        see what the model can answer at all: each with its gold item, or with nothing (closed-book). None where that
+        is no question, since the answer stands nowhere but in the context.
         """
         return None
 
@@ -403,7 +374,16 @@ class PromptTask(ABC, Generic[Source]):
         """Returns the text that is tokenised: the prompt, in the chat template if there is to be one."""
         return self.encoder.in_template(prompt.text) if self.encoder.uses_chat else prompt.text
 
-    def shortened(self, length: int) -> PromptTask[Source]:
+    def resized(self, num_items: int, length: int | None = None) -> PromptTask:
+        """Returns the same task with another number of items and another limit of a prompt's tokens (None: none);
+        TaskError, if its data do not have so many, or there are more gold positions.
+        """
+        task = copy.copy(self)
+        task.length = length
+        task._arrange(num_items, len(self.positions) if len(self.positions) >= 3 else None)
+        return task
+
+    def shortened(self, length: int) -> PromptTask:
         """Returns the same task with fewer items, so that its first prompts have at most `length` tokens.
 
         Raises:
@@ -423,125 +403,80 @@ class PromptTask(ABC, Generic[Source]):
         raise TaskError(f"length={length} tokens holds fewer {self.item}s than {len(self.positions)} gold positions.")
 
     def describe(self) -> dict[str, Any]:
-        """Returns the task's settings, for a report."""
+        """Returns the task's settings, for a report; of a file its name alone."""
+        chat = {name: value for name, value in self.encoder.settings().items() if value is not None}
         return {
             "name": self.name,
             "length": self.length,
             self.size_setting: self.num_items,
             "positions": list(self.positions),
             "seed": self.seed,
-            **self.encoder.describe(),
+            **chat,
             "max_new_tokens": self.judge.max_new_tokens,
+            **({"data": self.data.name} if self.data is not None else {}),
         }
 
 
-def _shared(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens at the beginning all prompts have in common."""
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*prompts, strict=False)))
-
-
-def check_positions(positions: Sequence[int], num_items: int, item: str) -> None:
-    """Raises TaskError if a gold position is not that of one of `num_items` items."""
-    for position in positions:
-        if not 0 <= position < num_items:
-            raise TaskError(
-                f"gold position {position} is out of range: a context has {num_items} {item}s, 0 to {num_items - 1}."
-            )
+def check_positions(positions: Sequence[int], num_items: int, item: str) -> tuple[int, ...]:
+    """Returns gold positions as a tuple; TaskError, unless they are those of some of `num_items` items, ascending."""
+    found = tuple(map(operator.index, positions))
+    if not found or list(found) != sorted(set(found)) or found[0] < 0 or found[-1] >= num_items:
+        raise TaskError(
+            f"gold positions {shown(found)} must be distinct, ascending and from 0 to {num_items - 1}: a context has "
+            f"{num_items} {item}s."
+        )
+    return found
 
 
 _GZIP = b"\x1f\x8b"
-FRACTIONS = (0.4, 0.2, 0.4)
-"""Shares of the records for search, validation and test."""
+
+Text = Annotated[str, Field(min_length=1)]
 
 
-def data_path(data: str | Path) -> Path:
-    """Returns the path of a data file.
+class Record(BaseModel):
+    """A line of a data file. What else it holds than the fields is not looked at."""
 
-    Raises:
-        TaskError: it is no path.
-    """
-    if not isinstance(data, (str, os.PathLike)):
-        raise TaskError(f"data={named(data)} must be the path of a file.")
-    return Path(data)
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    @property
+    def num_items(self) -> int:
+        """Items of a context: as many in all records of a file; 0 where it is no context."""
+        return 0
 
 
-def read_records(path: str | Path, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the records of a file, one JSON object a line; empty lines are skipped.
+R = TypeVar("R", bound=Record)
 
-    Args:
-        path: plain or gzipped, which is told from its content.
-        fields: names that every record must have.
 
-    Yields:
-        Where the record stands, for messages, and the record.
+def read_records(path: str | Path, kind: type[R]) -> Iterator[R]:
+    """Yields the records of a file, plain or gzipped: one JSON object a line; empty lines are skipped.
 
     Raises:
         TaskError: the file cannot be read, or a line is no such record; it names the file, the line and what was
             expected.
     """
-    path = Path(path)
-    found = False
+    path, first = Path(path), None
     try:
         with path.open("rb") as file:
-            zipped = file.read(2) == _GZIP
-        if path.suffix == ".gz" and not zipped:
-            raise TaskError(f"{path} is not a gzip file, expected gzipped JSON lines.")
+            zipped = file.read(2) == _GZIP or path.suffix == ".gz"
         with gzip.open(path, "rb") if zipped else path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    found = True
-                    yield f"{path}, line {number}", _record(line, f"{path}, line {number}", fields)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TaskError(f"{path} is damaged gzip ({error}), expected gzipped JSON lines.") from error
-    except OSError as error:
-        raise TaskError(f"{path} cannot be read: {error.strerror}.") from error
-    if not found:
-        raise TaskError(f"{path} is empty, expected one JSON object a line with {', '.join(fields)}.")
+                    record = _record(line, kind, f"{path}, line {number}", first)
+                    first = first or record
+                    yield record
+    except (OSError, EOFError, zlib.error) as error:
+        raise TaskError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    if first is None:
+        raise TaskError(f"{path} is empty, expected one JSON object a line with {', '.join(kind.model_fields)}.")
 
 
-def _record(line: bytes, where: str, fields: Sequence[str]) -> dict[str, Any]:
+def _record(line: bytes, kind: type[R], where: str, first: R | None) -> R:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-        json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair is valid JSON and no text
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{where}: not JSON ({error}), expected an object with {', '.join(fields)}.") from error
-    if not isinstance(record, dict):
-        raise TaskError(f"{where}: a JSON {type(record).__name__}, expected an object with {', '.join(fields)}.")
-    missing = [name for name in fields if name not in record]
-    if missing:
-        raise TaskError(f"{where}: {', '.join(missing)} missing, expected an object with {', '.join(fields)}.")
+        record = kind.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
+    except ValidationError as error:
+        raise converted(error, kind, TaskError, where) from error
+    if first is not None and record.num_items != first.num_items:
+        raise TaskError(
+            f"{where}: a context of {record.num_items} items, expected {first.num_items} as in the first record."
+        )
     return record
-
-
-def cut_into_splits(shared: Sequence[Hashable], seed: int, source: str) -> dict[SplitName, list[int]]:
-    """Shuffles records by the seed and cuts them into splits of 0.4, 0.2 and 0.4.
-
-    Args:
-        shared: for each record what no two splits may share; records that agree in it go to one split together.
-        seed: of the shuffling.
-        source: where the records come from, for messages.
-
-    Returns:
-        The records' numbers, by split.
-
-    Raises:
-        TaskError: a split would be empty.
-    """
-    units: dict[Hashable, list[int]] = {}
-    for number, unit in enumerate(shared):
-        units.setdefault(unit, []).append(number)
-    members = list(units.values())
-    limits = np.floor(np.cumsum(FRACTIONS) * len(shared) + 1e-9).astype(int).tolist()
-    splits: dict[SplitName, list[int]] = {name: [] for name in SPLIT_NAMES}
-    taken = 0
-    for index in np.random.default_rng(seed).permutation(len(members)).tolist():
-        taken += len(members[index])
-        name = next((n for n, limit in zip(SPLIT_NAMES, limits, strict=True) if taken <= limit), SPLIT_NAMES[-1])
-        splits[name] += members[index]
-    for name, numbers in splits.items():
-        if not numbers:
-            raise TaskError(
-                f"{source} has {len(shared)} records, {len(members)} of them independent: too few, split {name!r} "
-                "would be empty."
-            )
-    return splits

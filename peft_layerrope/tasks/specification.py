@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
+from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
 from ..declaration import declared, option
 from ..errors import TaskError
-from ..messages import one_line, shown
 from .base import MAX_LENGTH, Task
-from .kv import KeyValueRetrieval, KeyValueWords
+from .kv import KeyStyle, KeyValueRetrieval, KeyValueWords
 from .multi_doc_qa import MultiDocumentQA
 from .perplexity import Perplexity
-from .prompts import PromptEncoder
+from .prompts import ChatSettings, PromptEncoder
 
 TaskName = Literal["kv_words", "kv_retrieval", "multi_doc_qa", "perplexity"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 DEFAULT_TASK: TaskName = "kv_retrieval"
-KeyStyle = Literal["uuid", "words", "syllables"]
 
-_CHAT = ("chat_template", "chat_template_args", "system_prompt", "chat_date")
+_CHAT = tuple(ChatSettings.__annotations__)
 _WRITTEN = (*_CHAT, "max_new_tokens")
 _SETTINGS: dict[TaskName, tuple[str, ...]] = {
     "kv_words": ("num_positions",),
@@ -34,22 +32,18 @@ _SETTINGS: dict[TaskName, tuple[str, ...]] = {
     "perplexity": ("data", "stride"),
 }
 """What each task knows beside its length and seed."""
-
+_MAKERS: dict[TaskName, Callable[..., Task]] = {
+    "kv_words": KeyValueWords,
+    "kv_retrieval": KeyValueRetrieval,
+    "multi_doc_qa": MultiDocumentQA,
+    "perplexity": lambda data, **settings: Perplexity.from_source(data, **settings),
+}
+_NEEDS_DATA: dict[TaskName, str] = {
+    "multi_doc_qa": "a file of questions with their documents (.jsonl or .jsonl.gz)",
+    "perplexity": "a text, .jsonl, .json or .npy file, or datasets:NAME[:SPLIT]",
+}
 
 _task = partial(option, panel="Task")
-
-
-def _json_object(value: Any) -> Any:
-    """What is typed as text is JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        found = json.loads(value)
-    except ValueError as error:
-        raise TaskError(f"chat_template_args={shown(value)} is no JSON: {one_line(error)}.") from error
-    if not isinstance(found, dict):
-        raise TaskError(f"chat_template_args={shown(value)} must be a JSON object of names and values.")
-    return found
 
 
 @declared(TaskError)
@@ -109,7 +103,7 @@ class TaskSpecification:
     ] = None
     chat_template_args: Annotated[
         dict[str, Any] | None,
-        BeforeValidator(_json_object),
+        BeforeValidator(lambda value: from_json(value) if isinstance(value, str) else value),
         _task("Variables of the chat template, as JSON: '{\"enable_thinking\": false}' turns Qwen3's thinking off."),
     ] = None
     system_prompt: Annotated[str | None, _task("A message of the system before each prompt.", min_length=1)] = None
@@ -131,8 +125,6 @@ class TaskSpecification:
                 raise TaskError(
                     f"{field.name}={value!r} is no setting of {self.name}, which has {', '.join(known[1:])}."
                 )
-        if self.chat_template is False and any(getattr(self, name) is not None for name in _CHAT[1:]):
-            raise TaskError(f"chat_template=False contradicts {', '.join(_CHAT[1:])}: leave it out, or them.")
         size = self.num_keys if self.name == "kv_retrieval" else self.num_documents
         if self.difficulty is not None and size is not None:
             raise TaskError(
@@ -168,47 +160,13 @@ def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBa
     length = specification.length if specification.length is not None else window
     if length is None:
         raise TaskError("the model's config names no trained window (max_position_embeddings): pass a length.")
-    resolved = replace(specification, name=specification.name or DEFAULT_TASK, length=length)
-    return _MAKERS[resolved.name](resolved, tokenizer)
-
-
-def _kv_words(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
-    return KeyValueWords(tokenizer, task.length, seed=task.task_seed, **_given(num_positions=task.num_positions))
-
-
-def _kv_retrieval(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
-    return KeyValueRetrieval(
-        tokenizer,
-        data=task.data,
-        num_keys=task.num_keys,
-        length=task.length,
-        keys=task.keys,
-        num_positions=task.num_positions,
-        seed=task.task_seed,
-        **_chat(task),
-        max_new_tokens=task.max_new_tokens,
-    )
-
-
-def _multi_doc_qa(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
-    if task.data is None:
-        raise TaskError("multi_doc_qa needs data: a file of questions with their documents (.jsonl or .jsonl.gz).")
-    return MultiDocumentQA(
-        tokenizer,
-        task.data,
-        num_documents=task.num_documents,
-        num_positions=task.num_positions,
-        seed=task.task_seed,
-        length=task.length,
-        **_chat(task),
-        max_new_tokens=task.max_new_tokens,
-    )
-
-
-def _perplexity(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Task:
-    if task.data is None:
-        raise TaskError("perplexity needs data: a text, .jsonl, .json or .npy file, or datasets:NAME[:SPLIT].")
-    return Perplexity.from_source(task.data, tokenizer, length=task.length, stride=task.stride, seed=task.task_seed)
+    name = specification.name or DEFAULT_TASK
+    if name in _NEEDS_DATA and specification.data is None:
+        raise TaskError(f"{name} needs data: {_NEEDS_DATA[name]}.")
+    resolved = replace(specification, name=name, length=length)  # checks what belongs to the task
+    given = {setting: getattr(resolved, setting) for setting in _SETTINGS[name] if setting != "difficulty"}
+    settings = {setting: value for setting, value in given.items() if value is not None}
+    return _MAKERS[name](tokenizer=tokenizer, length=length, seed=resolved.task_seed, **settings)
 
 
 def with_chat(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> TaskSpecification:
@@ -220,20 +178,5 @@ def with_chat(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Ta
     """
     if "chat_template" not in _SETTINGS[task.name or DEFAULT_TASK]:
         return task
-    return replace(task, **PromptEncoder(tokenizer, **_chat(task)).settings())
-
-
-def _chat(task: TaskSpecification) -> dict[str, Any]:
-    return {name: getattr(task, name) for name in _CHAT}
-
-
-def _given(**settings: Any) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-_MAKERS: dict[TaskName, Callable[[TaskSpecification, PreTrainedTokenizerBase], Task]] = {
-    "kv_words": _kv_words,
-    "kv_retrieval": _kv_retrieval,
-    "multi_doc_qa": _multi_doc_qa,
-    "perplexity": _perplexity,
-}
+    chat = {name: getattr(task, name) for name in _CHAT}
+    return replace(task, **PromptEncoder(tokenizer, **chat).settings())

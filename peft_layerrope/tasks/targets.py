@@ -34,15 +34,8 @@ class Target(NamedTuple):
 
 
 def target_of(written: Sequence[int], answers: Sequence[str], judge: Judge) -> Target | None:
-    """Returns the target in what a model wrote: nothing after the answer, and everything before it as its opening.
-
-    Args:
-        written: token ids that the model wrote.
-        answers: the accepted answers.
-        judge: tells where one of them stands.
-
-    Returns:
-        The target, whose answer is the shortest that the judge finds right; None if the answer is wrong.
+    """Returns the target in the token ids that a model wrote: the shortest answer that the judge finds right, and
+    everything before it as its opening. None if the answer is wrong.
     """
     stops = range(1, len(written) + 1)
     stop = next((stop for stop in stops if judge.is_right(judge.text(written[:stop]), answers)), None)
@@ -101,9 +94,8 @@ class Targets:
 
     def to_plain(self) -> dict[str, Any]:
         """Returns everything as JSON values; see [`from_plain`]."""
-        own = {question: [list(part) for part in target] for question, target in self.own.items()}
         counts = {"samples": self.num_samples, "agreeing": self.num_agreeing}
-        return {"opening": self.opening, "others": list(self.others), "own": own, **counts}
+        return {"opening": self.opening, "others": list(self.others), "own": dict(self.own), **counts}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Targets:
@@ -115,12 +107,7 @@ class Targets:
 def common_opening(
     examples: Sequence[Example], targets: Sequence[Target | None], tokenizer: PreTrainedTokenizerBase
 ) -> Targets | None:
-    """Learns one opening from a few answers.
-
-    Args:
-        examples: what was asked.
-        targets: what [`target_of`] found in each answer.
-        tokenizer: the model's.
+    """Learns one opening from what [`target_of`] found in a few answers.
 
     Returns:
         The most common opening, and the others, where opening and answer are written by just the tokens that

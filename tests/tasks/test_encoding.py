@@ -61,7 +61,7 @@ def test_slow_tokenizers_do_not_know_where_the_gold_stands():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (None, "the tokenizer has no chat template: leave it off"),
+        (None, "the tokenizer has no chat template: leave it out"),
         ("{{ raise_exception('no users here') }}", "the tokenizer's chat template fails: no users here"),
     ],
 )
@@ -71,7 +71,7 @@ def test_templates_that_cannot_work(template, message):
 
 
 def test_an_answer_that_the_tokenizer_cannot_write_is_refused(demo_tokenizer):
-    with pytest.raises(TaskError, match="the tokenizer cannot encode the answer 'Röntgen'"):
+    with pytest.raises(TaskError, match="the tokenizer cannot encode 'Röntgen'"):
         PromptEncoder(demo_tokenizer).encode("baba dab", "Röntgen", None)
 
 

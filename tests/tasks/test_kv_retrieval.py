@@ -11,7 +11,6 @@ from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import KeyValueRetrieval, TaskError
 from peft_layerrope.tasks import SPLIT_NAMES, Task, check_disjoint, contains_value
-from peft_layerrope.tasks.kv import read_key_values
 from peft_layerrope.tasks.prompts import ASKED_EVERYWHERE, GOLD_MOVES
 
 PUBLIC = Path(__file__).parents[2] / "../shared/data/kv-retrieval-75_keys.jsonl.gz"
@@ -79,7 +78,7 @@ def test_the_public_file_is_cut_into_200_100_200():
 @pytest.mark.parametrize("chat", [False, True])
 def test_examples_hold_the_prompt_the_answer_and_where_the_value_stands(file, chat):
     tokenizer = tiny_bpe(chat=chat)
-    task = KeyValueRetrieval(tokenizer, data=file, positions=(0, 2, 5), chat_template=chat)
+    task = KeyValueRetrieval(tokenizer, data=file, num_positions=3, chat_template=chat)
     assert isinstance(task, Task)
     split, prompts = task.split("test", 3), task.prompts("test", 3)
     assert split.positions == (0, 2, 5)
@@ -96,9 +95,7 @@ def test_examples_hold_the_prompt_the_answer_and_where_the_value_stands(file, ch
 
 @pytest.mark.parametrize("position", [-1, 6])
 def test_a_gold_index_out_of_range_is_refused(file, position):
-    message = f"gold position {position} is out of range: a context has 6 pairs, 0 to 5."
-    with pytest.raises(TaskError, match=message):
-        KeyValueRetrieval(tiny_bpe(), data=file, positions=(0, position))
+    message = "must be distinct, ascending and from 0 to 5: a context has 6 pairs"
     with pytest.raises(TaskError, match=message):
         KeyValueRetrieval(tiny_bpe(), data=file).prompts("test", 1, [position])
 
@@ -226,19 +223,19 @@ def changed(**changes: object) -> dict:
 
 
 DAMAGED = {
-    "not JSON": (["{"], "line 1: not JSON"),
-    "a list": (["[1]"], "line 1: a JSON list, expected an object with ordered_kv_records, key, value."),
-    "a field missing": ([record(0), {"key": "a"}], "line 2: ordered_kv_records, value missing"),
-    "pairs are no pairs": ([changed(ordered_kv_records=[["a"]])], r"line 1: ordered_kv_records must be a list of"),
-    "a number": ([changed(ordered_kv_records=[["a", 1], ["b", "c"]])], "both text and not empty"),
-    "an empty value": ([changed(ordered_kv_records=[["a", ""], ["b", "c"]])], "both text and not empty"),
-    "one pair": ([record(0, 1)], "line 1: 1 pairs, expected at least 2."),
-    "a key twice": ([changed(ordered_kv_records=[["a", "1"], ["a", "2"]])], "line 1: key 'a' stands twice"),
-    "an unknown key": ([changed(key="x")], "line 1: key 'x' is not among its ordered_kv_records."),
-    "a key that is no text": ([changed(key=["x"])], r"line 1: key \['x'\] is not among"),
-    "another value": ([changed(value="x")], "line 1: value 'x' is not that of its key, 'v0-0'."),
-    "another size": ([record(0), "", record(1, 5)], "line 3: 5 pairs, expected 6 as in the first record."),
-    "half a character": (['{"ordered_kv_records": [], "key": "\\ud800", "value": ""}'], "line 1: not JSON"),
+    "not JSON": (["{"], "line 1: Invalid JSON"),
+    "a list": (["[1]"], "line 1: Input should be an object"),
+    "a field missing": ([record(0), {"key": "a"}], "line 2: ordered_kv_records is missing"),
+    "pairs are no pairs": ([changed(ordered_kv_records=[["a"], ["b", "c"]])], r"line 1: ordered_kv_records\[0\]"),
+    "a number": ([changed(ordered_kv_records=[["a", 1], ["b", "c"]])], r"records\[0\]\[1\]=1 must be a valid string"),
+    "an empty value": ([changed(ordered_kv_records=[["a", ""], ["b", "c"]])], "at least 1 character"),
+    "one pair": ([record(0, 1)], "line 1: ordered_kv_records.* at least 2 items"),
+    "a key twice": ([changed(ordered_kv_records=[["a", "1"], ["a", "2"]])], "line 1: .* must have distinct keys"),
+    "an unknown key": ([changed(key="x")], "line 1: ordered_kv_records must .* hold key='x'"),
+    "a key that is no text": ([changed(key=["x"])], "line 1: key=.* must be a valid string"),
+    "another value": ([changed(value="x")], "line 1: ordered_kv_records must .* with value='x'"),
+    "another size": ([record(0), "", record(1, 5)], "line 3: a context of 5 items, expected 6 as in the first record."),
+    "half a character": (['{"ordered_kv_records": [], "key": "\\ud800", "value": ""}'], "line 1: Invalid JSON"),
     "nothing": ([], "is empty, expected one JSON object a line"),
     "too few": ([record(0), record(1)], "has 2 records, 2 of them independent: too few, split 'search' would be empty"),
 }
@@ -256,24 +253,24 @@ def test_damaged_records_are_named_by_file_and_line(lines, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("kv.jsonl.gz", lambda raw: b"plain text", "is not a gzip file"),
-        ("kv.jsonl.gz", lambda raw: raw[:-20], "is damaged gzip"),
-        ("kv.jsonl.gz", lambda raw: raw[:40] + b"\x00" * 40 + raw[80:], "is damaged gzip"),
-        ("kv.jsonl.gz", lambda raw: b"", "is not a gzip file"),
-        ("kv.jsonl", lambda raw: b"\xff\xfe{}", "line 1: not JSON"),
+        ("kv.jsonl.gz", lambda raw: b"plain text", "cannot be read: Not a gzipped file"),
+        ("kv.jsonl.gz", lambda raw: raw[:-20], "cannot be read: Compressed file ended"),
+        ("kv.jsonl.gz", lambda raw: raw[:40] + b"\x00" * 40 + raw[80:], "cannot be read: "),
+        ("kv.jsonl.gz", lambda raw: b"", "is empty"),
+        ("kv.jsonl", lambda raw: b"\xff\xfe{}", "line 1: Invalid JSON"),
     ],
 )
 def test_damaged_files_are_named(name, damage, message, tmp_path):
     path = write(tmp_path / name, [record(i) for i in range(20)])
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(TaskError, match=message) as caught:
-        read_key_values(path)
+        KeyValueRetrieval(tiny_bpe(), data=path)
     assert str(path) in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(TaskError, match=r"no\.jsonl cannot be read: No such file"):
-        read_key_values(tmp_path / "no.jsonl")
+        KeyValueRetrieval(tiny_bpe(), data=tmp_path / "no.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -281,10 +278,7 @@ def test_a_missing_file_is_named(tmp_path):
     [
         ({}, "pass num_keys or length"),
         ({"num_keys": 1}, "num_keys=1 must be at least 2"),
-        ({"num_keys": 9, "positions": (0,), "num_positions": 3}, "pass either num_positions or positions"),
         ({"num_keys": 9, "num_positions": 0}, "0 gold positions among 9 items"),
-        ({"num_keys": 9, "positions": (4, 2)}, r"positions=\(4, 2\) must be distinct, at least one, and ascending"),
-        ({"num_keys": 9, "positions": ()}, "at least one"),
         ({"num_keys": 9, "keys": "hex"}, "keys='hex', expected one of uuid, words, syllables."),
         ({"length": 60}, "length=60 tokens holds fewer than 2 pairs"),
         ({"num_keys": 4}, "5 gold positions among 4 items"),
@@ -301,8 +295,8 @@ def test_settings_that_a_file_excludes(file):
         KeyValueRetrieval(tiny_bpe(), data=file, keys="uuid")
     with pytest.raises(TaskError, match=r"num_keys=7, but the records of .* have 6 pairs"):
         KeyValueRetrieval(tiny_bpe(), data=file, num_keys=7)
-    with pytest.raises(TaskError, match="there are 4900 distinct words"):
-        KeyValueRetrieval(tiny_bpe(), num_keys=4901, keys="words").prompts("test", 1)
+    with pytest.raises(TaskError, match="num_keys=4901 must be at most 4900"):
+        KeyValueRetrieval(tiny_bpe(), num_keys=4901, keys="words")
 
 
 def test_describe_is_plain_and_names_no_folder(file):
@@ -321,5 +315,6 @@ def test_a_split_may_be_asked_at_other_positions():
         same = next(e for e in dense.examples if (e.group, e.position) == (example.group, place))
         assert same.prompt_ids == example.prompt_ids
         assert same.answers == example.answers
-    with pytest.raises(TaskError, match="9"):
-        task.split("search", 1, [0, 9])
+    for wrong in ([0, 9], [4, 2], [2, 2], []):
+        with pytest.raises(TaskError, match="must be distinct, ascending and from 0 to 8"):
+            task.split("search", 1, wrong)

@@ -79,7 +79,7 @@ def test_strided_windows_of_different_splits_share_no_token():
 def test_windows_without_a_context_are_not_taken_for_one():
     task = Perplexity(STREAM, length=50)
     splits = [task.split(name, 4) for name in SPLIT_NAMES]
-    check_disjoint([*splits, task.shortened(20).split("search", 4)])
+    check_disjoint([*splits, Perplexity(STREAM, length=20).split("search", 4)])
     copy = Split("copy", 0, (0,), splits[1].examples[2:3], "loss")
     with pytest.raises(TaskError, match="splits 'validation' and 'copy' share 1 contexts"):
         check_disjoint([*splits, copy])
@@ -157,7 +157,7 @@ def test_the_papers_search_is_refused_on_text_before_any_work(task, run):
     ("text", "settings", "message"),
     [
         ("words", {"length": 8}, "text needs a tokenizer"),
-        ("", {"length": 8, "tokenizer": tiny_bpe()}, "text holds no text"),
+        ("", {"length": 8, "tokenizer": tiny_bpe()}, "text must hold text"),
         ([], {"length": 8}, "must hold a flat list of token ids"),
         ([1, -1], {"length": 8}, "must hold a flat list of token ids"),
         ([0.5], {"length": 8}, "must hold a flat list of token ids"),
@@ -165,7 +165,7 @@ def test_the_papers_search_is_refused_on_text_before_any_work(task, run):
         ([[1, 2]], {"length": 8}, "must hold a flat list of token ids"),
         ([10**30], {"length": 8}, "must hold a flat list of token ids"),
         (STREAM, {"length": 1}, "length=1 must be at least 2"),
-        (STREAM, {"length": 8, "stride": 8}, "stride=8 must be at least 1 and below length=8"),
+        (STREAM, {"length": 8, "stride": 8}, "stride=8 must be at most 7"),
         (STREAM, {"length": 8, "stride": 0}, "stride=0 must be at least 1"),
     ],
 )
@@ -214,14 +214,14 @@ def test_sources(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
-        ("a.json", b"[1, 2", "is not a JSON list of token ids"),
+        ("a.txt", b"\xff\xfe", "cannot be read as UTF-8 text"),
+        ("a.json", b"[1, 2", "cannot be read as a JSON list of token ids"),
         ("a.json", b'{"a": 1}', "must hold a flat list of token ids"),
-        ("a.json", b"[" * 100_000, "is not a JSON list of token ids"),
-        ("a.npy", b"text", "is not a NumPy array of token ids"),
-        ("a.npy", b"", "is not a NumPy array of token ids"),
-        ("a.jsonl", b'{"txt": "a"}', "line 1: text missing"),
-        ("a.jsonl", b'{"text": 3}', "line 1: text must be text, got int"),
+        ("a.json", b"[" * 100_000, "cannot be read as a JSON list of token ids"),
+        ("a.npy", b"text", "cannot be read as a NumPy array of token ids"),
+        ("a.npy", b"", "cannot be read as a NumPy array of token ids"),
+        ("a.jsonl", b'{"txt": "a"}', "line 1: text is missing"),
+        ("a.jsonl", b'{"text": 3}', "line 1: text=3 must be a valid string"),
     ],
 )
 def test_sources_that_cannot_be_read(name, content, message, tmp_path):
@@ -233,17 +233,13 @@ def test_sources_that_cannot_be_read(name, content, message, tmp_path):
 
 def test_pickles_are_not_loaded(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(TaskError, match="is not a NumPy array of token ids"):
+    with pytest.raises(TaskError, match="cannot be read as a NumPy array of token ids"):
         read_source(tmp_path / "a.npy")
 
 
 def test_a_missing_source_is_named(tmp_path):
-    with pytest.raises(TaskError, match=r"no\.txt cannot be read: No such file"):
+    with pytest.raises(TaskError, match=r"no\.txt cannot be read as UTF-8 text: No such file"):
         read_source(tmp_path / "no.txt")
-
-
-class Rows(dict):
-    column_names = property(list)
 
 
 @pytest.mark.parametrize(
@@ -257,9 +253,9 @@ class Rows(dict):
 def test_the_datasets_package_is_asked_for_the_column_text(source, asked, monkeypatch):
     calls = []
 
-    def load_dataset(name: str, config: str | None, *, split: str) -> Rows:
+    def load_dataset(name: str, config: str | None, *, split: str) -> dict:
         calls.append((name, config, split))
-        return Rows(text=["a", "b"])
+        return {"text": ["a", "b"]}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     assert read_source(source) == ["a", "b"]
@@ -277,13 +273,12 @@ def test_the_real_datasets_package_reads_a_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (Rows(content=["a"]), "has columns content, expected 'text'"),
-        (Rows(text=[None]), "text must be text, got NoneType"),
-        (ConnectionError("no\nnetwork"), "cannot be loaded: no network"),
+        ({"content": ["a"]}, "cannot be loaded as rows with a column 'text'"),
+        (ConnectionError("no network\nat all"), "cannot be loaded .*: no network"),
     ],
 )
 def test_data_sets_that_cannot_be_used(rows, message, monkeypatch):
-    def load_dataset(*arguments: object, **settings: object) -> Rows:
+    def load_dataset(*arguments: object, **settings: object) -> dict:
         if isinstance(rows, Exception):
             raise rows
         return rows
@@ -304,5 +299,3 @@ def test_a_missing_datasets_package_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(TaskError, match=r"pip install 'peft-layerrope\[datasets\]'"):
         read_source("datasets:name")
-    with pytest.raises(TaskError, match="names no data set"):
-        read_source("datasets:")

@@ -66,7 +66,7 @@ def test_kv_prompts_are_tokenised_into_exactly_the_examples(demo_tokenizer, toke
         assert prompt.text.endswith(f", ? {prompt.text[: prompt.gold[0]].split()[-1]}")
     other = task.prompts("test", 3, [1])
     assert [p.text.split(" ? ")[0] for p in other] == [p.text.split(" ? ")[0] for p in prompts[::3]]
-    with pytest.raises(TaskError, match="gold position 99 is out of range"):
+    with pytest.raises(TaskError, match=r"gold positions \(99,\) must be"):
         task.prompts("test", 1, [99])
 
 
@@ -115,9 +115,12 @@ def test_incomplete_groups_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"length": 30}, "length=30 tokens holds 6 pairs, fewer than 11 gold positions."),
-        ({"length": 64, "num_pairs": 20}, "20 pairs need up to 85 tokens, more than length=64."),
-        ({"length": 4096, "num_pairs": 500}, "num_pairs=500, but the task has 256 distinct keys."),
+        ({"length": 30}, "length=30 tokens holds 6 of 256 pairs, 11 were asked for."),
+        ({"length": 64, "num_pairs": 20}, "length=64 tokens holds 14 of 256 pairs, 20 were asked for."),
+        (
+            {"length": 4096, "num_pairs": 500},
+            "length=4096 tokens holds 256 of 256 pairs, 500 were asked for.",
+        ),
         (
             {"length": 64, "num_positions": 2},
             "2 gold positions among 14 items: expected 3 (first, middle, last) to 14.",
@@ -148,11 +151,14 @@ def test_token_task_splits_whole_groups():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TokenTask([]), "a TokenTask needs examples, got none."),
-        (lambda: TokenTask(token_examples(2)), "2 groups are too few: split 'search' would be empty."),
+        (lambda: TokenTask([]), "token_task has 0 records"),
+        (
+            lambda: TokenTask(token_examples(2)),
+            "2 records, 2 of them independent: too few",
+        ),
         (lambda: TokenTask(token_examples(10)).split("test", 5), "split 'test' has 4 groups, 5 were asked for."),
         (lambda: TokenTask(token_examples(10)).split("train", 1), "split 'train' is unknown"),
-        (lambda: TokenTask(token_examples(10), fractions=(0.9, 0.2, 0.1)), "must be three positive shares"),
+        (lambda: TokenTask(token_examples(10), fractions=(0.9, 0.2, 0.1)), "split 'test' would be empty"),
     ],
 )
 def test_token_task_errors(make, message):
