@@ -22,13 +22,9 @@ _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def option(description: str, *spellings: str, panel: str, **limits: Any) -> Any:
-    """Describes a field that is an option of the command line; a plain `Field` describes one that is none.
-
-    Args:
-        description: what it is, and what None means.
-        spellings: of the option, the first of them shown first. Default: the field's name.
-        panel: the part of a command's help that it stands in.
-        limits: `ge`, `gt`, `le`, `lt`, as [`pydantic.Field`] takes them.
+    """Describes a field that is an option of the command line, which has these spellings (default: the field's name)
+    and stands in this panel of a command's help. `limits` are as [`pydantic.Field`] takes them; a plain `Field`
+    describes a field that is no option.
     """
     return Field(description=description, json_schema_extra={"panel": panel, "spellings": spellings}, **limits)
 
@@ -62,11 +58,7 @@ def declared(error: type[LayerRopeError]) -> Callable[[type[T]], type[T]]:
 
 
 def changed(settings: T, values: Mapping[str, Any]) -> T:
-    """Returns settings with the fields of these names, its own or of settings in it, replaced.
-
-    Raises:
-        LayerRopeError: a value that cannot work.
-    """
+    """Returns settings with the fields of these names, its own or of settings in it, replaced."""
     new = {}
     for one in fields(settings):
         value = getattr(settings, one.name)
@@ -85,12 +77,12 @@ def spellings(kind: type, name: str) -> tuple[str, ...]:
 
 def as_options(settings: Any) -> list[tuple[str, Any]]:
     """Returns settings as options of the command line; those that have their defaults are left out."""
-    given = [(spellings(type(settings), f.name)[0], getattr(settings, f.name), f.default) for f in fields(settings)]
-    return [
-        (f"--no-{name.removeprefix('--')}", True) if value is False else (name, value)
-        for name, value, default in given
-        if value != default
-    ]
+    found = []
+    for one in fields(settings):
+        name, value = spellings(type(settings), one.name)[0], getattr(settings, one.name)
+        if value != one.default:
+            found.append((f"--no-{name.removeprefix('--')}", True) if value is False else (name, value))
+    return found
 
 
 def declarations(kind: type) -> dict[str, FieldInfo]:

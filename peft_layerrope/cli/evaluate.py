@@ -7,11 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
 
 from .. import __version__
 from ..base_model import describe_loading, load_tokenizer
@@ -34,7 +33,7 @@ from ..report import fitness_remark, position_table
 from ..runs import RUN_FOLDER, check_free, locked
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, with_targets
 from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
-from ..tasks import MEASURES, PromptTask, SplitName
+from ..tasks import MEASURES, PromptTask
 from ..tasks.specification import TaskSpecification
 from .app import app, err, out, plain_errors, resumable
 from .options import (
@@ -133,7 +132,11 @@ def evaluate_command(
     with plain_errors(debug):
         specification = TaskSpecification(**asked)
         contenders = _contenders(adapter or [], baseline or [])
-        _check_options(output, resume, overwrite)
+        if output is not None:
+            check_free(output)
+            check_output(output, resume, overwrite)
+        elif resume or overwrite:
+            raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")
         check_file(json_output, "--json")
         check_plot(plot)
         compute = Compute.of(model, computing)
@@ -155,8 +158,10 @@ def evaluate_command(
         if isinstance(built, PromptTask):
             if resume and (output / PREFLIGHT_NAME).exists():  # of the same targets, however this machine rounds
                 found = Preflight.load(output / PREFLIGHT_NAME)
-            else:
-                found = _preflight(loaded, built, split.value, groups, compute.batch_tokens)
+            else:  # what the unscaled model writes, by which the answers' likelihood is measured
+                with err.status("preflight") as status:
+                    scorer = Scorer(loaded, batch_tokens=compute.batch_tokens)
+                    found = preflight(scorer, built, wanted={split.value: groups}, tell=status.update)
             examples = with_targets(examples, found, built)
         if teacher_forced:
             examples = replace(examples, judge=None)
@@ -197,10 +202,12 @@ def evaluate_command(
                 if json_output is not None:
                     write_json(json_output, content)
                 if plot is not None:
-                    with writing(plot):
-                        plot.write_bytes(plot_comparison(comparison))
-                if output is not None:
-                    _save(comparison, name, content, output)
+                    _draw(comparison, plot)
+                if output is not None:  # the report last in JSON, so that where it is everything is
+                    _draw(comparison, output / _PLOT_NAME.format(measure=comparison.measure))
+                    write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
+                    write_atomically(output / _JSON_NAME, to_json(content, indent=2) + "\n")
+                    out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
 
 
 def _clear(output: Path) -> None:
@@ -211,21 +218,19 @@ def _clear(output: Path) -> None:
             (output / name).unlink(missing_ok=True)
 
 
-def _save(comparison: Comparison, name: str, content: dict[str, Any], output: Path) -> None:
-    """Writes the report last in JSON, so that where it is everything is."""
-    image = output / _PLOT_NAME.format(measure=comparison.measure)
+def _draw(comparison: Comparison, image: Path) -> None:
     with writing(image):
         image.write_bytes(plot_comparison(comparison))
-    write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
-    write_atomically(output / _JSON_NAME, to_json(content, indent=2) + "\n")
-    out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
 
 
 def _contenders(adapters: list[str], baselines: list[str]) -> list[Contender]:
     """What is compared, each adapter's files read once: a wrong one is to fail before the model is loaded."""
     loaded = [Contender.of_adapter(adapter) for adapter in adapters]
     names = [contender.label for contender in loaded]
-    loaded = [c if names.count(c.label) == 1 else Contender.of_adapter(c.adapter, _longer_name(c)) for c in loaded]
+    for index, contender in enumerate(loaded):
+        if names.count(contender.label) > 1:
+            path = Path(contender.adapter).expanduser().resolve()
+            loaded[index] = Contender.of_adapter(contender.adapter, f"{path.parent.name}/{path.name}")
     contenders = [*map(parse_baseline, baselines or ["none"]), *loaded]
     labels = [contender.label for contender in contenders]
     twice = next((label for label in labels if labels.count(label) > 1), None)
@@ -234,20 +239,6 @@ def _contenders(adapters: list[str], baselines: list[str]) -> list[Contender]:
     for contender in contenders:
         contender.identity()
     return contenders
-
-
-def _longer_name(contender: Contender) -> str:
-    """The last two components of an adapter's path or id."""
-    path = Path(contender.adapter).expanduser().resolve()
-    return f"{path.parent.name}/{path.name}"
-
-
-def _check_options(output: Path | None, resume: bool, overwrite: bool) -> None:
-    if output is not None:
-        check_free(output)
-        check_output(output, resume, overwrite)
-    elif resume or overwrite:
-        raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")
 
 
 @contextmanager
@@ -264,13 +255,6 @@ def _progress(begun: Callable[[], None]) -> Iterator[Callable[[str, int, int], N
             progress.update(tasks[0], description=label, completed=done)
 
         yield report
-
-
-def _preflight(model: PreTrainedModel, task: PromptTask, split: SplitName, groups: int, batch_tokens: int) -> Preflight:
-    """What the unscaled model writes, by which the answers' likelihood is measured."""
-    with err.status("preflight") as status:
-        scorer = Scorer(model, batch_tokens=batch_tokens)
-        return preflight(scorer, task, wanted={split: groups}, tell=status.update)
 
 
 def _print(comparison: Comparison, name: str, remarks: list[str]) -> None:

@@ -24,7 +24,7 @@ from ..runs import LOCK_NAME
 from ..scoring.preflight import find_difficulty
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
 from ..searcher.settings import BatchTokens
-from ..tasks import SPLIT_NAMES, PromptTask, Task
+from ..tasks import SPLIT_NAMES, Task
 from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task, with_chat
 from .app import err
 
@@ -35,15 +35,16 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
     """Raises TaskError if a folder cannot be used for results."""
     if resume and overwrite:
         raise TaskError("--resume keeps what is there and --overwrite replaces it: pass one of them.")
-    if output.exists() and not output.is_dir():
-        raise TaskError(f"--output {output} exists and is not a folder.")
-    if not (overwrite or resume) and output.is_dir() and any(path.name != LOCK_NAME for path in output.iterdir()):
-        raise TaskError(
-            f"--output {output} is not empty; pass --resume to go on with what is in it, --overwrite to replace it."
-        )
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise TaskError(f"--output {output} is not writable.")
+    problem = None
+    if output.exists() and not output.is_dir():
+        problem = "exists and is not a folder"
+    elif not existing.is_dir() or not os.access(existing, os.W_OK):
+        problem = "is not writable"
+    elif existing == output and not (resume or overwrite) and any(path.name != LOCK_NAME for path in output.iterdir()):
+        problem = "is not empty; pass --resume to go on with what is in it, --overwrite to replace it"
+    if problem is not None:
+        raise TaskError(f"--output {output} {problem}.")
 
 
 def check_plot(path: Path | None) -> None:
@@ -57,18 +58,17 @@ def check_file(path: Path | None, option: str) -> None:
     """Raises TaskError if a file, where one is wanted, could not be written."""
     if path is None:
         return
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise TaskError(f"{option} {path} cannot be written: " + ("a folder." if path.is_dir() else "no such folder."))
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise TaskError(f"{option} {path} cannot be written: no permission, or a read-only file system.")
+    folder, problem = path.absolute().parent, None
+    if path.is_dir() or not folder.is_dir():
+        problem = "a folder" if path.is_dir() else "no such folder"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        problem = "no permission, or a read-only file system"
+    if problem is not None:
+        raise TaskError(f"{option} {path} cannot be written: {problem}.")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a result for `--json`.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a result for `--json`."""
     with writing(path):
         path.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
 
@@ -88,11 +88,7 @@ def with_kept_date(task: TaskSpecification, folder: Path | None, resume: bool) -
 
 
 def keep_date(task: TaskSpecification, folder: Path) -> None:
-    """Writes down the date of a resolved task, where its chat template writes one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes down the date of a resolved task, where its chat template writes one."""
     path = folder / DATE_NAME
     with writing(path):
         if task.chat_date is None:
@@ -128,18 +124,7 @@ def load(source: ModelSource) -> PreTrainedModel:
 def resolve_task(
     task: TaskSpecification, window: int | None, is_demo: bool, tokenizer: PreTrainedTokenizerBase
 ) -> TaskSpecification:
-    """Returns the specification with nothing left open; says so if its length is beyond the window.
-
-    Args:
-        task: what was asked for.
-        window: the model's trained window; None if its config does not say.
-        is_demo: whether the model is the demo model.
-        tokenizer: the model's.
-
-    Raises:
-        TaskError: neither length nor window is known, a setting that the resolved task does not have, or a chat
-            template that does not work.
-    """
+    """Does what [`with_defaults`] does, and says so if the task's length is beyond the model's trained window."""
     task = with_defaults(task, window, is_demo, tokenizer)
     if window is not None and task.length > window:
         err.print(f"prompts of {task.length} tokens are {task.length / window:g}× the model's window of {window}.")
@@ -149,20 +134,21 @@ def resolve_task(
 def with_defaults(
     task: TaskSpecification, window: int | None, is_demo: bool, tokenizer: PreTrainedTokenizerBase
 ) -> TaskSpecification:
-    """Does [`resolve_task`]'s work without a word."""
-    if window is None and task.length is None:
-        raise TaskError("the model's config names no trained window (max_position_embeddings): pass --length.")
-    length = task.length if task.length is not None else window * (DEMO_LENGTH_FACTOR if is_demo else 1)
+    """Returns the specification with nothing left open that is known; `window` is None if the model's config does not
+    say.
+
+    Raises:
+        TaskError: a setting that the resolved task does not have, or a chat template that does not work.
+    """
+    length = task.length
+    if length is None and window is not None:
+        length = window * (DEMO_LENGTH_FACTOR if is_demo else 1)
     task = replace(task, name=task.name or ("kv_words" if is_demo else DEFAULT_TASK), length=length)
     return with_chat(task, tokenizer)
 
 
 def window_of(source: ModelSource) -> int | None:
-    """Returns a model's trained window from its config alone; None if that does not say.
-
-    Raises:
-        LayerRopeError: the config cannot be loaded.
-    """
+    """Returns a model's trained window from its config alone; None if that does not say."""
     config = load_config(source)
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
@@ -170,16 +156,10 @@ def window_of(source: ModelSource) -> int | None:
 def with_difficulty(
     task: TaskSpecification, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, batch_tokens: int
 ) -> TaskSpecification:
-    """Returns the specification with the number of items that `difficulty` finds for the unscaled model; says which.
-
-    Raises:
-        TaskError: there is no such number; the message shows what was tried.
-    """
+    """Returns the specification with the number of items that `difficulty` finds for the unscaled model; says which."""
     if task.difficulty is None:
         return task
     easy = build_task(replace(task, difficulty=None), tokenizer)
-    if not isinstance(easy, PromptTask):
-        raise TaskError(f"difficulty={task.difficulty!r} is no setting of {easy.name}.")
 
     def tell(count: int, accuracy: float) -> None:
         err.print(f"difficulty: {count} {easy.item}s, {100 * accuracy:.1f} % right answers", highlight=False)
@@ -201,16 +181,14 @@ Typed = dict[str, Any]
 def options_of(
     kind: type, *names: str, default: str | None = None, also: Mapping[str, str] | None = None
 ) -> tuple[Parameter, ...]:
-    """Makes options of the fields that are declared as such, also of settings in settings.
+    """Makes options of the fields of a class that [`declared`] made, also of settings in settings; they stand in the
+    annotation of a command's parameter, `Annotated[Typed, options_of(...)]`.
 
     Args:
-        kind: a class that [`declared`] made.
+        kind: the class.
         names: of these fields only. Default: all.
         default: what to show as the default of every option, where it is not the field's.
-        also: a further spelling of the options that are made of these fields.
-
-    Returns:
-        What stands in the annotation of a command's parameter: `Annotated[Typed, options_of(...)]`.
+        also: by field, a further spelling of its option.
     """
     options: list[Parameter] = []
     hints = get_type_hints(kind)
@@ -261,9 +239,6 @@ def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
         What typer is to register: all options one by one in its signature. It calls the command with what was typed
         of them; an option that was not given is absent.
-
-    Raises:
-        TypeError: two options of one name.
     """
     return with_parameters(command, parameters_of(command))
 
@@ -279,23 +254,11 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
 
 
 def with_parameters(command: Callable[..., Any], parameters: Mapping[str, Parameter]) -> Callable[..., Any]:
-    """Does what [`takes_settings`] does, with parameters that are not read from the command.
-
-    Args:
-        command: called with the parameters by their names.
-        parameters: as [`parameters_of`] returns them.
-
-    Raises:
-        TypeError: as for [`takes_settings`].
-    """
+    """Does what [`takes_settings`] does, with parameters as [`parameters_of`] returns them."""
     groups = {name: made for name, parameter in parameters.items() if (made := _made_of_settings(parameter))}
-    options: dict[str, Parameter] = {}
+    options = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, parameter in parameters.items():
-        for option in groups.get(name, (parameter,)):
-            if option.name in options:
-                raise TypeError(f"{command.__name__} has two options named {option.name}.")
-            options[option.name] = option
-    context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        options += groups.get(name, (parameter,) if name != "context" else ())
 
     @wraps(command)
     def flat(context: typer.Context, **values: Any) -> Any:
@@ -306,9 +269,8 @@ def with_parameters(command: Callable[..., Any], parameters: Mapping[str, Parame
         return command(**{name: everything[name] for name in parameters})
 
     # typer reads a command's options from its signature
-    options = {"context": context} | options
-    flat.__signature__ = Signature(list(options.values()))
-    flat.__annotations__ = {name: option.annotation for name, option in options.items()}
+    flat.__signature__ = Signature(options)
+    flat.__annotations__ = {option.name: option.annotation for option in options}
     return flat
 
 
@@ -336,11 +298,7 @@ class Compute:
 
     @classmethod
     def of(cls, model: str | None, typed: Typed) -> Compute:
-        """Makes them of what was typed, after a look at whether the model can be loaded.
-
-        Raises:
-            LayerRopeError: a value that cannot work, or a model that cannot be loaded.
-        """
+        """Makes them of what was typed, after a look at whether the model can be loaded."""
         made = changed(cls(), model_settings(model, typed))
         check_source(made.source)
         return made

@@ -169,8 +169,7 @@ class Split:
 
     def describe(self) -> dict[str, Any]:
         """Returns name, seed, sizes, what is measured and a fingerprint, for a report."""
-        more = {"protocol": self.protocol, "targets": self.targets and dict(self.targets)}
-        return {
+        described = {
             "name": self.name,
             "seed": self.seed,
             "groups": self.num_groups,
@@ -178,8 +177,10 @@ class Split:
             "max_tokens": self.max_tokens,
             "measure": self.measure,
             "fingerprint": self.fingerprint(),
-            **{name: value for name, value in more.items() if value},
+            "protocol": self.protocol,
+            "targets": self.targets and dict(self.targets),
         }
+        return {name: value for name, value in described.items() if value not in ("", None)}
 
     def judged(self) -> dict[str, Any]:
         """Returns how right answers are told, for a report."""
@@ -265,16 +266,13 @@ def spread_positions(num_items: int, num_positions: int) -> tuple[int, ...]:
 def cut_into_splits(
     shared: Sequence[Hashable], seed: int, source: str, fractions: Sequence[float] = FRACTIONS
 ) -> dict[SplitName, list[int]]:
-    """Shuffles records by the seed and cuts them into search, validation and test split.
+    """Shuffles records by the seed and cuts them into splits: returns the records' numbers by split.
 
     Args:
         shared: for each record what no two splits may share; records that agree in it go to one split together.
         seed: of the shuffling.
         source: where the records come from, for messages.
         fractions: of the records; what they leave is in no split.
-
-    Returns:
-        The records' numbers, by split.
 
     Raises:
         TaskError: a split would be empty.
@@ -312,18 +310,6 @@ class TokenTask:
 
     Raises:
         TaskError: a split would be empty.
-
-    Example:
-    ```py
-    >>> from peft_layerrope import Example, TokenTask
-
-    >>> examples = [
-    ...     Example(context_ids=(5, 6, 7), query_ids=(8, key), answer_ids=(key + 1,), position=i, group=g)
-    ...     for g in range(8)
-    ...     for i, key in enumerate((5, 6, 7))
-    ... ]
-    >>> task = TokenTask(examples)
-    ```
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Unpack
@@ -145,13 +145,6 @@ class KeyValueRetrieval(PromptTask):
     Raises:
         TaskError: the file holds something else, settings that exclude each other, or positions that a context does
             not have.
-
-    Example:
-    ```py
-    >>> task = KeyValueRetrieval(tokenizer, data="kv-retrieval-75_keys.jsonl.gz")
-    >>> task.positions
-    (0, 18, 37, 55, 74)
-    ```
     """
 
     name = "kv_retrieval"
@@ -328,19 +321,15 @@ class KeyValueWords:
         return Split(name, self.seed, self.positions, tuple(examples))
 
     def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
-        """Returns the prompts of a split as text that the tokenizer turns into exactly the examples' token ids.
-
-        Args:
-            split_name: which split.
-            num_groups: independent contexts.
-            positions: indices of the pairs that are asked for, other than the task's.
+        """Returns the prompts of a split as text that the tokenizer turns into exactly the examples' token ids;
+        `positions` are the pairs that are asked for, other than the task's.
 
         Raises:
             TaskError: the split is unknown, a position is out of range, or no text gives these token ids.
         """
         wanted = self.positions if positions is None else check_positions(positions, self.num_pairs, "pair")
         return [
-            self._prompt(pairs, gold, group)
+            self._prompt(self._example(pairs, gold, 0, group), gold)
             for group, pairs in enumerate(self._contexts(split_name, num_groups))
             for gold in wanted
         ]
@@ -360,8 +349,8 @@ class KeyValueWords:
 
     def _example(self, pairs: Sequence[_Pair], gold: int, index: int, group: int) -> Example:
         key, *value = pairs[gold]
-        words, answer = _listed(pairs), self._encoded(value)
-        start = len(self._bos) + len(self._encoded([*_listed(pairs[:gold]), key]))
+        words = [word for pair in pairs for word in (*pair, SEPARATOR)]
+        answer, start = self._encoded(value), len(self._bos) + len(self._encoded(words[: 4 * gold + 1]))
         return Example(
             context_ids=(*self._bos, *self._encoded(words)),
             query_ids=tuple(self._encoded([QUESTION, key])),
@@ -373,15 +362,14 @@ class KeyValueWords:
             question=key,
         )
 
-    def _prompt(self, pairs: Sequence[_Pair], gold: int, group: int) -> Prompt:
-        key, *value = pairs[gold]
-        answer, words = " ".join(value), [*_listed(pairs), QUESTION, key]
-        before, text = " ".join([*_listed(pairs[:gold]), key, ""]), " ".join(words)
-        bos = self.tokenizer.bos_token or ""
-        for start in ("", " ", bos, bos + " "):  # some tokenizers begin a word with its space, some texts with BOS
-            if self.tokenizer(start + text)["input_ids"] == [*self._bos, *self._encoded(words)]:
-                begin = len(start + before)
-                return Prompt(start + text, (answer,), gold, group, (begin, begin + len(answer)))
+    def _prompt(self, example: Example, gold: int) -> Prompt:
+        (answer,), decode = example.answers, partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+        for skipped in (True, False):  # some tokenizers put BOS before a text by themselves, some texts have it
+            text = decode(list(example.prompt_ids), skip_special_tokens=skipped)
+            before = decode(list(example.context_ids[: example.gold_span[0]]), skip_special_tokens=skipped)
+            if tuple(self.tokenizer(text)["input_ids"]) == example.prompt_ids:
+                begin = text.index(answer, len(before))
+                return Prompt(text, (answer,), gold, example.group, (begin, begin + len(answer)))
         raise TaskError(f"{self.name}: no text gives these token ids with this tokenizer; use kv_retrieval.")
 
     def describe(self) -> dict[str, Any]:
@@ -393,10 +381,6 @@ class KeyValueWords:
             "positions": list(self.positions),
             "seed": self.seed,
         }
-
-
-def _listed(pairs: Sequence[_Pair]) -> list[str]:
-    return [word for pair in pairs for word in (*pair, SEPARATOR)]
 
 
 def _draw_evenly(rng: np.random.Generator, population: int, count: int) -> np.ndarray:

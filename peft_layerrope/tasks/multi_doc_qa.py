@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Self, Unpack
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError
@@ -32,10 +33,21 @@ _BEFORE = (
 _CLOSED_BOOK = "Question: {}\nAnswer:"
 
 
-class _Document(Record):
+@pydantic_dataclass(frozen=True, config=ConfigDict(strict=True))
+class Passage:
+    """A document. Whether it is gold belongs to the question beside it, and makes no other passage of it."""
+
     title: str
     text: str
-    isgold: bool = False
+    isgold: bool = field(default=False, compare=False)
+
+    @cached_property
+    def _plain(self) -> str:
+        return normalised(f"{self.title} {self.text}")
+
+    def answers(self, questions: Sequence[Question]) -> bool:
+        """Whether it holds an accepted answer of one of the questions."""
+        return any(answer in self._plain for question in questions for answer in question.plain_answers)
 
 
 class _Line(Record):
@@ -43,7 +55,7 @@ class _Line(Record):
 
     question: Text
     answers: Annotated[tuple[Text, ...], Field(min_length=1)]
-    ctxs: tuple[_Document, ...]
+    ctxs: tuple[Passage, ...]
 
     @property
     def num_items(self) -> int:
@@ -57,22 +69,6 @@ class _Line(Record):
         if not any(map(normalised, self.answers)):
             raise TaskError(f"of answers={shown(self.answers)} nothing is left without punctuation and articles.")
         return self
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A document."""
-
-    title: str
-    text: str
-
-    @cached_property
-    def _plain(self) -> str:
-        return normalised(f"{self.title} {self.text}")
-
-    def answers(self, questions: Sequence[Question]) -> bool:
-        """Whether it holds an accepted answer of one of the questions."""
-        return any(answer in self._plain for question in questions for answer in question.plain_answers)
 
 
 @dataclass(frozen=True)
@@ -95,8 +91,8 @@ class Question:
 
 
 def _question(line: _Line, number: int) -> Question:
-    (gold,) = (Passage(d.title, d.text) for d in line.ctxs if d.isgold)
-    others = tuple(Passage(d.title, d.text) for d in line.ctxs if not d.isgold)
+    (gold,) = (passage for passage in line.ctxs if passage.isgold)
+    others = tuple(passage for passage in line.ctxs if not passage.isgold)
     return Question(line.question, line.answers, gold, others, number)
 
 

@@ -115,14 +115,6 @@ class Perplexity:
 
     Raises:
         TaskError: no text, text without a tokenizer, or a length or stride that cannot work.
-
-    Example:
-    ```py
-    >>> from peft_layerrope import Perplexity, search
-
-    >>> task = Perplexity(open("book.txt").read(), tokenizer=tokenizer, length=4096)
-    >>> result = search(model, task, rope_type="dynamic", factor=2.0)
-    ```
     """
 
     name = "perplexity"

@@ -255,12 +255,9 @@ class PromptTask(ABC):
     """
 
     name: ClassVar[str]
-    metric: ClassVar[str]
-    """Name of what judges a written answer; see `metrics`."""
-    item: ClassVar[str]
-    """What the context consists of, for messages."""
-    size_setting: ClassVar[str]
-    """Name of the setting that says how many items there are, for messages."""
+    metric: ClassVar[str]  # what judges a written answer; see `metrics`
+    item: ClassVar[str]  # what the context consists of, for messages
+    size_setting: ClassVar[str]  # the setting that says of how many
 
     def __init__(
         self,
@@ -289,10 +286,8 @@ class PromptTask(ABC):
                 f"{self.size_setting}={num_items}, but the records of {self.data} have {self._most_items} {self.item}s."
             )
         self.num_items = num_items
-        if num_positions is None:
-            self.positions = self._usual_positions()
-        else:
-            self.positions = spread_positions(num_items, num_positions)
+        given = num_positions is not None
+        self.positions = spread_positions(num_items, num_positions) if given else self._usual_positions()
 
     def _usual_positions(self) -> tuple[int, ...]:
         return spread_positions(self.num_items, DEFAULT_NUM_POSITIONS)
@@ -314,7 +309,7 @@ class PromptTask(ABC):
         """Returns how many contexts of a split there are, but no more than `most`."""
 
     def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
-        """Returns the prompts of a split as text, in the order of [`split`]'s examples, and with its arguments.
+        """Returns a split's prompts as text, in the order of [`split`]'s examples, and with its arguments.
 
         Raises:
             TaskError: the split is unknown or has fewer contexts, or a position is out of range.
@@ -325,12 +320,8 @@ class PromptTask(ABC):
         return [self._written(source, p, group) for group, source in enumerate(sources) for p in wanted]
 
     def split(self, name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> Split:
-        """Returns `num_groups` contexts of the named split, each asked at every position.
-
-        Args:
-            name: which split.
-            num_groups: independent contexts.
-            positions: gold positions other than the task's, ascending.
+        """Returns `num_groups` contexts of the named split, each asked at every position: the task's, or other ones,
+        ascending.
 
         Raises:
             TaskError: the split is unknown or has fewer contexts, a position is out of range, or a prompt with its

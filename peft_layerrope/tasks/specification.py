@@ -38,10 +38,7 @@ _MAKERS: dict[TaskName, Callable[..., Task]] = {
     "multi_doc_qa": MultiDocumentQA,
     "perplexity": lambda data, **settings: Perplexity.from_source(data, **settings),
 }
-_NEEDS_DATA: dict[TaskName, str] = {
-    "multi_doc_qa": "a file of questions with their documents (.jsonl or .jsonl.gz)",
-    "perplexity": "a text, .jsonl, .json or .npy file, or datasets:NAME[:SPLIT]",
-}
+_NEEDS_DATA = ("multi_doc_qa", "perplexity")
 
 _task = partial(option, panel="Task")
 
@@ -142,12 +139,8 @@ class TaskSpecification:
 
 
 def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBase, window: int | None) -> Task:
-    """Makes the task that a specification describes.
-
-    Args:
-        specification: what is left open gets its default.
-        tokenizer: the model's.
-        window: the model's trained window, the default length.
+    """Makes the task that a specification describes, for a model with this tokenizer and trained window, which is the
+    default length.
 
     Raises:
         TaskError: the settings do not work, the data cannot be read, or neither length nor window is known.
@@ -162,7 +155,7 @@ def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBa
         raise TaskError("the model's config names no trained window (max_position_embeddings): pass a length.")
     name = specification.name or DEFAULT_TASK
     if name in _NEEDS_DATA and specification.data is None:
-        raise TaskError(f"{name} needs data: {_NEEDS_DATA[name]}.")
+        raise TaskError(f"{name} needs data: a file of its kind, or for perplexity also datasets:NAME[:SPLIT].")
     resolved = replace(specification, name=name, length=length)  # checks what belongs to the task
     given = {setting: getattr(resolved, setting) for setting in _SETTINGS[name] if setting != "difficulty"}
     settings = {setting: value for setting, value in given.items() if value is not None}

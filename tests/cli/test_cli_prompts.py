@@ -77,14 +77,14 @@ def test_the_chat_template_is_in_use_unless_it_is_turned_off(model, file):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--position", "6"], "gold position 6 is out of range: a context has 6 pairs, 0 to 5."),
+        (["--position", "6"], "gold positions (6,) must be distinct, ascending and from 0 to 5: a context has 6 pairs."),
         (["--limit", "21"], "the file has 4 contexts for it, 5 were asked for"),
         (["--length", "50"], "tokens with its answer, more than length=50."),
         (["--num-keys", "7"], "num_keys=7, but the records of"),
         (["--num-documents", "7"], "num_documents=7 is no setting of kv_retrieval"),
         (["--keys", "words"], "keys='words', expected nothing: data has keys of its own"),
         (["--task", "kv_words"], "is no setting of kv_words"),
-        (["--task", "multi_doc_qa"], "line 1: question, answers, ctxs missing"),
+        (["--task", "multi_doc_qa"], "line 1: question is missing"),
         (["--task", "perplexity"], "--task perplexity has no prompts"),
     ],
 )

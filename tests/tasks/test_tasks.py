@@ -73,7 +73,7 @@ def test_kv_prompts_are_tokenised_into_exactly_the_examples(demo_tokenizer, toke
 def test_kv_prompts_that_no_text_gives_are_refused(demo_tokenizer):
     task = KeyValueWords(demo_tokenizer, 64, num_positions=3)
     task.tokenizer = lambda text: {"input_ids": [0]}
-    task.tokenizer.bos_token = None
+    task.tokenizer.decode = demo_tokenizer.decode
     with pytest.raises(TaskError, match="kv_words: no text gives these token ids"):
         task.prompts("test", 1)
 
