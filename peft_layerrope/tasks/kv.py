@@ -303,7 +303,8 @@ class KeyValueWords:
         room = length - len(self._bos) - len(self._ids[QUESTION]) - asked
         fitting = max(0, min(room // (asked + len(self._ids[SEPARATOR])), NUM_KEYS))
         needed = max(num_positions, num_pairs or 0)
-        check_enough(fitting, needed, f"length={length} tokens holds {fitting} of {NUM_KEYS} pairs")
+        told = f"length={length} tokens holds {fitting} of {NUM_KEYS} pairs, too few for num_pairs or gold positions"
+        check_enough(fitting, needed, told)
         self.num_pairs = fitting if num_pairs is None else num_pairs
         self.positions = spread_positions(self.num_pairs, num_positions)
 

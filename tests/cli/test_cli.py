@@ -148,7 +148,7 @@ def test_an_option_beside_the_file_goes_first(tmp_path):
         (["--population", "1"], 2, "'--population'"),
         (["--factor", "2"], 2, "factor=2.0 has no effect with rope_type='default'"),
         (["--max-factor", "0.5"], 2, "max_factor=0.5 must be greater than min_factor=1.0"),
-        (["--length", "16"], 2, "length=16 tokens holds 2 pairs, fewer than 11 gold positions."),
+        (["--length", "16"], 2, "length=16 tokens holds 2 of 256 pairs"),
         (["--resume", "--overwrite"], 2, "--resume keeps what is there and --overwrite replaces it"),
         (["--layers", "0-9"], 2, "must be distinct layer indices from 0 to 5."),
         (["--length", "2048"], 2, "the largest scaling reaches 1024 tokens."),

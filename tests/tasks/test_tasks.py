@@ -9,6 +9,8 @@ from peft_layerrope import Example, KeyValueWords, Split, Task, TaskError, Token
 from peft_layerrope.tasks import SPLIT_NAMES, check_disjoint, spread_positions
 from peft_layerrope.tasks.kv import NUM_KEYS, NUM_VALUES, key_words, value_words
 
+TOO_FEW = "of 256 pairs, too few for num_pairs or gold positions"
+
 
 def token_examples(groups: int, positions: int = 3) -> list[Example]:
     return [
@@ -115,11 +117,11 @@ def test_incomplete_groups_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"length": 30}, "length=30 tokens holds 6 of 256 pairs, 11 were asked for."),
-        ({"length": 64, "num_pairs": 20}, "length=64 tokens holds 14 of 256 pairs, 20 were asked for."),
+        ({"length": 30}, f"length=30 tokens holds 6 {TOO_FEW}, 11 were asked for."),
+        ({"length": 64, "num_pairs": 20}, f"length=64 tokens holds 14 {TOO_FEW}, 20 were asked for."),
         (
             {"length": 4096, "num_pairs": 500},
-            "length=4096 tokens holds 256 of 256 pairs, 500 were asked for.",
+            f"length=4096 tokens holds 256 {TOO_FEW}, 500 were asked for.",
         ),
         (
             {"length": 64, "num_positions": 2},
