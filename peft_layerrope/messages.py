@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -129,11 +129,6 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
     else:
         return int(value)
     raise TaskError(f"{name}={named(value)} must be {expected}.")
-
-
-def whole_numbers(name: str, values: Iterable[Any]) -> tuple[int, ...]:
-    """Returns several whole numbers as a tuple; see [`whole_number`]."""
-    return tuple(whole_number(f"{name}[{index}]", value) for index, value in enumerate(values))
 
 
 def check_callable(name: str, value: Any) -> None:
