@@ -60,9 +60,9 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
 
 def test_extras():
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"all", "datasets", "lm-eval", "ray", "test"}
+    assert set(extras) == {"all", "datasets", "docs", "lm-eval", "ray", "test"}
     named = re.fullmatch(r"peft-layerrope\[(.+)\]", extras["all"][0])[1].split(",")
-    assert set(named) == set(extras) - {"all", "test"}
+    assert set(named) == set(extras) - {"all", "docs", "test"}
 
 
 def test_every_dependency_has_a_lower_bound_that_can_be_installed_as_it_stands():
@@ -100,7 +100,8 @@ def _needed(requirements: list[str]) -> dict[str, str]:
 def test_the_pinned_versions_are_allowed():
     pinned = _pinned()
     assert "torch" not in pinned  # which build it is depends on the machine
-    for requirement in map(Requirement, PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]):
+    extras = PROJECT["optional-dependencies"]
+    for requirement in map(Requirement, PROJECT["dependencies"] + extras["test"] + extras["docs"]):
         if requirement.name != "torch":
             assert pinned[canonicalize_name(requirement.name)] in requirement.specifier
 
