@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"  # before our own modules, some of which read it
@@ -16,11 +18,12 @@ from .errors import (
     UnsupportedModelError,
 )
 from .messages import demo_model_path
-from .tuner import LayerRopeConfig, LayerRopeModel
-from .tuner.injection import restore_baked
-from .tuner.rotary import use_adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
     from .base_model import load_model
     from .comparison import Comparison, compare
     from .comparison.contenders import Contender, parse_baseline
@@ -41,6 +44,9 @@ if TYPE_CHECKING:
         TokenTask,
         best_subspan_em,
     )
+    from .tuner import LayerRopeConfig, LayerRopeModel
+    from .tuner.injection import restore_baked
+    from .tuner.rotary import use_adapter
     from .verification import LayerCheck, Verification, verify
 
 # Loaded at first use, so that serving an adapter needs neither DEAP nor SciPy nor matplotlib.
@@ -58,6 +64,9 @@ _LAZY = {
         *("Example", "KeyValueRetrieval", "KeyValueWords", "MultiDocumentQA", "Perplexity", "Split", "Task"),
         *("TokenTask", "best_subspan_em"),
     ),
+    ".tuner": ("LayerRopeConfig", "LayerRopeModel"),
+    ".tuner.injection": ("restore_baked",),
+    ".tuner.rotary": ("use_adapter",),
     ".verification": ("LayerCheck", "Verification", "verify"),
 }
 
@@ -110,3 +119,31 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(module, __name__), name)
     return value
+
+
+class _AfterPeft(MetaPathFinder):
+    """Registers `LAYER_ROPE` once PEFT is imported. So this package itself imports neither PEFT nor torch, for which
+    `layerrope --help` would wait for seconds.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        if name != "peft":
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                sys.meta_path.remove(self)
+                import_module(".tuner", __name__)
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+if "peft" in sys.modules:
+    import_module(".tuner", __name__)
+else:
+    sys.meta_path.insert(0, _AfterPeft())

@@ -75,9 +75,10 @@ def test_every_block_is_run_or_says_why_not():
 @pytest.mark.parametrize("line", commands())
 def test_commands_have_options_that_exist(line):
     words = shlex.split(line.split(" > ")[0], comments=True)[1:]
-    command, name = typer.main.get_command(app), words[0]
+    group, name = typer.main.get_command(app), words[0]
     if name == "lm-eval":  # its options are the harness's
         return
-    subcommand = command.commands[name]
-    known = {option for parameter in subcommand.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    with group.make_context("layerrope", words) as context:
+        command = group.resolve_command(context, words)[1]
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word.split("=")[0] for word in words if word.startswith("--")} <= known

@@ -15,10 +15,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import peft_layerrope
+from peft_layerrope.cli.app import SUMMARIES, app
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peft_layerrope"
@@ -146,6 +149,62 @@ def test_importing_the_package_loads_only_what_serving_needs():
     assert {f"peft_layerrope.tuner.{name}" for name in ("model", "rotary", "config")} <= set(loaded)
     own = {name.split(".")[1] for name in loaded if name.startswith("peft_layerrope.")}
     assert own & {"searcher", "cli", "report", "cards", "experiments", "comparison", "hub", "evaluation"} == set()
+
+
+AFTER = """
+import sys
+import peft_layerrope
+assert not {"torch", "peft"} & set(sys.modules)
+from peft import PeftConfig
+print(PeftConfig.from_pretrained(sys.argv[1]).layer_factors)
+"""
+BEFORE = """
+import sys
+from peft import PeftConfig
+import peft_layerrope
+print(PeftConfig.from_pretrained(sys.argv[1]).layer_factors)
+"""
+
+
+@pytest.mark.parametrize("code", [AFTER, BEFORE], ids=["after", "before"])
+def test_the_adapter_type_is_registered_whichever_is_imported_first(code):
+    adapter = ROOT / "hub_configs" / "demo-plain"
+    done = subprocess.run([sys.executable, "-c", code, str(adapter)], capture_output=True, text=True, check=True)
+    factors = json.loads((adapter / "adapter_config.json").read_text())["layer_factors"]
+    assert json.loads(done.stdout) == factors
+
+
+COMMAND = """
+import runpy, sys
+try:
+    runpy.run_module("peft_layerrope", run_name="__main__", alter_sys=True)
+finally:
+    assert not {"torch", "transformers", "peft", "numpy"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_wait_for_nothing_heavy(option):
+    done = subprocess.run([sys.executable, "-c", COMMAND, option], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("sensitivity" if option == "--help" else peft_layerrope.__version__) in done.stdout
+
+
+def test_the_help_lists_the_commands_with_their_own_first_sentences():
+    group = typer.main.get_command(app)
+    with group.make_context("layerrope", ["verify"]) as context:
+        group.resolve_command(context, ["verify"])
+    helps = {name: " ".join(command.help.split("\n\n")[0].split()) for name, command in group.commands.items()}
+    assert helps == SUMMARIES
+
+
+def test_the_workflow_has_the_interpreters_of_the_classifiers():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["run"]
+    prefix = "Programming Language :: Python :: 3."
+    assert [f"{prefix}{version.removeprefix('3.')}" for version in workflow["strategy"]["matrix"]["python"]] == [
+        classifier for classifier in PROJECT["classifiers"] if classifier.startswith(prefix)
+    ]
+    assert ".ci/run" in [step.get("run") for step in workflow["steps"]]
 
 
 def test_every_public_name_can_be_had():

@@ -9,23 +9,58 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
-from huggingface_hub import errors as hub
 from rich.console import Console
 from rich.markup import escape
-from transformers.utils import logging as transformers_logging
+from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, TaskError
-from ..report import printable
-from ..scoring.batching import is_out_of_memory
+
+SUMMARIES = {
+    "evaluate": "Print accuracy at each gold position and context utilisation U; or compare adapters and baselines "
+    "side by side.",
+    "report": "Run every experiment that applies to a searched adapter, and write one report.",
+    "search": "Search per-layer factors and compare them, held out, with simpler choices.",
+    "verify": "Measure the factor that each layer's rotation really has, and compare it with the adapter's.",
+    "sensitivity": "Scale one layer at a time: which layers are worth searching, and is a range beyond 2 worth it?",
+    "prompts": "Print a task's prompts as JSON lines, for people and for other harnesses.",
+    "lm-eval": "Run lm-evaluation-harness, with LAYER_ROPE adapters loadable by `peft=` and our position curves as "
+    "tasks.",
+    "push": "Upload an adapter with its card to the Hub.",
+    "pull": "Download an adapter from the Hub, with its card and reports.",
+    "experiment": "Measure what lies behind a search's figures: the paper's experiments, on held-out examples.",
+}
+"""The commands and the first sentences of their helps."""
+
+
+class Commands(TyperGroup):
+    """The commands, which are imported once one of them is called: `--help` does not wait for torch."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:
+        return list(SUMMARIES)
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> TyperCommand | TyperGroup | None:
+        if cmd_name in self.commands or cmd_name not in SUMMARIES:
+            return self.commands.get(cmd_name)
+        return TyperCommand(cmd_name, help=SUMMARIES[cmd_name])
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple:
+        if len(self.commands) < len(SUMMARIES):
+            for name in ("evaluate", "report", "search", "tools", "experiments"):
+                import_module(f".{name}", __package__)
+            self.commands = typer.main.get_command(app).commands
+        return super().resolve_command(ctx, args)
+
 
 app = typer.Typer(
     name="layerrope",
+    cls=Commands,
     help="Per-layer RoPE scaling as a PEFT adapter: search the factors, evaluate and verify them.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,8 +72,6 @@ err = Console(stderr=True)
 
 USAGE_ERROR, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
 _USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError)
-_LOGIN_ERRORS = (hub.RepositoryNotFoundError, hub.LocalTokenNotFoundError)
-_HUB_ERRORS = (hub.HTTPError, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, *_LOGIN_ERRORS)
 
 
 @contextmanager
@@ -59,12 +92,19 @@ def plain_errors(debug: bool) -> Iterator[None]:
 
 def _told(error: Exception) -> str | None:
     """What people are told of an error; None of one that nobody expected, and of a stdout that is closed."""
+    # here and not above, where --help would wait for them
+    from huggingface_hub import errors as hub
+
+    from ..report import printable
+    from ..scoring.batching import is_out_of_memory
+
+    login_errors = (hub.RepositoryNotFoundError, hub.LocalTokenNotFoundError)
     if isinstance(error, LayerRopeError):
         return str(error)
-    if isinstance(error, _HUB_ERRORS):
+    if isinstance(error, (hub.HTTPError, hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError, *login_errors)):
         text = printable(" ".join(str(error).split()))[:500]
         status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else None
-        login = isinstance(error, _LOGIN_ERRORS) or status in (401, 403)
+        login = isinstance(error, login_errors) or status in (401, 403)
         return f"the Hub: {text}{' Log in with `hf auth login`, or set HF_TOKEN.' if login else ''}"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}".removesuffix(".") + "."
@@ -111,6 +151,8 @@ def main(
     ] = False,
 ) -> None:
     """Per-layer RoPE scaling as a PEFT adapter: search the factors, evaluate and verify them."""
+    from transformers.utils import logging as transformers_logging  # after --help and --version, which need no torch
+
     # PEFT still asks transformers by a name that it deprecated; nothing a user of this command can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
