@@ -47,7 +47,8 @@ def main() -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
     make, lists, batch, rate = partial(KeyValueWords, tokenizer, LENGTH), {"num_pairs": PAIRS}, 8, 3e-3
     if args.model:  # its lists are not all of one length
-        make, lists, batch, rate = partial(KeyValueRetrieval, tokenizer, num_keys=args.pairs), {}, 1, 2e-4
+        few = {"num_keys": args.pairs, "num_positions": min(5, args.pairs)}
+        make, lists, batch, rate = partial(KeyValueRetrieval, tokenizer, **few), {}, 1, 2e-4
     if rope:
         model = PeftModel.from_pretrained(model, rope).merge_and_unload()  # the factors are part of the model now
     set_seed(0)

@@ -14,9 +14,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from conftest import build_model
 from loopback_hub import loopback_hub
 from peft import PeftModel
 from safetensors import safe_open
+from tiny_tokenizer import tiny_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_layerrope
@@ -79,6 +81,13 @@ def test_train_lora(lora_run, demo_model):
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:  # the keys of any LoRA for a Llama
         assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in file.keys()  # noqa: SIM118
         assert not any("base_layer" in key or "rotary" in key for key in file.keys())  # noqa: SIM118
+
+
+def test_train_lora_on_fewer_pairs_than_positions_are_usual(tmp_path):
+    build_model("llama", vocab_size=600, max_position_embeddings=512).save_pretrained(tmp_path / "model")
+    tiny_bpe().save_pretrained(tmp_path / "model")
+    given = ("--model", str(tmp_path / "model"), "--pairs", "3", "--steps", "1", "--contexts", "1")
+    assert "without the LoRA" in run("train_lora.py", *given, "--output", str(tmp_path / "lora"))
 
 
 def test_lora_rows_have_their_loss_on_the_right_answers():
