@@ -61,8 +61,8 @@ from peft_layerrope.scoring.preflight import preflight, with_targets
 from peft_layerrope.scoring.scorer import Scorer
 
 SAMPLE_TEXT = TESTS.parent / "peft_layerrope" / "searcher" / "sample_text.txt"
-PAIRS = {"keys": "syllables", "num_keys": 20, "num_positions": 3, "length": 512, "max_new_tokens": 16}
-FEW = {"test_groups": 2, "preflight_groups": 2}
+PAIRS = {"keys": "syllables", "num_keys": 8, "num_positions": 3, "length": 512, "max_new_tokens": 12}
+FEW = {"test_groups": 2, "preflight_groups": 2, "layers": "0-3"}
 Options = argparse.Namespace
 
 
@@ -88,7 +88,7 @@ def layerrope(*words: object, **settings: object) -> None:
         raise RuntimeError(f"layerrope {' '.join(map(str, words))}: {done.stderr or done.exception}")
 
 
-def refused(what: str, folder: Path, *words: object, **settings: object) -> Line:
+def refused(what: str, folder: Path, *words: object, says: str = "", **settings: object) -> Line:
     """`search` and `evaluate` of what cannot work: one line, an exit status, and nothing left behind."""
     empty, holds, found = folder / "empty", True, {}
     empty.mkdir(exist_ok=True)
@@ -98,7 +98,7 @@ def refused(what: str, folder: Path, *words: object, **settings: object) -> Line
         seconds, said, left = time.perf_counter() - start, done.stdout + done.stderr, list(empty.iterdir())
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         holds &= isinstance(done.exception, SystemExit) and "Traceback" not in said and len(errors) == 1
-        holds &= done.exit_code in (1, 2) and not left
+        holds &= done.exit_code in (1, 2) and not left and says in said
         message = ("".join(errors) or said[-200:]).replace(f"{folder}/", "")
         found.setdefault(message, []).append(f"{command}: exit {done.exit_code}, {seconds:.1f} s, {len(left)} files")
     cell = "; ".join(f"{', '.join(how)}: {message}" for message, how in found.items())
@@ -121,12 +121,11 @@ def numbers(values: Any, digits: int = 4) -> str:
     return " ".join(f"{value:.{digits}f}" for value in np.ravel(values))
 
 
-def save(folder: Path, template: str | None, family: str = "llama") -> Path:
+def save(folder: Path, template: str | None, family: str = "llama") -> None:
     """A tiny model, with a tokenizer if there is a chat template."""
     build_model(family, vocab_size=600, max_position_embeddings=512).save_pretrained(folder)
     if template:
         with_template(template).save_pretrained(folder)
-    return folder
 
 
 def non_finite(options: Options) -> Iterator[Line]:
@@ -136,14 +135,16 @@ def non_finite(options: Options) -> Iterator[Line]:
         broken.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = math.nan
     broken.save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo_model_path()).save_pretrained(folder)
-    yield refused("the demo model with one weight of NaN", options.folder, folder, task="kv_words", length=128)
+    yield refused(
+        "the demo model with one weight of NaN", options.folder, folder, says="up_proj", task="kv_words", length=128
+    )
     path, constants = options.folder / "one.json", []
     layerrope("evaluate", length=64, groups=1, json=path)
     json.loads(path.read_text(), parse_constant=constants.append)
     yield Line("evaluate --groups 1 --json", f"{len(constants)} NaN or Infinity", "0", not constants)
     yield counted("what else has no finite score, and files that say so", "tests/test_not_finite.py")
     model = real_model("gemma-3-270m")
-    yield refused("gemma-3-270m in float16", options.folder, model, dtype="float16", num_keys=5, length=400)
+    yield refused("gemma-3-270m in float16", options.folder, model, says="float16", dtype="float16", **PAIRS)
 
 
 def two_ropes(options: Options) -> Iterator[Line]:
@@ -231,7 +232,7 @@ def door(options: Options, how: list[object], model: Any, tokenizer: Any) -> Ite
     """`evaluate` and `search` at the command line, and on the same model loaded without the package."""
     report, output, names = options.folder / "it.json", options.folder / "out", ("none", "uniform:1.2")
     groups, task = options.contexts, KeyValueRetrieval(tokenizer, **PAIRS)
-    settings = {"task": "kv_retrieval", **PAIRS}
+    settings = {"task": "kv_retrieval", "device": "cpu", **PAIRS}
     layerrope("evaluate", *how, *(f"--baseline={n}" for n in names), **settings, groups=groups, json=report)
     found = preflight(Scorer(model), task, wanted={"test": groups})
     examples = with_targets(task.split("test", groups), found, task)
@@ -268,7 +269,7 @@ def four_bits(options: Options) -> Iterator[Line]:
     path = real_model(options.model)
     quantised = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "device_map": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **quantised).eval()
-    how = [path, "--device", "cpu", "--model-args", "load_in_4bit=True,dtype=bfloat16"]
+    how = [path, "--model-args", "load_in_4bit=True,dtype=bfloat16"]
     yield from door(options, how, model, AutoTokenizer.from_pretrained(path))
 
 
@@ -276,7 +277,7 @@ def lora(options: Options) -> Iterator[Line]:
     """A LoRA of one's own, which this repository's example trains in ten steps."""
     path, tuned = real_model(options.model), options.folder / "lora"
     if not (tuned / "adapter_config.json").exists():
-        given = f"--model {path} --pairs 3 --steps 10 --contexts 2 --output {tuned}".split()
+        given = f"--model {path} --pairs 5 --steps 10 --contexts 2 --output {tuned}".split()
         subprocess.run([sys.executable, TESTS.parent / "examples" / "train_lora.py", *given], check=True)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(base, tuned).merge_and_unload().eval()
@@ -286,11 +287,8 @@ def lora(options: Options) -> Iterator[Line]:
 
 def thinking(options: Options) -> Iterator[Line]:
     """A Qwen3 of a few layers, whose template leaves `<think>` to the model: scored at the answer, closed before it."""
-    folder, tokenizer, report = (
-        save(options.folder / "qwen3", QWEN3, "qwen3"),
-        with_template(QWEN3),
-        options.folder / "it",
-    )
+    folder, report, tokenizer = options.folder / "qwen3", options.folder / "it.json", with_template(QWEN3)
+    save(folder, QWEN3, "qwen3")
     model, pairs = AutoModelForCausalLM.from_pretrained(folder).eval(), {**PAIRS, "num_keys": 5}
     for variables in ({"enable_thinking": False}, {"enable_thinking": True}):
         given = {"chat_template_args": json.dumps(variables), "groups": 1, "json": report}
@@ -311,22 +309,16 @@ def thinking(options: Options) -> Iterator[Line]:
 def bad_input(options: Options) -> Iterator[Line]:
     """One clear line, before any long work, and no files left."""
     here, tuned = options.folder, options.folder / "fine-tunes"
-    good, bare, text, cut = (
-        save(here / "model", QWEN3),
-        save(here / "bare", None),
-        here / "text.gguf",
-        here / "cut.gguf",
-    )
-    text.write_bytes(b"hello")
-    cut.write_bytes(b"GGUF\x03\0\0\0")
+    (here / "text.gguf").write_bytes(b"hello")
+    (here / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    templates = {"raises": "{{ raise_exception('no users here') }}", "no Jinja": "{{ 1 + }}", "no message": "hello"}
+    for name, template in {"good": QWEN3, "bare": None, **templates}.items():
+        save(here / name, template)
     tuned.mkdir()
-    bases = _other_bases(tuned)  # before the line below, which names one of them
-    models = [text, cut, here / "none.gguf", here / "nowhere", bare, tuned / "wider"]
-    models += [save(here / name, template) for name, template in {
-        "raises": "{{ raise_exception('no users here') }}", "no Jinja": "{{ 1 + }}", "no message": "hello",
-    }.items()]  # fmt: skip
-    cases = {f"model {path.name}": [path] for path in models}
-    cases["quantise a GGUF"] = [cut, "--model-args", "load_in_4bit=true"]
+    bases, good = _other_bases(tuned), here / "good"
+    models = ["text.gguf", "cut.gguf", "none.gguf", "nowhere", "bare", "fine-tunes/wider", *templates]
+    cases = {f"model {name}": [here / name] for name in models}
+    cases["quantise a GGUF"] = [here / "cut.gguf", "--model-args", "load_in_4bit=true"]
     wrong = ["attn_implmentation=eager", "peft", "revision=a,revision=b", "load_in_4bit=true,load_in_8bit=true"]
     wrong += ["load_in_4bit=yes", "bnb_4bit_quant_type=nf4", "device=cpu,device_map=cpu", "dtype=float23"]
     wrong += ["pretrained=elsewhere", "tokenizer=./nowhere", "attn_implementation=none_such", "gguf_file=x.gguf"]
