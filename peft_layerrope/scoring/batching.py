@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import TaskError, UnsupportedModelError
 from ..messages import whole_number
 from ..tasks import Example, Split
+from ..tuner.artifacts import KEY_PREFIX
 from ..tuner.frequencies import is_length_dependent
 from ..tuner.rotary import BakedLayerRope, LayerRopeLayer
 from ..tuner.sites import embedding_table, model_type
@@ -348,7 +349,7 @@ def check_finite(model: nn.Module, split: Split, batch_tokens: int) -> None:
     dtype = str(embedding_table(model).dtype).removeprefix("torch.")
     # there is no isfinite() for one-byte floats, and nothing to look at on the meta device
     weights = {name: w for name, w in model.named_parameters() if w.dtype.itemsize > 1 and not w.is_meta}
-    broken = [name for name, values in weights.items() if not values.isfinite().all()]
+    broken = [name.removeprefix(KEY_PREFIX) for name, values in weights.items() if not values.isfinite().all()]
     reason, advice = f"its numbers leave the range of {dtype}", "use"
     if broken:
         more = f" and {len(broken) - 1} more weights" if len(broken) > 1 else ""

@@ -241,6 +241,8 @@ def door(options: Options, how: list[object], model: Any, tokenizer: Any) -> Ite
         both = (own, json.loads(to_json(by_hand)))
         cells = (f"{numbers(v['accuracy_by_position'], 2)}; {numbers(v['log_prob_by_position'])}" for v in both)
         yield Line(f"evaluate, {label}, {groups} contexts: right; log-probability", *cells, both[0] == both[1])
+    if not options.steps:
+        return
     layerrope("search", *how, "--anyway", "--overwrite", **settings, **FEW, steps=options.steps, output=output)
     saved = json.loads((output / "search.json").read_text())
     result = search(model, task, steps=options.steps, anyway=True, progress=False, **FEW)
@@ -378,7 +380,7 @@ def main() -> int:
     parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct", help="of tests/real_models.py")
     parser.add_argument("--gguf", type=Path, help="default: MODEL.gguf beside the models' folders")
     parser.add_argument("--contexts", type=int, default=2, help="of each evaluation of a real model")
-    parser.add_argument("--steps", type=int, default=3, help="of each search of a real model")
+    parser.add_argument("--steps", type=int, default=3, help="of each search of a real model; 0: evaluate only")
     parser.add_argument("--text", type=Path, default=SAMPLE_TEXT, help="for gemma; default: the text that is shipped")
     parser.add_argument("--documents", type=Path, help="nq-open-oracle.jsonl.gz, for chat_template")
     parser.add_argument("--folder", type=Path, help="keeps the LoRA, and evaluations that go on; default: none")
