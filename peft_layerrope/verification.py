@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .errors import InvalidConfigError, LayerRopeError
-from .messages import named
+from .errors import LayerRopeError
 from .tuner.config import LayerRopeConfig
 from .tuner.frequencies import own_frequencies, rope_type_reaches, without_memory
 from .tuner.injection import BAKED_CONFIG_KEY, baked_config
@@ -108,18 +107,13 @@ def verify(
         attention) has nothing to scale: its status is "no rotation", which is not a mismatch.
 
     Raises:
-        LayerRopeError: there is no adapter and no `config`, or it is something else.
+        LayerRopeError: there is no adapter and no `config`.
+        AdapterMismatchError: `config` is for another number of layers.
         UnsupportedModelError: the model has no rotary embedding to measure.
     """
-    if config is not None and not isinstance(config, LayerRopeConfig):
-        raise InvalidConfigError(f"config={named(config)} must be a LayerRopeConfig.")
     stack = find_stack(model)
     expected = config if config is not None else expected_config(model)
-    factors = expected.resolved_layer_factors(len(stack.layers))
-    if len(factors) != len(stack.layers):
-        raise LayerRopeError(
-            f"the expected layer_factors have {len(factors)} entries, but the model has {len(stack.layers)} layers."
-        )
+    factors = expected.resolved_layer_factors(len(stack.layers), model_type(model))
     rotation = _Rotation.of(expected, model)
     arguments = dict(inputs) if inputs is not None else probe_inputs(model, rotation.probe_length)
     with _evaluating(model), torch.no_grad(), without_memory(model):

@@ -198,7 +198,7 @@ def test_nothing_to_verify():
 
 
 def test_wrong_number_of_expected_factors():
-    with pytest.raises(LayerRopeError, match="the expected layer_factors have 3 entries, but the model has 4 layers"):
+    with pytest.raises(LayerRopeError, match="layer_factors has 3 entries, but llama has 4 decoder layers"):
         verify(build_model("llama"), LayerRopeConfig(layer_factors=[1.0] * 3))
 
 

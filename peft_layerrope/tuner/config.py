@@ -6,21 +6,21 @@ here, once. If PEFT ships the name itself one day, that member is used and nothi
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from enum import Enum
-from typing import Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, PeftType, TaskType, register_peft_method
+from peft.utils import CONFIG_NAME, PeftType, register_peft_method
+from pydantic import Field
 
-from ..errors import InvalidConfigError
+from ..declaration import declared
+from ..errors import AdapterMismatchError, InvalidConfigError
 from ..files import AdapterFiles, read_json_object
-from ..messages import is_integer, is_number, shown, shown_names
-from .scaling import ROPE_TYPES
+from ..messages import shown, shown_names
+from .scaling import RopeType
 
 PEFT_TYPE_NAME = "LAYER_ROPE"
 PREFIX = "inv_freq_scaling_"
@@ -68,13 +68,49 @@ MAX_LAYERS = 4096
 FACTOR_RANGE = (0.01, 10_000.0)
 """What a layer's factor, the global one and their product may be: beyond, float32 angles say nothing."""
 
-MAX_TOKENS = 2**30
-"""Upper limit on lengths."""
+_Factor = Annotated[float, Field(ge=FACTOR_RANGE[0], le=FACTOR_RANGE[1])]
+_Tokens = Annotated[int, Field(ge=1, le=2**30)]
+_Text = Annotated[str, Field(max_length=4096)]
+_LayerIndex = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 
-_MAX_TEXT = 4096  # characters of a name or a path
 
-# PEFT's classes for the two others fail on a method without weights: they look through its `modules_to_save`.
-_TASK_TYPES = tuple(task.value for task in TaskType if task not in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS))
+@declared(InvalidConfigError)
+class _Values:
+    """What the fields of a config may hold: our own, and PEFT's, which it takes as they come."""
+
+    rope_type: RopeType
+    factor: _Factor
+    layer_factors: Annotated[tuple[_Factor, ...], Field(min_length=1, max_length=MAX_LAYERS)] | None
+    original_max_position_embeddings: _Tokens | None
+    target_length: _Tokens | None
+    control_points: Annotated[tuple[tuple[float, float], ...], Field(min_length=4, max_length=4)] | None
+    scaled_layers: Annotated[tuple[_LayerIndex, ...], Field(max_length=MAX_LAYERS)] | None
+    searcher_version: _Text | None
+    # PEFT's classes for the others fail on a method without weights: they look through its `modules_to_save`.
+    task_type: Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION"] | None
+    base_model_name_or_path: _Text | None
+    revision: _Text | None
+    peft_version: _Text | None
+    auto_mapping: dict[str, _Text | None] | None
+    inference_mode: bool
+
+    def __post_init__(self) -> None:
+        if self.rope_type == "default" and self.factor != 1.0:
+            raise InvalidConfigError(
+                f"factor={self.factor} has no effect with rope_type='default': use rope_type='linear' or 'dynamic', "
+                "or put it into layer_factors."
+            )
+        if self.rope_type != "dynamic" and self.target_length is not None:
+            raise InvalidConfigError(
+                f"target_length={self.target_length} has no effect with rope_type={self.rope_type!r}: only 'dynamic' "
+                "depends on the length."
+            )
+        low, high = FACTOR_RANGE
+        for i, layer_factor in enumerate(self.layer_factors or ()):
+            if not low <= self.factor * layer_factor <= high:
+                raise InvalidConfigError(
+                    f"factor * layer_factors[{i}]={self.factor * layer_factor} must be from {low:g} to {high:g}."
+                )
 
 
 @dataclass
@@ -120,26 +156,14 @@ class LayerRopeConfig(PeftConfig):
     ```
     """
 
-    rope_type: str = field(default="default", metadata={"help": "One of 'default', 'linear' (PI), 'dynamic' (NTK)."})
-    factor: float = field(default=1.0, metadata={"help": "Global factor of 'linear' and 'dynamic'."})
-    layer_factors: Optional[list[float]] = field(
-        default=None, metadata={"help": "One positive factor per layer; None means 1.0 everywhere."}
-    )
-    original_max_position_embeddings: Optional[int] = field(
-        default=None, metadata={"help": "Trained window in tokens, for 'dynamic'; default: the model's own."}
-    )
-    target_length: Optional[int] = field(
-        default=None, metadata={"help": "Fixed length in tokens for 'dynamic'; default: the current length."}
-    )
-    control_points: Optional[list[list[float]]] = field(
-        default=None, metadata={"help": "Provenance: four (x, y) control points of the Bézier curve."}
-    )
-    scaled_layers: Optional[list[int]] = field(
-        default=None, metadata={"help": "Provenance: indices of the layers the search could scale."}
-    )
-    searcher_version: Optional[str] = field(
-        default=None, metadata={"help": "Provenance: version of peft_layerrope that searched."}
-    )
+    rope_type: str = "default"
+    factor: float = 1.0
+    layer_factors: Optional[list[float]] = None
+    original_max_position_embeddings: Optional[int] = None
+    target_length: Optional[int] = None
+    control_points: Optional[list[list[float]]] = None
+    scaled_layers: Optional[list[int]] = None
+    searcher_version: Optional[str] = None
 
     files = None  # the `AdapterFiles` it was read from, until injection has checked the other file against it
 
@@ -154,8 +178,10 @@ class LayerRopeConfig(PeftConfig):
         """
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except InvalidConfigError as error:
-            raise InvalidConfigError(f"{pretrained_model_name_or_path}: {CONFIG_NAME}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidConfigError(
+                f"{pretrained_model_name_or_path}: {CONFIG_NAME} must hold a LayerRopeConfig: {error}"
+            ) from error
         download, _, _ = cls._split_kwargs(kwargs)
         factors = None if config.layer_factors is None else tuple(config.layer_factors)
         config.files = AdapterFiles(str(pretrained_model_name_or_path), subfolder, download, factors)
@@ -166,14 +192,11 @@ class LayerRopeConfig(PeftConfig):
         """Reads `adapter_config.json` as plain values. Names of a newer version are left out, with a warning.
 
         Raises:
-            InvalidConfigError: not a JSON object of reasonable size, or another method's.
+            ValueError: not a JSON object of reasonable size, or another method's.
         """
-        try:
-            values = read_json_object(path_json_file)
-        except ValueError as error:
-            raise InvalidConfigError(f"it {error}; expected a JSON object, as save_pretrained writes it.") from error
+        values = read_json_object(path_json_file)
         if values.get("peft_type") != PEFT_TYPE_NAME:
-            raise InvalidConfigError(f"peft_type={shown(values.get('peft_type'))}, expected {PEFT_TYPE_NAME!r}.")
+            raise ValueError(f"peft_type={shown(values.get('peft_type'))}, expected {PEFT_TYPE_NAME!r}.")
         known = {f.name for f in fields(cls)}
         unknown = [name for name in values if name not in known]
         if unknown:
@@ -185,122 +208,30 @@ class LayerRopeConfig(PeftConfig):
         return {name: value for name, value in values.items() if name in known}
 
     def __post_init__(self) -> None:
-        self._check_peft_fields()
+        checked = _Values(**{one.name: getattr(self, one.name) for one in fields(_Values)})
         super().__post_init__()
         self.peft_type = LAYER_ROPE
-        if self.rope_type not in ROPE_TYPES:
-            raise InvalidConfigError(
-                f"rope_type={shown(self.rope_type)} is unknown, expected one of {', '.join(ROPE_TYPES)}."
+        self.factor = checked.factor
+        if checked.layer_factors is not None:
+            self.layer_factors = list(checked.layer_factors)
+        if checked.control_points is not None:
+            self.control_points = [list(point) for point in checked.control_points]
+        if checked.scaled_layers is not None:
+            self.scaled_layers = list(checked.scaled_layers)
+
+    def resolved_layer_factors(self, num_hidden_layers: int, owner: str = "the model") -> list[float]:
+        """Returns one factor for each layer of a model, all 1.0 where none were given.
+
+        Args:
+            num_hidden_layers: how many layers it has.
+            owner: whose they are, for the message.
+
+        Raises:
+            AdapterMismatchError: the factors are for another number of layers.
+        """
+        factors = [1.0] * num_hidden_layers if self.layer_factors is None else list(self.layer_factors)
+        if len(factors) != num_hidden_layers:
+            raise AdapterMismatchError(
+                f"layer_factors has {len(factors)} entries, but {owner} has {num_hidden_layers} decoder layers."
             )
-        self.factor = _factor("factor", self.factor)
-        if self.rope_type == "default" and self.factor != 1.0:
-            raise InvalidConfigError(
-                f"factor={self.factor} has no effect with rope_type='default': use rope_type='linear' or 'dynamic', "
-                "or put it into layer_factors."
-            )
-        if self.layer_factors is not None:
-            values = _checked_list("layer_factors", self.layer_factors, maximum=MAX_LAYERS)
-            self.layer_factors = [_factor(f"layer_factors[{i}]", v) for i, v in enumerate(values)]
-            for i, value in enumerate(self.layer_factors):
-                _check_range(f"factor * layer_factors[{i}]", self.factor * value)
-        for name in ("original_max_position_embeddings", "target_length"):
-            value = getattr(self, name)
-            if value is not None and _checked_int(name, value) < 1:
-                raise InvalidConfigError(f"{name}={shown(value)} must be at least 1 token.")
-            if value is not None and value > MAX_TOKENS:
-                raise InvalidConfigError(f"{name}={shown(value)} must be at most {MAX_TOKENS} tokens.")
-        if self.target_length is not None and self.rope_type != "dynamic":
-            raise InvalidConfigError(
-                f"target_length={self.target_length} has no effect with rope_type={self.rope_type!r}: only 'dynamic' "
-                "depends on the length."
-            )
-        self._check_provenance()
-
-    def _check_peft_fields(self) -> None:
-        """PEFT's own fields, which it takes as they come."""
-        for name in ("base_model_name_or_path", "revision", "peft_version"):
-            _check_text(name, getattr(self, name))
-        if self.task_type is not None and self.task_type not in _TASK_TYPES:
-            expected = ", ".join(_TASK_TYPES)
-            raise InvalidConfigError(f"task_type={shown(self.task_type)} cannot be used, expected one of {expected}.")
-        if not isinstance(self.inference_mode, bool):
-            raise InvalidConfigError(f"inference_mode={shown(self.inference_mode)} must be true or false.")
-        if self.auto_mapping is not None:
-            if not isinstance(self.auto_mapping, dict):
-                raise InvalidConfigError(f"auto_mapping={shown(self.auto_mapping)} must be a mapping.")
-            for name, value in self.auto_mapping.items():
-                _check_text(f"auto_mapping[{shown(name)}]", value)
-
-    def _check_provenance(self) -> None:
-        if self.control_points is not None:
-            points = _checked_list("control_points", self.control_points, maximum=4)
-            if len(points) != 4:
-                raise InvalidConfigError(f"control_points has {len(points)} points, expected 4 (x, y) pairs.")
-            self.control_points = [
-                [
-                    _finite_float(f"control_points[{i}]", v)
-                    for v in _checked_list(f"control_points[{i}]", p, minimum=2, maximum=2)
-                ]
-                for i, p in enumerate(points)
-            ]
-        if self.scaled_layers is not None:
-            layers = _checked_list("scaled_layers", self.scaled_layers, minimum=0, maximum=MAX_LAYERS)
-            self.scaled_layers = [_checked_int(f"scaled_layers[{i}]", v) for i, v in enumerate(layers)]
-            if any(v < 0 for v in self.scaled_layers):
-                raise InvalidConfigError(f"scaled_layers={shown(self.scaled_layers)} must be layer indices, 0 or more.")
-            if any(v >= MAX_LAYERS for v in self.scaled_layers):
-                raise InvalidConfigError(f"scaled_layers={shown(self.scaled_layers)} must be below {MAX_LAYERS}.")
-        _check_text("searcher_version", self.searcher_version)
-
-    def resolved_layer_factors(self, num_hidden_layers: int) -> list[float]:
-        """Returns one factor per layer of a model with `num_hidden_layers`, all 1.0 where none were given."""
-        return list(self.layer_factors) if self.layer_factors is not None else [1.0] * num_hidden_layers
-
-
-def _finite_float(name: str, value: Any) -> float:
-    if not is_number(value):
-        raise InvalidConfigError(f"{name}={shown(value)} must be a number.")
-    try:
-        number = float(value)
-    except OverflowError as error:
-        raise InvalidConfigError(f"{name}={shown(value)} must fit a float.") from error
-    if not math.isfinite(number):
-        raise InvalidConfigError(f"{name}={shown(value)} must be finite.")
-    return number
-
-
-def _factor(name: str, value: Any) -> float:
-    number = _finite_float(name, value)
-    if number <= 0:
-        raise InvalidConfigError(f"{name}={shown(value)} must be greater than 0.")
-    _check_range(name, number)
-    return number
-
-
-def _check_range(name: str, number: float) -> None:
-    low, high = FACTOR_RANGE
-    if not low <= number <= high:
-        raise InvalidConfigError(f"{name}={number} must be from {low:g} to {high:g}.")
-
-
-def _checked_int(name: str, value: Any) -> int:
-    if not is_integer(value):
-        raise InvalidConfigError(f"{name}={shown(value)} must be an integer.")
-    return value
-
-
-def _check_text(name: str, value: Any) -> None:
-    if value is None or (isinstance(value, str) and len(value) <= _MAX_TEXT):
-        return
-    if isinstance(value, str):
-        raise InvalidConfigError(f"{name} has {len(value)} characters, expected {_MAX_TEXT} at most.")
-    raise InvalidConfigError(f"{name}={shown(value)} must be a string.")
-
-
-def _checked_list(name: str, value: Any, *, minimum: int = 1, maximum: int) -> Sequence[Any]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise InvalidConfigError(f"{name} must be a list, got {type(value).__name__}.")
-    if not minimum <= len(value) <= maximum:
-        expected = f"{minimum}" if minimum == maximum else f"{minimum} to {maximum}"
-        raise InvalidConfigError(f"{name} has {len(value)} entries, expected {expected}.")
-    return value
+        return factors

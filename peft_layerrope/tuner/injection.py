@@ -70,11 +70,7 @@ def scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack) 
             reaches no layer; `dynamic` where the model's own rope depends on the length or names no trained window.
     """
     num_layers = len(stack.layers)
-    factors = config.resolved_layer_factors(num_layers)
-    if len(factors) != num_layers:
-        raise AdapterMismatchError(
-            f"layer_factors has {len(factors)} entries, but {model_type(model)} has {num_layers} decoder layers."
-        )
+    factors = config.resolved_layer_factors(num_layers, model_type(model))
     for layer, source in enumerate(stack.key_sources):
         if factors[layer] != factors[source]:
             raise AdapterMismatchError(

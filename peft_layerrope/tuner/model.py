@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from ..errors import LayerRopeError
-from .artifacts import FACTORS_KEY, KEY_PREFIX, check_factors_tensor, check_weights_file
+from .artifacts import FACTORS_KEY, KEY_PREFIX, check_factors, check_weights_file
 from .config import PREFIX, LayerRopeConfig
 from .injection import BAKED_CONFIG_KEY, bake, has_other_tuner_layers, scaling_for, wrap
 from .rotary import LayerRopeLayer
@@ -307,8 +307,7 @@ class LayerRopeModel(BaseTuner):
         cls, model: nn.Module, config: LayerRopeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Checks the file against the config, which is the source of truth; there is nothing to load."""
-        tensors = {f"{KEY_PREFIX}{key.removeprefix(KEY_PREFIX)}": tensor for key, tensor in state_dict.items()}
-        check_factors_tensor(tensors, config)
+        check_factors(state_dict, config.layer_factors)
         return {}
 
 

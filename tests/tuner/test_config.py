@@ -1,4 +1,4 @@
-"""Validation messages, whole; JSON round trip."""
+"""Values that cannot work, each named; JSON round trip."""
 
 from __future__ import annotations
 
@@ -25,38 +25,37 @@ def test_integers_become_floats():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "named"),
     [
-        ({"rope_type": "ntk"}, "rope_type='ntk' is unknown, expected one of default, linear, dynamic."),
-        ({"rope_type": "linear", "factor": 0}, "factor=0 must be greater than 0."),
-        ({"rope_type": "linear", "factor": math.inf}, "factor=inf must be finite."),
-        ({"rope_type": "linear", "factor": "2"}, "factor='2' must be a number."),
-        ({"rope_type": "linear", "factor": True}, "factor=True must be a number."),
-        (
-            {"factor": 2.0},
-            "factor=2.0 has no effect with rope_type='default': use rope_type='linear' or 'dynamic', or put it into "
-            "layer_factors.",
-        ),
-        ({"layer_factors": [1.0, -1.5]}, "layer_factors[1]=-1.5 must be greater than 0."),
-        ({"layer_factors": [math.nan]}, "layer_factors[0]=nan must be finite."),
-        ({"layer_factors": [None]}, "layer_factors[0]=None must be a number."),
-        ({"layer_factors": []}, "layer_factors has 0 entries, expected 1 to 4096."),
-        ({"layer_factors": [1.0] * 5000}, "layer_factors has 5000 entries, expected 1 to 4096."),
-        ({"layer_factors": "1.0"}, "layer_factors must be a list, got str."),
-        ({"layer_factors": {"0": 1.0}}, "layer_factors must be a list, got dict."),
-        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings=0 must be at least 1 token."),
-        ({"original_max_position_embeddings": 2.5}, "original_max_position_embeddings=2.5 must be an integer."),
-        ({"control_points": [[0, 1]]}, "control_points has 1 points, expected 4 (x, y) pairs."),
-        ({"control_points": [[0, 1], [1, 1], [1], [1, 1]]}, "control_points[2] has 1 entries, expected 2."),
-        ({"scaled_layers": [-1]}, "scaled_layers=[-1] must be layer indices, 0 or more."),
-        ({"scaled_layers": [0.5]}, "scaled_layers[0]=0.5 must be an integer."),
-        ({"searcher_version": 1}, "searcher_version=1 must be a string."),
+        ({"rope_type": "ntk"}, "rope_type='ntk'"),
+        ({"rope_type": "linear", "factor": 0}, "factor=0"),
+        ({"rope_type": "linear", "factor": math.inf}, "factor=inf"),
+        ({"rope_type": "linear", "factor": "2"}, "factor='2'"),
+        ({"rope_type": "linear", "factor": True}, "factor=True"),
+        ({"rope_type": "linear", "factor": 200.0, "layer_factors": [1.0, 60.0]}, "factor * layer_factors[1]=12000"),
+        ({"factor": 2.0}, "factor=2.0 has no effect with rope_type='default'"),
+        ({"target_length": 99}, "target_length=99 has no effect with rope_type='default'"),
+        ({"layer_factors": [1.0, -1.5]}, "layer_factors[1]=-1.5"),
+        ({"layer_factors": [math.nan]}, "layer_factors[0]=nan"),
+        ({"layer_factors": [None]}, "layer_factors[0]=None"),
+        ({"layer_factors": []}, "layer_factors="),
+        ({"layer_factors": [1.0] * 5000}, "layer_factors="),
+        ({"layer_factors": "1.0"}, "layer_factors='1.0'"),
+        ({"layer_factors": {"0": 1.0}}, "layer_factors={'0': 1.0}"),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings=0"),
+        ({"original_max_position_embeddings": 2.5}, "original_max_position_embeddings=2.5"),
+        ({"control_points": [[0, 1]]}, "control_points="),
+        ({"control_points": [[0, 1], [1, 1], [1], [1, 1]]}, "control_points[2]"),
+        ({"scaled_layers": [-1]}, "scaled_layers[0]=-1"),
+        ({"scaled_layers": [0.5]}, "scaled_layers[0]=0.5"),
+        ({"searcher_version": 1}, "searcher_version=1"),
+        ({"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS'"),
     ],
 )
-def test_invalid_values(fields, message):
+def test_invalid_values(fields, named):
     with pytest.raises(InvalidConfigError) as caught:
         LayerRopeConfig(**fields)
-    assert str(caught.value) == message
+    assert str(caught.value).startswith(named)
 
 
 def test_json_round_trip(tmp_path):
