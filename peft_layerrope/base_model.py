@@ -49,6 +49,7 @@ _VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
 _RECORD = "_layerrope_loading"
 _LM_EVAL_NAMES = {"pretrained": "model"}
 _GGUF_MAGIC = b"GGUF"
+_SAID_ELSEWHERE = ("model", "dtype", "device", "device_map", "peft")  # of a report, or not what a model depends on
 
 _model = partial(option, panel="Model")
 
@@ -82,20 +83,17 @@ class ModelSource:
     ] = None
 
     def __post_init__(self) -> None:
-        if self.load_in_4bit and self.load_in_8bit:
-            raise InvalidConfigError("load_in_4bit and load_in_8bit contradict each other: pass one of them.")
-        if self.is_quantized and (self.gguf_file or str(self.model).endswith(".gguf")):
-            raise InvalidConfigError("load_in_4bit, load_in_8bit: a GGUF file is quantised already; leave one out.")
-        if self.device is not None and self.device_map is not None:
-            raise InvalidConfigError(
-                f"device={self.device!r} and device_map={self.device_map!r} both say where the model goes: pass one."
-            )
-        if not self.load_in_4bit and (self.bnb_4bit_quant_type or self.bnb_4bit_compute_dtype):
-            raise InvalidConfigError("bnb_4bit_quant_type, bnb_4bit_compute_dtype: pass load_in_4bit=true with them.")
-        if self.gguf_file is not None and (self.model is None or self.model.endswith(".gguf")):
-            raise InvalidConfigError(
-                f"gguf_file={self.gguf_file!r} is a file in a folder or repository: name that as the model."
-            )
+        is_file, in_folder = str(self.model).endswith(".gguf"), self.gguf_file is not None
+        needs_4bit = bool(self.bnb_4bit_quant_type or self.bnb_4bit_compute_dtype)
+        for holds, text in (
+            (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit contradict each other"),
+            (self.is_quantized and (is_file or in_folder), "load_in_4bit, load_in_8bit: GGUF is quantised already"),
+            (self.device and self.device_map, "device and device_map both say where the model goes"),
+            (needs_4bit and not self.load_in_4bit, "bnb_4bit_quant_type, bnb_4bit_compute_dtype need load_in_4bit"),
+            (in_folder and (is_file or not self.model), "gguf_file is a file in the folder or repository of the model"),
+        ):
+            if holds:
+                raise InvalidConfigError(f"{text}, got {format_model_args(self)}.")
 
     @property
     def is_quantized(self) -> bool:
@@ -110,16 +108,11 @@ def load_model(model: str | None = None, **model_args: Any) -> tuple[PreTrainedM
 
     Args:
         model: Hub id, folder, or a GGUF file. Default: the demo model.
-        **model_args: by the names that lm-eval gives them:
-            `device` (default: a GPU when there is one), or `device_map`;
-            `dtype` (`"auto"` or a torch dtype's name);
-            `tokenizer` (Hub id or folder; default: the model's own);
-            `gguf_file` (of the model's folder or repository; its weights are unpacked into `dtype`);
-            `revision`, `subfolder`, `attn_implementation` (as of `from_pretrained`);
-            `load_in_4bit` or `load_in_8bit` (by bitsandbytes), `bnb_4bit_quant_type`, `bnb_4bit_compute_dtype`;
-            `trust_remote_code` (False unless given);
-            `peft` (Hub id or folder of your own LoRA, or another adapter but LAYER_ROPE: it is merged into the
-            weights, or stays beside them, active, where those are quantised).
+        **model_args: the other fields of `ModelSource`, by the names that lm-eval gives them: `device` or `device_map`,
+            `dtype`, `tokenizer`, `gguf_file`, `revision`, `subfolder`, `attn_implementation`, `load_in_4bit` or
+            `load_in_8bit`, `bnb_4bit_quant_type`, `bnb_4bit_compute_dtype`, `trust_remote_code`, and `peft`: your own
+            LoRA, or another adapter but LAYER_ROPE, which is merged into the weights, or stays beside them, active,
+            where those are quantised.
 
     Returns:
         The model, in `eval()` mode, and its tokenizer.
@@ -147,12 +140,11 @@ def parse_model_args(text: str) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     for part in filter(None, map(str.strip, text.split(","))):
-        name, sign, value = part.partition("=")
+        name, _, value = part.partition("=")
         name = _LM_EVAL_NAMES.get(name, name)
-        if not sign or not value:
-            raise InvalidConfigError(f"model_args: {shown(part)} has no value, expected key=value,key=value.")
-        if name in values:
-            raise InvalidConfigError(f"model_args: {shown(name)} is given twice.")
+        if not value or name in values:
+            problem = "is given twice" if value else "has no value, expected key=value,key=value"
+            raise InvalidConfigError(f"model_args: {shown(part)} {problem}.")
         values[name] = {"true": True, "false": False}.get(value.lower(), value)
     return values
 
@@ -189,71 +181,53 @@ def check_source(source: ModelSource) -> None:
         check_present("tokenizer", source.tokenizer)
     if source.peft is not None:
         config = load_peft_config(source.peft)
-        if isinstance(config, LayerRopeConfig):
+        if isinstance(config, LayerRopeConfig) or config.is_prompt_learning:
             raise InvalidConfigError(
-                f"peft={source.peft!r} is a LAYER_ROPE adapter, expected a fine-tune: pass it as an adapter."
-            )
-        if config.is_prompt_learning:
-            raise InvalidConfigError(
-                f"peft={source.peft!r} is a {config.peft_type.value} adapter: its virtual tokens would shift every "
-                "position."
+                f"peft={source.peft!r} is a {config.peft_type.value} adapter, expected a fine-tune of the weights: "
+                "factors are passed as an adapter (--adapter), and virtual tokens would shift every position."
             )
         adapter_weights(source.peft)
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """Loads a model's config, from its `config.json` or its GGUF file.
-
-    Raises:
-        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
-    """
-    name, where = _place(source)
-    with _model_errors(source):
+    """Loads a model's config, from its `config.json` or its GGUF file; raises LayerRopeError, in one line."""
+    with _loading(source) as (name, where):
         return AutoConfig.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Loads a model's tokenizer.
-
-    Raises:
-        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
-    """
-    name, where = _place(source)
-    if source.tokenizer is not None:
-        name, where = source.tokenizer, {}
-    folder = Path(name, where.get("subfolder") or "")
-    if folder.is_dir() and "gguf_file" not in where and not any(any(folder.glob(kind)) for kind in _VOCABULARIES):
-        raise LayerRopeError(
-            f"cannot load tokenizer {name!r}: the folder has no tokenizer files, such as tokenizer.json; pass "
-            "tokenizer (--tokenizer), a folder or Hub id that has them."
-        )
-    with _model_errors(source):
+    """Loads a model's tokenizer; raises LayerRopeError, in one line."""
+    with _loading(source) as (name, where):
+        if source.tokenizer is not None:
+            name, where = source.tokenizer, {}
+        folder = Path(name, where.get("subfolder") or "")
+        if folder.is_dir() and "gguf_file" not in where and not any(any(folder.glob(kind)) for kind in _VOCABULARIES):
+            raise LayerRopeError(
+                f"cannot load tokenizer {name!r}: the folder has no tokenizer files, such as tokenizer.json; pass "
+                "tokenizer (--tokenizer), a folder or Hub id that has them."
+            )
         return AutoTokenizer.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
 
 
 def load_base(source: ModelSource) -> PreTrainedModel:
-    """Loads a model with its fine-tune, in `eval()` mode.
-
-    Raises:
-        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
-    """
-    device = _checked_device(source)
-    name, where = _place(source)
-    arguments: dict[str, Any] = {"dtype": source.dtype, "trust_remote_code": source.trust_remote_code, **where}
-    if source.attn_implementation is not None:
-        arguments["attn_implementation"] = source.attn_implementation
-    if source.is_quantized:
-        arguments["quantization_config"] = _bitsandbytes(source)
-    if "gguf_file" not in where:
-        # the revision by its name: only then does transformers look for the safetensors that the Hub made of others
-        arguments |= {"use_safetensors": True, "revision": source.revision or "main"}
-    elif hasattr(quantizations, "GgufConfig"):  # newer transformers may leave weights packed, older ones never do
-        arguments["quantization_config"] = quantizations.GgufConfig(dequantize=True)
-    if source.device_map is not None or source.is_quantized:  # quantised weights cannot be moved afterwards
-        arguments["device_map"] = source.device_map or {"": device}
-    with _model_errors(source):
-        config = AutoConfig.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
-        auto_class = next((c for c in _AUTO_CLASSES if type(config) in c._model_mapping), AutoModelForCausalLM)
+    """Loads a model with its fine-tune, in `eval()` mode; raises LayerRopeError, in one line."""
+    device, config = _checked_device(source), load_config(source)
+    auto_class = next((c for c in _AUTO_CLASSES if type(config) in c._model_mapping), AutoModelForCausalLM)
+    with _loading(source) as (name, where):
+        arguments: dict[str, Any] = {"dtype": source.dtype, "trust_remote_code": source.trust_remote_code, **where}
+        if source.attn_implementation is not None:
+            arguments["attn_implementation"] = source.attn_implementation
+        if source.is_quantized:
+            names = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype")
+            given = {name: getattr(source, name) for name in names if getattr(source, name)}
+            arguments["quantization_config"] = BitsAndBytesConfig(**given)
+        if "gguf_file" not in where:
+            # the revision by its name: only then does transformers look for the safetensors that the Hub made of others
+            arguments |= {"use_safetensors": True, "revision": source.revision or "main"}
+        elif hasattr(quantizations, "GgufConfig"):  # newer transformers may leave weights packed, older ones never do
+            arguments["quantization_config"] = quantizations.GgufConfig(dequantize=True)
+        if source.device_map is not None or source.is_quantized:  # quantised weights cannot be moved afterwards
+            arguments["device_map"] = source.device_map or {"": device}
         model = auto_class.from_pretrained(name, **arguments)
     if getattr(model.config, BAKED_CONFIG_KEY, None) is not None:
         restore_baked(model)  # saved after merge_and_unload(): its weights alone know nothing of the factors
@@ -270,23 +244,18 @@ def describe_loading(model: nn.Module) -> dict[str, Any]:
     """Returns how a model was loaded as JSON values, for a report: its dtype, and of one that [`load_model`] loaded
     everything that was asked for. Names are free of this machine's paths.
     """
-    known = getattr(model, _RECORD, {})
-    return {"dtype": str(embedding_table(model).dtype).removeprefix("torch."), **known}
+    dtype = str(embedding_table(model).dtype).removeprefix("torch.")
+    return {"dtype": dtype, **getattr(model, _RECORD, {})}
 
 
 def _given(source: ModelSource) -> dict[str, Any]:
     """What a model depends on, where it is not the default; not the device."""
-    _, where = _place(source)
-    known = {
-        "gguf_file": Path(where["gguf_file"]).name if "gguf_file" in where else None,
-        "tokenizer": public_name(source.tokenizer) if source.tokenizer is not None else None,
-        "load_in_4bit": source.load_in_4bit or None,
-        "load_in_8bit": source.load_in_8bit or None,
-        "trust_remote_code": source.trust_remote_code or None,
-    }
-    for field in ("revision", "subfolder", "attn_implementation", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"):
-        known[field] = getattr(source, field)
-    return {field: value for field, value in known.items() if value is not None}
+    gguf = _place(source)[1].get("gguf_file")
+    names = [field.name for field in fields(ModelSource) if field.name not in _SAID_ELSEWHERE]
+    known = {name: getattr(source, name) for name in names}
+    known["gguf_file"] = Path(gguf).name if gguf else None
+    known["tokenizer"] = public_name(source.tokenizer) if source.tokenizer else None
+    return {name: value for name, value in known.items() if value}
 
 
 def _fine_tuned(model: PreTrainedModel, adapter: str, merge: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -311,46 +280,41 @@ def _fine_tuned(model: PreTrainedModel, adapter: str, merge: bool) -> tuple[PreT
     return model, {"peft": known}
 
 
-def _bitsandbytes(source: ModelSource) -> BitsAndBytesConfig:
-    asked = {"bnb_4bit_quant_type": source.bnb_4bit_quant_type, "bnb_4bit_compute_dtype": source.bnb_4bit_compute_dtype}
-    given = {name: value for name, value in asked.items() if value is not None}
-    return BitsAndBytesConfig(load_in_4bit=source.load_in_4bit, load_in_8bit=source.load_in_8bit, **given)
-
-
 def _place(source: ModelSource) -> tuple[str, dict[str, Any]]:
     """The name for `from_pretrained`, and the arguments that say where the files lie."""
     name, gguf = source.model or demo_model_path(), source.gguf_file
-    path = Path(name)
-    if name.endswith(".gguf") and path.is_file():
-        name, gguf = str(path.parent), path.name
+    if name.endswith(".gguf") and Path(name).is_file():
+        name, gguf = str(Path(name).parent), Path(name).name
     else:
         check_present("model", name)
-    folder = Path(name, source.subfolder or "")
-    if Path(name).is_dir() and not folder.is_dir():
-        raise LayerRopeError(f"cannot load model {name!r}: it has no subfolder {source.subfolder!r}.")
-    if gguf is not None and folder.is_dir():
-        _check_gguf(folder / gguf)
-    elif folder.is_dir() and not (folder / "config.json").is_file():
-        if (folder / CONFIG_NAME).is_file():
-            raise LayerRopeError(
-                f"{name!r} is the folder of an adapter: name its base model as the model, and pass this as an adapter "
-                "(--adapter), or as peft (--model-args peft=FOLDER) if it is a fine-tune to be worked on."
-            )
-        there = next(iter(sorted(folder.glob("*.gguf"))), None)
-        hint = f"; for {there.name} in it, name that file as the model" if there is not None else ""
-        raise LayerRopeError(f"cannot load model {name!r}: the folder has no config.json{hint}.")
+    problem = _why_no_model(Path(name, source.subfolder or ""), gguf) if Path(name).is_dir() else ""
+    if problem:
+        raise LayerRopeError(f"cannot load model {source.model or name!r}: {problem}.")
     where = {"revision": source.revision, "subfolder": source.subfolder, "gguf_file": gguf}
     return name, {key: value for key, value in where.items() if value is not None}
 
 
-def _check_gguf(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(_GGUF_MAGIC))
-    except OSError as error:
-        raise LayerRopeError(f"cannot load model {str(path)!r}: {error.strerror}.") from error
-    if start != _GGUF_MAGIC:
-        raise LayerRopeError(f"cannot load model {str(path)!r}: it is no GGUF file, it begins with {shown(start)}.")
+def _why_no_model(folder: Path, gguf: str | None) -> str:
+    """What a folder lacks that a model needs, or a GGUF file in it."""
+    if not folder.is_dir():
+        return f"it has no subfolder {folder.name!r}"
+    if gguf is not None:
+        try:
+            with (folder / gguf).open("rb") as file:
+                start = file.read(len(_GGUF_MAGIC))
+        except OSError as error:
+            return f"{gguf}: {error.strerror}"
+        return "" if start == _GGUF_MAGIC else f"{gguf} is no GGUF file, it begins with {shown(start)}"
+    if (folder / "config.json").is_file():
+        return ""
+    if (folder / CONFIG_NAME).is_file():
+        return (
+            "it is the folder of an adapter: name its base model as the model, and pass this as an adapter "
+            "(--adapter), or as peft (--model-args peft=FOLDER) if it is a fine-tune to be worked on"
+        )
+    there = next(iter(sorted(folder.glob("*.gguf"))), None)
+    hint = f"; for {there.name} in it, name that file as the model" if there is not None else ""
+    return f"the folder has no config.json{hint}"
 
 
 def _checked_device(source: ModelSource) -> torch.device:
@@ -373,16 +337,19 @@ _EXPECTED = (OSError, ValueError, ImportError, SafetensorError, RuntimeError)
 
 
 @contextmanager
-def _model_errors(source: ModelSource) -> Iterator[None]:
-    """Turns what loading a model, its config or its tokenizer raises into a LayerRopeError of one line."""
-    is_gguf = "gguf_file" in _place(source)[1]
+def _loading(source: ModelSource) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields what [`_place`] returns, and makes of what transformers raises a LayerRopeError of one line."""
+    name, where = _place(source)
+    is_gguf = "gguf_file" in where
     try:
-        yield
+        yield name, where
+    except LayerRopeError:
+        raise
     except Exception as error:  # of a damaged GGUF the reader raises what it likes
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or not (is_gguf or isinstance(error, _EXPECTED)):
             raise
         reason = f"{one_line(error)}{' (damaged, or a kind of GGUF that transformers does not read)' * is_gguf}"
-        raise LayerRopeError(f"cannot load model {source.model or demo_model_path()!r}: {reason}.") from error
+        raise LayerRopeError(f"cannot load model {source.model or name!r}: {reason}.") from error
 
 
 @contextmanager

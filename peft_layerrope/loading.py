@@ -14,12 +14,11 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import InvalidConfigError, LayerRopeError
+from .errors import LayerRopeError
 from .files import MAX_BYTES, AdapterFiles, read_json_object
-from .messages import is_machine_path, named, one_line, shown, shown_names
+from .messages import is_machine_path, one_line, shown_names
 from .tuner.config import LAYER_ROPE, LayerRopeConfig
 from .tuner.injection import has_other_tuner_layers
 
@@ -29,10 +28,11 @@ def check_present(kind: str, name: str) -> None:
     would be said otherwise.
     """
     path = Path(name)
-    if path.is_file():
-        raise LayerRopeError(f"cannot load {kind} {name!r}: it is a file, expected a folder or a Hub id.")
-    if (is_machine_path(name) or name.endswith(".gguf") or len(path.parts) > 2) and not path.is_dir():
-        raise LayerRopeError(f"cannot load {kind} {name!r}: there is no such folder{' or file' * (kind == 'model')}.")
+    is_path = is_machine_path(name) or name.endswith(".gguf") or len(path.parts) > 2
+    if path.is_file() or (is_path and not path.is_dir()):
+        missing = f"there is no such folder{' or file' * (kind == 'model')}"
+        reason = "it is a file, expected a folder or a Hub id" if path.is_file() else missing
+        raise LayerRopeError(f"cannot load {kind} {name!r}: {reason}.")
 
 
 def load_adapter(
@@ -48,8 +48,7 @@ def load_adapter(
         model: as for `PeftModel.from_pretrained`.
         adapter: Hub id or folder.
         adapter_name: what it is called in the model.
-        **kwargs: further arguments of `PeftModel.from_pretrained`, such as `revision`, `subfolder` or `token`; not
-            `config`, which would be from elsewhere.
+        **kwargs: further arguments of `PeftModel.from_pretrained`, such as `revision`, `subfolder` or `token`.
 
     Returns:
         The model with the adapter; in `eval()` mode unless `is_trainable`.
@@ -57,12 +56,6 @@ def load_adapter(
     Raises:
         LayerRopeError: it cannot be loaded; the message gives the reason in one line.
     """
-    if not isinstance(adapter, (str, Path)):
-        raise InvalidConfigError(f"adapter={named(adapter)} must be a folder or a Hub id.")
-    if not isinstance(model, nn.Module):
-        raise InvalidConfigError(f"model={named(model)} must be a model to load the adapter onto.")
-    if kwargs.get("config") is not None:
-        raise InvalidConfigError("config= is not taken here: the adapter's own is read and checked.")
     download, _, _ = PeftConfig._split_kwargs(kwargs)
     files = AdapterFiles(str(adapter), download.pop("subfolder", None), download)
     with _adapter_errors(files) as kind:
@@ -72,11 +65,7 @@ def load_adapter(
 
 
 def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
-    """Does what [`load_adapter`] does, and refuses an adapter of another base.
-
-    Raises:
-        LayerRopeError: it cannot be loaded, or its weights are not those of this model's layers.
-    """
+    """Does what [`load_adapter`] does, and raises LayerRopeError of weights that are not this model's layers'."""
     if has_other_tuner_layers(model):
         raise LayerRopeError(
             f"cannot load adapter {adapter!r}: it would take the place of the fine-tune that this model has beside its "
@@ -87,58 +76,40 @@ def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
         try:
             peft_model = load_adapter(model, adapter)
             found = peft_model.load_adapter(adapter, "default")  # once more: this one tells what fits nowhere
-        except (RuntimeError, KeyError) as error:  # tensors of other shapes
-            raise _misfit(adapter, one_line(error)) from error
-    if found.missing_keys or found.unexpected_keys:
-        raise _misfit(adapter, shown_names([*found.missing_keys, *found.unexpected_keys], 1))
+            if found.missing_keys or found.unexpected_keys:
+                raise RuntimeError(shown_names([*found.missing_keys, *found.unexpected_keys], 1))
+        except (RuntimeError, KeyError) as error:  # of PEFT: tensors of other shapes
+            raise LayerRopeError(
+                f"cannot load adapter {adapter!r}: its weights do not fit this model's layers, it is of another model: "
+                f"{one_line(error).removesuffix('.')}."
+            ) from error
     for warning in caught:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     return peft_model
 
 
-def _misfit(adapter: str, reason: str) -> LayerRopeError:
-    return LayerRopeError(
-        f"cannot load adapter {adapter!r}: its weights do not fit this model's layers, it is of another model: "
-        f"{reason.removesuffix('.')}."
-    )
-
-
 def adapter_identity(adapter: str, config: PeftConfig) -> dict[str, str]:
-    """Returns what an adapter does as JSON values: its kind, and a SHA-256 of its settings and of its weights.
-
-    Args:
-        adapter: Hub id or folder.
-        config: its configuration.
-
-    Raises:
-        LayerRopeError: it has no weights file.
-    """
+    """Returns what an adapter does as JSON values: its kind, and a SHA-256 of its settings and of its weights."""
     values = {k: v for k, v in config.to_dict().items() if k not in ("base_model_name_or_path", "inference_mode")}
     with adapter_weights(adapter).open("rb") as file:
         weights = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = hashlib.sha256(json.dumps(values, sort_keys=True, default=_plain).encode()).hexdigest()
+
+    def plain(value: Any) -> Any:
+        return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
+
+    settings = hashlib.sha256(json.dumps(values, sort_keys=True, default=plain).encode()).hexdigest()
     return {"kind": config.peft_type.value, "config": settings, "weights": weights}
 
 
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
-
-
 def load_peft_config(adapter: str) -> PeftConfig:
-    """Loads the configuration of any PEFT adapter from the Hub or a folder.
-
-    Raises:
-        LayerRopeError: it cannot be loaded; the message gives the reason in one line.
-    """
+    """Loads the configuration of any PEFT adapter from the Hub or a folder; raises LayerRopeError, in one line."""
     with _adapter_errors(AdapterFiles(adapter)) as kind:
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(adapter)
 
 
 def adapter_weights(adapter: str) -> Path:
-    """Returns where an adapter's `adapter_model.safetensors` lies, fetched from the Hub if need be.
-
-    Raises:
-        LayerRopeError: there is none.
+    """Returns where an adapter's `adapter_model.safetensors` lies, fetched from the Hub if need be; raises
+    LayerRopeError if there is none.
     """
     files = AdapterFiles(adapter)
     with _adapter_errors(files) as kind:
@@ -146,11 +117,7 @@ def adapter_weights(adapter: str) -> Path:
 
 
 def load_adapter_config(adapter: str) -> LayerRopeConfig:
-    """Loads the configuration of a LAYER_ROPE adapter from the Hub or a folder.
-
-    Raises:
-        LayerRopeError: it cannot be loaded, or belongs to another method.
-    """
+    """Does what [`load_peft_config`] does, and raises LayerRopeError of another method's."""
     config = load_peft_config(adapter)
     if not isinstance(config, LayerRopeConfig):
         raise LayerRopeError(f"{adapter!r} is a {config.peft_type.value} adapter, expected LAYER_ROPE.")
@@ -168,25 +135,21 @@ def _find_weights(files: AdapterFiles, kind: PeftType) -> Path:
 @contextmanager
 def _adapter_errors(files: AdapterFiles) -> Iterator[PeftType]:
     """Yields the adapter's kind, from a look at its `adapter_config.json` before PEFT reads it whatever it is."""
-    adapter = files.location
-    check_present("adapter", adapter)
-    if files.folder.is_dir() and not (files.folder / CONFIG_NAME).is_file():
-        raise LayerRopeError(f"{str(files.folder)!r} is not an adapter folder: it has no {CONFIG_NAME}.")
+    check_present("adapter", files.location)
     try:
         yield _peft_type(files)
     except LayerRopeError:
         raise
     except _PEFT_ERRORS as error:
-        raise LayerRopeError(f"cannot load adapter {adapter!r}: {one_line(error)}") from error
+        raise LayerRopeError(f"cannot load adapter {files.location!r}: {one_line(error)}") from error
 
 
 def _peft_type(files: AdapterFiles) -> PeftType:
     path = files.find(CONFIG_NAME)
     try:
-        name = read_json_object(path).get("peft_type")
-        if not isinstance(name, str) or name not in PEFT_TYPE_TO_CONFIG_MAPPING:
-            raise ValueError(f"has peft_type={shown(name)}, which PEFT does not know")
+        return PeftType(read_json_object(path).get("peft_type"))
     except ValueError as error:
-        reason = f"its {CONFIG_NAME} {error}; expected a JSON object"
-        raise LayerRopeError(f"cannot load adapter {files.location!r}: {reason}.") from error
-    return PeftType(name)
+        raise LayerRopeError(
+            f"cannot load adapter {files.location!r}: its {CONFIG_NAME} must hold a JSON object of a method that PEFT "
+            f"knows: {one_line(error)}."
+        ) from error

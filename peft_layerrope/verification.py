@@ -12,18 +12,20 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from .base_model import keeping_modes
 from .errors import LayerRopeError
 from .tuner.config import LayerRopeConfig
 from .tuner.frequencies import own_frequencies, rope_type_reaches, without_memory
 from .tuner.injection import BAKED_CONFIG_KEY, baked_config
 from .tuner.model import LayerRopeModel
-from .tuner.rotary import BakedLayerRope, LayerRopeLayer
+from .tuner.rotary import LayerRopeLayer
 from .tuner.sites import DecoderStack, find_stack, model_type, text_config
 from .tuner.tables import holds_tables
 
@@ -116,7 +118,8 @@ def verify(
     factors = expected.resolved_layer_factors(len(stack.layers), model_type(model))
     rotation = _Rotation.of(expected, model)
     arguments = dict(inputs) if inputs is not None else probe_inputs(model, rotation.probe_length)
-    with _evaluating(model), torch.no_grad(), without_memory(model):
+    with keeping_modes(model), torch.no_grad(), without_memory(model):
+        model.eval()
         with _own_rotaries(stack, model) as precise:
             base = _record(model, arguments, stack, precise=precise)
         received = _record(model, arguments, stack, base)
@@ -133,10 +136,8 @@ def verify(
 
 
 def expected_config(model: nn.Module) -> LayerRopeConfig:
-    """Returns what the model's active LAYER_ROPE adapter, or its baked factors, say.
-
-    Raises:
-        LayerRopeError: there is neither.
+    """Returns what the model's active LAYER_ROPE adapter, or its baked factors, say; raises LayerRopeError if there is
+    neither.
     """
     wrappers = [module for module in model.modules() if isinstance(module, LayerRopeLayer)]
     active = {name for wrapper in wrappers for name in wrapper.active_adapters}
@@ -246,13 +247,12 @@ def _record(
     inputs: dict[str, Any],
     stack: DecoderStack,
     base: list[_Received] | None = None,
-    precise: Mapping[int, Any] | None = None,
+    precise: Mapping[int, Any] = MappingProxyType({}),  # filled while the model runs
 ) -> list[_Received]:
     """Runs the model and returns what each layer received. `base` is an earlier run's, on the model's own rotary;
     `precise` holds, by the `id` of their first tensor, what is to be noted in the place of tables.
     """
     record = [_Received() for _ in stack.layers]
-    precise = {} if precise is None else precise  # filled while the model runs
     trying = False  # while a layer is run again to see whether it minds its table
 
     def note(layer: int, value: Any, name: str = "") -> None:
@@ -262,7 +262,8 @@ def _record(
         nonlocal trying
         mine = record[layer]
         mine.ran = True
-        value = _handed_over(module, args, kwargs)
+        names = inspect.signature(module.forward).parameters
+        value = {**dict(zip(names, args, strict=False)), **kwargs}.get(_ARGUMENT)
         if holds_tables(value):
             mine.unopened = True
             return _with_table(args, kwargs, value, base[layer].value) if base else None
@@ -272,11 +273,12 @@ def _record(
             trying = True
             # tried with the model's own table: one that does not rotate at all is the same turned back
             table = value if base[layer].value is None else base[layer].value
-            own_args, own_kwargs = _with_table(args, kwargs, value, table)
-            own = module.forward(*own_args, **own_kwargs)
-            turned_args, turned_kwargs = _with_table(args, kwargs, value, _turned_back(table))
-            turned = module.forward(*turned_args, **turned_kwargs)
-            mine.rotates |= not torch.equal(_first_tensor(own), _first_tensor(turned))
+            outputs = []
+            for tried in (table, _turned_back(table)):
+                own_args, own_kwargs = _with_table(args, kwargs, value, tried)
+                output = module.forward(*own_args, **own_kwargs)
+                outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+            mine.rotates |= not torch.equal(*outputs)
             trying = False
         return None
 
@@ -304,14 +306,6 @@ def _record(
     return record
 
 
-def _handed_over(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-    """The table among a layer's arguments, or None."""
-    if _ARGUMENT in kwargs:
-        return kwargs[_ARGUMENT]
-    names = list(inspect.signature(module.forward).parameters)
-    return dict(zip(names, args, strict=False)).get(_ARGUMENT)
-
-
 def _with_table(args: tuple, kwargs: dict, old: Any, new: Any) -> tuple[tuple, dict]:
     if _ARGUMENT in kwargs:
         return args, {**kwargs, _ARGUMENT: new}
@@ -331,10 +325,6 @@ def _turned_back(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _turned_back(part) for name, part in value.items()}
     return value.conj() if isinstance(value, torch.Tensor) else (value[0], -value[1])
-
-
-def _first_tensor(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _angles(table: Any) -> np.ndarray:
@@ -416,10 +406,9 @@ def _own_rotaries(stack: DecoderStack, model: nn.Module) -> Iterator[dict[int, A
         precise[id(_parts(output)[0])] = rotary.forward(*args, **kwargs)
 
     standing = [site.rotary for site in stack.sites]
-    for site, module in zip(stack.sites, standing, strict=True):
-        rotary = getattr(module, "base_layer", module) if not isinstance(module, BakedLayerRope) else module.rotary
-        own = copy.deepcopy(rotary)
-        for name, inv_freq in own_frequencies(rotary, model).items():
+    for site in stack.sites:
+        own = copy.deepcopy(site.original)
+        for name, inv_freq in own_frequencies(site.original, model).items():
             setattr(own, name, inv_freq)
             setattr(own, name.removesuffix("inv_freq") + "original_inv_freq", inv_freq.clone())
         own.register_forward_hook(on_answer, with_kwargs=True)
@@ -429,15 +418,3 @@ def _own_rotaries(stack: DecoderStack, model: nn.Module) -> Iterator[dict[int, A
     finally:
         for site, module in zip(stack.sites, standing, strict=True):
             site.replace(module)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """`eval()` mode, for a while; each module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

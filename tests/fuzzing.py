@@ -220,9 +220,8 @@ def check_message(error: LayerRopeError, field: str | None = None) -> None:
     assert message.isprintable(), ascii(message)
     names = [field] if field else ["adapter_config.json", "adapter_model.safetensors", *FIELDS]
     assert any(name in message for name in names), message
-    assert re.search(r"expected|must|should|has no|no effect|but .* has|disagree|needs the trained window|unknown", message), (
-        message
-    )
+    said = r"expected|must|should|has no|no effect|but .* has|disagree|needs the trained window|unknown"
+    assert re.search(said, message), message
 
 
 def check_measured(model: PeftModel, config: dict[str, Any]) -> None:

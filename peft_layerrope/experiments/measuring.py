@@ -13,7 +13,7 @@ from torch import nn
 
 from ..comparison import compare
 from ..comparison.contenders import Contender
-from ..errors import AdapterMismatchError, SearchError, TaskError
+from ..errors import SearchError, TaskError
 from ..report import Unit, times_window
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import Interval, PositionScores, mean_interval, paired_interval
@@ -126,11 +126,7 @@ def factor_vector(model: nn.Module, config: LayerRopeConfig) -> list[float]:
     Raises:
         AdapterMismatchError: the model has another number of layers.
     """
-    num_layers = len(find_stack(model).layers)
-    factors = config.resolved_layer_factors(num_layers)
-    if len(factors) != num_layers:
-        raise AdapterMismatchError(f"the adapter has {len(factors)} factors, the model {num_layers} layers.")
-    return factors
+    return config.resolved_layer_factors(len(find_stack(model).layers))
 
 
 def with_factors(model: nn.Module, config: LayerRopeConfig, factors: Sequence[float]) -> LayerRopeConfig:

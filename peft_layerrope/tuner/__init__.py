@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from .config import LayerRopeConfig, register
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from .config import LAYER_ROPE, PEFT_TYPE_NAME, PREFIX, LayerRopeConfig
 from .model import LayerRopeModel
 
-register(LayerRopeConfig, LayerRopeModel)
+if LAYER_ROPE not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    register_peft_method(
+        name=PEFT_TYPE_NAME.lower(), config_cls=LayerRopeConfig, model_cls=LayerRopeModel, prefix=PREFIX
+    )
 
 __all__ = ["LayerRopeConfig", "LayerRopeModel"]

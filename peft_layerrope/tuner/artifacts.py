@@ -23,6 +23,7 @@ FACTORS_KEY = f"{KEY_PREFIX}layer_factors"
 # The last three come from safetensors' code for PyTorch: dtypes that it does not know, shapes of too many axes.
 _UNREADABLE = (ValueError, SafetensorError, KeyError, RuntimeError, AssertionError)
 
+
 def save_adapter(config: LayerRopeConfig, directory: str | Path) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.save_pretrained` would.
 
@@ -56,11 +57,8 @@ def check_weights_file(path: str | Path, layer_factors: Sequence[float] | None) 
 
 
 def check_factors(tensors: Mapping[str, torch.Tensor], layer_factors: Sequence[float] | None) -> None:
-    """Checks the content of `adapter_model.safetensors`; see [`check_weights_file`]. A file written without a PeftModel
-    has its one name without PEFT's prefix.
-
-    Raises:
-        AdapterMismatchError: it is anything but one float32 tensor of the config's factors.
+    """Does the part of [`check_weights_file`] that concerns the content. A file written without a PeftModel has its one
+    name without PEFT's prefix.
     """
     if [f"{KEY_PREFIX}{name.removeprefix(KEY_PREFIX)}" for name in tensors] != [FACTORS_KEY]:
         raise AdapterMismatchError(

@@ -12,8 +12,7 @@ from enum import Enum
 from typing import Annotated, Any, Literal, Optional
 
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, PeftType, register_peft_method
+from peft.utils import CONFIG_NAME, PeftType
 from pydantic import Field
 
 from ..declaration import declared
@@ -47,19 +46,7 @@ def extend_enum(enum_class: type[Enum], name: str) -> Enum:
     return member
 
 
-def ensure_peft_type() -> PeftType:
-    """Returns the member `PeftType.LAYER_ROPE`, adding it first if PEFT lacks it."""
-    existing = PeftType.__members__.get(PEFT_TYPE_NAME)
-    return existing if existing is not None else extend_enum(PeftType, PEFT_TYPE_NAME)
-
-
-LAYER_ROPE = ensure_peft_type()
-
-
-def register(config_cls: type, model_cls: type) -> None:
-    """Registers config and tuner with PEFT; a second call changes nothing."""
-    if LAYER_ROPE not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=PEFT_TYPE_NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+LAYER_ROPE = PeftType.__members__.get(PEFT_TYPE_NAME) or extend_enum(PeftType, PEFT_TYPE_NAME)
 
 
 MAX_LAYERS = 4096

@@ -61,10 +61,9 @@ def rope_type_reaches(model_type: str, table: str) -> bool:
         model_type: of the text decoder's config.
         table: a layer type, or the dotted name of a rotary embedding; empty where there is only one table.
     """
-    if model_type in _REACHES_ALL:
-        return True
     last = table.rpartition(".")[2]
-    return last not in _UNSCALED_LAYER_TYPES.get(model_type, ()) and not any(word in last for word in _UNSCALED_TABLES)
+    unscaled = last in _UNSCALED_LAYER_TYPES.get(model_type, ()) or any(word in last for word in _UNSCALED_TABLES)
+    return model_type in _REACHES_ALL or not unscaled
 
 
 def own_frequencies(rotary: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -132,12 +131,9 @@ def frequencies_at(
     transformers' own depend on the calls before: they are kept until a longer prompt comes, or one inside the window.
 
     Args:
-        rotary: a transformers rotary module, for its config; neither its state is read nor changed.
+        rotary: for its config; neither its state is read nor changed.
         own: see [`own_frequencies`], on the device of `position_ids`.
         position_ids: int64 of any shape.
-
-    Returns:
-        Like `own`.
     """
     seq_len = position_ids.max() + 1
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ from .tables import LayerScaling, LayerTableHook
 BAKED_CONFIG_KEY = "layer_rope"
 """Entry of a baked model's `config.json` that remembers what was baked in."""
 
-_SCALING_FIELDS = ("rope_type", "factor", "layer_factors", "original_max_position_embeddings", "target_length")
+_SCALING_FIELDS = tuple(field.name for field in fields(LayerScaling) if field.init)
 
 
 def record_baked(config: PretrainedConfig, scaling: LayerScaling | None) -> None:
@@ -42,71 +43,71 @@ def record_baked(config: PretrainedConfig, scaling: LayerScaling | None) -> None
 
 
 def baked_config(model: nn.Module) -> LayerRopeConfig:
-    """Returns what was baked into a model, as its `config.json` remembers it.
-
-    Raises:
-        LayerRopeError: nothing was.
-    """
+    """Returns what was baked into a model, as its `config.json` remembers it; raises LayerRopeError if nothing was."""
     baked = getattr(model.config, BAKED_CONFIG_KEY, None)
-    if not isinstance(baked, dict):
+    if not isinstance(baked, dict) or baked.get("layer_factors") is None:
         raise LayerRopeError(
-            f"config.{BAKED_CONFIG_KEY} is {shown(baked)}, expected a mapping: this model was not saved from a baked "
-            "one."
+            f"config.{BAKED_CONFIG_KEY} is {shown(baked)}, expected a mapping with layer_factors: this model was not "
+            "saved from a baked one."
         )
     try:
-        config = LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
+        return LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
     except InvalidConfigError as error:
         raise InvalidConfigError(f"config.json: {BAKED_CONFIG_KEY}: {error}") from error
-    if config.layer_factors is None:
-        raise InvalidConfigError(f"config.json: {BAKED_CONFIG_KEY}: layer_factors=None, expected one for each layer.")
-    return config
 
 
 def scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack) -> LayerScaling:
-    """Returns what `config` asks of the model's layers, after checking that they can bear it.
+    """Returns what `config` asks of the model's layers; raises AdapterMismatchError if they cannot bear it."""
+    factors = config.resolved_layer_factors(len(stack.layers), model_type(model))
+    window = config.original_max_position_embeddings or trained_window(model)
+    scaling = LayerScaling(config.rope_type, config.factor, tuple(factors), window, config.target_length)
+    reason = _why_not(scaling, model, stack)
+    if reason:
+        raise AdapterMismatchError(reason)
+    return scaling
 
-    Raises:
-        AdapterMismatchError: wrong number of factors; different ones for layers that share keys; a rope type where it
-            reaches no layer; `dynamic` where the model's own rope depends on the length or names no trained window.
-    """
-    num_layers = len(stack.layers)
-    factors = config.resolved_layer_factors(num_layers, model_type(model))
+
+def _why_not(scaling: LayerScaling, model: nn.Module, stack: DecoderStack) -> str:
+    """Why the model's layers cannot bear it; empty if they can."""
+    name, factors = model_type(model), scaling.layer_factors
     for layer, source in enumerate(stack.key_sources):
         if factors[layer] != factors[source]:
-            raise AdapterMismatchError(
-                f"layer {layer} of {model_type(model)} attends to keys that layer {source} has rotated (a shared KV "
-                f"cache), so both need the same factor: got {factors[layer]} and {factors[source]}."
+            return (
+                f"layer {layer} of {name} attends to keys that layer {source} has rotated (a shared KV cache), so both "
+                f"need the same factor: got {factors[layer]} and {factors[source]}."
             )
-    if config.rope_type != "default" and not any(reached_tables(site, model) for site in stack.sites):
-        raise AdapterMismatchError(
-            f"rope_type={config.rope_type!r} scales what full-attention layers rotate by, and those of "
-            f"{model_type(model)} do not rotate: use rope_type='default'."
+    if scaling.rope_type != "default" and not any(reached_tables(site, model) for site in stack.sites):
+        return (
+            f"rope_type={scaling.rope_type!r} scales what full-attention layers rotate by, and those of {name} do not "
+            "rotate: use rope_type='default'."
         )
-    if config.rope_type == "dynamic" and any(is_length_dependent(site.rotary) for site in stack.sites):
-        raise AdapterMismatchError(
+    if scaling.rope_type != "dynamic":
+        return ""
+    if any(is_length_dependent(site.original) for site in stack.sites):
+        return (
             "rope_type='dynamic' on a model whose own rope_type is 'dynamic' or 'longrope': both depend on the length. "
             "Use rope_type='default', or set the model's own rope_parameters to 'default'."
         )
-    if config.rope_type == "dynamic" and not all(_in_falling_order(site, model) for site in stack.sites):
-        raise AdapterMismatchError(
-            f"rope_type='dynamic' stretches frequencies by their place, and {model_type(model)} keeps them in another "
-            "order: use rope_type='default' or 'linear'."
+    own = [inv_freq for site in stack.sites for inv_freq in own_frequencies(site.original, model).values()]
+    if not all((inv_freq.diff() <= 0).all() for inv_freq in own):
+        return (
+            f"rope_type='dynamic' stretches frequencies by their place, and {name} keeps them in another order: use "
+            "rope_type='default' or 'linear'."
         )
-    window = config.original_max_position_embeddings or trained_window(model)
-    if window is None and config.rope_type == "dynamic":
-        raise AdapterMismatchError(
-            f"rope_type='dynamic' needs the trained window, and {model_type(model)}'s config has no "
-            "max_position_embeddings: set original_max_position_embeddings."
+    if scaling.original_max_position_embeddings is None:
+        return (
+            f"rope_type='dynamic' needs the trained window, and {name}'s config has no max_position_embeddings: set "
+            "original_max_position_embeddings."
         )
-    return LayerScaling(config.rope_type, config.factor, tuple(factors), window, config.target_length)
+    return ""
 
 
 def wrap(stack: DecoderStack, model: nn.Module) -> None:
-    """Proves that every rotary can be scaled, then puts the wrappers and the layers' hooks in place."""
-    prove_sites(stack, model)
+    """Puts the wrappers and the layers' hooks in place, unless UnsupportedModelError says that it would be no use."""
+    traits = [rotary_traits(site, model) for site in stack.sites]
     other_tuner = has_other_tuner_layers(model)
-    for site in stack.sites:
-        site.replace(LayerRopeLayer(site.rotary, site.layer_idx, rotary_traits(site, model)))
+    for site, found in zip(stack.sites, traits, strict=True):
+        site.replace(LayerRopeLayer(site.rotary, site.layer_idx, found))
     keeper = stack.wrappers()[0]
     keeper.hook_handles = register_hooks(stack)
     keeper.record = partial(record_baked, model.config)
@@ -116,29 +117,18 @@ def wrap(stack: DecoderStack, model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def prove_sites(stack: DecoderStack, model: nn.Module) -> None:
-    """Raises UnsupportedModelError unless scaling takes effect on each rotary of the live module."""
-    for site in stack.sites:
-        prove_rotary_scales(site.rotary, model_type(model))
-
-
 def reached_tables(site: RotarySite, model: nn.Module) -> frozenset[str]:
     """Returns the names of the frequency vectors at a site that an adapter's rope type scales."""
-    kind, names = text_config(model).model_type, inv_freq_names(getattr(site.rotary, "base_layer", site.rotary))
+    kind = text_config(model).model_type
+    names = inv_freq_names(site.original)
     return frozenset(name for name in names if rope_type_reaches(kind, layer_type_of(name) or site.name))
 
 
 def rotary_traits(site: RotarySite, model: nn.Module) -> RotaryTraits:
-    """Finds out what scaling the rotary embedding of `model` at `site`, the family's own, needs to know."""
-    rotary = site.rotary
+    """Returns what scaling the rotary embedding at a site needs to know, after the proof that it takes effect."""
+    rotary = site.original
+    prove_rotary_scales(rotary, model_type(model))
     return RotaryTraits(own_frequencies(rotary, model), reached_tables(site, model), tables_can_be_stacked(rotary))
-
-
-def _in_falling_order(site: RotarySite, model: nn.Module) -> bool:
-    rotary = site.rotary
-    wrapped = isinstance(rotary, LayerRopeLayer)
-    frequencies = rotary.traits.frequencies if wrapped else own_frequencies(rotary, model)
-    return all(bool((inv_freq.diff() <= 0).all()) for inv_freq in frequencies.values())
 
 
 def register_hooks(stack: DecoderStack) -> list[Any]:
@@ -159,14 +149,11 @@ def has_other_tuner_layers(model: nn.Module) -> bool:
 def bake(model: nn.Module, stack: DecoderStack, scaling: LayerScaling) -> None:
     """Puts `BakedLayerRope`s in place and records them in `model.config`, which `save_pretrained` writes."""
     wrappers = stack.wrappers()
+    traits = [wrapper.traits for wrapper in wrappers] or [rotary_traits(site, model) for site in stack.sites]
     if not wrappers:
         register_hooks(stack)
-    for site in stack.sites:
-        if wrappers:
-            original, traits = site.rotary.base_layer, site.rotary.traits
-        else:
-            original, traits = site.rotary, rotary_traits(site, model)
-        site.replace(BakedLayerRope(original, site.layer_idx, traits, scaling))
+    for site, found in zip(stack.sites, traits, strict=True):
+        site.replace(BakedLayerRope(site.original, site.layer_idx, found, scaling))
     for wrapper in wrappers:
         wrapper.thaw()  # the layers' hooks stay: they serve the baked modules too
     record_baked(model.config, scaling)
@@ -185,14 +172,11 @@ def restore_baked(model: nn.Module) -> nn.Module:
 
     Raises:
         LayerRopeError: the config holds no baked factors, or they are applied already.
-        UnsupportedModelError: not a transformers model.
+        UnsupportedModelError: not a transformers model, or one that cannot be scaled.
     """
-    text_config(model)  # a model without any is told so
-    config = baked_config(model)
     stack = find_stack(model)
+    config = baked_config(model)
     if stack.is_baked or stack.wrappers():
         raise LayerRopeError("the factors are applied to this model already.")
-    scaling = scaling_for(config, model, stack)
-    prove_sites(stack, model)
-    bake(model, stack, scaling)
+    bake(model, stack, scaling_for(config, model, stack))
     return model

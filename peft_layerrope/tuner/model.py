@@ -79,24 +79,15 @@ class LayerRopeModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         # PEFT has just put our adapters in the place of those that the model had.
         model.peft_config = configs if holds_other_tuner else {**configs, **self.peft_config}
-        wrappers = self._wrappers()
+        wrappers = self._stack().wrappers()
         if isinstance(peft_config, dict):  # called by a PeftModel
             for wrapper in wrappers:
                 wrapper.has_peft_model = True
         else:  # called by inject_adapter_in_model, for which the model itself stands
             wrappers[0].start_recording()
 
-    @property
-    def peft_config(self) -> dict[str, LayerRopeConfig]:
-        """The configurations of this tuner's adapters, by name; of no other method's."""
-        try:
-            return self.__dict__["_adapter_configs"]
-        except KeyError:
-            raise AttributeError("peft_config") from None
-
-    @peft_config.setter
-    def peft_config(self, configs: Mapping[str, LayerRopeConfig]) -> None:
-        self.__dict__["_adapter_configs"] = _AdapterConfigs(configs)
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        self.peft_config = _AdapterConfigs(self.peft_config)
 
     def __getattr__(self, name: str) -> Any:
         if name == "peft_config":  # PEFT asks before it is set; a LoRA's inside `self.model` must not answer
@@ -120,8 +111,8 @@ class LayerRopeModel(BaseTuner):
         stack = find_stack(model)
         scaling = scaling_for(config, model, stack)
         if config.files is not None:  # PEFT reads the weights file only after injection, which a bad one would outlive
-            factors = config.files.layer_factors or [1.0] * len(stack.layers)
-            check_weights_file(config.files.find(SAFETENSORS_WEIGHTS_NAME), factors)
+            weights = config.files.find(SAFETENSORS_WEIGHTS_NAME)
+            check_weights_file(weights, config.files.layer_factors or [1.0] * len(stack.layers))
             config.files = None
         if stack.is_baked:
             raise LayerRopeError(
@@ -151,16 +142,13 @@ class LayerRopeModel(BaseTuner):
             self.model.peft_config = {**self.model.peft_config, adapter_name: config}
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("inject_adapter replaces PEFT's walk over target modules.")
+        """Never called: `inject_adapter` replaces PEFT's walk over target modules."""
 
     def _stack(self) -> DecoderStack:
         stack = find_stack(self.model)
         if not stack.wrappers():
             raise LayerRopeError("the adapter is no longer in this model: it was unloaded or merged.")
         return stack
-
-    def _wrappers(self) -> list[LayerRopeLayer]:
-        return self._stack().wrappers()
 
     def set_layer_factors(self, layer_factors: Sequence[float], adapter_name: str = "default") -> None:
         """Replaces an adapter's factors in place, validated as on construction.
@@ -176,7 +164,7 @@ class LayerRopeModel(BaseTuner):
         """
         stack = self._stack()
         wrappers = stack.wrappers()
-        _check_known([adapter_name], wrappers[0])
+        wrappers[0].check_known([adapter_name])
         config: LayerRopeConfig = self.peft_config[adapter_name]
         changed = LayerRopeConfig(**{**config.to_dict(), "layer_factors": list(layer_factors)})
         scaling = scaling_for(changed, self.model, stack)
@@ -188,26 +176,18 @@ class LayerRopeModel(BaseTuner):
     # (`modules_to_save`), where our adapter's name, often "default" as well, would select the LoRA's.
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activates an adapter of this tuner; an empty list activates none.
-
-        Raises:
-            ValueError: no such adapter, or several at once.
-        """
+        """Activates an adapter of this tuner, an empty list none; raises ValueError of several and of others."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        wrappers = self._wrappers()
-        _check_known(names, wrappers[0])
+        wrappers = self._stack().wrappers()
+        wrappers[0].check_known(names)
         for wrapper in wrappers:
             wrapper.set_adapter(names, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter of this tuner. If it was active, another one is, with a warning.
-
-        Raises:
-            ValueError: no such adapter.
-        """
-        wrappers = self._wrappers()
-        _check_known([adapter_name], wrappers[0])
+        """Deletes an adapter of this tuner. If it was active, another one is, with a warning."""
+        wrappers = self._stack().wrappers()
+        wrappers[0].check_known([adapter_name])
         for wrapper in wrappers:
             wrapper.delete_adapter(adapter_name)
         self.active_adapter = wrappers[0].active_adapters
@@ -218,12 +198,8 @@ class LayerRopeModel(BaseTuner):
         """Nothing to do: there are no weights."""
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Leaves the output as it is, which is all that an in-place merge promises: there are no weights.
-
-        Raises:
-            ValueError: another adapter than the active one is to be merged.
-        """
-        active = self._wrappers()[0].active_adapters
+        """Leaves the output as it is, which is all that an in-place merge promises: there are no weights."""
+        active = self._stack().wrappers()[0].active_adapters
         if adapter_names is not None and list(adapter_names) != list(active):
             raise ValueError(f"only the active adapter {active} can be merged, got {adapter_names}: set_adapter first.")
 
@@ -231,7 +207,7 @@ class LayerRopeModel(BaseTuner):
         """Counterpart of [`merge_adapter`]."""
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for wrapper in self._wrappers():
+        for wrapper in self._stack().wrappers():
             wrapper.switch(enabled)
 
     @contextmanager
@@ -262,7 +238,9 @@ class LayerRopeModel(BaseTuner):
             wrappers[0].frozen_by_injection.clear()
         if merge:
             names = adapter_names if adapter_names is not None else wrappers[0].active_adapters
-            _check_mergeable(names, wrappers[0])
+            wrappers[0].check_known(names)
+            if len(names) != 1:
+                raise ValueError(f"merge_and_unload() bakes one LAYER_ROPE adapter, got {list(names)}.")
             bake(self.model, stack, wrappers[0].scalings[names[0]])
         else:
             for site in stack.sites:
@@ -272,12 +250,10 @@ class LayerRopeModel(BaseTuner):
 
     def _drop_configs_of_model(self, names: Iterable[str]) -> None:
         configs = self.model.__dict__.get("peft_config")  # a LoRA's PeftModel has none there, and keeps its own
-        if configs is None:
-            return
-        for name in names:
+        for name in names if configs is not None else ():
             if isinstance(configs.get(name), LayerRopeConfig):
                 del configs[name]
-        if not configs:
+        if configs is not None and not configs:
             del self.model.peft_config
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -316,10 +292,6 @@ class _AdapterConfigs(dict):
     add its own adapters, before it changes the model. That is the place to stop it.
     """
 
-    def __init__(self, configs: Mapping[str, PeftConfig] | None = None) -> None:
-        super().__init__()
-        self.update(configs or {})
-
     def __setitem__(self, name: str, config: PeftConfig) -> None:
         if not isinstance(config, LayerRopeConfig):
             kind = config.peft_type.value
@@ -344,15 +316,3 @@ class _FactorsOnly(dict):
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         pass
-
-
-def _check_known(names: Sequence[str], layer: LayerRopeLayer) -> None:
-    unknown = [name for name in names if name not in layer.scalings]
-    if unknown:
-        raise ValueError(f"adapters {unknown} do not exist; this model has {sorted(layer.scalings)}.")
-
-
-def _check_mergeable(names: Sequence[str], layer: LayerRopeLayer) -> None:
-    _check_known(names, layer)
-    if len(names) != 1:
-        raise ValueError(f"merge_and_unload() bakes one LAYER_ROPE adapter, got {list(names)}.")

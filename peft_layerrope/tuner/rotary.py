@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -21,7 +21,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import LayerRopeError
-from ..messages import named
 from .frequencies import frequencies_at, is_length_dependent
 from .tables import BANK_BYTES, LayerScaling, TableBank, TablesOnDemand, family_table, stacked_tables
 
@@ -57,23 +56,23 @@ def use_adapter(model: nn.Module, adapter_name: str | None) -> Iterator[None]:
     ...     answer = model.generate(**request)
     ```
     """
-    if not isinstance(model, nn.Module):
-        raise LayerRopeError(f"use_adapter: model={named(model)} must be a model with a LAYER_ROPE adapter.")
     layers = [module for module in model.modules() if isinstance(module, LayerRopeLayer)]
     if not layers:
         raise LayerRopeError("use_adapter: this model has no LAYER_ROPE adapter, or it was merged or unloaded.")
-    if adapter_name is not None and adapter_name not in layers[0].scalings:
-        raise ValueError(f"adapter {adapter_name!r} does not exist; this model has {sorted(layers[0].scalings)}.")
-    with choice(layers, adapter_name):
+    if adapter_name is not None:
+        layers[0].check_known([adapter_name])
+    _count(1)
+    token = _choices.set({**_choices.get(), **dict.fromkeys(layers, adapter_name)})
+    try:
         yield
+    finally:
+        _choices.reset(token)
+        _count(-1)
 
 
-_REASON = "a context variable cannot be read in a graph: with fullgraph=True, use set_adapter, not use_adapter"
+_NO_CHOICE = object()  # where the model's own switch decides
 
-NO_CHOICE = object()
-"""Answer of [`chosen`] where the model's own switch decides."""
-
-_choices: ContextVar[Mapping[Hashable, str | None]] = ContextVar("layer_rope_choices", default=MappingProxyType({}))
+_choices: ContextVar[Mapping[nn.Module, str | None]] = ContextVar("layer_rope_choices", default=MappingProxyType({}))
 
 # How many choices are in force in the whole process, and whether there are any. Compiled code cannot read a context
 # variable and would keep the answer it was traced with. It does check a flag, and has another form for when it is up.
@@ -82,33 +81,19 @@ _in_force = 0
 _any_in_force = False
 
 
-@contextmanager
-def choice(owners: Sequence[Hashable], name: str | None) -> Iterator[None]:
-    """Has [`chosen`] answer `name` for each of `owners`, in this thread or task only."""
-    _count(1)
-    token = _choices.set({**_choices.get(), **dict.fromkeys(owners, name)})
-    try:
-        yield
-    finally:
-        _choices.reset(token)
-        _count(-1)
-
-
-def chosen(owner: Hashable) -> str | object | None:
-    """Returns what was chosen for `owner` here: a name, None, or [`NO_CHOICE`]."""
-    return _look_up(owner) if _any_in_force else NO_CHOICE
-
-
-@torch.compiler.disable(reason=_REASON)
-def _look_up(owner: Hashable) -> str | object | None:
-    return _choices.get().get(owner, NO_CHOICE)
-
-
 def _count(change: int) -> None:
     global _in_force, _any_in_force
     with _lock:
         _in_force += change
         _any_in_force = _in_force > 0
+
+
+_REASON = "a context variable cannot be read in a graph: with fullgraph=True, use set_adapter, not use_adapter"
+
+
+@torch.compiler.disable(reason=_REASON)
+def _look_up(layer: nn.Module) -> str | object | None:
+    return _choices.get().get(layer, _NO_CHOICE)
 
 
 _refreshing = threading.Lock()  # one for all modules: a lock of their own could be neither copied nor pickled
@@ -121,17 +106,11 @@ def _one_at_a_time(rotary: nn.Module) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class RotaryTraits:
-    """What injection found out about a rotary module.
+    """What injection found out about a rotary module."""
 
-    Attributes:
-        frequencies: its own, by name: see [`own_frequencies`].
-        reached: the names of those that an adapter's rope type scales; a layer's factor scales all.
-        stackable: whether [`stacked_tables`] was proven to give the family's own tables.
-    """
-
-    frequencies: dict[str, torch.Tensor]
-    reached: frozenset[str]
-    stackable: bool
+    frequencies: dict[str, torch.Tensor]  # its own, by name: see `own_frequencies`
+    reached: frozenset[str]  # names of those that an adapter's rope type scales; a layer's factor scales all
+    stackable: bool  # whether `stacked_tables` was proven to give the family's own tables
 
     def on(self, device: torch.device) -> RotaryTraits:
         """Returns the same on a device; `meta`, which would lose the values, leaves them where they are."""
@@ -140,27 +119,33 @@ class RotaryTraits:
         return replace(self, frequencies={name: value.to(device) for name, value in self.frequencies.items()})
 
 
-class _RotaryShell(nn.Module):
+class RotaryShell(nn.Module):
     """What the tuner layer and the baked module share: a rotary module, its frequencies in float32, and its tables.
 
     Args:
+        original: the model's own rotary, unwrapped.
         layer_idx: the decoder layer that the rotary sits in; None when the decoder layers share it.
         traits: what injection found out about the rotary.
     """
 
-    def __init__(self, layer_idx: int | None, traits: RotaryTraits) -> None:
+    _place: str  # the attribute that holds the model's own rotary
+
+    def __init__(self, original: nn.Module, layer_idx: int | None, traits: RotaryTraits) -> None:
         super().__init__()
+        setattr(self, self._place, original)
         self.layer_idx = layer_idx
         self.traits = traits
         self._scaled: dict[Any, torch.Tensor] = {}
 
-    def _original(self) -> nn.Module:
-        raise NotImplementedError
+    @property
+    def original(self) -> nn.Module:
+        """The model's own rotary."""
+        return getattr(self, self._place)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         """Moves and casts like any module. Only the frequencies that we scale are moved and not cast."""
         super()._apply(fn, recurse)
-        self.traits = self.traits.on(next(self._original().buffers()).device)
+        self.traits = self.traits.on(next(self.original.buffers()).device)
         self._scaled.clear()
         return self
 
@@ -168,14 +153,9 @@ class _RotaryShell(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            modules = self.__dict__.get("_modules", {})
-            if name in ("base_layer", "rotary") or not modules:
+            if name in ("base_layer", "rotary") or not self.__dict__.get("_modules"):
                 raise
-            return getattr(self._original(), name)  # some models read attributes of their `rotary_emb`
-
-    def forget_scalings(self) -> None:
-        """Drops the cached frequencies of scalings no longer in use."""
-        self._scaled.clear()
+            return getattr(self.original, name)  # some models read attributes of their `rotary_emb`
 
     def scaled_output(
         self, scaling: LayerScaling, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any
@@ -183,16 +163,16 @@ class _RotaryShell(nn.Module):
         """Returns what the rotary's forward answers under `scaling`: every layer's tables, unopened, or for a rotary
         inside a decoder layer that layer's table. See [`family_table`] for the arguments.
         """
-        rotary = self._original()
+        rotary = self.original
         length_dependent = is_length_dependent(rotary)
         frequencies = self.traits.on(x.device).frequencies
         if length_dependent:
             frequencies = frequencies_at(rotary, frequencies, position_ids)
-        cacheable = not (scaling.depends_on_length or length_dependent)
+        depends_on_length = scaling.depends_on_length or length_dependent
 
         def rows(name: str, _: torch.Tensor) -> torch.Tensor:
             reached = name in self.traits.reached
-            if not cacheable or torch.compiler.is_compiling():  # asked here: a layer may be compiled on its own
+            if depends_on_length or torch.compiler.is_compiling():  # asked here: a layer may be compiled on its own
                 return scaling.scale(frequencies[name], position_ids, reached)
             key = (scaling, name, x.device)
             if key not in self._scaled:
@@ -222,16 +202,17 @@ class _RotaryShell(nn.Module):
         return len(scaling.distinct) * tokens * 4 * pairs * x.element_size()
 
 
-class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
+class LayerRopeLayer(RotaryShell, BaseTunerLayer):
     """PEFT tuner layer around a rotary embedding of the model (kept as `base_layer`).
 
     Holds no parameter and no buffer of its own: factors are Python floats, so neither the base model's state
     dict nor a LoRA's file sees them. At most one LAYER_ROPE adapter is active at a time.
     """
 
-    def __init__(self, base_layer: nn.Module, layer_idx: int | None, traits: RotaryTraits) -> None:
-        super().__init__(layer_idx, traits)
-        self.base_layer = base_layer
+    _place = "base_layer"
+
+    def __init__(self, original: nn.Module, layer_idx: int | None, traits: RotaryTraits) -> None:
+        super().__init__(original, layer_idx, traits)
         self.scalings: dict[str, LayerScaling] = {}
         self.hook_handles: list[Any] = []  # of the decoder layers' hooks; the first wrapper of a model keeps them
         self.frozen_by_injection: list[nn.Parameter] = []  # likewise; given back at unload
@@ -242,13 +223,16 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
 
-    def _original(self) -> nn.Module:
-        return self.base_layer
+    def check_known(self, names: Sequence[str]) -> None:
+        """Raises ValueError of names that are no adapters."""
+        unknown = [name for name in names if name not in self.scalings]
+        if unknown:
+            raise ValueError(f"adapters {unknown} do not exist; this model has {sorted(self.scalings)}.")
 
     def set_scaling(self, adapter_name: str, scaling: LayerScaling) -> None:
         """Sets what adapter `adapter_name` does; adding it does not activate it."""
         self.scalings[adapter_name] = scaling
-        self.forget_scalings()
+        self._scaled.clear()  # those of scalings no longer in use
         self._update_record()
 
     def start_recording(self) -> None:
@@ -273,15 +257,12 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
         Raises:
             LayerRopeError: the adapter that the caller has chosen by `use_adapter` was deleted.
         """
-        name = chosen(self)
-        if name is NO_CHOICE:
+        name = _look_up(self) if _any_in_force else _NO_CHOICE
+        if name is _NO_CHOICE:
             return self._switched_scaling()
-        if name is None:
-            return None
-        scaling = self.scalings.get(name)
-        if scaling is None:
+        if name is not None and name not in self.scalings:
             raise LayerRopeError(f"use_adapter: adapter {name!r} was deleted while in use.")
-        return scaling
+        return self.scalings.get(name)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         scaling = self.active_scaling()
@@ -316,7 +297,7 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         if self.scalings.pop(adapter_name, None) is None:
             return
-        self.forget_scalings()
+        self._scaled.clear()  # those of scalings no longer in use
         if adapter_name in self._active_adapter:
             self._active_adapter = sorted(self.scalings)[:1]
             self._update_record()
@@ -328,12 +309,6 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.scalings)
-
-    def _all_available_adapter_names(self) -> list[str]:
-        return sorted(self.scalings)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Nothing to do: there are no weights."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Keeps the output as it is, which is all that an in-place merge promises; there are no weights."""
@@ -363,19 +338,17 @@ class LayerRopeLayer(_RotaryShell, BaseTunerLayer):
         self.frozen_by_injection.clear()
 
 
-class BakedLayerRope(_RotaryShell):
+class BakedLayerRope(RotaryShell):
     """What stands in the rotary's place after `merge_and_unload()`: one scaling, no PEFT interface.
 
     Has no attribute called `base_layer`, by which PEFT would take it for a tuner layer and unwrap it.
     """
 
-    def __init__(self, rotary: nn.Module, layer_idx: int | None, traits: RotaryTraits, scaling: LayerScaling) -> None:
-        super().__init__(layer_idx, traits)
-        self.rotary = rotary
-        self.scaling = scaling
+    _place = "rotary"
 
-    def _original(self) -> nn.Module:
-        return self.rotary
+    def __init__(self, original: nn.Module, layer_idx: int | None, traits: RotaryTraits, scaling: LayerScaling) -> None:
+        super().__init__(original, layer_idx, traits)
+        self.scaling = scaling
 
     def active_scaling(self) -> LayerScaling:
         """Returns the scaling in force: always the baked one."""

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from ..errors import UnsupportedModelError
-from .frequencies import inv_freq_names
-from .rotary import BakedLayerRope, LayerRopeLayer
+from .frequencies import inv_freq_names, layer_type_of
+from .rotary import BakedLayerRope, LayerRopeLayer, RotaryShell
 from .tables import family_table, map_table, split_tables, stacked_tables
 
 _UNSCALABLE = {
@@ -36,6 +36,11 @@ class RotarySite:
     def rotary(self) -> nn.Module:
         """The module that sits there now: the family's own, or our wrapper."""
         return getattr(self.owner, self.attribute)
+
+    @property
+    def original(self) -> nn.Module:
+        """The family's own module, whether it is wrapped or not."""
+        return self.rotary.original if isinstance(self.rotary, RotaryShell) else self.rotary
 
     def replace(self, module: nn.Module) -> None:
         """Puts `module` in the rotary's place."""
@@ -71,11 +76,7 @@ def model_type(model: nn.Module) -> str:
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:
-    """Returns the configuration of the model's text decoder.
-
-    Raises:
-        UnsupportedModelError: not a transformers model.
-    """
+    """Returns the configuration of the model's text decoder; raises UnsupportedModelError if there is none."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise UnsupportedModelError(f"{model_type(model)}: not a transformers model (it has no `config`).")
@@ -88,10 +89,8 @@ def trained_window(model: nn.Module) -> int | None:
 
 
 def embedding_table(model: nn.Module) -> torch.Tensor:
-    """Returns the table of the model's input embeddings, whose first dimension is the vocabulary.
-
-    Raises:
-        UnsupportedModelError: its inputs are not token ids.
+    """Returns the table of the model's input embeddings, whose first dimension is the vocabulary; raises
+    UnsupportedModelError if its inputs are not token ids.
     """
     module = model.get_input_embeddings()
     tables = [parameter for parameter in module.parameters() if parameter.ndim == 2] if module is not None else []
@@ -110,8 +109,6 @@ def find_stack(model: nn.Module) -> DecoderStack:
         UnsupportedModelError: there is none, or it is not clear which; the message names the model type and why.
     """
     kind, config = model_type(model), text_config(model)
-    if kind in _UNSCALABLE:
-        raise UnsupportedModelError(f"{kind}: {_UNSCALABLE[kind]}")
     depths = {getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")} - {None}
     found: list[tuple[str, nn.Module, str, nn.ModuleList]] = []
     stacks: list[DecoderStack] = []
@@ -129,12 +126,9 @@ def find_stack(model: nn.Module) -> DecoderStack:
         ]
         if found:
             break  # its layers are the decoder's, with a rotary or without; those of an encoder must not stand in
-    if not stacks:
-        raise UnsupportedModelError(f"{kind}: {_why_not_found(model, bool(found))}")
-    if len(stacks) > 1:
-        names = ", ".join(site.name for stack in stacks for site in stack.sites[:1])
-        raise UnsupportedModelError(f"{kind}: has several stacks of decoder layers with a rotary ({names}).")
-    _check_layers_take_tables(stacks[0], kind)
+    reason = _UNSCALABLE.get(kind) or _why_not_one(stacks, bool(found), model)
+    if reason:
+        raise UnsupportedModelError(f"{kind}: {reason}")
     return stacks[0]
 
 
@@ -153,7 +147,7 @@ def _roots(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 def _rotary_sites(prefix: str, owner: nn.Module, list_name: str) -> Iterator[RotarySite]:
     inside = set()  # what our wrappers hold is not a site of its own
     for name, module in owner.named_modules():
-        if isinstance(module, (LayerRopeLayer, BakedLayerRope)):
+        if isinstance(module, RotaryShell):
             inside.update(f"{name}.{child}" for child, _ in module.named_modules() if child)
         elif not inv_freq_names(module):
             continue
@@ -185,26 +179,27 @@ def _key_sources(config: PretrainedConfig, num_layers: int) -> tuple[int, ...]:
     return tuple(layer if layer < first_shared else latest[layer_types[layer]] for layer in range(num_layers))
 
 
-def _why_not_found(model: nn.Module, has_layers: bool) -> str:
-    rotaries = [name for name, module in model.named_modules() if inv_freq_names(module)]
-    if not rotaries:
-        return "no rotary embedding with an `inv_freq` was found, so there is no rotation to scale."
-    if not has_layers:
-        return "no list of `num_hidden_layers` decoder layers was found."
-    return f"its rotary embedding ({', '.join(rotaries[:3])}) does not serve the list of decoder layers."
-
-
-def _check_layers_take_tables(stack: DecoderStack, kind: str) -> None:
-    if not stack.has_shared:
-        return
-    for index, layer in enumerate(stack.layers):
+def _why_not_one(stacks: list[DecoderStack], has_layers: bool, model: nn.Module) -> str:
+    """Why what was found in a model is not one stack that can be scaled; empty if it is."""
+    if not stacks:
+        rotaries = [name for name, module in model.named_modules() if inv_freq_names(module)]
+        if not rotaries:
+            return "no rotary embedding with an `inv_freq` was found, so there is no rotation to scale."
+        if not has_layers:
+            return "no list of `num_hidden_layers` decoder layers was found."
+        return f"its rotary embedding ({', '.join(rotaries[:3])}) does not serve the list of decoder layers."
+    if len(stacks) > 1:
+        names = ", ".join(stack.sites[0].name for stack in stacks)
+        return f"has several stacks of decoder layers with a rotary ({names})."
+    for index, layer in enumerate(stacks[0].layers if stacks[0].has_shared else ()):
         parameters = inspect.signature(layer.forward).parameters
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         if "position_embeddings" not in parameters and not takes_any:
-            raise UnsupportedModelError(
-                f"{kind}: decoder layer {index} ({type(layer).__name__}) takes no `position_embeddings`, so the shared "
-                "rotary embedding cannot be scaled per layer."
+            return (
+                f"decoder layer {index} ({type(layer).__name__}) takes no `position_embeddings`, so the shared rotary "
+                "embedding cannot be scaled per layer."
             )
+    return ""
 
 
 # What a family's code raises when it is not called the way it expects.
@@ -216,11 +211,7 @@ def prove_rotary_scales(rotary: nn.Module, kind: str) -> None:
 
     The table for `inv_freq / 2` at positions `2p` must equal the one for `inv_freq` at `p` (halving and doubling
     are exact in floating point), and differ from the one for `inv_freq` at `2p`. Runs on the CPU with
-    frequencies of its own, so it needs neither the model's device nor its weights.
-
-    Args:
-        rotary: the model's rotary module, unwrapped; not changed.
-        kind: the model type, for the message.
+    frequencies of its own, so it needs neither the model's device nor its weights. The module is not changed.
 
     Raises:
         UnsupportedModelError: the family recomputes its frequencies, so scaling would silently do nothing.
@@ -228,9 +219,8 @@ def prove_rotary_scales(rotary: nn.Module, kind: str) -> None:
     x = torch.zeros(1, 8, 1)
     for arguments in _layer_types(rotary):
         positions = torch.arange(8)[None]
-        mrope = positions.expand(3, -1, -1)  # where transformers is older, mrope takes no other
-        if _takes(rotary, x, mrope, arguments) and not _takes(rotary, x, positions, arguments):
-            positions = mrope
+        if not _takes(rotary, x, positions, arguments):
+            positions = positions.expand(3, -1, -1)  # where transformers is older, mrope takes no other
         try:
             reference = _table(rotary, 1, x, positions, arguments)
             halved = _table(rotary, 2, x, positions * 2, arguments)
@@ -268,10 +258,10 @@ def tables_can_be_stacked(rotary: nn.Module) -> bool:
                 split = split_tables(table, positions.shape[-2])
             except _CALL_ERRORS:
                 return False
-            if len(split) != 2:
+            if len(split) != len(single):
                 return False
-            for one, parts in zip(split, single, strict=True):
-                if not all(torch.equal(a, b) for a, b in zip(_parts(one), parts, strict=True)):
+            for table, parts in zip(split, single, strict=True):
+                if not all(map(torch.equal, _parts(table), parts)):
                     return False
     return True
 
@@ -288,8 +278,7 @@ def _takes(rotary: nn.Module, x: torch.Tensor, positions: torch.Tensor, argument
 def _layer_types(rotary: nn.Module) -> Iterator[tuple[str, ...]]:
     """The further arguments that reach each of the module's frequency vectors: none, or the layer type."""
     for name in inv_freq_names(rotary):
-        layer_type = name.removesuffix("inv_freq").removesuffix("_")
-        yield (layer_type,) if layer_type else ()
+        yield (layer_type_of(name),) if layer_type_of(name) else ()
 
 
 def _frequencies(like: torch.Tensor) -> torch.Tensor:

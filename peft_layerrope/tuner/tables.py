@@ -48,15 +48,8 @@ class LayerScaling:
         object.__setattr__(self, "distinct", distinct)
         object.__setattr__(self, "index", tuple(distinct.index(factor) for factor in self.layer_factors))
 
-    def factors_on(self, device: torch.device) -> torch.Tensor:
-        """The distinct factors, shape `(U,)`, float32."""
-        return self._tensor_on(device, self.distinct, torch.float32)
-
-    def index_on(self, device: torch.device) -> torch.Tensor:
-        """`index` as a tensor, shape `(L,)`, int64."""
-        return self._tensor_on(device, self.index, torch.int64)
-
-    def _tensor_on(self, device: torch.device, values: tuple, dtype: torch.dtype) -> torch.Tensor:
+    def tensor_on(self, device: torch.device, values: tuple, dtype: torch.dtype) -> torch.Tensor:
+        """Returns `distinct` or `index` as a tensor, made once for each device."""
         if torch.compiler.is_compiling():  # a cache filled inside a graph would have it compiled again
             return torch.tensor(values, dtype=dtype, device=device)
         if (device, dtype) not in self._on_device:
@@ -76,11 +69,12 @@ class LayerScaling:
             position_ids: int64; may be None where [`depends_on_length`] is false.
             reached: whether the rope type concerns this table; on any other a layer's factor acts as in `default`.
         """
+        factors = self.tensor_on(inv_freq.device, self.distinct, torch.float32)
         if not reached:
-            return scale_inv_freq(inv_freq, self.factors_on(inv_freq.device))
+            return scale_inv_freq(inv_freq, factors)
         return scale_inv_freq(
             inv_freq,
-            self.factors_on(inv_freq.device),
+            factors,
             rope_type=self.rope_type,
             factor=self.factor,
             seq_len=position_ids.max() + 1 if self.depends_on_length else self.target_length,
@@ -141,16 +135,8 @@ def stacked_tables(
     """Returns `count` = U tables from one call of the family's code, one after the other: `(U * B, S, r)` each.
 
     The U sets of frequencies take the place of batch rows. Injection compares the result with [`family_table`]'s
-    on the live module; a family that does not bear it gets its tables one by one.
-
-    Args:
-        rotary: as for [`family_table`].
-        scale: as there, but returns U sets of frequencies, shape `(U, r / 2)`.
-        count: U.
-        x: as there.
-        position_ids: as there.
-        *args: as there.
-        **kwargs: as there.
+    on the live module; a family that does not bear it gets its tables one by one. Arguments are as there, but `scale`
+    returns U sets of frequencies, shape `(U, r / 2)`.
     """
     batch = position_ids.shape[-2]
     if batch > 1:  # rows in the order (u, b)
@@ -183,14 +169,12 @@ def map_table(function: Callable[[torch.Tensor], Any], table: Any) -> Any:
 class LayerTables:
     """The position tables of all layers. Opaque to the model; only [`LayerTableHook`] opens it."""
 
+    for_layer: Callable[[LayerTableHook], Any]  # the layer's table, in the form that the family's own rotary returns
+
     def __init__(self, scaling: LayerScaling, device: torch.device) -> None:
         self._index = scaling.index
-        self._traced = torch.compiler.is_compiling()  # made inside a graph, as its layers then are too
-        self._index_tensor = None if self._traced else scaling.index_on(device)
-
-    def for_layer(self, layer: LayerTableHook) -> Any:
-        """Returns the layer's table, in the form the family's own rotary returns."""
-        raise NotImplementedError
+        traced = torch.compiler.is_compiling()  # made inside a graph, as its layers then are too
+        self._index_tensor = None if traced else scaling.tensor_on(device, scaling.index, torch.int64)
 
     def _row_of(self, layer: LayerTableHook) -> torch.Tensor | None:
         """Which of the U tables, as a tensor of one entry, where a layer is compiled on its own: there a Python
@@ -208,7 +192,7 @@ class LayerTables:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):
             raise AttributeError(name)  # copy, pickle and inspection ask for what is not there
-        raise LayerRopeError(UNOPENED)  # or with a complex table: `.to(device)`
+        self._refuse()  # or with a complex table: `.to(device)`
 
 
 class TableBank(LayerTables):
@@ -266,24 +250,22 @@ class LayerTableHook:
         tables = kwargs.get("position_embeddings")
         if isinstance(tables, LayerTables):
             return args, {**kwargs, "position_embeddings": tables.for_layer(self)}
-        if any(map(holds_tables, args)) or any(map(holds_tables, kwargs.values())):
-            return tuple(self._open(value) for value in args), {name: self._open(v) for name, v in kwargs.items()}
+        if any(map(holds_tables, (*args, *kwargs.values()))):
+            return tuple(map(self._open, args)), {name: self._open(value) for name, value in kwargs.items()}
         return None  # the adapter is disabled: the base model's own table passes through
 
     def _open(self, value: Any) -> Any:
         if isinstance(value, LayerTables):
             return value.for_layer(self)
-        if isinstance(value, dict) and holds_tables(value):
+        if not holds_tables(value):
+            return value
+        if isinstance(value, dict):
             return {name: self._open(part) for name, part in value.items()}
-        if isinstance(value, (tuple, list)) and holds_tables(value):
-            return type(value)(self._open(part) for part in value)
-        return value
+        return type(value)(map(self._open, value))
 
 
 def holds_tables(value: Any) -> bool:
     """Whether an argument of a decoder layer is, or directly contains, unopened tables."""
-    if isinstance(value, dict):
-        return any(isinstance(part, LayerTables) for part in value.values())
-    if isinstance(value, (tuple, list)):
-        return any(isinstance(part, LayerTables) for part in value)
+    if isinstance(value, (dict, tuple, list)):
+        return any(isinstance(part, LayerTables) for part in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, LayerTables)

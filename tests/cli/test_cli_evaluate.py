@@ -253,7 +253,7 @@ def test_adapters_are_looked_at_before_the_model_is_loaded(tmp_path, monkeypatch
     monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the model was loaded"))
     done = run("evaluate", *TINY, "--adapter", str(tmp_path))
     assert done.exit_code == 1
-    assert "is not an adapter folder: it has no adapter_config.json." in done.stderr
+    assert "it has no adapter_config.json" in done.stderr
 
 
 @pytest.mark.skipif(IS_OLDER, reason="transformers 5.0 has no proportional rope, which takes no YaRN")

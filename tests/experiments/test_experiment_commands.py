@@ -228,7 +228,7 @@ def test_a_hostile_search_json_stays_text(tmp_path, quick_report, monkeypatch):
     [
         (lambda folder: (folder / "search.json").unlink(), "has no search.json"),
         (lambda folder: (folder / "search.json").write_text("{"), "is not JSON"),
-        (lambda folder: (folder / "adapter_config.json").unlink(), "not an adapter folder"),
+        (lambda folder: (folder / "adapter_config.json").unlink(), "it has no adapter_config.json"),
         (lambda folder: (folder / "search.yaml").write_text("task: {name: riddles}"), "riddles"),
         (lambda folder: (folder / "search.yaml").write_text("task: {length: 999999}"), "more than 64×"),
         (lambda folder: save_adapter(LayerRopeConfig(layer_factors=[1.0] * 6), folder), "different layer_factors"),

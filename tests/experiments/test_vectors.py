@@ -130,7 +130,7 @@ def test_halves_are_scored_as_by_hand(demo_model, demo_tokenizer, tmp_path):
 
 
 def test_an_adapter_for_another_model_is_refused_before_any_work(demo_model, demo_tokenizer):
-    with pytest.raises(AdapterMismatchError, match="2 factors, the model 6 layers"):
+    with pytest.raises(AdapterMismatchError, match="2 entries, but the model has 6 decoder layers"):
         run_halves(Measuring(demo_model, 2), short_task(demo_tokenizer), LayerRopeConfig(layer_factors=[1.0, 2.0]))
 
 

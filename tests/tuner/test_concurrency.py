@@ -287,7 +287,7 @@ def test_what_is_recorded_for_saving_goes_by_the_models_own_switch():
 
 def test_a_name_that_does_not_exist():
     model = with_adapters(build_model("llama"))
-    with pytest.raises(ValueError, match="'steep' does not exist; this model has"), use_adapter(model, "steep"):
+    with pytest.raises(ValueError, match=r"\['steep'\] do not exist; this model has"), use_adapter(model, "steep"):
         pass
     with use_adapter(model, "flat"):
         model.delete_adapter("flat")
