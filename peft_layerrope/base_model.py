@@ -424,9 +424,5 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 def library_versions() -> dict[str, str]:
     """Returns the versions of what computes the figures."""
-    return {
-        "peft_layerrope": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
+    others = {library.__name__: library.__version__ for library in (torch, transformers, peft)}
+    return {"peft_layerrope": __version__, **others}

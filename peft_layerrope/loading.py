@@ -150,6 +150,6 @@ def _peft_type(files: AdapterFiles) -> PeftType:
         return PeftType(read_json_object(path).get("peft_type"))
     except ValueError as error:
         raise LayerRopeError(
-            f"cannot load adapter {files.location!r}: its {CONFIG_NAME} must hold a JSON object of a method that PEFT "
-            f"knows: {one_line(error)}."
+            f"cannot load adapter {files.location!r}: its {CONFIG_NAME} must hold a JSON object with a peft_type that "
+            f"PEFT knows: {one_line(error)}."
         ) from error

@@ -56,12 +56,7 @@ class LayerRopeModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(
-        self,
-        model: nn.Module,
-        peft_config: PeftConfig | dict[str, PeftConfig],
-        adapter_name: str,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
+        self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], adapter_name: str, **kwargs: Any
     ) -> None:
         if isinstance(getattr(model, "base_model", None), LayerRopeModel):
             raise LayerRopeError(
@@ -76,7 +71,7 @@ class LayerRopeModel(BaseTuner):
                 f"adapter name {adapter_name!r} is taken by a {taken_by} adapter of this model: pass another "
                 "adapter_name, such as 'layer_rope'."
             )
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
         # PEFT has just put our adapters in the place of those that the model had.
         model.peft_config = configs if holds_other_tuner else {**configs, **self.peft_config}
         wrappers = self._stack().wrappers()
@@ -94,18 +89,11 @@ class LayerRopeModel(BaseTuner):
             raise AttributeError(name)
         return super().__getattr__(name)
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, torch.Tensor] | None = None,
-    ) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, **_: Any) -> None:
         """Wraps the rotary embeddings (first adapter) or adds the adapter to the wrappers (later ones).
 
-        Everything is checked before the model is changed. `state_dict`, `low_cpu_mem_usage` and
-        `autocast_adapter_dtype` are accepted for PEFT's sake: there are no weights to place or cast.
+        Everything is checked before the model is changed. What else PEFT passes is about weights, of which there are
+        none to place or cast.
         """
         config: LayerRopeConfig = self.peft_config[adapter_name]
         stack = find_stack(model)
@@ -134,9 +122,7 @@ class LayerRopeModel(BaseTuner):
         for wrapper in stack.wrappers():
             wrapper.set_scaling(adapter_name, scaling)
         config.layer_factors = list(scaling.layer_factors)
-        for site in stack.sites:
-            if site.name not in self.targeted_module_names:
-                self.targeted_module_names.append(site.name)
+        self.targeted_module_names = [site.name for site in stack.sites]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if "peft_config" in self.model.__dict__:  # transformers looks there for a model's adapters
             self.model.peft_config = {**self.model.peft_config, adapter_name: config}
@@ -226,11 +212,7 @@ class LayerRopeModel(BaseTuner):
         yield
 
     def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+        self, merge: bool = True, *, adapter_names: list[str] | None = None, **_: Any
     ) -> nn.Module:
         stack = self._stack()
         wrappers = stack.wrappers()
@@ -262,14 +244,7 @@ class LayerRopeModel(BaseTuner):
     # Saving and loading. PEFT calls these as class methods; `model` is the PeftModel (or an injected base model).
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: LayerRopeConfig,
-        adapter_name: str,
-        state_dict: dict[str, torch.Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, torch.Tensor]:
+    def _get_adapter_state_dict(cls, model: nn.Module, config: LayerRopeConfig, **_: Any) -> dict[str, torch.Tensor]:
         # As for any method, the keys have the PeftModel's prefix only if there is one; transformers adds it on saving.
         key = FACTORS_KEY if isinstance(model, PeftModel) else FACTORS_KEY.removeprefix(KEY_PREFIX)
         return _FactorsOnly({key: torch.tensor(config.layer_factors, dtype=torch.float32)})
@@ -280,7 +255,7 @@ class LayerRopeModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: LayerRopeConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, config: LayerRopeConfig, state_dict: dict[str, torch.Tensor], **_: Any
     ) -> dict[str, torch.Tensor]:
         """Checks the file against the config, which is the source of truth; there is nothing to load."""
         check_factors(state_dict, config.layer_factors)

@@ -69,13 +69,10 @@ class LayerScaling:
             position_ids: int64; may be None where [`depends_on_length`] is false.
             reached: whether the rope type concerns this table; on any other a layer's factor acts as in `default`.
         """
-        factors = self.tensor_on(inv_freq.device, self.distinct, torch.float32)
-        if not reached:
-            return scale_inv_freq(inv_freq, factors)
         return scale_inv_freq(
             inv_freq,
-            factors,
-            rope_type=self.rope_type,
+            self.tensor_on(inv_freq.device, self.distinct, torch.float32),
+            rope_type=self.rope_type if reached else "default",
             factor=self.factor,
             seq_len=position_ids.max() + 1 if self.depends_on_length else self.target_length,
             original_max_position_embeddings=self.original_max_position_embeddings,
