@@ -46,7 +46,7 @@ def read_source(source: str | Path) -> list[str] | np.ndarray:
         if path.suffix == ".npy":
             content = np.load(path, allow_pickle=False)
         else:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8-sig")
             content = json.loads(content) if path.suffix == ".json" else [content]
     except (OSError, ValueError, EOFError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)

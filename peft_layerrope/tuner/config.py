@@ -153,6 +153,7 @@ class LayerRopeConfig(PeftConfig):
     searcher_version: Optional[str] = None
 
     files = None  # the `AdapterFiles` it was read from, until injection has checked the other file against it
+    origin = None  # where it was read from; None if it was made in Python
 
     @classmethod
     def from_pretrained(
@@ -172,6 +173,7 @@ class LayerRopeConfig(PeftConfig):
         download, _, _ = cls._split_kwargs(kwargs)
         factors = None if config.layer_factors is None else tuple(config.layer_factors)
         config.files = AdapterFiles(str(pretrained_model_name_or_path), subfolder, download, factors)
+        config.origin = str(pretrained_model_name_or_path)
         return config
 
     @classmethod

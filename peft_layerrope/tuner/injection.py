@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -143,7 +144,12 @@ def register_hooks(stack: DecoderStack) -> list[Any]:
 
 def has_other_tuner_layers(model: nn.Module) -> bool:
     """Whether another method, such as LoRA, has layers in the model."""
-    return any(isinstance(m, BaseTunerLayer) and not isinstance(m, LayerRopeLayer) for m in model.modules())
+    return next(other_tuner_layers(model), None) is not None
+
+
+def other_tuner_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
+    """The layers that another method has in the model."""
+    return (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, LayerRopeLayer))
 
 
 def bake(model: nn.Module, stack: DecoderStack, scaling: LayerScaling) -> None:

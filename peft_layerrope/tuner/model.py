@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from ..errors import LayerRopeError
+from ..errors import AdapterMismatchError, LayerRopeError
 from .artifacts import FACTORS_KEY, KEY_PREFIX, check_factors, check_weights_file
 from .config import PREFIX, LayerRopeConfig
-from .injection import BAKED_CONFIG_KEY, bake, has_other_tuner_layers, scaling_for, wrap
+from .injection import BAKED_CONFIG_KEY, bake, has_other_tuner_layers, other_tuner_layers, scaling_for, wrap
 from .rotary import LayerRopeLayer
 from .sites import DecoderStack, find_stack
 
@@ -75,6 +76,8 @@ class LayerRopeModel(BaseTuner):
         # PEFT has just put our adapters in the place of those that the model had.
         model.peft_config = configs if holds_other_tuner else {**configs, **self.peft_config}
         wrappers = self._stack().wrappers()
+        # Where the first adapter was read from, whose weights file PEFT has not opened yet.
+        self._unread = {adapter_name: self.peft_config[adapter_name].origin}
         if isinstance(peft_config, dict):  # called by a PeftModel
             for wrapper in wrappers:
                 wrapper.has_peft_model = True
@@ -98,10 +101,7 @@ class LayerRopeModel(BaseTuner):
         config: LayerRopeConfig = self.peft_config[adapter_name]
         stack = find_stack(model)
         scaling = scaling_for(config, model, stack)
-        if config.files is not None:  # PEFT reads the weights file only after injection, which a bad one would outlive
-            weights = config.files.find(SAFETENSORS_WEIGHTS_NAME)
-            check_weights_file(weights, config.files.layer_factors or [1.0] * len(stack.layers))
-            config.files = None
+        _check_files(config, stack)  # PEFT reads the weights file only after injection, which a bad one would outlive
         if stack.is_baked:
             raise LayerRopeError(
                 "this model has LAYER_ROPE factors baked in already; load the plain base model to add an adapter."
@@ -124,8 +124,7 @@ class LayerRopeModel(BaseTuner):
         config.layer_factors = list(scaling.layer_factors)
         self.targeted_module_names = [site.name for site in stack.sites]
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        if "peft_config" in self.model.__dict__:  # transformers looks there for a model's adapters
-            self.model.peft_config = {**self.model.peft_config, adapter_name: config}
+        self._add_config_to_model(adapter_name, config)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         """Never called: `inject_adapter` replaces PEFT's walk over target modules."""
@@ -158,6 +157,44 @@ class LayerRopeModel(BaseTuner):
             wrapper.set_scaling(adapter_name, scaling)
         config.layer_factors = changed.layer_factors
 
+    def train(self, mode: bool = True) -> LayerRopeModel:
+        """Sets training or evaluation mode, as for any module.
+
+        Raises:
+            LayerRopeError: a LoRA inside would be trained, of which this model's checkpoints hold nothing.
+        """
+        if mode:
+            _refuse_lost_training(self)
+        return super().train(mode)
+
+    def reload_adapter(self, adapter_name: str, config: LayerRopeConfig) -> None:
+        """Puts what was read from a folder in an adapter's place, validated as on construction.
+
+        Args:
+            adapter_name: an adapter of this model.
+            config: the folder's.
+
+        Raises:
+            AdapterMismatchError: the factors do not fit the model or the folder's other file, or the adapter was made
+                in Python and rotates otherwise.
+        """
+        present, stack = self.peft_config[adapter_name], self._stack()
+        wrappers, scaling = stack.wrappers(), scaling_for(config, self.model, stack)
+        config.layer_factors = list(scaling.layer_factors)
+        if scaling.same_as(wrappers[0].scalings[adapter_name]):
+            return
+        if present.origin is None:
+            raise AdapterMismatchError(
+                f"adapter {adapter_name!r} was made from a configuration that rotates otherwise than {config.origin!r} "
+                "says: load that under another adapter_name, or delete this one first."
+            )
+        _check_files(config, stack)
+        for wrapper in wrappers:
+            wrapper.set_scaling(adapter_name, scaling)
+        config.inference_mode = present.inference_mode
+        self.peft_config[adapter_name] = config
+        self._add_config_to_model(adapter_name, config)
+
     # PEFT's versions of these walk over every method's layers and over the modules that a LoRA trains in full
     # (`modules_to_save`), where our adapter's name, often "default" as well, would select the LoRA's.
 
@@ -178,6 +215,7 @@ class LayerRopeModel(BaseTuner):
             wrapper.delete_adapter(adapter_name)
         self.active_adapter = wrappers[0].active_adapters
         self.peft_config.pop(adapter_name, None)
+        self._unread.pop(adapter_name, None)
         self._drop_configs_of_model([adapter_name])
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -230,6 +268,12 @@ class LayerRopeModel(BaseTuner):
         self._drop_configs_of_model(wrappers[0].scalings)
         return self.model
 
+    def _add_config_to_model(self, adapter_name: str, config: LayerRopeConfig) -> None:
+        """Lists an adapter where transformers looks for a model's; a LoRA's by that name, found there, stays."""
+        configs = self.model.__dict__.get("peft_config")
+        if configs is not None and isinstance(configs.get(adapter_name, config), LayerRopeConfig):
+            self.model.peft_config = {**configs, adapter_name: config}
+
     def _drop_configs_of_model(self, names: Iterable[str]) -> None:
         configs = self.model.__dict__.get("peft_config")  # a LoRA's PeftModel has none there, and keeps its own
         for name in names if configs is not None else ():
@@ -245,6 +289,8 @@ class LayerRopeModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, config: LayerRopeConfig, **_: Any) -> dict[str, torch.Tensor]:
+        if isinstance(model, PeftModel) and model.base_model.training:  # a refused train() has set the PeftModel's own
+            _refuse_lost_training(model)
         # As for any method, the keys have the PeftModel's prefix only if there is one; transformers adds it on saving.
         key = FACTORS_KEY if isinstance(model, PeftModel) else FACTORS_KEY.removeprefix(KEY_PREFIX)
         return _FactorsOnly({key: torch.tensor(config.layer_factors, dtype=torch.float32)})
@@ -260,6 +306,27 @@ class LayerRopeModel(BaseTuner):
         """Checks the file against the config, which is the source of truth; there is nothing to load."""
         check_factors(state_dict, config.layer_factors)
         return {}
+
+
+def replace_on_load() -> None:
+    """Has `PeftModel.load_adapter` put a folder's adapter in the place of one whose name it is given.
+
+    Of a name in use PEFT reads the weights alone, which it replaces; what an adapter of ours does is in the
+    configuration as well, and PEFT has no hook there.
+    """
+    load_adapter = PeftModel.load_adapter
+
+    @wraps(load_adapter)
+    def replacing(self: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        tuner = self.base_model
+        if isinstance(tuner, LayerRopeModel) and adapter_name in tuner.peft_config:
+            if tuner._unread.get(adapter_name) != str(model_id):  # else it is `from_pretrained`, which has just read it
+                download, _ = self._split_kwargs(kwargs)
+                tuner.reload_adapter(adapter_name, LayerRopeConfig.from_pretrained(model_id, **download))
+            tuner._unread.pop(adapter_name, None)
+        return load_adapter(self, model_id, adapter_name, *args, **kwargs)
+
+    PeftModel.load_adapter = replacing
 
 
 class _AdapterConfigs(dict):
@@ -291,3 +358,22 @@ class _FactorsOnly(dict):
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+def _check_files(config: LayerRopeConfig, stack: DecoderStack) -> None:
+    """Checks the weights file beside a config that was read, once."""
+    if config.files is not None:
+        weights = config.files.find(SAFETENSORS_WEIGHTS_NAME)
+        check_weights_file(weights, config.files.layer_factors or [1.0] * len(stack.layers))
+        config.files = None
+
+
+def _refuse_lost_training(model: nn.Module) -> None:
+    """Raises LayerRopeError if a LoRA inside a LAYER_ROPE PeftModel is to be trained: it would be saved nowhere."""
+    trained = sum(parameter.requires_grad for layer in other_tuner_layers(model) for parameter in layer.parameters())
+    if trained:
+        raise LayerRopeError(
+            f"{trained} tensors of another adapter inside this LAYER_ROPE PeftModel are to be trained, and what it "
+            "saves holds the factors alone. Train and save that adapter's own PeftModel, which is scaled as well; or "
+            "freeze it, or call eval()."
+        )

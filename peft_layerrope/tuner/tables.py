@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 import torch
@@ -47,6 +47,10 @@ class LayerScaling:
         distinct = tuple(sorted(set(self.layer_factors)))
         object.__setattr__(self, "distinct", distinct)
         object.__setattr__(self, "index", tuple(distinct.index(factor) for factor in self.layer_factors))
+
+    def same_as(self, other: LayerScaling) -> bool:
+        """Whether both rotate alike."""
+        return all(getattr(self, one.name) == getattr(other, one.name) for one in fields(self) if one.init)
 
     def tensor_on(self, device: torch.device, values: tuple, dtype: torch.dtype) -> torch.Tensor:
         """Returns `distinct` or `index` as a tensor, made once for each device."""

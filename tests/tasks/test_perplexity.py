@@ -175,6 +175,17 @@ def test_what_cannot_work(text, settings, message):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", "one two"), ("a.json", "[1, 2]"), ("a.jsonl", '{"text": "a"}')]
+)
+def test_a_byte_order_mark_is_no_part_of_the_text(name, content, tmp_path):
+    sources = []
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / name).write_text(content, encoding=encoding)
+        sources.append(list(read_source(tmp_path / name)))
+    assert sources[0] == sources[1]
+
+
+@pytest.mark.parametrize(
     ("name", "groups", "message"),
     [
         ("train", 1, "split 'train' is unknown"),

@@ -308,6 +308,28 @@ def test_rope_over_lora_saves_each_to_its_own_folder(stacked, published, tmp_pat
         assert all(torch.equal(saved[key], original[key]) for key in original)
 
 
+@pytest.mark.parametrize("form", ["around the lora", "beside the lora"])
+def test_a_lora_cannot_be_trained_where_checkpoints_would_not_hold_it(form, published, ids, tmp_path):
+    if form == "around the lora":
+        lora = PeftModel.from_pretrained(load_base(published), published / "lora", is_trainable=True)
+        both = get_peft_model(lora, rope_config())
+    else:
+        both = get_peft_model(load_base(published), rope_config())
+        lora = PeftModel.from_pretrained(both.get_base_model(), published / "lora", is_trainable=True)
+    with pytest.raises(LayerRopeError, match="16 tensors of another adapter"):
+        train(both, tmp_path / "outside")
+    with pytest.raises(LayerRopeError, match="16 tensors of another adapter"):  # a loop that never says train()
+        both.save_pretrained(tmp_path / "outside")
+    train(lora, tmp_path / "inside").save_model(tmp_path / "inside")
+    saved, before = tensors_of(tmp_path / "inside"), tensors_of(published / "lora")
+    assert saved.keys() == before.keys()
+    assert not any(torch.equal(saved[key], before[key]) for key in saved)
+    with pytest.raises(LayerRopeError):
+        both.eval().train()
+    both.save_pretrained(tmp_path / "rope")
+    assert list(tensors_of(tmp_path / "rope")) == [FACTORS_KEY]
+
+
 @pytest.mark.parametrize("finish", ["unload", "merge_and_unload"])
 def test_taking_the_rope_off_a_lora(stacked, wanted, ids, finish):
     lora, both = stacked
@@ -396,6 +418,16 @@ def test_two_peft_models_on_one_base(published, wanted, ids, tmp_path):
     rope.unload()  # which must not thaw the base model under the LoRA
     assert trainable(lora) == own
     assert close(logits(lora, ids), wanted["lora"])
+    assert lora.peft_config["default"].peft_type.value == "LORA"
+
+
+def test_a_rope_that_is_added_by_the_name_of_a_lora_beside_it_leaves_the_lora_its_files(published, tmp_path):
+    rope = get_peft_model(load_base(published), rope_config(), adapter_name="first")
+    lora = PeftModel.from_pretrained(rope.get_base_model(), published / "lora")
+    rope.add_adapter("default", rope_config([2.0] * 4))  # "default" is the LoRA's name as well
+    lora.save_pretrained(tmp_path)
+    assert tensors_of(tmp_path).keys() == tensors_of(published / "lora").keys()
+    rope.delete_adapter("default")
     assert lora.peft_config["default"].peft_type.value == "LORA"
 
 

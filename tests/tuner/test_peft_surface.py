@@ -335,6 +335,44 @@ def test_state_dict_of_an_injected_adapter(short):
             set_peft_model_state_dict(base, {key: torch.full((NUM_LAYERS,), 9.0)})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer_factors": OTHER},
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 4.0, "target_length": 512},
+        {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 16},
+    ],
+    ids=lambda change: ", ".join(change),
+)
+def test_a_folder_under_a_name_in_use_takes_its_place(change, folders, long_ids, tmp_path):
+    new = LayerRopeConfig(**{"layer_factors": FACTORS, **change})
+    fresh = logits(get_peft_model(build("llama"), new), long_ids)
+    save_adapter(new, tmp_path)
+    model = PeftModel.from_pretrained(build("llama"), folders / "one")
+    before = logits(model, long_ids)
+    for _ in range(2):
+        model.load_adapter(tmp_path, "default")
+        assert torch.equal(logits(model, long_ids), fresh)
+        assert not torch.equal(fresh, before)
+    model.load_adapter(folders / "one", "default")
+    assert torch.equal(logits(model, long_ids), before)
+    made = get_peft_model(build("llama"), config())  # of which no folder is known
+    made.load_adapter(folders / "one", "default")
+    with pytest.raises(AdapterMismatchError, match="adapter 'default' was made from a configuration that rotates"):
+        made.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(made, long_ids), before)
+
+
+def test_a_configuration_that_is_given_with_a_folder_is_heeded(folders, long_ids):
+    edited = LayerRopeConfig.from_pretrained(folders / "one")
+    edited.rope_type, edited.factor = "linear", 2.0
+    model = PeftModel.from_pretrained(build("llama"), folders / "one", config=edited)
+    wanted = get_peft_model(build("llama"), LayerRopeConfig(rope_type="linear", factor=2.0, layer_factors=FACTORS))
+    assert torch.equal(logits(model, long_ids), logits(wanted, long_ids))
+
+
 def test_an_injected_model_saved_in_full_remembers_what_was_active(model_type, wanted, short, tmp_path):
     base = inject_adapter_in_model(config(), build(model_type), "one")
     inject_adapter_in_model(config(OTHER), base, "two")
