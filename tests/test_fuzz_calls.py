@@ -43,7 +43,12 @@ def plant_a_stale_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frequencies of one adapter are kept for another, and for its own after they have changed."""
     monkeypatch.setattr(LayerScaling, "__eq__", lambda self, other: isinstance(other, LayerScaling))
     monkeypatch.setattr(LayerScaling, "__hash__", lambda self: 0)
-    monkeypatch.setattr(LayerRopeLayer, "forget_scalings", lambda self: None)
+
+    def set_scaling(self: LayerRopeLayer, adapter_name: str, scaling: LayerScaling) -> None:
+        self.scalings[adapter_name] = scaling
+        self._update_record()
+
+    monkeypatch.setattr(LayerRopeLayer, "set_scaling", set_scaling)
 
 
 @pytest.mark.parametrize("plant", [plant_a_removed_hook, plant_shifted_factors, plant_a_stale_cache])
