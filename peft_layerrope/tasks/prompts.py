@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, TypedDict, TypeVar, Unpack
 
@@ -420,6 +421,7 @@ def check_positions(positions: Sequence[int], num_items: int, item: str) -> tupl
 
 
 _GZIP = b"\x1f\x8b"
+_MAX_LINE = 2**26  # bytes: a few packed ones may unfold to gigabytes
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -450,7 +452,9 @@ def read_records(path: str | Path, kind: type[R]) -> Iterator[R]:
         with path.open("rb") as file:
             zipped = file.read(2) == _GZIP or path.suffix == ".gz"
         with gzip.open(path, "rb") if zipped else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+            for number, line in enumerate(iter(partial(lines.readline, _MAX_LINE), b""), start=1):
+                if len(line) == _MAX_LINE:
+                    raise TaskError(f"{path}, line {number}: more than {_MAX_LINE:,} bytes.")
                 if line.strip():
                     record = _record(line, kind, f"{path}, line {number}", first)
                     first = first or record
