@@ -212,13 +212,6 @@ def test_sources(tmp_path):
     (tmp_path / "a.json").write_text("[1, 2, 3]")
     np.save(tmp_path / "a.npy", np.array([1, 2, 3], dtype=np.uint16))
     assert read_source(tmp_path / "a.jsonl") == read_source(tmp_path / "a.jsonl.gz") == texts
-
-
-def test_a_line_that_unfolds_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("peft_layerrope.tasks.prompts._MAX_LINE", 1000)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"a" * 2**20))
-    with pytest.raises(TaskError, match="line 1: more than 1,000 bytes"):
-        read_source(tmp_path / "a.jsonl.gz")
     assert read_source(tmp_path / "a.txt") == [texts[0]]
     assert read_source(tmp_path / "a.json").tolist() == read_source(tmp_path / "a.npy").tolist() == [1, 2, 3]
     np.save(tmp_path / "long.npy", STREAM)
@@ -227,6 +220,13 @@ def test_a_line_that_unfolds_without_end_is_not_held_in_memory(tmp_path, monkeyp
     described = task.describe()
     assert json.loads(json.dumps(described)) == described
     assert (described["data"], described["tokens"]) == ("long.npy", 1000)
+
+
+def test_a_line_that_unfolds_without_end_is_not_held_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_layerrope.tasks.prompts._MAX_LINE", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"a" * 2**20))
+    with pytest.raises(TaskError, match="line 1: more than 1,000 bytes"):
+        read_source(tmp_path / "a.jsonl.gz")
 
 
 @pytest.mark.parametrize(
