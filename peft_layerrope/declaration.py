@@ -129,7 +129,7 @@ def _told(wrong: Mapping[str, Any], kind: type) -> str:
         return f"{name} is unknown; did you mean {where}{'.' * bool(where)}{near[0]}?"
     if wrong["type"] == "missing":
         return f"{name} is missing."
-    message = one_line(wrong["msg"])
+    message = one_line(wrong["msg"]).removeprefix("Value error, ")
     expected = message.removeprefix("Input should ")
     verb = " must " if expected != message else ": "
     for long, short in (("greater than or equal to", "at least"), ("less than or equal to", "at most")):

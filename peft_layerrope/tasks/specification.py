@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
-from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
 from ..declaration import declared, option
@@ -41,6 +41,16 @@ _MAKERS: dict[TaskName, Callable[..., Task]] = {
 _NEEDS_DATA = ("multi_doc_qa", "perplexity")
 
 _task = partial(option, panel="Task")
+
+
+def _from_json(value: Any) -> Any:
+    """A value as a command line has it, and a file may."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"Input should be JSON: {error}") from error
 
 
 @declared(TaskError)
@@ -100,7 +110,7 @@ class TaskSpecification:
     ] = None
     chat_template_args: Annotated[
         dict[str, Any] | None,
-        BeforeValidator(lambda value: from_json(value) if isinstance(value, str) else value),
+        BeforeValidator(_from_json),
         _task("Variables of the chat template, as JSON: '{\"enable_thinking\": false}' turns Qwen3's thinking off."),
     ] = None
     system_prompt: Annotated[str | None, _task("A message of the system before each prompt.", min_length=1)] = None

@@ -98,7 +98,7 @@ def test_other_baselines_are_refused_with_the_known_ones(text):
 
 
 def test_a_factor_out_of_range_is_named():
-    with pytest.raises(InvalidConfigError, match=r"layer_factors\[0\]=1000000000.0 must be from 0.01"):
+    with pytest.raises(InvalidConfigError, match=r"layer_factors\[0\]=1000000000.0 must be at most 10000"):
         parse_baseline("uniform:1e9")
 
 

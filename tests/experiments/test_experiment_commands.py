@@ -123,7 +123,7 @@ def test_an_output_is_resumed_or_replaced_only_when_asked(tmp_path, monkeypatch)
         (("extrapolation", "--adapter", "{mine}", "--lengths", "1,x"), "distinct numbers of tokens"),
         (("extrapolation", "--adapter", "{mine}", "--lengths", "9000"), "cannot fill 9000 tokens"),
         (("extrapolation", "--adapter", "{mine}", "--baseline", "magic:2"), "magic"),
-        (("sweep", "--try", "-1"), "must be greater than 0"),
+        (("sweep", "--try", "-1"), "must be at least 0.01"),
         (("sweep", "--groups", "1"), "--groups"),
         (("sweep", "--resume"), "need an --output"),
     ],

@@ -64,7 +64,7 @@ def test_extrapolation_of_a_loss(demo_model):
 
 
 def test_extrapolation_names_its_contenders_apart(demo_model, demo_tokenizer):
-    with pytest.raises(TaskError, match="two contenders are called 'no scaling'"):
+    with pytest.raises(TaskError, match="each of a label of its own"):
         run_extrapolation(Measuring(demo_model, 2), {192: short_task(demo_tokenizer, 192)}, [Contender(NO_SCALING)])
 
 

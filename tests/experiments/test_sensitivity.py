@@ -175,10 +175,10 @@ def test_the_model_is_left_as_it_was(ids, fails, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"factors": ()}, "has 0 entries"),
-        ({"factors": (1.5, 0)}, "=0 must be greater than 0"),
-        ({"factors": (math.inf,)}, "must be finite"),
-        ({"factors": (math.nan,)}, "must be finite"),
+        ({"factors": ()}, "layer_factors"),
+        ({"factors": (1.5, 0)}, "=0 must be at least 0.01"),
+        ({"factors": (math.inf,)}, "=inf must be a finite"),
+        ({"factors": (math.nan,)}, "=nan must be a finite"),
         ({"factors": (1.0,)}, "other than 1"),
         ({"layers": (0, 4)}, "must be distinct layer indices from 0 to 3"),
         ({"layers": (-1,)}, "must be distinct layer indices from 0 to 3"),

@@ -670,7 +670,11 @@ BAD_REPOSITORIES = {
         LayerRopeError,
         "adapter_config.json",
     ),
-    "escapes": ({"adapter_config.json": b'{"peft_type": "\\u001b]0;owned\\u0007"}'}, LayerRopeError, "does not know"),
+    "escapes": (
+        {"adapter_config.json": b'{"peft_type": "\\u001b]0;owned\\u0007"}'},
+        LayerRopeError,
+        r"'\\x1b\]0;owned\\x07'",
+    ),
     "large config": ({"adapter_config.json": b" " * 2**21}, HubError, "no adapter_config.json of at most"),
     "large tensor": ({"adapter_model.safetensors": b" " * 2**21}, HubError, "no adapter_model.safetensors of at most"),
     "large card": ({"README.md": b" " * 2**21}, HubError, "no README.md of at most"),
