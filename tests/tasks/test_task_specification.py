@@ -137,7 +137,7 @@ def test_what_is_missing_is_named(specification, message):
         ({"task_seed": -1}, "task_seed=-1 must"),
         ({"task_seed": True}, "task_seed=True must"),
         ({"chat_template": "yes"}, "chat_template='yes' must"),
-        ({"chat_template_args": "{"}, "chat_template_args='{': "),
+        ({"chat_template_args": "{"}, "chat_template_args='{' must be JSON"),
         ({"chat_template_args": "[1]"}, "chat_template_args=[1] must"),
         ({"positions": 5}, "positions is unknown; did you mean num_positions?"),
     ],
