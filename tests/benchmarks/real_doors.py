@@ -282,7 +282,7 @@ def lora(options: Options) -> Iterator[Line]:
         given = f"--model {path} --pairs 5 --steps 10 --contexts 2 --output {tuned}".split()
         subprocess.run([sys.executable, TESTS.parent / "examples" / "train_lora.py", *given], check=True)
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    model = PeftModel.from_pretrained(base, tuned).merge_and_unload().eval()
+    model = PeftModel.from_pretrained(base, tuned).merge_and_unload(safe_merge=True).eval()  # rounded otherwise without
     how = [path, "--model-args", f"dtype=bfloat16,peft={tuned}"]
     yield from door(options, how, model, AutoTokenizer.from_pretrained(path))
 
