@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,3 +84,8 @@ def adapter_config(
         config.original_max_position_embeddings = trained_window(model)
     config.base_model_name_or_path = DEMO_NAME if name == DEMO_NAME else model.config._name_or_path
     return config
+
+
+def since(started: float) -> float:
+    """Seconds since a reading of `time.perf_counter()`, which no step of the clock makes negative."""
+    return max(0.0, time.perf_counter() - started)

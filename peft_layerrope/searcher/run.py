@@ -24,7 +24,7 @@ from ..scoring.scorer import Scorer
 from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
 from ..tuner.sites import find_stack, trained_window
-from .common import adapter_config, identity_of, keep_look, look, model_name
+from .common import adapter_config, identity_of, keep_look, look, model_name, since
 from .evaluator import Evaluator, ModelEvaluator, available, contexts_to_ask, densely_asked, densely_scored
 from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
 from .plan import (
@@ -213,7 +213,7 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 def _plan(
     scorer: Scorer, task: Task, settings: SearchSettings, space: FactorSpace, windows: Windows, started: float
 ) -> Plan:
-    spent, probe = time.perf_counter() - started, densely_asked(task, "search", 1)
+    spent, probe = since(started), densely_asked(task, "search", 1)
     tokens = len(windows[0]) if windows else _text_tokens(scorer.model, probe)
     rates = measured_rates(scorer, probe, tokens)
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
@@ -379,6 +379,6 @@ def measured_rates(scorer: Scorer, one: Split, text_tokens: int) -> Rates:
     def seconds(timed: Callable[[], object]) -> float:
         started = time.perf_counter()
         timed()
-        return max(1e-6, time.perf_counter() - started)
+        return max(1e-6, since(started))
 
     return Rates(seconds(lambda: densely_scored(scorer, one)), seconds(passed_over))

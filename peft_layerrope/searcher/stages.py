@@ -21,6 +21,7 @@ from ..runs import Journal
 from ..scoring.scores import Interval, PositionScores, difference_interval, mean_interval, rank_key
 from ..tasks import Split
 from .algorithms import adapt, evolve, fitted_parabola, population_of
+from .common import since
 from .evaluator import Evaluator, fitness_by_context
 from .families import (
     Family,
@@ -245,7 +246,7 @@ class Stages:
         started = time.perf_counter()
         self._audience.stage(name, total)
         yield
-        self.seconds[name] = time.perf_counter() - started
+        self.seconds[name] = since(started)
 
     def _rounded(self, log_factors: np.ndarray) -> Factors:
         """Factors as they are kept: rounded, and those of layers that are not free exactly 1."""
