@@ -629,6 +629,7 @@ CALLS = {
         TaskError,
         "batch_tokens='x' must be",
     ),
+    "judge: metric": (lambda m, t: Judge("x", t), TaskError, "metric='x' is unknown"),
     "judge: new tokens": (lambda m, t: Judge("contains_value", t, 1.5), TaskError, "max_new_tokens=1.5 must be"),
     "judge: endless": (
         lambda m, t: Judge("contains_value", t, 10**9),

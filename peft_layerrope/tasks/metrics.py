@@ -107,6 +107,8 @@ class Judge:
     max_new_tokens: int = MAX_NEW_TOKENS
 
     def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise TaskError(f"metric={self.metric!r} is unknown, expected one of {', '.join(METRICS)}.")
         whole_number("max_new_tokens", self.max_new_tokens, 1, 2**20)
 
     def text(self, ids: Sequence[int]) -> str:

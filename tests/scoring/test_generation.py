@@ -240,6 +240,7 @@ def test_what_cannot_be_judged_is_refused(demo_tokenizer, metric, measure, messa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("rouge",), r"metric='rouge' is unknown, expected one of best_subspan_em, contains_value\."),
         (("contains_value", 0), "max_new_tokens=0 must be at least 1"),
         (("contains_value", 1.5), "max_new_tokens=1.5 must be"),
         (("contains_value", 10**9), "max_new_tokens=1000000000 must be at most"),
