@@ -10,6 +10,9 @@ import numpy as np
 
 FARTHEST = 1.0
 """Log-factor that is tried where a uniform factor does no harm."""
+AIMED = 0.9
+"""Share of a bound that is aimed at: what breaks it has to be made smaller and measured again."""
+_MOST_GROWN = 1.25  # of log-factors that do less harm than they may: farther out nothing was seen
 _SIDES_TRIED = 10  # times that it is looked up on which side of 1 each layer comes to lie
 
 
@@ -119,3 +122,18 @@ def farthest(probe: float, divergence: float, rise: float, rise_beyond: float, b
     slope, curvature = (rise - rise_beyond) / (2 * probe), (rise + rise_beyond) / (2 * probe**2)
     roots = np.roots([curvature, slope, -bound])
     return min([far, *(root.real for root in roots if abs(root.imag) < 1e-12 and root.real > 0)])
+
+
+def allowed_share(divergence: float, rise: float, bound: float) -> float:
+    """Returns by what to multiply log-factors so that their harm comes near a bound: the divergence grows with their
+    square, and a loss that rises at least with them.
+
+    Args:
+        divergence: that they cause, in nats.
+        rise: of the loss that they cause, in nats; it may be negative.
+        bound: of both, in nats.
+    """
+    worst = max(divergence, rise, 1e-9)
+    if worst <= bound:
+        return min(max(1.0, math.sqrt(AIMED * bound / worst)), _MOST_GROWN)
+    return min(1.0, math.sqrt(bound / max(divergence, 1e-9)), bound / max(rise, bound))

@@ -24,7 +24,9 @@ from .algorithms import adapt, evolve, fitted_parabola, population_of
 from .common import since
 from .evaluator import Evaluator, fitness_by_context
 from .families import (
+    AIMED,
     Family,
+    allowed_share,
     decay_family,
     farthest,
     first_and_rest_family,
@@ -81,7 +83,6 @@ _WIDEST = 0.5  # log-factor of a standard draw at most
 _LEAST_CURVATURE = 0.1  # of the mean, added to each layer's
 _NOTHING = 0.01  # log-factor that changes nothing but how numbers are rounded
 _MOST_RATIO = 5.0  # of measured harm to what the curvatures say, which one window may tell
-_AIMED = 0.9  # share of the bound: what breaks it has to be made smaller and measured again
 _MEMORY = 0.7  # share of the running mean of that ratio that a generation keeps
 _AVERAGED_SHARE = 0.25  # of the centroids, the last ones, whose mean is one of the two ends of a search
 
@@ -360,7 +361,7 @@ class Stages:
 
         def as_far_as_allowed(ray: np.ndarray, farthest: float) -> Factors:
             if bound is not None:
-                allowed = np.sqrt(_AIMED * self._max_divergence / max(ratio * harm_of(ray, curvature), 1e-12))
+                allowed = np.sqrt(AIMED * self._max_divergence / max(ratio * harm_of(ray, curvature), 1e-12))
                 farthest = min(farthest, float(allowed))
             return self._rounded(farthest * ray)
 
@@ -459,17 +460,13 @@ class Stages:
         return bound * (_READ_TO_WRITTEN if self._read else 1.0) if bound is not None else None
 
     def _within_bound(self, log_factors: np.ndarray) -> np.ndarray:
-        """Log-factors made smaller together until the harm to text is about within its bound: the divergence grows
-        with their square, and a loss that rises at least with them.
-        """
+        """Log-factors made smaller or larger together, until the harm to text is about what it may be."""
         bound = self._settings.max_harm
         if bound is None:
             return log_factors
         harm = self._harm_on_text(self._rounded(log_factors))
-        share = min(1.0, np.sqrt(bound / max(harm.divergence.value, 1e-9)))
-        if harm.loss_rise is not None:
-            share = min(share, bound / max(harm.loss_rise.value, bound))
-        return log_factors * share
+        rise = harm.loss_rise.value if harm.loss_rise is not None else 0.0
+        return log_factors * allowed_share(harm.divergence.value, rise, bound)
 
     def _scored(
         self, stage: str, results: Mapping[str, MethodResult], split: Split, written: bool = False

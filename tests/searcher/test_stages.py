@@ -16,6 +16,7 @@ from tiny_tokenizer import tiny_bpe
 from peft_layerrope import SearchSettings, TaskError, search
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher.families import (
+    allowed_share,
     decay_family,
     farthest,
     first_and_rest_family,
@@ -172,6 +173,23 @@ def test_how_far_a_uniform_factor_may_go(curvature, slope, divergence, expected)
     """Against the roots of the parabola, and of the divergence's own."""
     rise, beyond = (curvature * x * x + slope * x for x in (0.1, -0.1))
     assert farthest(0.1, divergence, rise, beyond, 0.01) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "rise", "share"),
+    [
+        (0.04, 0.0, 0.5),  # a parabola
+        (0.04, 0.05, 0.2),  # a straight line
+        (0.0, 0.02, 0.5),
+        (0.0095, -0.1, 1.0),  # near enough
+        (0.00625, 0.0, 1.2),
+        (0.001, 0.00625, 1.2),
+        (0.0, 0.0, 1.25),
+        (math.nan, 0.0, 1.0),
+    ],
+)
+def test_log_factors_become_as_large_as_the_bound_lets_them(divergence, rise, share):
+    assert allowed_share(divergence, rise, 0.01) == pytest.approx(share)
 
 
 def harmless(value: float = 0.0) -> Harm:
