@@ -125,8 +125,8 @@ def farthest(probe: float, divergence: float, rise: float, rise_beyond: float, b
 
 
 def allowed_share(divergence: float, rise: float, bound: float) -> float:
-    """Returns by what to multiply log-factors so that their harm comes near a bound: the divergence grows with their
-    square, and a loss that rises at least with them.
+    """Returns by what to multiply log-factors so that their harm comes near a bound: the divergence grows at least with
+    their square, a loss that rises at least with them, and both hardly more than with their cube.
 
     Args:
         divergence: that they cause, in nats.
@@ -135,5 +135,5 @@ def allowed_share(divergence: float, rise: float, bound: float) -> float:
     """
     worst = max(divergence, rise, 1e-9)
     if worst <= bound:
-        return min(max(1.0, math.sqrt(AIMED * bound / worst)), _MOST_GROWN)
+        return min(max(1.0, math.cbrt(AIMED * bound / worst)), _MOST_GROWN)
     return min(1.0, math.sqrt(bound / max(divergence, 1e-9)), bound / max(rise, bound))

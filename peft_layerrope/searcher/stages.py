@@ -460,13 +460,17 @@ class Stages:
         return bound * (_READ_TO_WRITTEN if self._read else 1.0) if bound is not None else None
 
     def _within_bound(self, log_factors: np.ndarray) -> np.ndarray:
-        """Log-factors made smaller or larger together, until the harm to text is about what it may be."""
+        """Log-factors made smaller, larger, or smaller and a little larger again, until the harm to text is about what
+        it may be.
+        """
         bound = self._settings.max_harm
         if bound is None:
             return log_factors
-        harm = self._harm_on_text(self._rounded(log_factors))
-        rise = harm.loss_rise.value if harm.loss_rise is not None else 0.0
-        return log_factors * allowed_share(harm.divergence.value, rise, bound)
+        for _ in range(2):
+            harm = self._harm_on_text(self._rounded(log_factors))
+            rise = harm.loss_rise.value if harm.loss_rise is not None else 0.0
+            log_factors = log_factors * allowed_share(harm.divergence.value, rise, bound)
+        return log_factors
 
     def _scored(
         self, stage: str, results: Mapping[str, MethodResult], split: Split, written: bool = False

@@ -182,8 +182,8 @@ def test_how_far_a_uniform_factor_may_go(curvature, slope, divergence, expected)
         (0.04, 0.05, 0.2),  # a straight line
         (0.0, 0.02, 0.5),
         (0.0095, -0.1, 1.0),  # near enough
-        (0.00625, 0.0, 1.2),
-        (0.001, 0.00625, 1.2),
+        (0.009 / 1.2**3, 0.0, 1.2),  # a cube
+        (0.001, 0.009 / 1.2**3, 1.2),
         (0.0, 0.0, 1.25),
         (math.nan, 0.0, 1.0),
     ],
