@@ -83,6 +83,7 @@ _WIDEST = 0.5  # log-factor of a standard draw at most
 _LEAST_CURVATURE = 0.1  # of the mean, added to each layer's
 _NOTHING = 0.01  # log-factor that changes nothing but how numbers are rounded
 _MOST_RATIO = 5.0  # of measured harm to what the curvatures say, which one window may tell
+_RESIZED = 3  # times at most that what was found is made smaller or larger
 _MEMORY = 0.7  # share of the running mean of that ratio that a generation keeps
 _AVERAGED_SHARE = 0.25  # of the centroids, the last ones, whose mean is one of the two ends of a search
 
@@ -460,17 +461,23 @@ class Stages:
         return bound * (_READ_TO_WRITTEN if self._read else 1.0) if bound is not None else None
 
     def _within_bound(self, log_factors: np.ndarray) -> np.ndarray:
-        """Log-factors made smaller, larger, or smaller and a little larger again, until the harm to text is about what
-        it may be.
+        """Log-factors made smaller together until the harm to text is about within its bound, and as large as is found
+        to keep to it.
         """
         bound = self._settings.max_harm
         if bound is None:
             return log_factors
-        for _ in range(2):
+        inside: np.ndarray | None = None
+        for _ in range(_RESIZED):
             harm = self._harm_on_text(self._rounded(log_factors))
             rise = harm.loss_rise.value if harm.loss_rise is not None else 0.0
-            log_factors = log_factors * allowed_share(harm.divergence.value, rise, bound)
-        return log_factors
+            share = allowed_share(harm.divergence.value, rise, bound)
+            if share >= 1:
+                inside = log_factors
+            elif inside is not None:
+                break
+            log_factors = log_factors * share
+        return log_factors if inside is None else inside
 
     def _scored(
         self, stage: str, results: Mapping[str, MethodResult], split: Split, written: bool = False
