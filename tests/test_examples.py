@@ -14,10 +14,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
+from conftest import NUM_LAYERS, build_model
 from loopback_hub import loopback_hub
 from peft import PeftModel
 from safetensors import safe_open
+from test_chat import QWEN3, with_template
 from tiny_tokenizer import tiny_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,9 +60,37 @@ def test_examples_are_short_and_say_how_to_run_them(script):
 def test_quick_start(tmp_path, demo_model):
     factors = [1.1] * demo_model.config.num_hidden_layers
     save_adapter(LayerRopeConfig(layer_factors=factors, base_model_name_or_path="peft_layerrope/demo"), tmp_path)
-    lines = run("quick_start.py", str(tmp_path), "--prompts", "2").splitlines()
-    assert lines[0].split() == ["question", "right", "answer", "without", "adapter", "with", "adapter"]
-    assert len(lines) == 1 + 2
+    lines = run("quick_start.py", str(tmp_path), "--lists", "2").splitlines()
+    assert lines[0].split() == ["answer", "stands", "without", "adapter", "with", "adapter"]
+    right = {line.split()[0]: re.findall("([0-2]) of 2", line) for line in lines[1:4]}
+    assert list(right) == ["first", "middle", "last"]
+    assert lines[5].split() == ["question", "right", "answer", "without", "adapter", "with", "adapter"]
+    middle = [re.split(r"  +", line) for line in lines[6:]]
+    assert len(middle) == 2
+    assert right["middle"] == [str(sum(row[1] == row[column] for row in middle)) for column in (2, 3)]
+
+
+def test_rag(tmp_path):
+    """Every question's passage is about its own number, which the retriever has to find and the model never answers."""
+    tokenizer = with_template(QWEN3)
+    build_model("llama", vocab_size=600, max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    save_adapter(LayerRopeConfig(layer_factors=[1.1] * NUM_LAYERS), tmp_path / "adapter")
+    passages = [{"title": f"t{i}", "text": f"The number {i} is a number.", "isgold": True} for i in range(12)]
+    records = [
+        {"question": f"What is number {i}?", "answers": ["none such"], "ctxs": [passage]}
+        for i, passage in enumerate(passages)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    given = {"model": "model", "adapter": "adapter", "data": "data.jsonl"}
+    paths = [word for name, file in given.items() for word in (f"--{name}", str(tmp_path / file))]
+    lines = run("rag.py", *paths, "--questions", "2", "--documents", "3").splitlines()
+    names = ["as retrieved, with the adapter", "as retrieved", "reordered, with the adapter", "reordered"]
+    assert lines[-1] == "of 2: " + "; ".join(f"{name} 0" for name in names)
+    rag = load("rag.py")
+    texts = [f"{passage['title']}: {passage['text']}" for passage in passages]
+    assert all(rag.Retriever(texts).best(f"number {i}?", 2)[0] == texts[i] for i in range(12))
+    assert rag.ORDERS["reordered"](list("abcdefg")) == list("acegfdb")
 
 
 @pytest.fixture(scope="module")

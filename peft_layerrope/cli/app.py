@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -63,7 +64,6 @@ app = typer.Typer(
     cls=Commands,
     help="Per-layer RoPE scaling as a PEFT adapter: search the factors, evaluate and verify them.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
@@ -75,19 +75,52 @@ _USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError)
 
 
 @contextmanager
-def plain_errors(debug: bool) -> Iterator[None]:
-    """One line per error: exit status 2 for settings that cannot work, 1 for a failure, 130 for Ctrl-C."""
+def plain_errors(verbose: bool = False, quiet: bool = False, typed: Iterable[object] = ()) -> Iterator[None]:
+    """One line per error: exit status 2 for settings that cannot work, 1 for a failure, 130 for Ctrl-C.
+
+    Args:
+        verbose: whether to leave errors as they are, and let transformers tell what it does.
+        quiet: whether to show nothing else on stderr.
+        typed: arguments and values of options. Where an error names one of them that does not exist, the nearest name
+            that does is told.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    if verbose:
+        transformers_logging.set_verbosity_info()
+        transformers_logging.enable_progress_bar()
+    if quiet:
+        transformers_logging.disable_progress_bar()  # and those of downloads
+    err.quiet = quiet
     try:
         yield
     except KeyboardInterrupt:
         err.print("interrupted.")
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
-        told = None if debug else _told(error)
+        told = None if verbose else _told(error)
         if told is None:
             raise
-        err.print(f"[bold red]error:[/] {escape(told)}", highlight=False, soft_wrap=True)
+        err.quiet = False
+        told = escape(told + _nearest(told, typed))
+        err.print(f"[bold red]error:[/] {told}", highlight=False, soft_wrap=True)
         raise typer.Exit(USAGE_ERROR if isinstance(error, _USAGE_ERRORS) else FAILURE) from error
+    finally:
+        err.quiet = False
+
+
+def _nearest(told: str, typed: Iterable[object]) -> str:
+    """What may have been meant by a path that an error names, and that does not exist."""
+    for value in typed:
+        if isinstance(value, (list, tuple)):
+            if found := _nearest(told, value):
+                return found
+        elif isinstance(value, (str, Path)) and str(value) in told and not Path(value).exists():
+            with suppress(OSError, ValueError):
+                beside = [path.name for path in Path(value).absolute().parent.iterdir()]
+                for name in difflib.get_close_matches(Path(value).name, beside, n=1):
+                    return f" Did you mean {shell_word(Path(value).with_name(name))}?"
+    return ""
 
 
 def _told(error: Exception) -> str | None:
@@ -151,12 +184,17 @@ def main(
     ] = False,
 ) -> None:
     """Per-layer RoPE scaling as a PEFT adapter: search the factors, evaluate and verify them."""
-    from transformers.utils import logging as transformers_logging  # after --help and --version, which need no torch
+    # after --help and --version, which need no torch
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
 
     # PEFT still asks transformers by a name that it deprecated; nothing a user of this command can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # of weights that are loaded, and those of downloads, which people want
+    if not HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
 
 
 def run() -> None:

@@ -35,11 +35,10 @@ from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, with_targe
 from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
 from ..tasks import MEASURES, PromptTask
 from ..tasks.specification import TaskSpecification
-from .app import app, err, out, plain_errors, resumable
+from .app import app, err, out, resumable
 from .options import (
     Compute,
     ComputeOptions,
-    DebugOption,
     JsonOption,
     ModelArgument,
     SplitChoice,
@@ -107,7 +106,6 @@ def evaluate_command(
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
     json_output: JsonOption = None,
     computing: ComputeOptions,
-    debug: DebugOption = False,
 ) -> None:
     """Print accuracy at each gold position and context utilisation U; or compare adapters and baselines side by side.
 
@@ -129,85 +127,84 @@ def evaluate_command(
     The task's settings stand beside every figure. `--output` keeps the scores of each part of the work, and
     `--resume` goes on with them.
     """
-    with plain_errors(debug):
-        specification = TaskSpecification(**asked)
-        contenders = _contenders(adapter or [], baseline or [])
+    specification = TaskSpecification(**asked)
+    contenders = _contenders(adapter or [], baseline or [])
+    if output is not None:
+        check_free(output)
+        check_output(output, resume, overwrite)
+    elif resume or overwrite:
+        raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")
+    check_file(json_output, "--json")
+    check_plot(plot)
+    compute = Compute.of(model, computing)
+    source = compute.source
+    tokenizer = load_tokenizer(source)
+    specification = with_kept_date(specification, output, resume)
+    specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
+    loaded = None
+    if specification.difficulty is not None:
+        loaded = load(source)
+        specification = with_difficulty(specification, tokenizer, loaded, compute.batch_tokens)
+    built = build_task(specification, tokenizer)
+    examples = built.split(split.value, groups)
+    if buckets is not None and examples.measure != "loss":
+        raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
+    if loaded is None:
+        loaded = load(source)
+    found = None
+    if isinstance(built, PromptTask):
+        if resume and (output / PREFLIGHT_NAME).exists():  # of the same targets, however this machine rounds
+            found = Preflight.load(output / PREFLIGHT_NAME)
+        else:  # what the unscaled model writes, by which the answers' likelihood is measured
+            with err.status("preflight") as status:
+                scorer = Scorer(loaded, batch_tokens=compute.batch_tokens)
+                found = preflight(scorer, built, wanted={split.value: groups}, tell=status.update)
+        examples = with_targets(examples, found, built)
+    if teacher_forced:
+        examples = replace(examples, judge=None)
+    with ExitStack() as stack:
         if output is not None:
-            check_free(output)
-            check_output(output, resume, overwrite)
-        elif resume or overwrite:
-            raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")
-        check_file(json_output, "--json")
-        check_plot(plot)
-        compute = Compute.of(model, computing)
-        source = compute.source
-        tokenizer = load_tokenizer(source)
-        specification = with_kept_date(specification, output, resume)
-        specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
-        loaded = None
-        if specification.difficulty is not None:
-            loaded = load(source)
-            specification = with_difficulty(specification, tokenizer, loaded, compute.batch_tokens)
-        built = build_task(specification, tokenizer)
-        examples = built.split(split.value, groups)
-        if buckets is not None and examples.measure != "loss":
-            raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
-        if loaded is None:
-            loaded = load(source)
-        found = None
-        if isinstance(built, PromptTask):
-            if resume and (output / PREFLIGHT_NAME).exists():  # of the same targets, however this machine rounds
-                found = Preflight.load(output / PREFLIGHT_NAME)
-            else:  # what the unscaled model writes, by which the answers' likelihood is measured
-                with err.status("preflight") as status:
-                    scorer = Scorer(loaded, batch_tokens=compute.batch_tokens)
-                    found = preflight(scorer, built, wanted={split.value: groups}, tell=status.update)
-            examples = with_targets(examples, found, built)
-        if teacher_forced:
-            examples = replace(examples, judge=None)
-        with ExitStack() as stack:
+            stack.enter_context(resumable("the same command and --resume."))
+            stack.enter_context(locked(output))
+
+        def begun() -> None:
             if output is not None:
-                stack.enter_context(resumable("the same command and --resume."))
-                stack.enter_context(locked(output))
-
-            def begun() -> None:
-                if output is not None:
-                    if overwrite:
-                        _clear(output)
-                    keep_date(specification, output)
-                    if found is not None:
-                        write_atomically(output / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
-
-            with _progress(begun) as progress:
-                comparison = compare(
-                    loaded,
-                    examples,
-                    contenders,
-                    task_description=built.describe(),
-                    num_buckets=buckets if buckets is not None else DEFAULT_BUCKETS,
-                    batch_tokens=compute.batch_tokens,
-                    folder=output / RUN_FOLDER if output is not None else None,
-                    resume=resume,
-                    overwrite=overwrite,
-                    progress=progress,
-                )
-            try:
-                _print(comparison, display_name(source.model), found.remarks() if found is not None else [])
-            finally:  # also where nobody reads what is printed
-                name = public_name(loaded.config._name_or_path)
-                base = describe_loading(loaded)
-                content = {"model": name, "base": base, "version": __version__, **comparison.to_dict()}
+                if overwrite:
+                    _clear(output)
+                keep_date(specification, output)
                 if found is not None:
-                    content["preflight"] = found.describe()
-                if json_output is not None:
-                    write_json(json_output, content)
-                if plot is not None:
-                    _draw(comparison, plot)
-                if output is not None:  # the report last in JSON, so that where it is everything is
-                    _draw(comparison, output / _PLOT_NAME.format(measure=comparison.measure))
-                    write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
-                    write_atomically(output / _JSON_NAME, to_json(content, indent=2) + "\n")
-                    out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
+                    write_atomically(output / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
+
+        with _progress(begun) as progress:
+            comparison = compare(
+                loaded,
+                examples,
+                contenders,
+                task_description=built.describe(),
+                num_buckets=buckets if buckets is not None else DEFAULT_BUCKETS,
+                batch_tokens=compute.batch_tokens,
+                folder=output / RUN_FOLDER if output is not None else None,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        try:
+            _print(comparison, display_name(source.model), found.remarks() if found is not None else [])
+        finally:  # also where nobody reads what is printed
+            name = public_name(loaded.config._name_or_path)
+            base = describe_loading(loaded)
+            content = {"model": name, "base": base, "version": __version__, **comparison.to_dict()}
+            if found is not None:
+                content["preflight"] = found.describe()
+            if json_output is not None:
+                write_json(json_output, content)
+            if plot is not None:
+                _draw(comparison, plot)
+            if output is not None:  # the report last in JSON, so that where it is everything is
+                _draw(comparison, output / _PLOT_NAME.format(measure=comparison.measure))
+                write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
+                write_atomically(output / _JSON_NAME, to_json(content, indent=2) + "\n")
+                out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
 
 
 def _clear(output: Path) -> None:

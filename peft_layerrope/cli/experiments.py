@@ -30,11 +30,11 @@ from ..tasks import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
-from .app import app, err, out, plain_errors, resumable
+from .app import app, err, out, resumable
 from .options import (
+    TELLING,
     Compute,
     ComputeOptions,
-    DebugOption,
     ModelArgument,
     TaskOptions,
     Typed,
@@ -171,14 +171,12 @@ def experiment(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
             asked: TaskOptions,
             keeping: Annotated[Typed, options_of(Kept)],
             computing: ComputeOptions,
-            debug: DebugOption = False,
             **own: Any,
         ) -> None:
-            with plain_errors(debug):
-                specification, kept = TaskSpecification(**asked), Kept(**keeping)
-                kept.check(name)
-                again = repeated(context, ["experiment", name, *([model] if model else [])], ("model",))
-                function(run=Run(name, specification, groups, kept, Compute.of(model, computing), again), **own)
+            specification, kept = TaskSpecification(**asked), Kept(**keeping)
+            kept.check(name)
+            again = repeated(context, ["experiment", name, *([model] if model else [])], ("model",))
+            function(run=Run(name, specification, groups, kept, Compute.of(model, computing), again), **own)
 
         own = parameters_of(function)
         del own["run"]
@@ -189,7 +187,7 @@ def experiment(name: str) -> Callable[[Callable[..., None]], Callable[..., None]
     return register
 
 
-_NOT_PART_OF_THE_RESULT = ("output", "resume", "overwrite", "debug", "batch_tokens", "device")
+_NOT_PART_OF_THE_RESULT = ("output", "resume", "overwrite", *TELLING, "batch_tokens", "device")
 
 
 def repeated(context: typer.Context, words: Sequence[str], left_out: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
 from ..searcher.settings import BatchTokens
 from ..tasks import SPLIT_NAMES, Task
 from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task, with_chat
-from .app import err
+from .app import err, plain_errors
 
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
@@ -229,8 +229,20 @@ def _typed_as(annotation: Any) -> Any:
     return _typed_as(parts[0]) | None if type(None) in parts else annotation
 
 
+TELLING = {
+    "verbose": Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", "--debug", help="Show what transformers tells too, and the traceback of an error."
+        ),
+    ],
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no notes.")],
+}
+"""Options of every command."""
+
+
 def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a command take options that are made of settings.
+    """Lets a command take options that are made of settings, and say more or less than usual.
 
     Args:
         command: a function; each parameter is annotated as an option, an argument, or as what was typed of several
@@ -259,6 +271,8 @@ def with_parameters(command: Callable[..., Any], parameters: Mapping[str, Parame
     options = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, parameter in parameters.items():
         options += groups.get(name, (parameter,) if name != "context" else ())
+    kind = Parameter.KEYWORD_ONLY
+    options += [Parameter(name, kind, default=False, annotation=option) for name, option in TELLING.items()]
 
     @wraps(command)
     def flat(context: typer.Context, **values: Any) -> Any:
@@ -266,7 +280,8 @@ def with_parameters(command: Callable[..., Any], parameters: Mapping[str, Parame
         given = {n: v for n, v in values.items() if context.get_parameter_source(n).name != "DEFAULT"}
         typed = {name: {o.name: given[o.name] for o in made if o.name in given} for name, made in groups.items()}
         everything = {"context": context, **values, **typed}
-        return command(**{name: everything[name] for name in parameters})
+        with plain_errors(*(everything[name] for name in TELLING), given.values()):
+            return command(**{name: everything[name] for name in parameters})
 
     # typer reads a command's options from its signature
     flat.__signature__ = Signature(options)
@@ -286,7 +301,6 @@ task_option = partial(typer.Option, rich_help_panel="Task")
 
 ModelArgument = Annotated[str | None, typer.Argument(help=declarations(ModelSource)["model"].description)]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @declared(SearchError)

@@ -23,12 +23,11 @@ from ..searcher.result import SearchRecord, read_record
 from ..searcher.settings import SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
 from ..tuner.sites import trained_window
-from .app import app, err, out, plain_errors, resumable
+from .app import app, err, out, resumable
 from .experiments import repeated
 from .options import (
     Compute,
     ComputeOptions,
-    DebugOption,
     Typed,
     build_task,
     check_output,
@@ -68,7 +67,6 @@ def report_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure all of it anew.")] = False,
     asked: Annotated[Typed, options_of(TaskSpecification, "name", "data", "length")],
     computing: ComputeOptions,
-    debug: DebugOption = False,
 ) -> None:
     """Run every experiment that applies to a searched adapter, and write one report.
 
@@ -79,51 +77,50 @@ def report_command(
 
     Example: `layerrope report demo-adapter --quick --format md --output demo.md`
     """
-    with plain_errors(debug):
-        output = output or folder / f"report.{kind.value}"
-        record, config = read_record(folder), load_adapter_config(str(folder))
-        if config.layer_factors != record.layer_factors:
-            raise SearchError(f"{folder}: adapter_config.json and search.json have different layer_factors.")
-        if not output.suffix or output.is_dir():
-            raise SearchError(f"--output {output} must be a file such as report.html.")
-        sections = output.with_suffix("")
-        check_free(sections)
-        check_output(sections, resume, overwrite)
-        searched = _searched(folder, record)
-        compute = _compute(searched, model, computing)
-        # another task has few of the settings of the one that was searched on
-        task = searched.task.of_task(asked["name"]) if "name" in asked else searched.task
-        tokenizer, loaded = load_tokenizer(compute.source), load(compute.source)
-        factor_vector(loaded, config)
-        window = trained_window(loaded)
-        specification = resolve_task(replace(task, **asked), window, compute.source.model is None, tokenizer)
-        if window is not None and specification.length > _LONGEST * window:
-            raise SearchError(
-                f"{folder}: prompts of {specification.length} tokens are more than {_LONGEST}× the model's window of "
-                f"{window}; pass --length."
-            )
-        build_task(specification, tokenizer)  # one that cannot be made stops here
-        request = ReportRequest(
-            model=loaded,
-            model_option=compute.source.model,
-            model_args=format_model_args(compute.source),
-            adapter=str(folder),
-            config=config,
-            record=record,
-            specification=specification,
-            make_task=lambda wanted: build_task(wanted, tokenizer),
-            others=also or [],
-            num_groups=groups,
-            quick=quick,
+    output = output or folder / f"report.{kind.value}"
+    record, config = read_record(folder), load_adapter_config(str(folder))
+    if config.layer_factors != record.layer_factors:
+        raise SearchError(f"{folder}: adapter_config.json and search.json have different layer_factors.")
+    if not output.suffix or output.is_dir():
+        raise SearchError(f"--output {output} must be a file such as report.html.")
+    sections = output.with_suffix("")
+    check_free(sections)
+    check_output(sections, resume, overwrite)
+    searched = _searched(folder, record)
+    compute = _compute(searched, model, computing)
+    # another task has few of the settings of the one that was searched on
+    task = searched.task.of_task(asked["name"]) if "name" in asked else searched.task
+    tokenizer, loaded = load_tokenizer(compute.source), load(compute.source)
+    factor_vector(loaded, config)
+    window = trained_window(loaded)
+    specification = resolve_task(replace(task, **asked), window, compute.source.model is None, tokenizer)
+    if window is not None and specification.length > _LONGEST * window:
+        raise SearchError(
+            f"{folder}: prompts of {specification.length} tokens are more than {_LONGEST}× the model's window of "
+            f"{window}; pass --length."
         )
-        command = repeated(context, ["report", str(folder)], ("folder", "kind"))
-        with resumable("the same command and --resume."), locked(sections):
-            with RichProgress(err) as audience:
-                ran, skipped = run_steps(request, sections, compute.batch_tokens, resume, audience)
-            write_report(output, request, ran, skipped, command, markdown=kind is Format.md)
-        for section_name, reason in skipped:
-            err.print(f"not run: {section_name}: {reason}", highlight=False, markup=False)
-        out.print(f"report: {output}", highlight=False, markup=False, soft_wrap=True)
+    build_task(specification, tokenizer)  # one that cannot be made stops here
+    request = ReportRequest(
+        model=loaded,
+        model_option=compute.source.model,
+        model_args=format_model_args(compute.source),
+        adapter=str(folder),
+        config=config,
+        record=record,
+        specification=specification,
+        make_task=lambda wanted: build_task(wanted, tokenizer),
+        others=also or [],
+        num_groups=groups,
+        quick=quick,
+    )
+    command = repeated(context, ["report", str(folder)], ("folder", "kind"))
+    with resumable("the same command and --resume."), locked(sections):
+        with RichProgress(err) as audience:
+            ran, skipped = run_steps(request, sections, compute.batch_tokens, resume, audience)
+        write_report(output, request, ran, skipped, command, markdown=kind is Format.md)
+    for section_name, reason in skipped:
+        err.print(f"not run: {section_name}: {reason}", highlight=False, markup=False)
+    out.print(f"report: {output}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _compute(searched: SearchSpecification, model: str | None, computing: Typed) -> Compute:

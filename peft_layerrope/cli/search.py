@@ -25,10 +25,9 @@ from ..searcher import search as run_search
 from ..searcher.result import TIMING_NAME
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
-from .app import app, err, out, plain_errors, resumable, shell_word
+from .app import app, err, out, resumable, shell_word
 from .options import (
     MODEL_ARGS,
-    DebugOption,
     ModelArgument,
     Typed,
     build_task,
@@ -68,7 +67,6 @@ def search(
     overwrite: Annotated[bool, _run_option("--overwrite", help="Replace the files of an earlier search.")] = False,
     workers: Annotated[int, _run_option(help="Ray workers; 0 searches in this process.", min=0)] = 0,
     ray_address: Annotated[str | None, _run_option(help="A running Ray cluster, such as auto.")] = None,
-    debug: DebugOption = False,
 ) -> None:
     """Search per-layer factors and compare them, held out, with simpler choices.
 
@@ -86,57 +84,56 @@ def search(
     The folder gets the adapter, its card with the held-out table, `search.json`, `search.yaml` (which repeats the
     search), three plots, and `run/journal.jsonl`, a line for all that was measured together.
     """
-    with plain_errors(debug):
-        typed = model_settings(model, typed)
-        if typed.get("chat_template") is False:  # also of what a file says
-            typed = {"chat_template_args": None, "system_prompt": None, "chat_date": None} | typed
-        specification = changed(_asked_before(output, config, resume, typed), typed)
-        if not dry_run:
-            check_free(output)
-        check_output(output, resume, overwrite)
-        check_source(specification)
-        pool = _workers(workers, ray_address, specification)
-        tokenizer = load_tokenizer(specification)
-        window = window_of(specification)
-        task = _sized(specification, window)
-        task = resolve_task(task, window, specification.model is None, tokenizer)
-        specification = replace(specification, task=task)
-        # what cannot work is refused before the model is loaded
-        built = build_task(replace(task, difficulty=None), tokenizer)
-        loaded = load(specification)
-        if task.difficulty is not None:
-            task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
-            specification, built = replace(specification, task=task), build_task(task, tokenizer)
-        if dry_run:
-            out.print(plan_search(loaded, built, specification.search).sentence())
-            return
+    typed = model_settings(model, typed)
+    if typed.get("chat_template") is False:  # also of what a file says
+        typed = {"chat_template_args": None, "system_prompt": None, "chat_date": None} | typed
+    specification = changed(_asked_before(output, config, resume, typed), typed)
+    if not dry_run:
+        check_free(output)
+    check_output(output, resume, overwrite)
+    check_source(specification)
+    pool = _workers(workers, ray_address, specification)
+    tokenizer = load_tokenizer(specification)
+    window = window_of(specification)
+    task = _sized(specification, window)
+    task = resolve_task(task, window, specification.model is None, tokenizer)
+    specification = replace(specification, task=task)
+    # what cannot work is refused before the model is loaded
+    built = build_task(replace(task, difficulty=None), tokenizer)
+    loaded = load(specification)
+    if task.difficulty is not None:
+        task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
+        specification, built = replace(specification, task=task), build_task(task, tokenizer)
+    if dry_run:
+        out.print(plan_search(loaded, built, specification.search).sentence())
+        return
 
-        with ExitStack() as stack:
+    with ExitStack() as stack:
 
-            def begun(settled: SearchSettings) -> None:
-                if not resume:
-                    _clear(output)
-                asked = replace(specification, search=settled)  # the clock decides nothing any more
-                if not (resume and (output / SPECIFICATION_NAME).exists()):  # its owner may have written in it
-                    asked.save(output / SPECIFICATION_NAME)
-                stack.enter_context(resumable(f"layerrope search --output {shell_word(output)} --resume"))
+        def begun(settled: SearchSettings) -> None:
+            if not resume:
+                _clear(output)
+            asked = replace(specification, search=settled)  # the clock decides nothing any more
+            if not (resume and (output / SPECIFICATION_NAME).exists()):  # its owner may have written in it
+                asked.save(output / SPECIFICATION_NAME)
+            stack.enter_context(resumable(f"layerrope search --output {shell_word(output)} --resume"))
 
-            stack.enter_context(locked(output))
-            distribute = stack.enter_context(pool)
-            result = run_search(
-                loaded,
-                built,
-                specification.search,
-                folder=output / RUN_FOLDER,
-                resume=resume,
-                overwrite=overwrite,
-                on_plan=lambda plan: err.print(plan.sentence(), highlight=False),
-                on_begin=begun,
-                distribute=distribute,
-                enough=stack.enter_context(_first_interrupt()),
-            )
-            result.save(output)
-        _print_result(result, output)
+        stack.enter_context(locked(output))
+        distribute = stack.enter_context(pool)
+        result = run_search(
+            loaded,
+            built,
+            specification.search,
+            folder=output / RUN_FOLDER,
+            resume=resume,
+            overwrite=overwrite,
+            on_plan=lambda plan: err.print(plan.sentence(), highlight=False),
+            on_begin=begun,
+            distribute=distribute,
+            enough=stack.enter_context(_first_interrupt()),
+        )
+        result.save(output)
+    _print_result(result, output)
 
 
 def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed) -> SearchSpecification:

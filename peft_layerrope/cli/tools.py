@@ -40,7 +40,6 @@ from .app import app, err, out, plain_errors
 from .options import (
     Compute,
     ComputeOptions,
-    DebugOption,
     JsonOption,
     LoadOptions,
     ModelArgument,
@@ -73,7 +72,6 @@ def verify_command(
     ] = None,
     json_output: JsonOption = None,
     loading: LoadOptions,
-    debug: DebugOption = False,
 ) -> None:
     """Measure the factor that each layer's rotation really has, and compare it with the adapter's.
 
@@ -85,17 +83,16 @@ def verify_command(
 
     Example: `layerrope verify meta-llama/Llama-3.1-8B-Instruct --adapter my-adapter`
     """
-    with plain_errors(debug):
-        check_file(json_output, "--json")
-        source = Compute.of(model, loading).source
-        loaded = load(source)
-        subject = load_adapter(loaded, adapter) if adapter is not None else loaded
-        result = verify(subject, load_adapter_config(adapter) if adapter is not None else None)
-        if json_output is not None:
-            write_json(json_output, result.to_dict())
-        name = display_name(source.model)
-        out.print(_verification_table(result, f"{name} + {adapter}" if adapter else name).to_rich(_style))
-        result.raise_for_mismatch()
+    check_file(json_output, "--json")
+    source = Compute.of(model, loading).source
+    loaded = load(source)
+    subject = load_adapter(loaded, adapter) if adapter is not None else loaded
+    result = verify(subject, load_adapter_config(adapter) if adapter is not None else None)
+    if json_output is not None:
+        write_json(json_output, result.to_dict())
+    name = display_name(source.model)
+    out.print(_verification_table(result, f"{name} + {adapter}" if adapter else name).to_rich(_style))
+    result.raise_for_mismatch()
 
 
 @app.command(name="sensitivity")
@@ -114,7 +111,6 @@ def sensitivity_command(
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
     json_output: JsonOption = None,
     computing: ComputeOptions,
-    debug: DebugOption = False,
 ) -> None:
     """Scale one layer at a time: which layers are worth searching, and is a range beyond 2 worth it?
 
@@ -125,29 +121,28 @@ def sensitivity_command(
 
     Example: `layerrope sensitivity meta-llama/Llama-3.1-8B-Instruct --length 8192 --try 1.5 --try 3`
     """
-    with plain_errors(debug):
-        config = LayerRopeConfig(**rope)
-        SearchSettings(layers=layers)  # a text that names none stops here
-        check_file(json_output, "--json")
-        check_plot(plot)
-        compute, specification = Compute.of(model, computing), TaskSpecification(**asked)
-        source, tokenizer = compute.source, load_tokenizer(compute.source)
-        specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
-        task, loaded = build_task(specification, tokenizer), load(source)
-        with RichProgress(err) as audience:
-            measuring = Measuring(loaded, groups, compute.batch_tokens, audience=audience)
-            result = sensitivity(measuring, task, config, factors or DEFAULT_FACTORS, layers)
-        try:
-            table = sensitivity_table(result, f"{display_name(source.model)}: {result.subtitle()}")
-            out.print(table.to_rich(change_style))
-            for line in result.advice():
-                out.print(line, highlight=False)
-        finally:  # also where nobody reads what is printed
-            if plot is not None:
-                with writing(plot):
-                    plot.write_bytes(plot_sensitivity(result))
-            if json_output is not None:
-                write_json(json_output, result.to_dict())
+    config = LayerRopeConfig(**rope)
+    SearchSettings(layers=layers)  # a text that names none stops here
+    check_file(json_output, "--json")
+    check_plot(plot)
+    compute, specification = Compute.of(model, computing), TaskSpecification(**asked)
+    source, tokenizer = compute.source, load_tokenizer(compute.source)
+    specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
+    task, loaded = build_task(specification, tokenizer), load(source)
+    with RichProgress(err) as audience:
+        measuring = Measuring(loaded, groups, compute.batch_tokens, audience=audience)
+        result = sensitivity(measuring, task, config, factors or DEFAULT_FACTORS, layers)
+    try:
+        table = sensitivity_table(result, f"{display_name(source.model)}: {result.subtitle()}")
+        out.print(table.to_rich(change_style))
+        for line in result.advice():
+            out.print(line, highlight=False)
+    finally:  # also where nobody reads what is printed
+        if plot is not None:
+            with writing(plot):
+                plot.write_bytes(plot_sensitivity(result))
+        if json_output is not None:
+            write_json(json_output, result.to_dict())
 
 
 # a task that has prompts: there is no text to stride over
@@ -173,7 +168,6 @@ def prompts_command(
         ),
     ] = False,
     computing: ComputeOptions,
-    debug: DebugOption = False,
 ) -> None:
     """Print a task's prompts as JSON lines, for people and for other harnesses.
 
@@ -184,30 +178,29 @@ def prompts_command(
 
     Example: `layerrope prompts --task kv_retrieval --data kv-retrieval-75_keys.jsonl.gz --position 37 --limit 5`
     """
-    with plain_errors(debug):
-        compute = Compute.of(model, computing)
-        source, specification = compute.source, TaskSpecification(**asked)
-        if specification.name == "perplexity":
-            raise TaskError("--task perplexity has no prompts: it scores running text.")
-        tokenizer = load_tokenizer(source)
-        specification = with_defaults(specification, window_of(source), source.model is None, tokenizer)
-        built = build_task(specification, tokenizer)
-        if targets and (position is not None or not isinstance(built, PromptTask)):
-            reason = f"{built.name} has none" if position is None else "leave --position out"
-            raise TaskError(f"--targets shows written answers at the task's own positions: {reason}.")
-        wanted = built.positions if position is None else (position,)
-        num_groups = -(-limit // len(wanted))
-        if "length" in asked:
-            built.split(split.value, num_groups)  # refuses what is longer
-        lines = []
-        for prompt in built.prompts(split.value, num_groups, None if position is None else wanted)[:limit]:
-            text = built.as_sent(prompt) if isinstance(built, PromptTask) else prompt.text
-            lines.append({"prompt": text, "answers": list(prompt.answers), "position": prompt.position})
-        if targets:
-            found = _targets(built, compute, split.value, num_groups)
-            lines = [line | target for line, target in zip(lines, found, strict=False)]
-        for line in lines:
-            typer.echo(to_json(line))
+    compute = Compute.of(model, computing)
+    source, specification = compute.source, TaskSpecification(**asked)
+    if specification.name == "perplexity":
+        raise TaskError("--task perplexity has no prompts: it scores running text.")
+    tokenizer = load_tokenizer(source)
+    specification = with_defaults(specification, window_of(source), source.model is None, tokenizer)
+    built = build_task(specification, tokenizer)
+    if targets and (position is not None or not isinstance(built, PromptTask)):
+        reason = f"{built.name} has none" if position is None else "leave --position out"
+        raise TaskError(f"--targets shows written answers at the task's own positions: {reason}.")
+    wanted = built.positions if position is None else (position,)
+    num_groups = -(-limit // len(wanted))
+    if "length" in asked:
+        built.split(split.value, num_groups)  # refuses what is longer
+    lines = []
+    for prompt in built.prompts(split.value, num_groups, None if position is None else wanted)[:limit]:
+        text = built.as_sent(prompt) if isinstance(built, PromptTask) else prompt.text
+        lines.append({"prompt": text, "answers": list(prompt.answers), "position": prompt.position})
+    if targets:
+        found = _targets(built, compute, split.value, num_groups)
+        lines = [line | target for line, target in zip(lines, found, strict=False)]
+    for line in lines:
+        typer.echo(to_json(line))
 
 
 def _targets(task: PromptTask, compute: Compute, split: SplitName, groups: int) -> list[dict[str, Any]]:
@@ -286,7 +279,7 @@ def lm_eval_command(
     elif not context.args:
         typer.echo(context.get_help())
     else:
-        with plain_errors(debug=False):
+        with plain_errors():
             run_lm_eval(context.args)
 
 
@@ -316,7 +309,9 @@ def with_include_path(arguments: Sequence[str]) -> list[str]:
 
 
 @app.command()
+@takes_settings
 def push(
+    *,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a LAYER_ROPE adapter.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name, or name for your own.")],
     private: Annotated[
@@ -330,7 +325,6 @@ def push(
         str | None, typer.Option(help="Hub id of the base model, where it was loaded from a folder.")
     ] = None,
     license: Annotated[str | None, typer.Option(help="Licence of the adapter. Default: what its card says.")] = None,
-    debug: DebugOption = False,
 ) -> None:
     """Upload an adapter with its card to the Hub.
 
@@ -341,29 +335,29 @@ def push(
 
     Example: `layerrope push my-adapter somebody/llama-long --create-pr`
     """
-    with plain_errors(debug):
-        commit = hub.push_to_hub(
-            folder,
-            repo_id,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            base_model=base_model,
-            license=license,
-        )
+    commit = hub.push_to_hub(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        base_model=base_model,
+        license=license,
+    )
     out.print(commit.pr_url or commit.commit_url, highlight=False, soft_wrap=True)
 
 
 @app.command()
+@takes_settings
 def pull(
+    *,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name.")],
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Made if missing; may hold an earlier pull of REPO_ID.")
     ],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. Default: main.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is not from such a pull.")] = False,
-    debug: DebugOption = False,
 ) -> None:
     """Download an adapter from the Hub, with its card and reports.
 
@@ -371,6 +365,5 @@ def pull(
 
     Example: `layerrope pull me/llama-long my-adapter --revision v2`
     """
-    with plain_errors(debug):
-        path = hub.pull(repo_id, folder, revision, overwrite=overwrite)
+    path = hub.pull(repo_id, folder, revision, overwrite=overwrite)
     out.print(f"adapter: {path}", highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import peft_layerrope
 from peft_layerrope import LayerRopeConfig
 from peft_layerrope.cli import app
+from peft_layerrope.cli.app import SUMMARIES
 from peft_layerrope.tuner.artifacts import save_adapter
 
 TINY_SEARCH = ["--length", "128", "--num-positions", "3", "--steps", "1", "--test-groups", "3"]
@@ -194,9 +195,55 @@ def test_an_adapter_for_another_model_names_both_depths(tmp_path, demo_model):
     assert f"layer_factors has {layers + 1} entries, but llama has {layers} decoder layers." in done.stderr
 
 
-def test_debug_shows_the_traceback(tmp_path):
+@pytest.mark.parametrize("option", ["--verbose", "-v", "--debug"])
+def test_verbose_shows_the_traceback(option, tmp_path):
     with pytest.raises(peft_layerrope.LayerRopeError):
-        run("evaluate", "--adapter", str(tmp_path), "--debug")
+        run("evaluate", "--adapter", str(tmp_path), option)
+
+
+def test_quiet_tells_results_and_errors_only(tmp_path):
+    few = ("--teacher-forced", "--groups", "2", "--length", "300")
+    loud, quiet = run("evaluate", *few), run("evaluate", *few, "-q")
+    assert loud.stderr
+    assert not quiet.stderr
+    assert loud.stdout == quiet.stdout != ""
+    failed = run("evaluate", "--adapter", str(tmp_path), "-q")
+    assert failed.exit_code == 1
+    assert len(failed.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "my-modle"),
+        ("evaluate", "./my-modle"),
+        ("evaluate", "--adapter", "my-adaptr"),
+        ("evaluate", "--adapter", "my-adapter", "--adapter", "./my-adaptr"),
+        ("evaluate", "--task", "kv_retrieval", "--data", "paires.jsonl"),
+        ("evaluate", "--task", "perplexity", "--data", "buok.txt"),
+        ("search", "--config", "search.yml", "--output", "out"),
+        ("search", "--text", "buok.txt", "--output", "out"),
+        ("verify", "--adapter", "my-adaptr"),
+        ("push", "my-adaptr", "me/it"),
+    ],
+)
+def test_a_slip_in_a_name_is_answered_with_what_there_is(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_adapter(LayerRopeConfig(layer_factors=[1.1] * 6, base_model_name_or_path="peft_layerrope/demo"), "my-adapter")
+    (tmp_path / "my-model").mkdir()
+    for name in ("pairs.jsonl", "book.txt", "search.yaml"):
+        (tmp_path / name).write_text("")
+    done = run(*arguments)
+    assert done.exit_code in (1, 2)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    meant = {"my-modle": "my-model", "my-adaptr": "my-adapter", "paires.jsonl": "pairs.jsonl", "buok.txt": "book.txt"}
+    slips = [meant.get(word.removeprefix("./"), "search.yaml" * (word == "search.yml")) for word in arguments]
+    assert line.endswith(f"Did you mean {next(filter(None, slips))}?")
+
+
+def test_a_shell_completes_the_commands():
+    asked = {"_LAYERROPE_COMPLETE": "complete_bash", "COMP_WORDS": "layerrope ", "COMP_CWORD": "1"}
+    assert CliRunner().invoke(app, [], env=asked, prog_name="layerrope").stdout.split() == list(SUMMARIES)
 
 
 def test_another_model_is_searched_inside_its_window_by_default(tmp_path, demo_tokenizer):

@@ -76,7 +76,7 @@ def refusal(command: Any, *arguments: str) -> str:
 def test_options_stand_where_their_parameter_stands():
     names = list(signature(draw).parameters)
     own = ["colour", "width", "corners", "filled", "open", "scale", "middle", "sides"]
-    assert names == ["context", "first", *own, "times"]
+    assert names == ["context", "first", *own, "times", "verbose", "quiet"]
 
 
 def test_signature_and_annotations_agree():
@@ -180,7 +180,7 @@ def test_parameters_from_elsewhere_stand_in_their_order():
     further = parameters_of(other)
     del further["ignored"]
     combined = with_parameters(command, further | parameters_of(command))
-    assert list(signature(combined).parameters) == ["context", "count", "width"]
+    assert list(signature(combined).parameters) == ["context", "count", "width", "verbose", "quiet"]
     assert called(combined, "--width", "2") == ({"width": 2}, {"count": 3})
 
 
