@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -369,7 +369,8 @@ def adapted(model: nn.Module, config: LayerRopeConfig) -> Iterator[PeftModel]:
     with keeping_modes(model):
         with warnings.catch_warnings():  # a fine-tune may stay beside quantised weights
             warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
-            peft_model = get_peft_model(model, config)
+            # PEFT writes the model's name into what it is given, and warns where another stands there
+            peft_model = get_peft_model(model, replace(config, base_model_name_or_path=None))
         try:
             yield peft_model
         finally:

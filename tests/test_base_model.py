@@ -114,6 +114,14 @@ def test_a_fine_tune_is_the_one_that_peft_loads(family, tmp_path, ids):
         assert torch.equal(logits(ours, ids), logits(plain, ids))
 
 
+def test_an_adapter_of_another_name_for_its_base_goes_on_without_a_word(recwarn):
+    config = LayerRopeConfig(layer_factors=FACTORS, base_model_name_or_path="somebody/base")
+    with adapted(build_model("llama"), config) as ours:
+        assert ours.peft_config["default"].layer_factors == FACTORS
+    assert config.base_model_name_or_path == "somebody/base"
+    assert not [one for one in recwarn if "base_model_name_or_path" in str(one.message)]
+
+
 def test_what_was_loaded_is_known_by_its_content(folder, lora, tmp_path):
     model, _ = load_model(str(folder), device="cpu", peft=str(lora))
     known = describe_loading(model)["peft"]
