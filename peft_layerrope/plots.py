@@ -24,9 +24,9 @@ GREY = "0.55"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which people with any colour vision can tell apart; without its yellow, pale on white."""
 _DASHES = ("-", "--", ":")  # one for each round through the colours
-_DPI = 150
-_WIDTH = 7.2  # inches
-_LINE, _LABEL, _LEGEND = 105, 34, 100  # characters: of a line of the title, of a legend's label and of its line
+_DPI = 180
+_WIDTH = 6.0  # inches: letters of 8 points are 8 pixels high where a telephone shows the figure 420 wide
+_LINE, _LABEL, _LEGEND = 86, 34, 84  # characters: of a line of the title, of a legend's label and of its line
 _LONGEST = 120  # characters of a label
 _LEGEND_LINE = 0.17  # inches
 _MANY = 5  # curves whose bands are pale

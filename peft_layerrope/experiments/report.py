@@ -125,10 +125,11 @@ def write_report(
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not markdown:
-            write_atomically(path, to_html(title, known, sections, skipped, _FOOTER))
+            write_atomically(path, to_html(title, known, sections, skipped, _FOOTER))  # opens with the first findings
             return
         folder = path.with_suffix("")
-        blocks = [f"# {escape_markdown(title)}\n", _list(known)]
+        verdict = [escape_markdown(finding) + "\n" for finding in sections[0].findings]
+        blocks = [f"# {escape_markdown(title)}\n", *verdict, _list(known)]
         for section in sections:
             section.write_figures(folder)
             blocks.append(to_markdown(section, f"{quote(folder.name)}/", level=2))

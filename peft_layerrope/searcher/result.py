@@ -170,9 +170,11 @@ class HeldOutTables:
         return f"{task}, {tokens} tokens{times_window(tokens, self.model_window)}, {groups} held-out contexts"
 
     def curves_to_plot(self) -> dict[str, PositionScores]:
-        """Returns the rows worth a line in the accuracy plot: before, one factor for all, after."""
-        rows = map(self.row, dict.fromkeys([NONE, *self.against, self.chosen]))
-        return {row.label: row.scores for row in rows if row is not None}
+        """Returns the rows of the accuracy plot: all, but for those whose factors a row before them has."""
+        rows: dict[Factors, TableRow] = {}
+        for row in self.table:
+            rows.setdefault(tuple(row.factors), row)
+        return {row.label: row.scores for row in rows.values()}
 
 
 @dataclass(frozen=True)
