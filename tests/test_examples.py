@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -68,6 +68,29 @@ def test_quick_start(tmp_path, demo_model):
     middle = [re.split(r"  +", line) for line in lines[6:]]
     assert len(middle) == 2
     assert right["middle"] == [str(sum(row[1] == row[column] for row in middle)) for column in (2, 3)]
+
+
+def test_real_model(tmp_path, monkeypatch, capsys):
+    """All but the search, which would take minutes, on a model that answers nothing."""
+    build_model("llama", vocab_size=600, max_position_embeddings=2048).save_pretrained(tmp_path / "model")
+    with_template(QWEN3).save_pretrained(tmp_path / "model")
+
+    def search(model, task, *, steps, test_groups):
+        def save(folder):
+            save_adapter(LayerRopeConfig(layer_factors=[1.1] * NUM_LAYERS), Path(folder))
+
+        assert (task.num_items, task.positions, steps) == (9, (0, 2, 4, 6, 8), 3)
+        return SimpleNamespace(notes=["found"], save=save)
+
+    monkeypatch.setattr(peft_layerrope, "search", search)
+    output = tmp_path / "adapter"
+    given = f"--model {tmp_path / 'model'} --output {output} --pairs 9 --steps 3 --contexts 2".split()
+    monkeypatch.setattr(sys, "argv", ["real_model.py", *given])
+    load("real_model.py")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("0%") for line in lines[-4:]] == [5, 0, 5, 0]
+    assert lines[-1].startswith("gain: +0.0 points [-")
+    assert (output / "before_and_after.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_rag(tmp_path):
