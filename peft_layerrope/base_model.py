@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import warnings
@@ -209,10 +210,19 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
 
 
+def _auto_class(config: PretrainedConfig) -> type:
+    return next((c for c in _AUTO_CLASSES if type(config) in c._model_mapping), AutoModelForCausalLM)
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Returns the model of a config, which is copied, without memory for weights: all is on the `meta` device."""
+    with torch.device("meta"):
+        return _auto_class(config).from_config(copy.deepcopy(config))
+
+
 def load_base(source: ModelSource) -> PreTrainedModel:
     """Loads a model with its fine-tune, in `eval()` mode; raises LayerRopeError, in one line."""
     device, config = _checked_device(source), load_config(source)
-    auto_class = next((c for c in _AUTO_CLASSES if type(config) in c._model_mapping), AutoModelForCausalLM)
     with _loading(source) as (name, where):
         arguments: dict[str, Any] = {"dtype": source.dtype, "trust_remote_code": source.trust_remote_code, **where}
         if source.attn_implementation is not None:
@@ -228,7 +238,7 @@ def load_base(source: ModelSource) -> PreTrainedModel:
             arguments["quantization_config"] = quantizations.GgufConfig(dequantize=True)
         if source.device_map is not None or source.is_quantized:  # quantised weights cannot be moved afterwards
             arguments["device_map"] = source.device_map or {"": device}
-        model = auto_class.from_pretrained(name, **arguments)
+        model = _auto_class(config).from_pretrained(name, **arguments)
     if getattr(model.config, BAKED_CONFIG_KEY, None) is not None:
         restore_baked(model)  # saved after merge_and_unload(): its weights alone know nothing of the factors
     if "device_map" not in arguments:

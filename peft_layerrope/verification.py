@@ -26,7 +26,7 @@ from .tuner.frequencies import own_frequencies, rope_type_reaches, without_memor
 from .tuner.injection import BAKED_CONFIG_KEY, baked_config
 from .tuner.model import LayerRopeModel
 from .tuner.rotary import LayerRopeLayer
-from .tuner.sites import DecoderStack, find_stack, model_type, text_config
+from .tuner.sites import DecoderStack, find_stack, model_type, table_types, text_config
 from .tuner.tables import holds_tables
 
 OK, MISMATCH, NO_ROTATION = "ok", "mismatch", "no rotation"
@@ -123,7 +123,7 @@ def verify(
         with _own_rotaries(stack, model) as precise:
             base = _record(model, arguments, stack, precise=precise)
         received = _record(model, arguments, stack, base)
-    kind, layer_types = text_config(model).model_type, _layer_types(model, len(factors))
+    kind, layer_types = text_config(model).model_type, table_types(model, len(factors))
 
     def rotation_of(table: str) -> _Rotation:
         return rotation if rope_type_reaches(kind, table) else _PLAIN_ROTATION
@@ -220,15 +220,6 @@ class _Rotation:
 
 _PLAIN_ROTATION = _Rotation("default", 1.0, 0.0, None)
 """Of the tables that a rope type does not reach."""
-
-
-def _layer_types(model: nn.Module, num_layers: int) -> list[str]:
-    """Each layer's type, where the types have tables of their own; else empty."""
-    config = text_config(model)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    if not any(isinstance(entries, dict) for entries in parameters.values()):
-        return [""] * num_layers
-    return list(config.layer_types)
 
 
 @dataclass

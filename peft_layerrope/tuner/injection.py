@@ -7,11 +7,12 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..errors import AdapterMismatchError, InvalidConfigError, LayerRopeError
+from ..errors import AdapterMismatchError, InvalidConfigError, LayerRopeError, UnsupportedModelError
 from ..messages import shown
 from .config import LayerRopeConfig
 from .frequencies import inv_freq_names, is_length_dependent, layer_type_of, own_frequencies, rope_type_reaches
@@ -22,6 +23,7 @@ from .sites import (
     find_stack,
     model_type,
     prove_rotary_scales,
+    table_types,
     tables_can_be_stacked,
     text_config,
     trained_window,
@@ -101,6 +103,43 @@ def _why_not(scaling: LayerScaling, model: nn.Module, stack: DecoderStack) -> st
             "original_max_position_embeddings."
         )
     return ""
+
+
+def layer_frequencies(config: LayerRopeConfig, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns the frequencies of each layer, for programs that keep one table per layer whatever the prompt's length.
+
+    Args:
+        config: the factors.
+        model: a transformers model, which may be on the `meta` device; not changed.
+
+    Returns:
+        For each layer its own frequencies and the scaled ones, both of shape `(r / 2,)`, float32.
+
+    Raises:
+        AdapterMismatchError: the model's layers cannot bear the factors, or these follow the length of a prompt.
+        UnsupportedModelError: the model cannot be scaled, or a layer has several tables.
+    """
+    stack = find_stack(model)
+    scaling = scaling_for(config, model, stack)
+    if scaling.depends_on_length:
+        raise AdapterMismatchError(
+            "rope_type='dynamic' without target_length follows the length of each prompt, and here there is one table "
+            "for all: set target_length, in tokens, in the adapter's config."
+        )
+    traits = [rotary_traits(site, model) for site in stack.sites]
+    found = []
+    for layer, kind in enumerate(table_types(model, len(stack.layers))):
+        tables = [
+            (own, scaling.scale(own, None, name in trait.reached)[scaling.index[layer]])
+            for site, trait in zip(stack.sites, traits, strict=True)
+            if site.layer_idx in (None, layer)
+            for name, own in trait.frequencies.items()
+            if layer_type_of(name) in ("", kind)
+        ]
+        if len(tables) != 1:
+            raise UnsupportedModelError(f"layer {layer} of {model_type(model)} has {len(tables)} tables, expected one.")
+        found += tables
+    return found
 
 
 def wrap(stack: DecoderStack, model: nn.Module) -> None:

@@ -75,3 +75,36 @@ def dynamic_alpha(
     beyond = torch.as_tensor(seq_len, device=factors.device) - original_max_position_embeddings
     excess = beyond.clamp(min=0).to(factors.dtype) / original_max_position_embeddings
     return 1 + factors * excess
+
+
+def plain_rope(inv_freq: torch.Tensor) -> tuple[float, float] | None:
+    """Returns the base and the linear factor by which a config can state frequencies, `base ** (-2i / r) / factor`.
+
+    Args:
+        inv_freq: a layer's frequencies, shape `(r / 2,)` with r > 2.
+
+    Returns:
+        None if no such two numbers give them.
+    """
+    exact, pairs = inv_freq.double(), len(inv_freq)
+    if not exact[-1] > 0:
+        return None
+    # float32 has seven digits: more would be those of its rounding, and 10000.0 is a layer that is not scaled
+    base = float(f"{(exact[0] / exact[-1]).item() ** (pairs / (pairs - 1)):.7g}")
+    factor = float(f"{1 / exact[0].item():.7g}")
+    stated = base ** -(torch.arange(pairs, dtype=exact.dtype) / pairs) / factor
+    return (base, factor) if torch.allclose(stated, exact.cpu(), rtol=1e-5, atol=0) else None
+
+
+def rotation_table(inv_freq: torch.Tensor, length: int) -> torch.Tensor:
+    """Returns the cosines and sines of positions 0 to `length - 1`, in the form that servers keep.
+
+    Args:
+        inv_freq: a layer's frequencies, shape `(r / 2,)`; in float64 the angles of large positions lose no digits.
+        length: number of positions.
+
+    Returns:
+        Shape `(length, r)`, the cosines first, in `inv_freq`'s dtype and on its device.
+    """
+    angles = torch.outer(torch.arange(length, dtype=inv_freq.dtype, device=inv_freq.device), inv_freq)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

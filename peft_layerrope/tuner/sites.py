@@ -88,6 +88,15 @@ def trained_window(model: nn.Module) -> int | None:
     return getattr(text_config(model), "max_position_embeddings", None)
 
 
+def table_types(model: nn.Module, num_layers: int) -> list[str]:
+    """Returns each layer's type, where the types have rotary tables of their own; else empty texts."""
+    config = text_config(model)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if not any(isinstance(entries, dict) for entries in parameters.values()):
+        return [""] * num_layers
+    return list(config.layer_types)
+
+
 def embedding_table(model: nn.Module) -> torch.Tensor:
     """Returns the table of the model's input embeddings, whose first dimension is the vocabulary; raises
     UnsupportedModelError if its inputs are not token ids.

@@ -1,0 +1,253 @@
+"""vLLM serves the scaled model: each attention layer gets a rotary table of its own, made from scaled frequencies.
+
+vLLM calls [`register`] in every process, through the entry point. Which factors is said by
+`--additional-config '{"layer_rope": "FOLDER_OR_HUB_ID"}'`, or by the record in a baked checkpoint's `config.json`.
+
+vLLM and what reads adapters are imported when a model is loaded: vLLM only logs an error of importing this module, and
+would go on unscaled.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import re
+from collections.abc import Iterator
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from ..errors import AdapterMismatchError, LayerRopeError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+    from ..tuner.config import LayerRopeConfig
+
+KEY = "layer_rope"
+"""Of vLLM's `additional_config`: an adapter's folder or Hub id."""
+
+_logger = logging.getLogger("vllm.layer_rope")  # below vLLM's own, whose settings say what is printed
+_TABLE = "cos_sin_cache"  # vLLM's name, shape (positions, r): cosines, then sines
+_PROBE_POSITIONS = 512  # far enough for factors that differ little, near enough for angles in float32
+
+
+@cache
+def register() -> None:
+    """Has every model that vLLM loads from now on scaled, if factors are given. May be called again."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    made = BaseModelLoader.__init__
+
+    @wraps(made)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        self.load_model = _then_scaled(self.load_model)  # of whatever subclass: several have one of their own
+
+    BaseModelLoader.__init__ = init
+
+
+def _then_scaled(load: Any) -> Any:
+    @wraps(load)
+    def load_model(vllm_config: VllmConfig, model_config: ModelConfig, *args: Any, **kwargs: Any) -> nn.Module:
+        model = load(vllm_config, model_config, *args, **kwargs)
+        if model_config.runner_type != "draft":  # its guesses are checked by the scaled model
+            scale_model(model, vllm_config, model_config)
+        return model
+
+    return load_model
+
+
+def scale_model(model: nn.Module, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
+    """Scales a loaded model in place, if factors are given; proves of each layer that it now rotates by its own.
+
+    Args:
+        model: as vLLM's loaders return it, or a part of it (tensor and pipeline parallel).
+        vllm_config: its `additional_config` also gets the factors, by which vLLM tells compiled graphs apart.
+        model_config: the model's.
+
+    Raises:
+        LayerRopeError: the adapter cannot be read, does not fit the model, or a layer cannot be scaled; the message
+            names the layer.
+    """
+    settings = vllm_config.additional_config
+    adapter = settings.get(KEY) if isinstance(settings, dict) else None
+    is_baked = getattr(model_config.hf_config, KEY, None) is not None
+    if adapter is None and not is_baked:
+        return
+    from vllm.config import set_current_vllm_config
+
+    from ..base_model import empty_model
+    from ..tuner.injection import baked_config, layer_frequencies
+
+    if adapter is not None and is_baked:
+        raise LayerRopeError(f"{KEY}={adapter!r}: this checkpoint has factors baked in already.")
+    if vllm_config.kv_transfer_config is not None:
+        raise LayerRopeError(
+            "kv_transfer_config: a store of keys beyond this process does not know by which factors they were rotated, "
+            "and would mix them with those of other adapters."
+        )
+    empty = empty_model(model_config.hf_config)
+    config = baked_config(empty) if is_baked else _adapter_config(str(adapter), model_config)
+    frequencies = layer_frequencies(config, empty)
+    vllm_config.additional_config = {**settings, f"{KEY}_factors": config.to_dict()}
+    with set_current_vllm_config(vllm_config), torch.no_grad():
+        if hasattr(model, "model") and hasattr(model.model, "get_decoder"):
+            _bake(model.model, config)
+            return
+        tables = _scale_native(model, frequencies, vllm_config, model_config)
+    size = sum(table.numel() * table.element_size() for table in tables)
+    _logger.info(
+        "layer_rope: %d layers scaled, their %d tables take %.1f MB", len(frequencies), len(tables), size / 1e6
+    )
+
+
+def _adapter_config(adapter: str, model_config: ModelConfig) -> LayerRopeConfig:
+    from ..loading import adapter_weights, load_adapter_config
+    from ..tuner.artifacts import check_weights_file
+
+    config = load_adapter_config(adapter)
+    check_weights_file(adapter_weights(adapter), config.layer_factors)
+    overrides = model_config.hf_overrides if isinstance(model_config.hf_overrides, dict) else {}
+    if (
+        config.rope_type == "dynamic"
+        and config.original_max_position_embeddings is None
+        and "max_position_embeddings" in overrides
+    ):
+        raise AdapterMismatchError(
+            f"{KEY}={adapter!r}: rope_type='dynamic' needs the trained window, which --hf-overrides has replaced: set "
+            "original_max_position_embeddings in the adapter's config."
+        )
+    return config
+
+
+def _bake(model: nn.Module, config: LayerRopeConfig) -> None:
+    """Bakes the factors into a model that runs by transformers' own code."""
+    from ..tuner.injection import bake, scaling_for
+    from ..tuner.sites import find_stack
+
+    stack = find_stack(model)
+    bake(model, stack, scaling_for(config, model, stack))
+    _logger.info("layer_rope: %d layers scaled, in transformers' own code", len(stack.layers))
+
+
+def _scale_native(
+    model: nn.Module,
+    frequencies: list[tuple[torch.Tensor, torch.Tensor]],
+    vllm_config: VllmConfig,
+    model_config: ModelConfig,
+) -> list[torch.Tensor]:
+    """Replaces the rotary modules of the layers that this process has; returns the new tables, each once."""
+    model = model.get_language_model() if hasattr(model, "get_language_model") else model
+    made: dict[Any, nn.Module] = {}  # layers that rotate alike share a module, as in vLLM
+    sites = {layer: list(_rotaries(model, layer)) for layer in range(len(frequencies))}
+    for layer in range(*model_config.get_layers_start_end_indices(vllm_config.parallel_config)):
+        own, scaled = frequencies[layer]
+        if not sites[layer] and not torch.equal(own, scaled):
+            _refuse(layer, "no rotary module of vLLM's get_rope was found; if it does not rotate, its factor must be 1")
+        for owner, attribute in sites[layer]:
+            rotary = getattr(owner, attribute)
+            key = (id(rotary), tuple(scaled.tolist()))
+            if key not in made:
+                made[key] = _scaled(rotary, own, scaled, model_config.max_model_len, layer)
+            setattr(owner, attribute, made[key])
+        for owner, attribute in sites[layer][:1]:
+            _prove(layer, owner, getattr(owner, attribute), scaled, model_config)
+    return list({id(table): table for table in (getattr(module, _TABLE) for module in made.values())}.values())
+
+
+def _refuse(layer: int, reason: str) -> NoReturn:
+    raise UnsupportedModelError(f"layer_rope: layer {layer}: {reason}.")
+
+
+def _rotaries(model: nn.Module, layer: int) -> Iterator[tuple[nn.Module, str]]:
+    """Where a layer's rotary modules sit: the modules that hold them, and the attributes."""
+    for name, owner in model.named_modules():
+        if re.match(rf"(\D*\.)?{layer}(\.|$)", name):
+            for attribute, child in owner.named_children():
+                if isinstance(getattr(child, _TABLE, None), torch.Tensor):
+                    yield owner, attribute
+
+
+def _scaled(rotary: nn.Module, own: torch.Tensor, scaled: torch.Tensor, length: int, layer: int) -> nn.Module:
+    """Returns a copy of a rotary module with the table of other frequencies, or the module itself if it has them.
+
+    Args:
+        rotary: vLLM's; not changed, for layers share it.
+        own: the layer's frequencies as transformers has them, by which vLLM's table must have been made.
+        scaled: those it is to have.
+        length: of the new table, at least: with pictures positions go beyond the prompt's length.
+        layer: for the message.
+    """
+    from ..tuner.scaling import rotation_table
+
+    table = getattr(rotary, _TABLE)
+    own, scaled = own.to(table.device), scaled.to(table.device)
+    probe = rotation_table(own, min(len(table), _PROBE_POSITIONS)) * table[0, 0]  # YaRN's tables are longer vectors
+    tolerance = max(1e-3, 2 * torch.finfo(table.dtype).eps)
+    if table.shape[1] != probe.shape[1] or not torch.allclose(
+        table[: len(probe)].float(), probe, rtol=0, atol=tolerance
+    ):
+        _refuse(layer, f"vLLM's {type(rotary).__name__} has other frequencies than transformers has for this model")
+    if hasattr(rotary, "mrope_section"):
+        length = max(length, len(table))
+    if torch.equal(own, scaled) and len(table) >= length:
+        return rotary
+    new = (rotation_table(scaled, length) * table[0, 0]).to(table.dtype)
+    # A deep copy, and not a shallow one: the module keeps its own bound method, which would rotate by the old table.
+    made = copy.deepcopy(rotary, {id(table): new})
+    if getattr(made, f"{_TABLE}_bf16", None) is not None:
+        setattr(made, f"{_TABLE}_bf16", new.bfloat16())
+    return made
+
+
+class _Rotated(Exception):  # noqa: N818, not an error: ends a layer's run once its rotation is known
+    pass
+
+
+def _prove(layer: int, owner: nn.Module, rotary: nn.Module, scaled: torch.Tensor, model_config: ModelConfig) -> None:
+    """Runs the layer's attention up to its rotation, and compares that with one by angles in float64."""
+    from ..tuner.scaling import rotation_table
+
+    count = min(_PROBE_POSITIONS, model_config.max_model_len)
+    device, seen = getattr(rotary, _TABLE).device, {}
+    hidden = torch.arange(model_config.get_hidden_size(), device=device).sin().to(model_config.dtype).repeat(count, 1)
+    positions = torch.arange(count, device=device)
+    given = {"hidden_states": hidden, "x": hidden, "positions": positions, "position_ids": positions}
+    names = inspect.signature(owner.forward).parameters
+    arguments = {name: value for name, value in given.items() if name in names}
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        values = inspect.signature(module.forward_native).bind(*args, **kwargs).arguments
+        seen.update({name: values[name].clone() for name in ("query", "key") if values.get(name) is not None})
+
+    def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> NoReturn:
+        seen["rotated"] = output
+        raise _Rotated
+
+    handles = [
+        rotary.register_forward_pre_hook(before, with_kwargs=True),
+        rotary.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        owner(**arguments)
+    except _Rotated:
+        pass
+    except (TypeError, ValueError, RuntimeError) as error:
+        _refuse(layer, f"{type(owner).__name__} cannot be run for a proof that it rotates by its factor ({error})")
+    else:
+        _refuse(layer, f"{type(owner).__name__} does not call its rotary module")
+    finally:
+        for handle in handles:
+            handle.remove()
+    table = getattr(rotary, _TABLE)
+    exact = rotation_table(scaled.double().to(device), count) * table[0, 0]
+    reference = copy.deepcopy(rotary, {id(table): exact.to(model_config.dtype)})
+    expected = reference.forward_native(positions, seen["query"].clone(), seen.get("key"))
+    tolerance = max(1e-3, 4 * torch.finfo(model_config.dtype).eps)
+    for got, wanted in zip(seen["rotated"], expected, strict=True):
+        if got is not None and not (got - wanted).abs().max() <= tolerance * wanted.abs().max():
+            _refuse(layer, f"{type(rotary).__name__} does not rotate by the scaled frequencies")
