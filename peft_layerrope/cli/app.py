@@ -33,6 +33,8 @@ SUMMARIES = {
     "prompts": "Print a task's prompts as JSON lines, for people and for other harnesses.",
     "lm-eval": "Run lm-evaluation-harness, with LAYER_ROPE adapters loadable by `peft=` and our position curves as "
     "tasks.",
+    "export": "Write a checkpoint of the scaled model that transformers loads without this library.",
+    "serve-check": "Ask a running server for log-probabilities of a few prompts: does it serve the scaled model?",
     "push": "Upload an adapter with its card to the Hub.",
     "pull": "Download an adapter from the Hub, with its card and reports.",
     "experiment": "Measure what lies behind a search's figures: the paper's experiments, on held-out examples.",
@@ -53,7 +55,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple:
         if len(self.commands) < len(SUMMARIES):
-            for name in ("evaluate", "report", "search", "tools", "experiments"):
+            for name in ("evaluate", "report", "search", "tools", "serving", "experiments"):
                 import_module(f".{name}", __package__)
             self.commands = typer.main.get_command(app).commands
         return super().resolve_command(ctx, args)

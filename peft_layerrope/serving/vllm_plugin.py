@@ -23,7 +23,7 @@ from torch import nn
 from ..errors import AdapterMismatchError, LayerRopeError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig, VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
     from ..tuner.config import LayerRopeConfig
 
@@ -78,6 +78,7 @@ def scale_model(model: nn.Module, vllm_config: VllmConfig, model_config: ModelCo
     is_baked = getattr(model_config.hf_config, KEY, None) is not None
     if adapter is None and not is_baked:
         return
+    from transformers import PreTrainedModel
     from vllm.config import set_current_vllm_config
 
     from ..base_model import empty_model
@@ -95,10 +96,10 @@ def scale_model(model: nn.Module, vllm_config: VllmConfig, model_config: ModelCo
     frequencies = layer_frequencies(config, empty)
     vllm_config.additional_config = {**settings, f"{KEY}_factors": config.to_dict()}
     with set_current_vllm_config(vllm_config), torch.no_grad():
-        if hasattr(model, "model") and hasattr(model.model, "get_decoder"):
+        if isinstance(getattr(model, "model", None), PreTrainedModel):
             _bake(model.model, config)
             return
-        tables = _scale_native(model, frequencies, vllm_config, model_config)
+        tables = scale_layers(model, frequencies, model_config, vllm_config.parallel_config)
     size = sum(table.numel() * table.element_size() for table in tables)
     _logger.info(
         "layer_rope: %d layers scaled, their %d tables take %.1f MB", len(frequencies), len(tables), size / 1e6
@@ -134,17 +135,30 @@ def _bake(model: nn.Module, config: LayerRopeConfig) -> None:
     _logger.info("layer_rope: %d layers scaled, in transformers' own code", len(stack.layers))
 
 
-def _scale_native(
+def scale_layers(
     model: nn.Module,
     frequencies: list[tuple[torch.Tensor, torch.Tensor]],
-    vllm_config: VllmConfig,
     model_config: ModelConfig,
+    parallel_config: ParallelConfig,
 ) -> list[torch.Tensor]:
-    """Replaces the rotary modules of the layers that this process has; returns the new tables, each once."""
+    """Gives the layers that this process has rotary modules of their own, and proves that they rotate by them.
+
+    Args:
+        model: vLLM's; changed in place.
+        frequencies: of all layers, see `layer_frequencies`.
+        model_config: for `max_model_len`, at which new tables end, the hidden size and the dtype.
+        parallel_config: for the layers of this process.
+
+    Returns:
+        The tables in use, `(positions, r)` each, without repetitions: layers that rotate alike share one.
+
+    Raises:
+        UnsupportedModelError: a layer cannot be scaled; the message names it.
+    """
     model = model.get_language_model() if hasattr(model, "get_language_model") else model
     made: dict[Any, nn.Module] = {}  # layers that rotate alike share a module, as in vLLM
     sites = {layer: list(_rotaries(model, layer)) for layer in range(len(frequencies))}
-    for layer in range(*model_config.get_layers_start_end_indices(vllm_config.parallel_config)):
+    for layer in range(*model_config.get_layers_start_end_indices(parallel_config)):
         own, scaled = frequencies[layer]
         if not sites[layer] and not torch.equal(own, scaled):
             _refuse(layer, "no rotary module of vLLM's get_rope was found; if it does not rotate, its factor must be 1")
@@ -167,7 +181,7 @@ def _rotaries(model: nn.Module, layer: int) -> Iterator[tuple[nn.Module, str]]:
     """Where a layer's rotary modules sit: the modules that hold them, and the attributes."""
     for name, owner in model.named_modules():
         if re.match(rf"(\D*\.)?{layer}(\.|$)", name):
-            for attribute, child in owner.named_children():
+            for attribute, child in owner._modules.items():  # `named_children` would give a module once
                 if isinstance(getattr(child, _TABLE, None), torch.Tensor):
                     yield owner, attribute
 
@@ -245,9 +259,15 @@ def _prove(layer: int, owner: nn.Module, rotary: nn.Module, scaled: torch.Tensor
             handle.remove()
     table = getattr(rotary, _TABLE)
     exact = rotation_table(scaled.double().to(device), count) * table[0, 0]
-    reference = copy.deepcopy(rotary, {id(table): exact.to(model_config.dtype)})
-    expected = reference.forward_native(positions, seen["query"].clone(), seen.get("key"))
+
+    def rotated_by(rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        reference = copy.deepcopy(rotary, {id(table): rows.to(model_config.dtype)})
+        return reference.forward_native(positions, *(seen[name].clone() for name in ("query", "key") if name in seen))
+
+    expected = rotated_by(exact)
+    is_wrong = torch.equal(expected[0], rotated_by(exact.flip(0))[0])  # whatever its table says
     tolerance = max(1e-3, 4 * torch.finfo(model_config.dtype).eps)
     for got, wanted in zip(seen["rotated"], expected, strict=True):
-        if got is not None and not (got - wanted).abs().max() <= tolerance * wanted.abs().max():
-            _refuse(layer, f"{type(rotary).__name__} does not rotate by the scaled frequencies")
+        is_wrong |= got is not None and not (got - wanted).abs().max() <= tolerance * wanted.abs().max()
+    if is_wrong:
+        _refuse(layer, f"{type(rotary).__name__} does not rotate by the scaled frequencies")

@@ -1,0 +1,298 @@
+"""vLLM beside transformers: tokens, log-probabilities, speed, LoRA, other backends, and real servers over HTTP.
+
+    python tests/serving/check_vllm.py [MODEL_FOLDER] [STAGE...] [--prompts 50] [--tokens 16] [--rounds 9]
+
+Needs vLLM; `tests/serving/run.sh` makes an environment with it. Each line says what was compared and the figures; the
+exit status is 1 if one of them is not as promised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from real_models import real_model_path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import peft_layerrope
+from peft_layerrope import LayerRopeConfig, LayerRopeError
+from peft_layerrope.serving.check import check_server, server_log_probs
+from peft_layerrope.tuner.artifacts import save_adapter
+
+WINDOW = 512
+CACHE = 256 * 2**20  # bytes of keys and values of each engine
+TOLERANCE = 1e-3  # of log-probabilities in float32
+failed: list[str] = []
+
+
+def say(what: str, holds: bool, figures: str) -> None:
+    print(f"{'ok  ' if holds else 'FAIL'} {what}: {figures}", flush=True)
+    if not holds:
+        failed.append(what)
+
+
+def write_adapter(folder: Path, factors: list[float], **settings: object) -> str:
+    folder.mkdir()
+    save_adapter(LayerRopeConfig(layer_factors=factors, task_type="CAUSAL_LM", **settings), folder)
+    return str(folder)
+
+
+def drawn(num_layers: int, seed: int) -> list[float]:
+    rng = random.Random(seed)
+    return [round(rng.uniform(1.0, 1.5), 2) for _ in range(num_layers)]
+
+
+class Reference:
+    """What transformers and PEFT answer, in float32, prompt by prompt."""
+
+    def __init__(self, model: torch.nn.Module, prompts: list[list[int]], num_tokens: int) -> None:
+        self.tokens, self.prompt_log_probs = [], []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            asked = {"max_new_tokens": num_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            with torch.no_grad():
+                self.tokens.append(model.generate(input_ids=ids, **asked)[0, len(prompt) :].tolist())
+                found = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            self.prompt_log_probs.append(found.gather(1, ids[0, 1:, None])[:, 0].numpy())
+
+
+def engine(model: str, adapter: str | None, **settings: object):
+    from vllm import LLM
+
+    return LLM(
+        model,
+        dtype="float32",
+        max_model_len=WINDOW,
+        kv_cache_memory_bytes=CACHE,
+        disable_log_stats=True,
+        additional_config={} if adapter is None else {"layer_rope": adapter},
+        **{"enforce_eager": True, **settings},
+    )
+
+
+def answers(llm, prompts: list[list[int]], num_tokens: int, **request: object):
+    """Greedy tokens, the log-probabilities that they were chosen by, and those of the prompts' tokens."""
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=2, prompt_logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], wanted, use_tqdm=False, **request)
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    steps = [[{t: v.logprob for t, v in s.items()} for s in output.outputs[0].logprobs] for output in outputs]
+    of_prompts = [
+        np.array(
+            [step[token].logprob for step, token in zip(o.prompt_logprobs[1:], o.prompt_token_ids[1:], strict=True)]
+        )
+        for o in outputs
+    ]
+    return tokens, steps, of_prompts
+
+
+def compare(what: str, found, wanted: Reference) -> None:
+    tokens, steps, of_prompts = found
+    different = []
+    for row, (got, expected) in enumerate(zip(tokens, wanted.tokens, strict=True)):
+        first = next((i for i, pair in enumerate(zip(got, expected, strict=True)) if pair[0] != pair[1]), None)
+        if first is not None:
+            step = steps[row][first]
+            gap = step[got[first]] - step.get(expected[first], -np.inf)
+            different.append(f"prompt {row}, token {first}, log-probabilities {gap:.2g} apart")
+    figures = (
+        f"equal on {len(tokens) - len(different)} of {len(tokens)} prompts; {'; '.join(different) or 'none differs'}"
+    )
+    say(f"{what}: greedy tokens", not different, figures)
+    worst = max(np.abs(a - b).max() for a, b in zip(of_prompts, wanted.prompt_log_probs, strict=True))
+    say(f"{what}: log-probabilities of prompts", worst <= TOLERANCE, f"differ by {worst:.2g} at most")
+
+
+def tokens(here: Setup) -> None:
+    changed = sum(a != b for a, b in zip(here.scaled.tokens, here.unscaled.tokens, strict=True))
+    say("the adapter changes tokens", changed >= len(here.prompts) // 2, f"on {changed} of {len(here.prompts)} prompts")
+    plain = answers(here.engine(None), here.prompts, here.num_tokens)
+    compare("vLLM without factors", plain, here.unscaled)
+    compare("vLLM with the adapter", answers(here.engine(here.adapter), here.prompts, here.num_tokens), here.scaled)
+    ones = answers(here.engine(here.ones), here.prompts, here.num_tokens)
+    same = ones[:2] == plain[:2] and all(map(np.array_equal, ones[2], plain[2]))
+    say("factors of 1 against plain vLLM", same, "bit for bit" if same else "not equal")
+
+
+def throughput(here: Setup) -> None:
+    from vllm import SamplingParams
+
+    batch = [{"prompt_token_ids": prompt} for prompt in list(itertools.islice(itertools.cycle(here.prompts), 32))]
+    wanted = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    engines, ratios = (here.engine(None), here.engine(here.adapter)), []
+    for number in range(here.rounds + 2):
+        seconds = {}
+        for llm in engines if number % 2 else engines[::-1]:
+            llm.reset_prefix_cache()
+            started = time.perf_counter()
+            llm.generate(batch, wanted, use_tqdm=False)
+            seconds[llm] = time.perf_counter() - started
+        ratios.append(seconds[engines[0]] / seconds[engines[1]])
+    low, median, high = statistics.quantiles(ratios[2:], n=4)
+    figures = f"{median:.3f}, quartiles {low:.3f} to {high:.3f}, {here.rounds} interleaved rounds of 32 prompts"
+    say("throughput, adapter / none", median >= 0.99, figures)
+
+
+def lora(here: Setup) -> None:
+    from vllm.lora.request import LoRARequest
+
+    folder = here.folder / "lora"
+    torch.manual_seed(0)
+    tuned = get_peft_model(here.load(), LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    tuned.save_pretrained(folder)
+    both = PeftModel.from_pretrained(tuned.merge_and_unload(), here.adapter).eval()
+    prompts = here.prompts[:10]
+    llm = engine(here.model, here.adapter, enable_lora=True, max_lora_rank=8)
+    found = answers(llm, prompts, here.num_tokens, lora_request=LoRARequest("tuned", 1, str(folder)))
+    compare("adapter and a LoRA request", found, Reference(both, prompts, here.num_tokens))
+    plain = Reference(PeftModel.from_pretrained(here.load(), here.adapter).eval(), prompts, here.num_tokens)
+    compare("the same engine without that request", answers(llm, prompts, here.num_tokens), plain)
+
+
+def backend(here: Setup) -> None:
+    compare(
+        "transformers' backend of vLLM",
+        answers(engine(here.model, here.adapter, model_impl="transformers"), here.prompts, here.num_tokens),
+        here.scaled,
+    )
+
+
+def compiled(here: Setup) -> None:
+    """Twice from one path with other factors: compiled code of the first must not serve the second."""
+    path = here.folder / "changing"
+    for seed in (2, 1):
+        path.exists() and [file.unlink() for file in path.iterdir()] and path.rmdir()
+        adapter = write_adapter(path, drawn(here.num_layers, seed))
+        wanted = Reference(PeftModel.from_pretrained(here.load(), adapter).eval(), here.prompts[:10], here.num_tokens)
+        llm = engine(here.model, adapter, enforce_eager=False)
+        compare(f"compiled, factors {seed}", answers(llm, here.prompts[:10], here.num_tokens), wanted)
+
+
+def baked(here: Setup) -> None:
+    folder = str(here.folder / "baked")
+    PeftModel.from_pretrained(here.load(), here.adapter).merge_and_unload().save_pretrained(folder)
+    here.tokenizer.save_pretrained(folder)
+    compare("a baked checkpoint", answers(engine(folder, None), here.prompts, here.num_tokens), here.scaled)
+
+
+def http(here: Setup) -> None:
+    other = write_adapter(here.folder / "other", [f + 0.5 for f in drawn(here.num_layers, 7)])
+    wrong = write_adapter(here.folder / "wrong", [1.5] * (here.num_layers - 1))
+    model, prompts = here.load(), here.prompts[:4]
+    with server(here.model, here.adapter, 8411) as first, server(here.model, other, 8412) as second:
+        for url, adapter, own in ((first, here.adapter, True), (second, other, True), (second, here.adapter, False)):
+            found = check_server(url, model, LayerRopeConfig.from_pretrained(adapter), prompts)
+            try:
+                found.raise_unless_scaled()
+                recognised = True
+            except LayerRopeError:
+                recognised = False
+            say(f"serve-check of {url} with {Path(adapter).name}", recognised == own, str(found))
+        worst = max(
+            np.abs(a - b).max()
+            for a, b in zip(server_log_probs(first, prompts), here.scaled.prompt_log_probs, strict=False)
+        )
+        say("log-probabilities over HTTP", worst <= TOLERANCE, f"differ by {worst:.2g} at most")
+    done = subprocess.run(command(here.model, wrong, 8413), capture_output=True, text=True, timeout=600, check=False)
+    told = [line for line in (done.stdout + done.stderr).splitlines() if "layer_factors has" in line]
+    say("a server with too few factors", done.returncode != 0 and bool(told), (told or ["no word of it"])[-1][-160:])
+
+
+def command(model: str, adapter: str, port: int) -> list[str]:
+    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(WINDOW), "--port", str(port)]
+    options += ["--kv-cache-memory-bytes", str(CACHE), "--additional-config", json.dumps({"layer_rope": adapter})]
+    return [str(Path(sys.executable).with_name("vllm")), "serve", model, *options]
+
+
+@contextmanager
+def server(model: str, adapter: str, port: int, patience: float = 900) -> Iterator[str]:
+    process = subprocess.Popen(command(model, adapter, port))
+    url, until = f"http://127.0.0.1:{port}", time.monotonic() + patience
+    try:
+        while True:
+            try:
+                urlopen(f"{url}/health", timeout=10).close()
+                break
+            except URLError:
+                if process.poll() is not None or time.monotonic() > until:
+                    raise RuntimeError(f"no server at {url}") from None
+                time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+class Setup:
+    """The model, its adapters and prompts, and what transformers answers."""
+
+    def __init__(self, model: str, folder: Path, num_prompts: int, num_tokens: int, rounds: int) -> None:
+        self.model, self.folder, self.num_tokens, self.rounds = model, folder, num_tokens, rounds
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        base = self.load()
+        self.num_layers = base.config.num_hidden_layers
+        self.adapter = write_adapter(folder / "adapter", drawn(self.num_layers, 0))
+        self.ones = write_adapter(folder / "ones", [1.0] * self.num_layers)
+        text = (Path(peft_layerrope.__file__).parent / "searcher" / "sample_text.txt").read_text(encoding="utf-8")
+        ids = self.tokenizer(text)["input_ids"]
+        starts = np.linspace(0, len(ids) - 65, num_prompts).astype(int)
+        self.prompts = [ids[start : start + 24 + row % 40] for row, start in enumerate(starts)]
+        self.unscaled = Reference(base, self.prompts, num_tokens)
+        self.scaled = Reference(PeftModel.from_pretrained(base, self.adapter).eval(), self.prompts, num_tokens)
+        self.engines: dict[str | None, object] = {}
+
+    def load(self) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32).eval()
+
+    def engine(self, adapter: str | None):
+        if adapter not in self.engines:
+            self.engines[adapter] = engine(self.model, adapter)
+        return self.engines[adapter]
+
+
+STAGES: dict[str, Callable[[Setup], None]] = {
+    stage.__name__: stage for stage in (tokens, throughput, baked, backend, compiled, lora, http)
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=None)
+    parser.add_argument("stages", nargs="*", choices=[[], *STAGES])
+    for name, default in (("--prompts", 50), ("--tokens", 16), ("--rounds", 9)):
+        parser.add_argument(name, type=int, default=default)
+    arguments = parser.parse_args()
+    model = arguments.model or str(real_model_path("smollm2-135m-instruct"))
+    with tempfile.TemporaryDirectory() as folder:
+        here = Setup(model, Path(folder), arguments.prompts, arguments.tokens, arguments.rounds)
+        for name in arguments.stages or STAGES:
+            STAGES[name](here)
+    print(f"{len(failed)} of these are not as promised" if failed else "all as promised")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
