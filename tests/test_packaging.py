@@ -53,7 +53,9 @@ def _third_party_imports() -> dict[str, set[str]]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     declared = _distributions(PROJECT["dependencies"])
     extras = PROJECT["optional-dependencies"]
-    optional = _distributions(extras["datasets"] + extras["lm-eval"] + extras["ray"])
+    optional = _distributions(
+        [needed for name in ("datasets", "lm-eval", "mlx", "ray", "vllm") for needed in extras[name]]
+    )
     assert not declared & optional
     modules = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in declared | optional}
     imported = _third_party_imports()
@@ -63,9 +65,9 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
 
 def test_extras():
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"all", "datasets", "docs", "lm-eval", "ray", "test"}
+    assert set(extras) == {"all", "datasets", "docs", "lm-eval", "mlx", "ray", "test", "vllm"}
     named = re.fullmatch(r"peft-layerrope\[(.+)\]", extras["all"][0])[1].split(",")
-    assert set(named) == set(extras) - {"all", "docs", "test"}
+    assert set(named) == set(extras) - {"all", "docs", "test", "mlx", "vllm"}  # which want a place of their own
 
 
 def test_every_dependency_has_a_lower_bound_that_can_be_installed_as_it_stands():

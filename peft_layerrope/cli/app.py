@@ -55,7 +55,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple:
         if len(self.commands) < len(SUMMARIES):
-            for name in ("evaluate", "report", "search", "tools", "serving", "experiments"):
+            for name in ("evaluate", "report", "search", "tools", "experiments"):
                 import_module(f".{name}", __package__)
             self.commands = typer.main.get_command(app).commands
         return super().resolve_command(ctx, args)

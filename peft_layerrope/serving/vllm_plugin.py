@@ -218,10 +218,6 @@ def _scaled(rotary: nn.Module, own: torch.Tensor, scaled: torch.Tensor, length: 
     return made
 
 
-class _Rotated(Exception):  # noqa: N818, not an error: ends a layer's run once its rotation is known
-    pass
-
-
 def _prove(layer: int, owner: nn.Module, rotary: nn.Module, scaled: torch.Tensor, model_config: ModelConfig) -> None:
     """Runs the layer's attention up to its rotation, and compares that with one by angles in float64."""
     from ..tuner.scaling import rotation_table
@@ -240,23 +236,22 @@ def _prove(layer: int, owner: nn.Module, rotary: nn.Module, scaled: torch.Tensor
 
     def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> NoReturn:
         seen["rotated"] = output
-        raise _Rotated
+        raise LayerRopeError("the rotation is known: what follows would need an engine that runs")
 
     handles = [
         rotary.register_forward_pre_hook(before, with_kwargs=True),
         rotary.register_forward_hook(after, with_kwargs=True),
     ]
+    reason = "does not call its rotary module"
     try:
         owner(**arguments)
-    except _Rotated:
-        pass
-    except (TypeError, ValueError, RuntimeError) as error:
-        _refuse(layer, f"{type(owner).__name__} cannot be run for a proof that it rotates by its factor ({error})")
-    else:
-        _refuse(layer, f"{type(owner).__name__} does not call its rotary module")
+    except (LayerRopeError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"cannot be run for a proof that it rotates by its factor ({error})"
     finally:
         for handle in handles:
             handle.remove()
+    if "rotated" not in seen:
+        _refuse(layer, f"{type(owner).__name__} {reason}")
     table = getattr(rotary, _TABLE)
     exact = rotation_table(scaled.double().to(device), count) * table[0, 0]
 
