@@ -325,7 +325,6 @@ def export_command(
     form: Annotated[FormatChoice, typer.Option("--format", help="How the checkpoint says the factors.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
     loading: LoadOptions,
-    debug: DebugOption = False,
 ) -> None:
     """Write a checkpoint of the scaled model that transformers loads without this library.
 
@@ -337,10 +336,9 @@ def export_command(
 
     Example: `layerrope export my-adapter Qwen/Qwen3-0.6B --format mellum --output my-model`
     """
-    with plain_errors(debug):
-        check_output(output, resume=False, overwrite=overwrite)
-        config, source = load_adapter_config(adapter), Compute.of(model, loading).source
-        difference = export(load(source), load_tokenizer(source), config, form.value, output)
+    check_output(output, resume=False, overwrite=overwrite)
+    config, source = load_adapter_config(adapter), Compute.of(model, loading).source
+    difference = export(load(source), load_tokenizer(source), config, form.value, output)
     out.print(f"{output}: its logits differ from the adapter's by {difference:.2g} at most", highlight=False)
 
 
@@ -352,7 +350,6 @@ def serve_check_command(
     model: ModelArgument = None,
     adapter: Annotated[str, typer.Option(help="Hub id or folder of the adapter that is to be in force.")],
     loading: LoadOptions,
-    debug: DebugOption = False,
 ) -> None:
     """Ask a running server for log-probabilities of a few prompts: does it serve the scaled model?
 
@@ -361,11 +358,10 @@ def serve_check_command(
 
     Example: `layerrope serve-check http://localhost:8000 Qwen/Qwen2.5-0.5B-Instruct --adapter my-adapter`
     """
-    with plain_errors(debug):
-        config, source = load_adapter_config(adapter), Compute.of(model, loading).source
-        loaded = load(source)
-        found = check_server(url, loaded, config, probe_prompts(loaded, load_tokenizer(source)))
-        found.raise_unless_scaled()
+    config, source = load_adapter_config(adapter), Compute.of(model, loading).source
+    loaded = load(source)
+    found = check_server(url, loaded, config, probe_prompts(loaded, load_tokenizer(source)))
+    found.raise_unless_scaled()
     out.print(
         f"the server serves the scaled model: its log-probabilities differ from it by {found.to_scaled:.2g}, from the "
         f"unscaled one by {found.to_unscaled:.2g}",
