@@ -136,4 +136,5 @@ def allowed_share(divergence: float, rise: float, bound: float) -> float:
     worst = max(divergence, rise, 1e-9)
     if worst <= bound:
         return min(max(1.0, math.cbrt(AIMED * bound / worst)), _MOST_GROWN)
-    return min(1.0, math.sqrt(bound / max(divergence, 1e-9)), bound / max(rise, bound))
+    aimed = AIMED * bound
+    return min(1.0, math.sqrt(aimed / max(divergence, aimed)), aimed / max(rise, aimed))

@@ -178,9 +178,10 @@ def test_how_far_a_uniform_factor_may_go(curvature, slope, divergence, expected)
 @pytest.mark.parametrize(
     ("divergence", "rise", "share"),
     [
-        (0.04, 0.0, 0.5),  # a parabola
-        (0.04, 0.05, 0.2),  # a straight line
-        (0.0, 0.02, 0.5),
+        (0.036, 0.0, 0.5),  # a parabola
+        (0.036, 0.045, 0.2),  # a straight line
+        (0.0, 0.018, 0.5),
+        (0.0101, 0.0, math.sqrt(0.009 / 0.0101)),
         (0.0095, -0.1, 1.0),  # near enough
         (0.009 / 1.2**3, 0.0, 1.2),  # a cube
         (0.001, 0.009 / 1.2**3, 1.2),
