@@ -79,7 +79,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {**_GROUPED, "head_dim": 16, "sliding_window": 16},
     "gemma3_text": {**_GROUPED, "head_dim": 16, "sliding_window": 16, "layer_types": _LAYER_TYPES},
     "gpt_neox": _COMMON,
-    "phi3": _GROUPED,
+    "phi3": {**_GROUPED, "original_max_position_embeddings": WINDOW},  # else 4096, whatever its rope says
     "cohere": _GROUPED,
     "glm": {**_GROUPED, "head_dim": 16},
     "stablelm": _GROUPED,
