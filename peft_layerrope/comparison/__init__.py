@@ -52,6 +52,7 @@ class Comparison:
         task: the task's description.
         split: the split's description.
         judged: how: `by`, and where answers are written the `metric` and the `max_new_tokens`.
+        batch_tokens: tokens per forward pass that fitted into memory.
     """
 
     scores: Mapping[str, PositionScores]
@@ -59,6 +60,7 @@ class Comparison:
     task: Mapping[str, Any]
     split: Mapping[str, Any]
     judged: Mapping[str, Any]
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
 
     @property
     def baseline(self) -> str:
@@ -168,7 +170,8 @@ def compare(
             scores[contender.label] = PositionScores.joined(found)
     if progress is not None:
         progress(contenders[-1].label, total, total)
-    return Comparison(scores, described, dict(task_description or {}), split.describe(), judged)
+    what = dict(task_description or {}), split.describe(), judged
+    return Comparison(scores, described, *what, batch_tokens=scorer.batch_tokens)
 
 
 def _kept_parts(journal: Journal, label: str) -> list[PositionScores]:

@@ -49,7 +49,7 @@ def run_extrapolation(
     for length, split in splits.items():
         contenders = [*matched_baselines(length / window), *baselines, *adapters]
         stage = f"{NAME}, {length} tokens"
-        scores[length] = measuring.within(str(length)).scores(split, contenders, stage)
+        scores[length] = measuring.scores(split, contenders, stage, str(length))
     longest = max(splits)
     measured, unit = measuring.described(tasks[longest], splits[longest]), unit_of(splits[longest].measure)
     gains = {

@@ -218,16 +218,16 @@ def sensitivity(
     space = SearchSettings(layers=layers).space(find_stack(model).key_sources)
     split = measuring.split(task, "search")
     check_vocabulary(model, split.examples)
+    scorer = Scorer(model, batch_tokens=measuring.batch_tokens)
     if isinstance(task, PromptTask):
         with keeping_modes(model):
-            scorer = Scorer(model, batch_tokens=measuring.batch_tokens)
             found = preflight(scorer, task, wanted={split.name: measuring.num_groups})
         found.check()
         split = with_targets(split, found, task)
     unscaled = [1.0] * space.num_layers
     pairs = [(layer, factor) for layer in space.scaled_layers for factor in tried]
     with adapted(model, with_factors(model, config, unscaled)) as peft_model:
-        scorer = Scorer(peft_model, batch_tokens=measuring.batch_tokens)
+        scorer.model = peft_model
         scorer.check(split)
         measuring.audience.stage("one layer at a time", 1 + len(pairs))
 
@@ -244,6 +244,7 @@ def sensitivity(
             accuracy = round(after.utilisation(), 6), utilisation_difference(after, before)
             log_prob = round(after.log_prob_utilisation(), 6), log_prob_difference(after, before)
             effects.append(LayerEffect(layer, factor, *accuracy, *log_prob))
+    measuring.batch_tokens = scorer.batch_tokens
     return Sensitivity(
         layers=space.scaled_layers,
         factors=tried,

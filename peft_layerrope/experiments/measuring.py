@@ -36,14 +36,14 @@ DEFAULT_GROUPS = {
 """Contexts of each experiment, by its name on the command line."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measuring:
-    """What experiments measure with.
+    """What experiments measure with; it remembers what fits into memory.
 
     Attributes:
         model: a transformers causal language model without an adapter; left as it was found.
         num_groups: contexts; each is asked at every position. Over fewer than two, intervals are infinite.
-        batch_tokens: tokens per forward pass; halved when memory runs out.
+        batch_tokens: tokens per forward pass; halved for good whenever memory runs out.
         folder: where finished parts are kept; None: nowhere.
         resume: whether to go on with those in `folder`; else they are replaced.
         audience: whom to tell how far it is.
@@ -59,10 +59,6 @@ class Measuring:
     @property
     def window(self) -> int | None:
         return trained_window(self.model)
-
-    def within(self, name: str) -> Measuring:
-        """Returns the same with a folder of its own for a part of an experiment."""
-        return self if self.folder is None else replace(self, folder=self.folder / name)
 
     def split(self, task: Task, name: SplitName = "test") -> Split:
         """Returns contexts of the task; raises TaskError if it cannot give so many."""
@@ -80,8 +76,16 @@ class Measuring:
             raise TaskError(f"{experiment} needs 3 gold positions (first, middle, last); task {task.name} {found}.")
         return split
 
-    def scores(self, split: Split, contenders: Sequence[Contender], stage: str) -> dict[str, PositionScores]:
+    def scores(
+        self, split: Split, contenders: Sequence[Contender], stage: str, part: str = ""
+    ) -> dict[str, PositionScores]:
         """Scores each contender on the same examples, and returns the scores by label.
+
+        Args:
+            split: the examples.
+            contenders: what is put onto the model in turn.
+            stage: what the audience is told.
+            part: names what is kept of an experiment with several splits.
 
         Raises:
             BlockingIOError: another run is at work in the same folder.
@@ -105,11 +109,12 @@ class Measuring:
             split,
             contenders,
             batch_tokens=self.batch_tokens,
-            folder=self.folder,
+            folder=self.folder / part if keeps else None,
             resume=keeps and self.resume,
             overwrite=keeps and not self.resume,
             progress=tell,
         )
+        self.batch_tokens = found.batch_tokens
         return dict(found.scores)
 
     def described(self, task: Task, split: Split) -> str:

@@ -267,12 +267,12 @@ def run_steps(
     """
     steps, skipped = report_steps(request)
     sections = []
+    measuring = Measuring(request.model, 0, batch_tokens, resume=resume, audience=audience)
     for step in steps:
 
         def make(work: Path, step: Step = step) -> Section:
-            groups = request.groups(step.name)
-            section = step.run(Measuring(request.model, groups, batch_tokens, work, resume, audience))
-            return replace(section, command=request.command(step))
+            measuring.num_groups, measuring.folder = request.groups(step.name), work
+            return replace(step.run(measuring), command=request.command(step))
 
         asked = request.asked(step)  # an adapter that cannot be read concerns all of them
         try:

@@ -26,7 +26,7 @@ def run_transfer(measuring: Measuring, cells: Mapping[str, Task], adapters: Sequ
     """
     splits = {cell: measuring.split(task) for cell, task in cells.items()}
     scores = {
-        cell: measuring.within(str(number)).scores(split, [Contender(NO_SCALING), *adapters], f"{NAME}, {cell}")
+        cell: measuring.scores(split, [Contender(NO_SCALING), *adapters], f"{NAME}, {cell}", str(number))
         for number, (cell, split) in enumerate(splits.items())
     }
     gains = {

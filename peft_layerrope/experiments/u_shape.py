@@ -27,7 +27,7 @@ def run_u_shape(measuring: Measuring, tasks: Sequence[Task]) -> Section:
     for number, split in enumerate(splits):
         label = f"{split.max_tokens} tokens{times_window(split.max_tokens, measuring.window)}"
         stage = f"{NAME}, {split.max_tokens} tokens"
-        curves[label] = measuring.within(str(number)).scores(split, [Contender(NO_SCALING)], stage)[NO_SCALING]
+        curves[label] = measuring.scores(split, [Contender(NO_SCALING)], stage, str(number))[NO_SCALING]
         first, middle, last = by_place(curves[label]).values()
         gaps[label] = difference_interval(middle - first), difference_interval(middle - last)
     names = score_header("accuracy")
