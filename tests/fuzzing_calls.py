@@ -597,8 +597,10 @@ def attach(world: World, rng: random.Random) -> None:
     }
     in_plain = way in ("inject", "add_adapter", "load")
     if way in ("add_adapter", "load"):
-        # a PeftModel that was taken off has taken the model's `peft_config` with it
-        need(takes_transformers_methods() and (not world.injected or hasattr(world.plain, "peft_config")))
+        # which look for a `peft_config` that is not there once a PeftModel that was taken off has taken it along, or
+        # their first adapter, of whatever method, was refused
+        marked = world.injected or getattr(world.plain, "_hf_peft_config_loaded", False)
+        need(takes_transformers_methods() and (not marked or hasattr(world.plain, "peft_config")))
     if in_plain:
         need(world.lora is None and world.rope is None)
     else:
