@@ -18,7 +18,7 @@ from .messages import named, one_line, shown_names
 
 T = TypeVar("T")
 
-_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, str_min_length=1)
 
 
 def option(description: str, *spellings: str, panel: str, **limits: Any) -> Any:
@@ -33,8 +33,9 @@ def option(description: str, *spellings: str, panel: str, **limits: Any) -> Any:
 def declared(error: type[LayerRopeError]) -> Callable[[type[T]], type[T]]:
     """Makes a frozen dataclass whose fields are checked by their annotations, such as `Annotated[int, Field(ge=1)]`.
 
-    Whole numbers and NumPy's are numbers, truth values are none; lists are taken for tuples. What fields are to each
-    other, `__post_init__` checks, and raises what it likes of our errors.
+    Whole numbers and NumPy's are numbers, truth values are none; lists are taken for tuples; an empty text, such as an
+    unset variable of a shell leaves, stands for nothing. What fields are to each other, `__post_init__` checks, and
+    raises what it likes of our errors.
 
     Args:
         error: raised for an unknown name or a value that cannot work, in one line that names it.

@@ -127,7 +127,7 @@ def resolve_task(
     """Does what [`with_defaults`] does, and says so if the task's length is beyond the model's trained window."""
     task = with_defaults(task, window, is_demo, tokenizer)
     if window is not None and task.length > window:
-        err.print(f"prompts of {task.length} tokens are {task.length / window:g}× the model's window of {window}.")
+        err.print(f"prompts of up to {task.length} tokens, {task.length / window:g}× the model's window of {window}.")
     return task
 
 

@@ -113,7 +113,7 @@ class TaskSpecification:
         BeforeValidator(_from_json),
         _task("Variables of the chat template, as JSON: '{\"enable_thinking\": false}' turns Qwen3's thinking off."),
     ] = None
-    system_prompt: Annotated[str | None, _task("A message of the system before each prompt.", min_length=1)] = None
+    system_prompt: Annotated[str | None, _task("A message of the system before each prompt.")] = None
     chat_date: Annotated[
         str | None,
         _task("YYYY-MM-DD, for a chat template that writes the date. Default: today, and kept with the results."),

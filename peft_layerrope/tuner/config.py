@@ -57,7 +57,7 @@ FACTOR_RANGE = (0.01, 10_000.0)
 
 _Factor = Annotated[float, Field(ge=FACTOR_RANGE[0], le=FACTOR_RANGE[1])]
 _Tokens = Annotated[int, Field(ge=1, le=2**30)]
-_Text = Annotated[str, Field(max_length=4096)]
+_Text = Annotated[str, Field(min_length=0, max_length=4096)]  # PEFT writes "" for a base model without a name
 _LayerIndex = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 
 

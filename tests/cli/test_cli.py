@@ -262,3 +262,18 @@ def test_sensitivity_says_what_to_search(tmp_path):
     assert "--layers 0-1" in done.stdout
     assert (tmp_path / "s.png").stat().st_size > 5000
     assert json.loads((tmp_path / "s.json").read_text())["layers"] == [0, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["evaluate", ""], "model=''"),
+        (["search", "", "--output", "new"], "model=''"),
+        (["evaluate", "--tokenizer", ""], "tokenizer=''"),
+    ],
+)
+def test_an_unset_variable_of_the_shell_is_not_the_default(arguments, named):
+    """Of `evaluate "$MODEL"` nothing is left, which is not the demo model."""
+    done = run(*arguments, "--task", "kv_words", "--length", "64")
+    assert done.exit_code == 2
+    assert named in done.stderr

@@ -139,6 +139,7 @@ def test_what_is_missing_is_named(specification, message):
         ({"chat_template": "yes"}, "chat_template='yes' must"),
         ({"chat_template_args": "{"}, "chat_template_args='{' must be JSON"),
         ({"chat_template_args": "[1]"}, "chat_template_args=[1] must"),
+        ({"data": ""}, "data='': "),
         ({"positions": 5}, "positions is unknown; did you mean num_positions?"),
     ],
 )

@@ -58,7 +58,8 @@ def test_invalid_values(fields, named):
     assert str(caught.value).startswith(named)
 
 
-def test_json_round_trip(tmp_path):
+@pytest.mark.parametrize("base", ["someone/model", ""])  # PEFT's name for a model without one
+def test_json_round_trip(base, tmp_path):
     config = LayerRopeConfig(
         rope_type="dynamic",
         factor=2.0,
@@ -67,7 +68,7 @@ def test_json_round_trip(tmp_path):
         control_points=[[0, 1.0], [0.2, 1.5], [0.7, 1.2], [1, 2.0]],
         scaled_layers=[0, 1],
         searcher_version="0.1.0",
-        base_model_name_or_path="someone/model",
+        base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
     config.save_pretrained(tmp_path)
