@@ -24,7 +24,7 @@ from .errors import AdapterMismatchError, HubError, InvalidConfigError, LayerRop
 from .files import MAX_BYTES, parse_yaml, read_json_object, replacing_files, to_json
 from .loading import load_adapter_config
 from .messages import DEMO_NAME, is_local_path, is_machine_path, last_component, one_line, public_name, shown
-from .tuner.artifacts import check_weights_file
+from .tuner.artifacts import check_no_model, check_weights_file
 from .tuner.config import LayerRopeConfig
 
 if TYPE_CHECKING:
@@ -151,13 +151,14 @@ def pull(
         `local_dir`.
 
     Raises:
-        InvalidConfigError: `local_dir` holds such files that are not from an earlier pull, or were changed.
+        InvalidConfigError: `local_dir` holds a model, or such files that are not from an earlier pull, or were changed.
         LayerRopeError: the repository holds no sound LAYER_ROPE adapter.
         HTTPError, OSError: the Hub refuses or cannot be reached: `huggingface_hub.errors`, such as `HfHubHTTPError`;
             or a file cannot be written.
     """
     check_repo_id("repo_id", repo_id)
     target = Path(local_dir).expanduser()
+    check_no_model(target)
     if not overwrite:
         _check_nothing_is_lost(target, repo_id)
     api = _api(token)

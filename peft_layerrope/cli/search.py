@@ -25,6 +25,7 @@ from ..searcher import search as run_search
 from ..searcher.result import TIMING_NAME
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
+from ..tuner.artifacts import check_no_model
 from .app import app, err, out, resumable, shell_word
 from .options import (
     MODEL_ARGS,
@@ -90,6 +91,7 @@ def search(
     specification = changed(_asked_before(output, config, resume, typed), typed)
     if not dry_run:
         check_free(output)
+    check_no_model(output)
     check_output(output, resume, overwrite)
     check_source(specification)
     pool = _workers(workers, ray_address, specification)

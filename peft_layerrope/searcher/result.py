@@ -33,7 +33,7 @@ from ..report import (
 from ..scoring.preflight import Preflight
 from ..scoring.scores import Interval, PositionScores
 from ..tasks import Measure
-from ..tuner.artifacts import save_adapter
+from ..tuner.artifacts import check_no_model, save_adapter
 from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from .harm import Harm
 from .settings import SearchSettings
@@ -283,10 +283,12 @@ class SearchResult(HeldOutTables):
             directory: created if missing; files of the same names are replaced.
 
         Raises:
-            InvalidConfigError: the model card that is there cannot be read; everything else is written by then.
+            InvalidConfigError: the folder holds a model; or the model card that is there cannot be read; everything else
+                is written by then.
             OSError: a file cannot be written; the folder is as it was, or has no `adapter_config.json`.
         """
         folder = Path(directory)
+        check_no_model(folder)
         config = copy(self.config)
         config.base_model_name_or_path = base_model = public_name(self.model_name)
         unreadable = None

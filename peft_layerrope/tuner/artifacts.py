@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from ..errors import AdapterMismatchError
+from ..errors import AdapterMismatchError, InvalidConfigError
 from ..files import read_bytes
 from ..messages import one_line, shown, shown_names
 from .config import LayerRopeConfig
@@ -34,6 +34,12 @@ def save_adapter(config: LayerRopeConfig, directory: str | Path) -> None:
     config.save_pretrained(str(directory))
     factors = torch.tensor(config.layer_factors, dtype=torch.float32)
     save_file({FACTORS_KEY: factors}, Path(directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def check_no_model(directory: str | Path) -> None:
+    """Raises InvalidConfigError for the folder of a model, which transformers would load with an adapter put there."""
+    if (Path(directory) / "config.json").is_file():
+        raise InvalidConfigError(f"{directory} holds a model, of which an adapter becomes a part: use another folder.")
 
 
 def check_weights_file(path: str | Path, layer_factors: Sequence[float] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from fakes import journal_of
 from typer.testing import CliRunner
 
 import peft_layerrope
-from peft_layerrope import LayerRopeConfig
+from peft_layerrope import InvalidConfigError, LayerRopeConfig, demo_model_path, pull
 from peft_layerrope.cli import app
 from peft_layerrope.cli.app import SUMMARIES
 from peft_layerrope.tuner.artifacts import save_adapter
@@ -262,6 +263,19 @@ def test_sensitivity_says_what_to_search(tmp_path):
     assert "--layers 0-1" in done.stdout
     assert (tmp_path / "s.png").stat().st_size > 5000
     assert json.loads((tmp_path / "s.json").read_text())["layers"] == [0, 1, 5]
+
+
+@pytest.mark.parametrize("how", ["--overwrite", "--resume"])
+def test_a_search_puts_no_adapter_into_a_models_folder(tmp_path, how):
+    """transformers would load it with the model from then on, and the model's own card would be replaced."""
+    shutil.copytree(demo_model_path(), tmp_path / "model")
+    before = sorted((tmp_path / "model").iterdir())
+    done = run("search", str(tmp_path / "model"), *TINY_SEARCH, "--output", str(tmp_path / "model"), how)
+    assert done.exit_code == 2
+    assert "holds a model" in done.stderr
+    assert sorted((tmp_path / "model").iterdir()) == before
+    with pytest.raises(InvalidConfigError, match="holds a model"):
+        pull("someone/adapter", tmp_path / "model", overwrite=True)
 
 
 @pytest.mark.parametrize(
