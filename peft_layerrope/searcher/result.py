@@ -283,8 +283,8 @@ class SearchResult(HeldOutTables):
             directory: created if missing; files of the same names are replaced.
 
         Raises:
-            InvalidConfigError: the folder holds a model; or the model card that is there cannot be read; everything else
-                is written by then.
+            InvalidConfigError: the folder holds a model; or, once all else is written, the model card that is there
+                cannot be read.
             OSError: a file cannot be written; the folder is as it was, or has no `adapter_config.json`.
         """
         folder = Path(directory)
