@@ -27,8 +27,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-# Engines start with what is imported here, and before any arithmetic here: threads would not survive.
-os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # several engines in this process; servers have their own
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
