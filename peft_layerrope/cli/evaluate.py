@@ -31,7 +31,7 @@ from ..files import to_json, write_atomically, writing
 from ..messages import public_name
 from ..report import fitness_remark, position_table
 from ..runs import RUN_FOLDER, check_free, locked
-from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, with_targets
+from ..scoring.preflight import PREFLIGHT_NAME, preflight, with_targets
 from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
 from ..tasks import MEASURES, PromptTask
 from ..tasks.specification import TaskSpecification
@@ -156,12 +156,11 @@ def evaluate_command(
             loaded = load(source)
         found = None
         if isinstance(built, PromptTask):
-            if resume and (output / PREFLIGHT_NAME).exists():  # of the same targets, however this machine rounds
-                found = Preflight.load(output / PREFLIGHT_NAME)
-            else:  # what the unscaled model writes, by which the answers' likelihood is measured
-                with err.status("preflight") as status:
-                    scorer = Scorer(loaded, batch_tokens=compute.batch_tokens)
-                    found = preflight(scorer, built, wanted={split.value: groups}, tell=status.update)
+            # What the unscaled model writes, by which the answers' likelihood is measured. A run that goes on has the
+            # same targets, however this machine rounds.
+            scorer, kept = Scorer(loaded, batch_tokens=compute.batch_tokens), output if resume else None
+            with err.status("preflight") as status:
+                found = preflight(scorer, built, wanted={split.value: groups}, tell=status.update, kept=kept)
             examples = with_targets(examples, found, built)
         if teacher_forced:
             examples = replace(examples, judge=None)
@@ -176,7 +175,7 @@ def evaluate_command(
                         _clear(output)
                     keep_date(specification, output)
                     if found is not None:
-                        write_atomically(output / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
+                        found.save(output)
 
             with _progress(begun) as progress:
                 comparison = compare(
