@@ -422,7 +422,7 @@ EXPERIMENTS = [
     ("u-shape --groups 0", USAGE, "--groups"),
     ("u-shape --output {R}/file", USAGE, "file exists and is not a folder"),
     ("u-shape --output {R}/file/below", USAGE, "file"),
-    ("u-shape --resume", USAGE, "need an --output"),
+    ("u-shape --resume", USAGE, "needs --output"),
     ("sweep --try nan", USAGE, "nan"),
     ("sweep --try 0", USAGE, "0"),
     ("sweep --try -1", USAGE, "-1"),

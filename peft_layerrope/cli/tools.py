@@ -36,7 +36,7 @@ from ..tasks import PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..verification import MISMATCH, NO_ROTATION, OK, Verification, verify
-from .app import app, err, out, plain_errors
+from . import app, err, out, plain_errors
 from .options import (
     Compute,
     ComputeOptions,
@@ -44,7 +44,6 @@ from .options import (
     JsonOption,
     LoadOptions,
     ModelArgument,
-    SplitChoice,
     TaskOptions,
     Typed,
     build_task,
@@ -165,7 +164,7 @@ def prompts_command(
         typer.Option(help="Index of the gold pair or document, from 0. Default: all of the task's.", min=0),
     ] = None,
     limit: Annotated[int, typer.Option(help="How many prompts.", min=1)] = 10,
-    split: Annotated[SplitChoice, task_option(help="Which split.")] = SplitChoice.test,
+    split: Annotated[SplitName, task_option(help="Which split.")] = "test",
     targets: Annotated[
         bool,
         typer.Option(
@@ -198,13 +197,13 @@ def prompts_command(
         wanted = built.positions if position is None else (position,)
         num_groups = -(-limit // len(wanted))
         if "length" in asked:
-            built.split(split.value, num_groups)  # refuses what is longer
+            built.split(split, num_groups)  # refuses what is longer
         lines = []
-        for prompt in built.prompts(split.value, num_groups, None if position is None else wanted)[:limit]:
+        for prompt in built.prompts(split, num_groups, None if position is None else wanted)[:limit]:
             text = built.as_sent(prompt) if isinstance(built, PromptTask) else prompt.text
             lines.append({"prompt": text, "answers": list(prompt.answers), "position": prompt.position})
         if targets:
-            found = _targets(built, compute, split.value, num_groups)
+            found = _targets(built, compute, split, num_groups)
             lines = [line | target for line, target in zip(lines, found, strict=False)]
         for line in lines:
             typer.echo(to_json(line))
