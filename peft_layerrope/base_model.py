@@ -258,6 +258,11 @@ def describe_loading(model: nn.Module) -> dict[str, Any]:
     return {"dtype": dtype, **getattr(model, _RECORD, {})}
 
 
+def model_name(model: nn.Module) -> str:
+    """Returns the model's Hub id, or a name without the path for one loaded from a folder."""
+    return public_name(model.config._name_or_path or type(model).__name__)
+
+
 def _given(source: ModelSource) -> dict[str, Any]:
     """What a model depends on, where it is not the default; not the device."""
     gguf = _place(source)[1].get("gguf_file")

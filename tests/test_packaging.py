@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import peft_layerrope
-from peft_layerrope.cli.app import SUMMARIES, app
+from peft_layerrope.cli import SUMMARIES, app
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peft_layerrope"

@@ -30,18 +30,17 @@ from ..errors import TaskError
 from ..files import to_json, write_atomically, writing
 from ..messages import public_name
 from ..report import fitness_remark, position_table
-from ..runs import RUN_FOLDER, check_free, locked
-from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, with_targets
+from ..runs import RUN_FOLDER, locked
+from ..scoring.preflight import PREFLIGHT_NAME, preflight, with_targets
 from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
-from ..tasks import MEASURES, PromptTask
+from ..tasks import MEASURES, PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
-from .app import app, err, out, resumable
+from . import app, err, out, resumable
 from .options import (
     Compute,
     ComputeOptions,
     JsonOption,
     ModelArgument,
-    SplitChoice,
     TaskOptions,
     build_task,
     check_file,
@@ -50,6 +49,7 @@ from .options import (
     display_name,
     keep_date,
     load,
+    remove_results,
     resolve_task,
     takes_settings,
     task_option,
@@ -62,6 +62,7 @@ from .options import (
 _compared_option = partial(typer.Option, rich_help_panel="Compared")
 _run_option = partial(typer.Option, rich_help_panel="Running")
 _JSON_NAME, _MARKDOWN_NAME, _PLOT_NAME = "evaluation.json", "evaluation.md", "{measure}_by_position.png"
+_RESULTS = (_JSON_NAME, _MARKDOWN_NAME, PREFLIGHT_NAME, *(_PLOT_NAME.format(measure=measure) for measure in MEASURES))
 
 
 @app.command(name="evaluate")
@@ -81,7 +82,7 @@ def evaluate_command(
         ),
     ] = None,
     asked: TaskOptions,
-    split: Annotated[SplitChoice, task_option(help="Which split; quote figures from test only.")] = SplitChoice.test,
+    split: Annotated[SplitName, task_option(help="Which split; quote figures from test only.")] = "test",
     groups: Annotated[int, task_option(help="Contexts, each asked at every position; or windows of text.")] = 100,
     buckets: Annotated[
         int | None,
@@ -129,11 +130,7 @@ def evaluate_command(
     """
     specification = TaskSpecification(**asked)
     contenders = _contenders(adapter or [], baseline or [])
-    if output is not None:
-        check_free(output)
-        check_output(output, resume, overwrite)
-    elif resume or overwrite:
-        raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")
+    check_output(output, resume, overwrite)
     check_file(json_output, "--json")
     check_plot(plot)
     compute = Compute.of(model, computing)
@@ -146,19 +143,18 @@ def evaluate_command(
         loaded = load(source)
         specification = with_difficulty(specification, tokenizer, loaded, compute.batch_tokens)
     built = build_task(specification, tokenizer)
-    examples = built.split(split.value, groups)
+    examples = built.split(split, groups)
     if buckets is not None and examples.measure != "loss":
         raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
     if loaded is None:
         loaded = load(source)
     found = None
     if isinstance(built, PromptTask):
-        if resume and (output / PREFLIGHT_NAME).exists():  # of the same targets, however this machine rounds
-            found = Preflight.load(output / PREFLIGHT_NAME)
-        else:  # what the unscaled model writes, by which the answers' likelihood is measured
-            with err.status("preflight") as status:
-                scorer = Scorer(loaded, batch_tokens=compute.batch_tokens)
-                found = preflight(scorer, built, wanted={split.value: groups}, tell=status.update)
+        # What the unscaled model writes, by which the answers' likelihood is measured. A run that goes on has the
+        # same targets, however this machine rounds.
+        scorer, kept = Scorer(loaded, batch_tokens=compute.batch_tokens), output if resume else None
+        with err.status("preflight") as status:
+            found = preflight(scorer, built, wanted={split: groups}, tell=status.update, kept=kept)
         examples = with_targets(examples, found, built)
     if teacher_forced:
         examples = replace(examples, judge=None)
@@ -170,10 +166,10 @@ def evaluate_command(
         def begun() -> None:
             if output is not None:
                 if overwrite:
-                    _clear(output)
+                    remove_results(output, _RESULTS)
                 keep_date(specification, output)
                 if found is not None:
-                    write_atomically(output / PREFLIGHT_NAME, to_json(found.to_plain()) + "\n")
+                    found.save(output)
 
         with _progress(begun) as progress:
             comparison = compare(
@@ -205,14 +201,6 @@ def evaluate_command(
                 write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
                 write_atomically(output / _JSON_NAME, to_json(content, indent=2) + "\n")
                 out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
-
-
-def _clear(output: Path) -> None:
-    """Removes the result of an earlier comparison, which nobody is to take for the new one's."""
-    plots = [_PLOT_NAME.format(measure=measure) for measure in MEASURES]
-    with writing(output):
-        for name in (_JSON_NAME, _MARKDOWN_NAME, PREFLIGHT_NAME, *plots):
-            (output / name).unlink(missing_ok=True)
 
 
 def _draw(comparison: Comparison, image: Path) -> None:

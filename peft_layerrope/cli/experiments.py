@@ -30,7 +30,7 @@ from ..tasks import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
-from .app import app, err, out, resumable
+from . import app, err, out, resumable
 from .options import (
     TELLING,
     Compute,
@@ -78,14 +78,13 @@ class Kept:
         """Refuses an output that the experiment of this name cannot use, before any work.
 
         Raises:
-            SearchError: no output to resume, or one that holds a result already.
-            TaskError: an output that is no folder or cannot be written, or options that exclude each other.
+            SearchError: an output that holds a result already.
+            TaskError: no output to resume, one that cannot be written, or options that exclude each other.
             BlockingIOError: another run of this experiment is at work there.
         """
         anew = not self.resume and not self.overwrite
         if self.output is None:
-            if not anew:
-                raise SearchError("--resume and --overwrite need an --output.")
+            check_output(None, self.resume, self.overwrite)
             return
         work = work_folder(self.output, name)
         check_free(work)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, replace
-from enum import StrEnum
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -20,21 +19,31 @@ from ..declaration import changed, declarations, declared, default_of, spellings
 from ..errors import InvalidConfigError, SearchError, TaskError
 from ..files import to_json, write_atomically, writing
 from ..messages import demo_model_path, public_name, shown
-from ..runs import LOCK_NAME
+from ..runs import LOCK_NAME, check_free
 from ..scoring.preflight import find_difficulty
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
 from ..searcher.settings import BatchTokens
-from ..tasks import SPLIT_NAMES, Task
+from ..tasks import Task
 from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task, with_chat
-from .app import err, plain_errors
+from . import err, plain_errors
 
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
-def check_output(output: Path, resume: bool, overwrite: bool) -> None:
-    """Raises TaskError if a folder cannot be used for results."""
+def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that cannot be used for results; of no folder, what needs one.
+
+    Raises:
+        TaskError: it cannot be written, holds something already, or options contradict each other.
+        BlockingIOError: another run is at work there.
+    """
     if resume and overwrite:
         raise TaskError("--resume keeps what is there and --overwrite replaces it: pass one of them.")
+    if output is None:
+        if resume or overwrite:
+            raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")
+        return
+    check_free(output)
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     problem = None
     if output.exists() and not output.is_dir():
@@ -45,6 +54,13 @@ def check_output(output: Path, resume: bool, overwrite: bool) -> None:
         problem = "is not empty; pass --resume to go on with what is in it, --overwrite to replace it"
     if problem is not None:
         raise TaskError(f"--output {output} {problem}.")
+
+
+def remove_results(folder: Path, names: Iterable[str]) -> None:
+    """Removes the result of an earlier run, which nobody is to take for the new one's."""
+    with writing(folder):
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def check_plot(path: Path | None) -> None:
@@ -294,8 +310,6 @@ def _made_of_settings(parameter: Parameter) -> tuple[Parameter, ...]:
     further = getattr(parameter.annotation, "__metadata__", ())
     return next((one for one in further if isinstance(one, tuple)), ())
 
-
-SplitChoice = StrEnum("SplitChoice", {name: name for name in SPLIT_NAMES})
 
 task_option = partial(typer.Option, rich_help_panel="Task")
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,13 +16,13 @@ from ..experiments.measuring import factor_vector
 from ..experiments.report import ReportRequest, run_steps, write_report
 from ..loading import load_adapter_config
 from ..messages import DEMO_NAME
-from ..runs import check_free, locked
+from ..runs import locked
 from ..searcher.plan import RichProgress
 from ..searcher.result import SearchRecord, read_record
 from ..searcher.settings import SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
 from ..tuner.sites import trained_window
-from .app import app, err, out, resumable
+from . import app, err, out, resumable
 from .experiments import repeated
 from .options import (
     Compute,
@@ -42,13 +41,6 @@ _NOT_TAKEN = ("device", "trust_remote_code")
 _LONGEST = 64  # times the trained window: more is a damaged or hostile file
 
 
-class Format(StrEnum):
-    """Choices of --format."""
-
-    html = "html"
-    md = "md"
-
-
 @app.command(name="report")
 @takes_settings
 def report_command(
@@ -57,7 +49,9 @@ def report_command(
     folder: Annotated[Path, typer.Argument(help="Folder of an adapter that was searched.")],
     model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: as in search.json.")] = None,
     output: Annotated[Path | None, typer.Option(help="File to write. Default: FOLDER/report.html.")] = None,
-    kind: Annotated[Format, typer.Option("--format", help="html: one file; md: with a folder of plots.")] = Format.html,
+    kind: Annotated[
+        Literal["html", "md"], typer.Option("--format", help="html: one file; md: with a folder of plots.")
+    ] = "html",
     also: Annotated[list[str] | None, typer.Option(help="A further adapter to compare with; may be repeated.")] = None,
     groups: Annotated[
         int | None, typer.Option(help="Contexts of every experiment. Default: each has its own.", min=2)
@@ -77,14 +71,13 @@ def report_command(
 
     Example: `layerrope report demo-adapter --quick --format md --output demo.md`
     """
-    output = output or folder / f"report.{kind.value}"
+    output = output or folder / f"report.{kind}"
     record, config = read_record(folder), load_adapter_config(str(folder))
     if config.layer_factors != record.layer_factors:
         raise SearchError(f"{folder}: adapter_config.json and search.json have different layer_factors.")
     if not output.suffix or output.is_dir():
         raise SearchError(f"--output {output} must be a file such as report.html.")
     sections = output.with_suffix("")
-    check_free(sections)
     check_output(sections, resume, overwrite)
     searched = _searched(folder, record)
     compute = _compute(searched, model, computing)
@@ -117,7 +110,7 @@ def report_command(
     with resumable("the same command and --resume."), locked(sections):
         with RichProgress(err) as audience:
             ran, skipped = run_steps(request, sections, compute.batch_tokens, resume, audience)
-        write_report(output, request, ran, skipped, command, markdown=kind is Format.md)
+        write_report(output, request, ran, skipped, command, markdown=kind == "md")
     for section_name, reason in skipped:
         err.print(f"not run: {section_name}: {reason}", highlight=False, markup=False)
     out.print(f"report: {output}", highlight=False, markup=False, soft_wrap=True)

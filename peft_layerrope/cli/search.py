@@ -18,15 +18,14 @@ from ..base_model import check_source, load_tokenizer
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, SPECIFICATION_NAME
 from ..declaration import changed
 from ..errors import SearchError
-from ..files import writing
-from ..runs import RUN_FOLDER, check_free, locked
+from ..runs import RUN_FOLDER, locked
 from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
 from ..searcher.result import TIMING_NAME
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
 from ..tuner.artifacts import check_no_model
-from .app import app, err, out, resumable, shell_word
+from . import app, err, out, resumable, shell_word
 from .options import (
     MODEL_ARGS,
     ModelArgument,
@@ -36,6 +35,7 @@ from .options import (
     load,
     model_settings,
     options_of,
+    remove_results,
     resolve_task,
     takes_settings,
     window_of,
@@ -90,9 +90,8 @@ def search(
         typed = {"chat_template_args": None, "system_prompt": None, "chat_date": None} | typed
     specification = changed(_asked_before(output, config, resume, typed), typed)
     if not dry_run:
-        check_free(output)
-    check_no_model(output)
-    check_output(output, resume, overwrite)
+        check_no_model(output)
+        check_output(output, resume, overwrite)
     check_source(specification)
     pool = _workers(workers, ray_address, specification)
     tokenizer = load_tokenizer(specification)
@@ -114,7 +113,7 @@ def search(
 
         def begun(settled: SearchSettings) -> None:
             if not resume:
-                _clear(output)
+                remove_results(output, _RESULTS)  # not the card: its owner may have written in it
             asked = replace(specification, search=settled)  # the clock decides nothing any more
             if not (resume and (output / SPECIFICATION_NAME).exists()):  # its owner may have written in it
                 asked.save(output / SPECIFICATION_NAME)
@@ -204,15 +203,6 @@ def _workers(count: int, address: str | None, specification: SearchSpecification
         model_source=specification,
         device=specification.device,
     )
-
-
-def _clear(output: Path) -> None:
-    """Removes the result of an earlier search, which nobody is to take for the new one's. The card stays: its owner may
-    have written in it.
-    """
-    with writing(output):
-        for name in _RESULTS:
-            (output / name).unlink(missing_ok=True)
 
 
 def _print_result(result: SearchResult, output: Path) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from enum import StrEnum
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -39,14 +38,13 @@ from ..tasks import PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..verification import MISMATCH, NO_ROTATION, OK, Verification, verify
-from .app import app, err, out, plain_errors
+from . import app, err, out, plain_errors
 from .options import (
     Compute,
     ComputeOptions,
     JsonOption,
     LoadOptions,
     ModelArgument,
-    SplitChoice,
     TaskOptions,
     Typed,
     build_task,
@@ -164,7 +162,7 @@ def prompts_command(
         typer.Option(help="Index of the gold pair or document, from 0. Default: all of the task's.", min=0),
     ] = None,
     limit: Annotated[int, typer.Option(help="How many prompts.", min=1)] = 10,
-    split: Annotated[SplitChoice, task_option(help="Which split.")] = SplitChoice.test,
+    split: Annotated[SplitName, task_option(help="Which split.")] = "test",
     targets: Annotated[
         bool,
         typer.Option(
@@ -195,13 +193,13 @@ def prompts_command(
     wanted = built.positions if position is None else (position,)
     num_groups = -(-limit // len(wanted))
     if "length" in asked:
-        built.split(split.value, num_groups)  # refuses what is longer
+        built.split(split, num_groups)  # refuses what is longer
     lines = []
-    for prompt in built.prompts(split.value, num_groups, None if position is None else wanted)[:limit]:
+    for prompt in built.prompts(split, num_groups, None if position is None else wanted)[:limit]:
         text = built.as_sent(prompt) if isinstance(built, PromptTask) else prompt.text
         lines.append({"prompt": text, "answers": list(prompt.answers), "position": prompt.position})
     if targets:
-        found = _targets(built, compute, split.value, num_groups)
+        found = _targets(built, compute, split, num_groups)
         lines = [line | target for line, target in zip(lines, found, strict=False)]
     for line in lines:
         typer.echo(to_json(line))
@@ -312,9 +310,6 @@ def with_include_path(arguments: Sequence[str]) -> list[str]:
     return [*arguments[:start], INCLUDE, lm_eval_tasks_path(), *arguments[start:]]
 
 
-FormatChoice = StrEnum("FormatChoice", {name: name for name in FORMATS})
-
-
 @app.command(name="export")
 @takes_settings
 def export_command(
@@ -322,7 +317,7 @@ def export_command(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Hub id or folder of an adapter.")],
     model: ModelArgument = None,
     output: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
-    form: Annotated[FormatChoice, typer.Option("--format", help="How the checkpoint says the factors.")],
+    form: Annotated[Literal[tuple(FORMATS)], typer.Option("--format", help="How the checkpoint says the factors.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
     loading: LoadOptions,
 ) -> None:
@@ -338,7 +333,7 @@ def export_command(
     """
     check_output(output, resume=False, overwrite=overwrite)
     config, source = load_adapter_config(adapter), Compute.of(model, loading).source
-    difference = export(load(source), load_tokenizer(source), config, form.value, output)
+    difference = export(load(source), load_tokenizer(source), config, form, output)
     out.print(f"{output}: its logits differ from the adapter's by {difference:.2g} at most", highlight=False)
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from ..base_model import adapted, keeping_modes
+from ..base_model import adapted, keeping_modes, model_name
 from ..plots import COLOURS, draw_line, new_figure, to_png, unit_axis
 from ..report import NATS, Table, times_window, unit_of
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import Scorer
 from ..scoring.scores import DEFAULT_WEIGHTS, Interval, PositionScores, rank_key
-from ..searcher.common import model_name
 from ..searcher.evaluator import densely_scored
 from ..searcher.settings import SearchSettings
 from ..searcher.space import format_layers
@@ -222,7 +221,7 @@ def sensitivity(
     if isinstance(task, PromptTask):
         with keeping_modes(model):
             found = preflight(scorer, task, wanted={split.name: measuring.num_groups})
-        found.check()
+        found.check(task)
         split = with_targets(split, found, task)
     unscaled = [1.0] * space.num_layers
     pairs = [(layer, factor) for layer in space.scaled_layers for factor in tried]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TaskError, UnsupportedModelError
 from ..messages import whole_number
@@ -78,6 +79,7 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
 
 _PACKABLE_ATTENTION = ("eager", "sdpa")  # implementations that take a dense 4-D mask
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+_TRIAL_TOLERANCE = 0.1  # of the logits' standard deviation: far above the rounding of bfloat16, far below another text
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +134,68 @@ def make_batches(
     embeddings, windows = embedding_table(model), _windows(model) or {}
     return [
         _batch(examples, group, embeddings.dtype, embeddings.device, windows)
-        for group in _batched_rows(rows, examples, batch_tokens, same_length)
+        for group in batched_by_length(
+            rows, lambda row: _row_length(row, examples), batch_tokens, same_length=same_length
+        )
     ]
+
+
+def batched_by_length(
+    items: Sequence[T],
+    length: Callable[[T], int],
+    batch_tokens: int,
+    *,
+    rows: Callable[[T], int] = lambda item: 1,
+    same_length: bool = False,
+) -> Iterator[list[T]]:
+    """Yields items in order of length, in batches of at most `batch_tokens` padded tokens (one item at least).
+
+    Args:
+        items: what is to be run.
+        length: of each row of an item, in tokens.
+        batch_tokens: see above.
+        rows: of an item.
+        same_length: whether rows of different lengths must not stand beside each other.
+    """
+    batch: list[T] = []
+    for item in sorted(items, key=length):  # stable: ties keep their order
+        too_long = (sum(map(rows, batch)) + rows(item)) * length(item) > batch_tokens
+        if batch and (too_long or (same_length and length(item) != length(batch[0]))):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+def padded(rows: Sequence[Sequence[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns rows of token ids as one tensor, padded on one side with 0, and its mask: both `(rows, width)`, int64."""
+    ids, mask = (
+        pad_sequence([torch.tensor(row, dtype=torch.long) for row in some], batch_first=True, padding_side=side)
+        for some in (rows, [[1] * len(row) for row in rows])
+    )
+    return ids, mask
+
+
+@torch.no_grad()
+def agrees(model: nn.Module, ids: torch.Tensor, attempt: Callable[[], torch.Tensor]) -> bool:
+    """Whether another way to run a few tokens gives their logits, up to rounding.
+
+    Args:
+        model: a transformers model.
+        ids: the tokens, shape `(1, S)`.
+        attempt: the other way; returns the logits of the last N tokens, shape `(N, vocabulary)`. Where it raises, they
+            do not agree.
+    """
+    expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
+    try:
+        found = attempt().float()
+    except Exception as error:  # whatever a family raises that cannot be run so
+        if is_out_of_memory(error):
+            raise
+        return False
+    gap = (found - expected[-len(found) :]).abs().max()
+    return bool(gap <= _TRIAL_TOLERANCE * expected.std())  # False where they are not numbers
 
 
 def check_vocabulary(model: nn.Module, examples: Sequence[Example]) -> None:
@@ -190,21 +252,17 @@ def _windows(model: nn.Module) -> dict[str, int | None] | None:
     return {"": window if not layer_types else None}
 
 
-@torch.no_grad()
 def _takes_masks_by_layer_type(model: nn.Module, windows: dict[str, int | None]) -> bool:
     """Whether a model takes a dict of masks, by a trial of a few tokens."""
     embeddings = embedding_table(model)
     ids = torch.arange(1, 6, device=embeddings.device)[None]
     places = torch.arange(ids.shape[1], device=embeddings.device)[None]
-    try:
-        masks = _masks(torch.zeros_like(ids), places, embeddings.dtype, windows)
-        found = model(input_ids=ids, position_ids=places, attention_mask=masks, use_cache=False).logits
-    except Exception as error:  # whatever a family raises that wants one tensor
-        if is_out_of_memory(error):
-            raise
-        return False
-    expected = model(input_ids=ids, position_ids=places, use_cache=False).logits.float()
-    return bool((found.float() - expected).abs().max() <= 0.1 * expected.std())  # False where they are not numbers
+
+    def masked() -> torch.Tensor:
+        masks = _masks(torch.ones_like(ids), places, embeddings.dtype, windows)
+        return model(input_ids=ids, position_ids=places, attention_mask=masks, use_cache=False).logits[0]
+
+    return agrees(model, ids, masked)
 
 
 def _packed_rows(examples: Sequence[Example], same_length: bool) -> list[list[int]]:
@@ -221,24 +279,6 @@ def _row_length(row: Sequence[int], examples: Sequence[Example]) -> int:
     return context + sum(examples[i].num_tokens - context - 1 for i in row)
 
 
-def _batched_rows(
-    rows: list[list[int]], examples: Sequence[Example], batch_tokens: int, same_length: bool
-) -> Iterator[list[list[int]]]:
-    """Yields length-sorted batches of at most `batch_tokens` padded tokens (one row at least)."""
-    rows = sorted(rows, key=lambda row: _row_length(row, examples))  # stable: ties keep their order
-    batch: list[list[int]] = []
-    for row in rows:
-        length = _row_length(row, examples)
-        too_long = (len(batch) + 1) * length > batch_tokens
-        differs = same_length and batch and length != _row_length(batch[0], examples)
-        if batch and (too_long or differs):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
 def _batch(
     examples: Sequence[Example],
     rows: list[list[int]],
@@ -251,40 +291,31 @@ def _batch(
     A query's tokens see the context and themselves, and their positions continue the context's, so each query
     gets what it would get alone. Rows with one query use an ordinary causal mask with padding on the right.
     """
-    width = max(_row_length(row, examples) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    position_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    segment = torch.full((len(rows), width), -1)  # -1 padding, 0 context, 1.. queries
+    parts: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions; 1 for the context, 2.. for queries
     answers: list[tuple[int, int, int, int]] = []  # row, column, token id, owner
+    members = [index for row in rows for index in row]
+    owners = iter(range(len(members)))
     for r, row in enumerate(rows):
         context = examples[row[0]].context_ids
-        start = len(context)
-        input_ids[r, :start] = torch.tensor(context, dtype=torch.long)
-        position_ids[r, :start] = torch.arange(start)
-        segment[r, :start] = 0
-        for q, index in enumerate(row):
-            example = examples[index]
+        ids, places, segments = list(context), list(range(len(context))), [1] * len(context)
+        for query, index in enumerate(row, start=2):
+            example, owner = examples[index], next(owners)
             tokens = example.asked_ids + example.answer_ids[:-1]
-            end = start + len(tokens)
-            input_ids[r, start:end] = torch.tensor(tokens)
-            position_ids[r, start:end] = len(context) + torch.arange(len(tokens))
-            segment[r, start:end] = q + 1
-            owner = sum(map(len, rows[:r])) + q
-            first = end - len(example.answer_ids)
+            first = len(ids) + len(tokens) - len(example.answer_ids)
             answers += [(r, first + i, token, owner) for i, token in enumerate(example.answer_ids)]
-            start = end
-    inputs: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
-    if all(len(row) == 1 for row in rows):
-        inputs["attention_mask"] = (segment >= 0).long()
-    else:
-        inputs["attention_mask"] = _masks(segment, position_ids, dtype, windows)
-    answer_rows, columns, gold, owners = (torch.tensor(part) for part in zip(*answers, strict=True))
-    wanted, kept = columns.unique(return_inverse=True)  # sorted
-    return Batch(
-        {name: _on(device, value) for name, value in inputs.items()},
-        *(tensor.to(device) for tensor in (wanted, answer_rows, kept, gold, owners)),
-        examples=tuple(index for row in rows for index in row),
+            ids += tokens
+            places += range(len(context), len(context) + len(tokens))
+            segments += [query] * len(tokens)
+        parts.append((ids, places, segments))
+    (input_ids, mask), (position_ids, _), (segment, _) = (
+        tuple(tensor.to(device) for tensor in padded(part)) for part in zip(*parts, strict=True)
     )
+    if any(len(row) > 1 for row in rows):
+        mask = _masks(segment, position_ids, dtype, windows)
+    answer_rows, columns, gold, owner = torch.tensor(answers, device=device).T
+    wanted, kept = columns.unique(return_inverse=True)  # sorted
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": mask}
+    return Batch(inputs, wanted, answer_rows, kept, gold, owner, tuple(members))
 
 
 def _masks(
@@ -293,7 +324,7 @@ def _masks(
     """Additive masks `(B, 1, S, S)`, by layer type where there are several: causal, and a query is seen only by itself.
 
     Args:
-        segment: shape `(B, S)`: -1 for padding, 0 for the context, 1 and more for queries.
+        segment: shape `(B, S)`: 0 for padding, 1 for the context, 2 and more for queries.
         places: shape `(B, S)`: positions, by which a window counts.
         dtype: of the masks.
         windows: see [`_windows`].
@@ -301,7 +332,7 @@ def _masks(
     width = segment.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
     own = segment[:, :, None] == segment[:, None, :]
-    context = segment[:, None, :] == 0
+    context = segment[:, None, :] == 1
     visible = causal & (own | context)
     distance = places[:, :, None] - places[:, None, :]
     masks = {}
@@ -310,10 +341,6 @@ def _masks(
         masks[name] = torch.zeros(seen.shape, dtype=dtype, device=segment.device)
         masks[name] = masks[name].masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
     return masks.get("", masks)
-
-
-def _on(device: torch.device, value: torch.Tensor | dict[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
-    return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
 
 
 _JUDGED_BYTES = 2**28  # of logits in float32 at once: a long text of a large vocabulary would fill the memory

@@ -22,8 +22,8 @@ from ..errors import TaskError
 from ..tasks import Example, Split
 from ..tasks.metrics import METRICS, Judge
 from ..tuner.sites import embedding_table
-from .batching import cells
-from .context_cache import ContextBatch, padded_left
+from .batching import cells, padded
+from .context_cache import ContextBatch
 from .scores import PositionScores, WrittenAnswers
 
 
@@ -74,11 +74,11 @@ class AnswerWriter:
 
     def after_prompts(self, examples: Sequence[Example]) -> list[Written]:
         """Writes after whole prompts, padded on the left to one length."""
-        return self._write(examples, *padded_left([example.prompt_ids for example in examples]))
+        return self._write(examples, *padded([example.prompt_ids for example in examples], "left"))
 
     def after_contexts(self, contexts: ContextBatch, examples: Sequence[Example]) -> list[Written]:
         """Writes after questions, one for each row of `contexts`; a shorter question is padded on the left."""
-        ids, mask = padded_left([example.query_ids for example in examples])
+        ids, mask = padded([example.query_ids for example in examples], "left")
         ids = torch.cat([contexts.ids, ids.to(contexts.ids)], dim=-1)
         mask = torch.cat([contexts.mask, mask.to(contexts.mask)], dim=-1)
         return self._write(examples, ids, mask, **contexts.cache)
@@ -183,29 +183,6 @@ def _end_tokens(model: PreTrainedModel, judge: Judge) -> set[int]:
     ends = model.generation_config.eos_token_id
     listed = ends if isinstance(ends, (list, tuple)) else [ends]
     return {token for token in (*listed, judge.tokenizer.eos_token_id) if token is not None}
-
-
-def prompt_batches(
-    examples: Sequence[Example], new_tokens: int, batch_tokens: int, same_length: bool
-) -> Iterator[list[int]]:
-    """Yields batches of examples, as indices, in order of length: at most `batch_tokens` padded tokens with those that
-    are written (one example at least).
-
-    Args:
-        examples: the examples.
-        new_tokens: tokens to be written.
-        batch_tokens: see above.
-        same_length: whether prompts of different lengths must not stand beside each other.
-    """
-    lengths = [len(example.prompt_ids) for example in examples]
-    batch: list[int] = []
-    for index in sorted(range(len(examples)), key=lengths.__getitem__):
-        too_long = (len(batch) + 1) * (lengths[index] + new_tokens) > batch_tokens
-        if batch and (too_long or (same_length and lengths[index] != lengths[batch[0]])):
-            yield batch
-            batch = []
-        batch.append(index)
-    yield batch
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import TaskError
+from ..files import to_json, write_atomically
 from ..messages import shown
-from ..tasks import Example, PromptTask, Split, SplitName
-from ..tasks.multi_doc_qa import MultiDocumentQA
+from ..tasks import Example, PromptTask, Split, SplitName, Task
 from ..tasks.prompts import ASKED_EVERYWHERE
 from ..tasks.targets import Target, Targets, common_opening, target_of
 from ..tuner.sites import trained_window
@@ -32,7 +32,7 @@ FLOOR, CEILING = 0.05, 0.98
 AUTO_LOW, AUTO_HIGH = 0.4, 0.9
 """Between these the mean over positions is to lie where the difficulty is chosen."""
 
-_PLAIN = ("gold_alone", "closed_book", "answerable", "window_share", "item")
+_PLAIN = ("gold_alone", "closed_book", "answerable", "window_share")
 _SHOWN_SAMPLES = 3
 _TRIED_AT_ONCE = 16  # questions
 _MOST_TRIED = 4  # questions for each that is needed: a model that answers fewer is not worth the search
@@ -50,7 +50,6 @@ class Preflight:
         closed_book: the same with nothing but the question.
         answerable: lines of the questions that it answers with the gold item alone; None where that is no question.
         window_share: longest prompt, divided by the trained window; None if that is not known.
-        item: what the task's context consists of, and the setting that says of how many.
     """
 
     scores: PositionScores
@@ -60,30 +59,22 @@ class Preflight:
     closed_book: tuple[float, int] | None
     answerable: tuple[int, ...] | None
     window_share: float | None
-    item: tuple[str, str, int]
 
-    def check(self) -> None:
+    def check(self, task: PromptTask) -> None:
         """Raises TaskError unless the model answers often enough, but not always; the message shows samples."""
-        item, setting, count = self.item
         by_position = self.scores.accuracy_by_position
         values = " / ".join(f"{100 * value:.0f}" for value in by_position)
-        fewer = f"Use fewer {item}s ({setting} is {count})"
+        start = f"the unscaled model answers {values} % of the prompts by position"
+        size = f"{task.item}s ({task.size_setting} is {task.num_items})"
         if (by_position <= FLOOR).all() or self.targets is None:
             shows = "; ".join(f"{shown(s['written'])} where {shown(s['answers'][0])} is right" for s in self.samples)
-            reason = (
-                "too few right answers to learn how they are written"
-                if self.targets is None
-                else "nothing is left to tell vectors apart by"
-            )
-            raise TaskError(
-                f"the unscaled model answers {values} % of the prompts by position: {reason}. It wrote {shows}. "
-                f"{fewer}, another form of prompt (chat_template), or another model."
-            )
+            reason = "nothing is left to tell vectors apart by"
+            if self.targets is None:
+                reason = "too few right answers to learn how they are written"
+            advice = f"Use fewer {size}, another form of prompt (chat_template), or another model"
+            raise TaskError(f"{start}: {reason}. It wrote {shows}. {advice}.")
         if (by_position >= CEILING).all():
-            raise TaskError(
-                f"the unscaled model answers {values} % of the prompts by position: there is no lost middle to mend. "
-                f"Use more {item}s ({setting} is {count})."
-            )
+            raise TaskError(f"{start}: there is no lost middle to mend. Use more {size}.")
 
     def remarks(self) -> list[str]:
         """Returns what a reader should know beside the figures, in a few lines."""
@@ -121,17 +112,9 @@ class Preflight:
         targets = Targets.from_plain(plain["targets"]) if plain["targets"] is not None else None
         return cls(PositionScores.from_plain(plain["scores"]), targets, tuple(plain["samples"]), **values)
 
-    @classmethod
-    def load(cls, path: Path) -> Preflight:
-        """Reads one that was kept as JSON.
-
-        Raises:
-            TaskError: it cannot be read.
-        """
-        try:
-            return cls.from_plain(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TaskError(f"{path} cannot be read ({error!r}): start again with --overwrite.") from error
+    def save(self, folder: Path) -> None:
+        """Keeps it in the folder of a run, where [`preflight`] finds it."""
+        write_atomically(folder / PREFLIGHT_NAME, to_json(self.to_plain()) + "\n")
 
     def describe(self) -> dict[str, Any]:
         """Returns plain values for a report; no texts."""
@@ -154,6 +137,7 @@ def preflight(
     num_groups: int = PREFLIGHT_GROUPS,
     wanted: Mapping[SplitName, int] | None = None,
     tell: Callable[[str], Any] | None = None,
+    kept: Path | None = None,
 ) -> Preflight:
     """Has the unscaled model answer a few contexts of the search split, and learns its targets.
 
@@ -165,10 +149,16 @@ def preflight(
             opening of its own, the unscaled model is asked them with the gold item alone: of the search split until so
             many questions are answered, of the others all.
         tell: told what is done.
+        kept: folder of a run that goes on: what was found then is returned, if it is there.
 
     Raises:
-        TaskError: the task has not so many contexts, or prompts do not fit.
+        TaskError: the task has not so many contexts, prompts do not fit, or what was kept cannot be read.
     """
+    if kept is not None and (path := kept / PREFLIGHT_NAME).exists():
+        try:
+            return Preflight.from_plain(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise TaskError(f"{path} cannot be read ({error!r}): start again with --overwrite.") from error
     say = tell or (lambda text: None)
     say("preflight: the unscaled model's answers")
     split = task.split("search", max(1, task.available("search", num_groups)))
@@ -189,8 +179,7 @@ def preflight(
     window = trained_window(scorer.model)
     samples = _samples(split, written, scores)
     share = split.max_tokens / window if window else None
-    item = (task.item, task.size_setting, task.num_items)
-    return Preflight(scores, targets, samples, gold_alone, closed_book, answerable, share, item)
+    return Preflight(scores, targets, samples, gold_alone, closed_book, answerable, share)
 
 
 def _own_targets(
@@ -303,11 +292,9 @@ def find_difficulty(
 
 def prepared(task: PromptTask, found: Preflight) -> PromptTask:
     """Returns the task whose search split has only questions that the model can answer; others stay as they are."""
-    if found.answerable is None or not isinstance(task, MultiDocumentQA):
-        return task
-    return task.with_answerable(found.answerable)
+    return task if found.answerable is None else task.with_answerable(found.answerable)
 
 
-def with_targets(split: Split, found: Preflight, task: PromptTask) -> Split:
+def with_targets(split: Split, found: Preflight | None, task: Task) -> Split:
     """Returns a split with the targets that were learnt, if they were."""
-    return split if found.targets is None else found.targets.applied(split, task.tokenizer)
+    return found.targets.applied(split, task.tokenizer) if found is not None and found.targets is not None else split

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..base_model import keeping_modes
 from ..errors import TaskError
-from ..messages import check_callable, whole_number
+from ..messages import whole_number
 from ..tasks import Example, Split, SplitName, Task
 from ..tasks.base import check_task
 from ..tasks.targets import target_of
@@ -25,6 +25,7 @@ from .batching import (
     ScoreSheet,
     answer_logits,
     attends_fully,
+    batched_by_length,
     check_finite,
     check_vocabulary,
     judge_tokens,
@@ -40,7 +41,7 @@ from .context_cache import (
     run_contexts,
     shares_contexts,
 )
-from .generation import AnswerWriter, Written, judge_written, prompt_batches
+from .generation import AnswerWriter, Written, judge_written
 from .scores import PositionScores
 
 DEFAULT_BATCH_TOKENS = 8192
@@ -67,18 +68,25 @@ class Scorer:
         batch_tokens: tokens per forward pass; halved for good whenever memory runs out.
         cache_contexts: whether questions to one context share one run of it, through the KV cache; default: where the
             model allows it, which a trial decides.
+        progress: see [`Progress`].
 
     Attributes:
         num_tokens: tokens that forward passes have run so far, padding included.
     """
 
     def __init__(
-        self, model: nn.Module, *, batch_tokens: int = DEFAULT_BATCH_TOKENS, cache_contexts: bool | None = None
+        self,
+        model: nn.Module,
+        *,
+        batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        cache_contexts: bool | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.model = model
         self.batch_tokens = whole_number("batch_tokens", batch_tokens, 1)
         self.num_tokens = 0
         self._cache_contexts = cache_contexts
+        self._shown = progress or (lambda batches: batches)
         self._is_checked = False
 
     def check(self, split: Split) -> None:
@@ -93,12 +101,11 @@ class Scorer:
                 self._halving(lambda: check_finite(self.model, split, self.batch_tokens))
             self._is_checked = True
 
-    def score(self, split: Split, *, progress: Progress | None = None, packed: bool | None = None) -> PositionScores:
+    def score(self, split: Split, *, packed: bool | None = None) -> PositionScores:
         """Scores every example of `split` by the likelihood of its answer.
 
         Args:
             split: the examples.
-            progress: see [`Progress`].
             packed: run the queries of one context in one row with it (see `batching`) or every prompt by itself,
                 instead of through the KV cache; all three ways give the same scores up to rounding.
 
@@ -109,21 +116,18 @@ class Scorer:
         self.check(split)
         sheet = ScoreSheet(split)
         if packed is None and self._caches(split):
-            self._halving(lambda: self._ask_contexts(split.examples, progress, sheet=sheet))
+            self._halving(lambda: self._ask_contexts(split.examples, sheet=sheet))
         else:
-            self._halving(lambda: self._score_rows(dict(enumerate(split.examples)), sheet, progress, packed))
+            self._halving(lambda: self._score_rows(dict(enumerate(split.examples)), sheet, packed))
         return sheet.scores()
 
-    def bucket_losses(
-        self, split: Split, num_buckets: int = DEFAULT_BUCKETS, *, progress: Progress | None = None
-    ) -> PositionScores:
+    def bucket_losses(self, split: Split, num_buckets: int = DEFAULT_BUCKETS) -> PositionScores:
         """Measures the loss of every scored token of every window, averaged over buckets of token positions.
 
         Args:
             split: windows of one length, one example for each. Scored are the tokens that all windows have in their
                 `answer_ids`.
             num_buckets: parts of the scored tokens, equal up to one token.
-            progress: see [`Progress`].
 
         Returns:
             Scores of measure `"loss"`: `log_prob[g, b]` is the mean log-probability of window g's tokens in bucket b,
@@ -138,14 +142,14 @@ class Scorer:
         start = split.max_tokens - scored
         bounds = [bucket * scored // num_buckets for bucket in range(num_buckets + 1)]
         self.check(split)
-        tokens = self._halving(lambda: self._token_log_probs(split, scored, progress))
+        tokens = self._halving(lambda: self._token_log_probs(split, scored))
         sizes = np.diff(bounds)
         log_probs = np.add.reduceat(tokens, bounds[:-1], axis=1) / sizes
         positions = tuple(start + bound for bound in bounds[:-1])
         none = np.zeros(log_probs.shape, dtype=bool)
         return PositionScores(positions, none, log_probs, "loss", sizes=tuple(sizes.tolist()))
 
-    def write(self, split: Split, *, progress: Progress | None = None) -> list[Written]:
+    def write(self, split: Split) -> list[Written]:
         """Has the model write an answer to every example, greedily, until nothing can change the judge's mind.
 
         Returns:
@@ -154,9 +158,9 @@ class Scorer:
         Raises:
             TaskError: running text, examples without the answers that the judge needs, or a model that cannot write.
         """
-        return self._answers(split, progress)
+        return self._answers(split)
 
-    def generate(self, split: Split, *, progress: Progress | None = None) -> PositionScores:
+    def generate(self, split: Split) -> PositionScores:
         """Judges what the model writes; see [`write`].
 
         Returns:
@@ -165,22 +169,20 @@ class Scorer:
             answer that begins in no known way.
         """
         sheet = ScoreSheet(split)
-        written = self._answers(split, progress, sheet)
+        written = self._answers(split, sheet)
         opened = _as_opened(split, dict(enumerate(written)))
         sheet.mark_wrong([index for index, example in opened.items() if example is None])
         return judge_written(split, written, sheet.scores())
 
-    def measure(
-        self, split: Split, *, num_buckets: int = DEFAULT_BUCKETS, progress: Progress | None = None
-    ) -> PositionScores:
+    def measure(self, split: Split, *, num_buckets: int = DEFAULT_BUCKETS) -> PositionScores:
         """Returns what figures are made of: of running text the loss; of a split with a judge the written answers; of
         any other whether every token of the answer is the most probable one.
         """
         if split.measure == "loss":
-            return self.bucket_losses(split, num_buckets, progress=progress)
-        return (self.score if split.judge is None else self.generate)(split, progress=progress)
+            return self.bucket_losses(split, num_buckets)
+        return self.score(split) if split.judge is None else self.generate(split)
 
-    def _answers(self, split: Split, progress: Progress | None, sheet: ScoreSheet | None = None) -> list[Written]:
+    def _answers(self, split: Split, sheet: ScoreSheet | None = None) -> list[Written]:
         """What is written for each example. With a sheet the teacher-forced scores go into it."""
         self.check(split)
         writer, cached = AnswerWriter(self.model, split), self._caches(split)
@@ -193,7 +195,7 @@ class Scorer:
             self._halving(lambda: self._score_rows(dict(enumerate(split.examples)), sheet))
         sheets = {"sheet": sheet} if cached else {}
         short = writer.limited(_USUAL_NEW_TOKENS)
-        written = write(short, split.examples, progress=progress, **sheets)
+        written = write(short, split.examples, **sheets)
         long = [index for index, answer in enumerate(written) if answer.cut_off]
         if long and writer.max_new_tokens > short.max_new_tokens:
             for index, answer in zip(long, write(writer, [split.examples[index] for index in long]), strict=True):
@@ -223,43 +225,42 @@ class Scorer:
             self._cache_contexts = can_cache_contexts(self.model)
         return self._cache_contexts
 
-    def _count(self, tokens: int) -> None:
-        self.num_tokens += tokens
-
     @torch.no_grad()
     def _score_rows(
         self,
         examples: Mapping[int, Example],
         sheet: ScoreSheet,
-        progress: Progress | None = None,
         packed: bool | None = None,
         again: bool = False,
     ) -> None:
         indices = list(examples)
         batches = make_batches(self.model, list(examples.values()), self.batch_tokens, packed)
-        for batch in progress(batches) if progress is not None else batches:
+        for batch in self._shown(batches):
             members = [indices[index] for index in batch.examples]
             sheet.add(members, answer_logits(self.model, batch), batch.gold, batch.owner, again)
-            self._count(batch.num_tokens)
+            self.num_tokens += batch.num_tokens
 
-    def _write_rows(
-        self, examples: Sequence[Example], *, writer: AnswerWriter, progress: Progress | None = None
-    ) -> list[Written]:
+    def _write_rows(self, examples: Sequence[Example], *, writer: AnswerWriter) -> list[Written]:
         found: dict[int, Written] = {}
-        same_length = rotation_depends_on_length(self.model)
-        batches = list(prompt_batches(examples, writer.max_new_tokens, self.batch_tokens, same_length))
-        for batch in progress(batches) if progress is not None else batches:
+        batches = list(
+            batched_by_length(
+                range(len(examples)),
+                lambda index: len(examples[index].prompt_ids) + writer.max_new_tokens,
+                self.batch_tokens,
+                same_length=rotation_depends_on_length(self.model),
+            )
+        )
+        for batch in self._shown(batches):
             asked = [examples[index] for index in batch]
             found |= zip(batch, writer.after_prompts(asked), strict=True)
-            self._count(len(batch) * max(len(example.prompt_ids) for example in asked))
-            self._count(sum(len(found[index].ids) for index in batch))
+            self.num_tokens += len(batch) * max(len(example.prompt_ids) for example in asked)
+            self.num_tokens += sum(len(found[index].ids) for index in batch)
         return [found[index] for index in range(len(examples))]
 
     @torch.no_grad()
     def _ask_contexts(
         self,
         examples: Sequence[Example],
-        progress: Progress | None = None,
         *,
         sheet: ScoreSheet | None = None,
         writer: AnswerWriter | None = None,
@@ -267,9 +268,9 @@ class Scorer:
         """Runs each context once: scores its questions into `sheet`, and has answers to them written by `writer`."""
         found: dict[int, Written] = {}
         batches = list(context_batches(examples, writer.max_new_tokens if writer is not None else 0, self.batch_tokens))
-        for batch in progress(batches) if progress is not None else batches:
+        for batch in self._shown(batches):
             contexts = run_contexts(self.model, [context for context, _ in batch])
-            self._count(contexts.ids.numel())
+            self.num_tokens += contexts.ids.numel()
             rows = [(row, index) for row, (_, members) in enumerate(batch) for index in members]
             if sheet is not None:
                 self._score_questions(sheet, contexts, rows, examples)
@@ -293,7 +294,7 @@ class Scorer:
             asked = [examples[index] for _, index in part]
             ids = [example.asked_ids + example.answer_ids[:-1] for example in asked]
             logits = question_logits(self.model, contexts.rows([row for row, _ in part]), ids)
-            self._count(logits.shape[0] * logits.shape[1])
+            self.num_tokens += logits.shape[0] * logits.shape[1]
             answers = [
                 (row, len(example.asked_ids) - 1 + place, token)
                 for row, example in enumerate(asked)
@@ -316,7 +317,7 @@ class Scorer:
                 copied, members = contexts.rows([row for row, _ in part]), [index for _, index in part]
                 answers = writer.after_contexts(copied, [examples[index] for index in members])
                 found |= zip(members, answers, strict=True)
-                self._count(length * len(part) + sum(len(answer.ids) for answer in answers))
+                self.num_tokens += length * len(part) + sum(len(answer.ids) for answer in answers)
         return found
 
     def _chunks(self, rows: list[tuple[int, int]], length: int) -> Iterator[list[tuple[int, int]]]:
@@ -326,14 +327,14 @@ class Scorer:
             yield rows[start : start + at_once]
 
     @torch.no_grad()
-    def _token_log_probs(self, split: Split, scored: int, progress: Progress | None) -> np.ndarray:
+    def _token_log_probs(self, split: Split, scored: int) -> np.ndarray:
         """Shape `(windows, scored)`, float64, in the order of the split's examples."""
         found = np.empty((len(split.examples), scored))
         batches = make_batches(self.model, split.examples, self.batch_tokens, packed=False)
-        for batch in progress(batches) if progress is not None else batches:
+        for batch in self._shown(batches):
             log_probs, _ = judge_tokens(answer_logits(self.model, batch), batch.gold)
             found[list(batch.examples)] = log_probs.view(len(batch.examples), scored).double().cpu().numpy()
-            self._count(batch.num_tokens)
+            self.num_tokens += batch.num_tokens
         return found
 
 
@@ -384,11 +385,8 @@ def evaluate(
         TaskError: no task, the split cannot be made, or a token id is outside the model's vocabulary.
     """
     check_task(task)
-    check_callable("progress", progress)
-    examples, scorer = task.split(split, num_groups), Scorer(model, batch_tokens=batch_tokens)
-    if examples.measure == "loss":
-        return scorer.score(examples, progress=progress)
-    return scorer.measure(examples, progress=progress)
+    examples, scorer = task.split(split, num_groups), Scorer(model, batch_tokens=batch_tokens, progress=progress)
+    return scorer.score(examples) if examples.measure == "loss" else scorer.measure(examples)
 
 
 def aligned_windows(split: Split) -> Split:

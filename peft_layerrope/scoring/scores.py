@@ -30,6 +30,20 @@ class Interval:
         """Whether the whole interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
 
+    def negated(self) -> Interval:
+        """Returns the interval of minus the value."""
+        return Interval(-self.value, -self.high, -self.low)
+
+    def to_list(self) -> list[float]:
+        """Returns value, low and high for a report, rounded."""
+        return [_short(value) for value in (self.value, self.low, self.high)]
+
+    @classmethod
+    def from_list(cls, values: Sequence[float | None]) -> Interval:
+        """Makes one of a file's value, low and high, where null stands for what is not finite."""
+        otherwise = (math.nan, -math.inf, math.inf)
+        return cls(*(end if value is None else value for value, end in zip(values, otherwise, strict=True)))
+
 
 def rank_key(score: float) -> float:
     """Returns a score, of which more is better, as it takes part in a ranking: last where it is not finite."""
@@ -42,25 +56,43 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> In
     return Interval(successes / trials, float(result.low), float(result.high))
 
 
-def proportion_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Returns an accuracy, averaged over positions, with its interval over groups.
+def proportion_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:
+    """Returns an accuracy, averaged over positions, with its interval over groups: that of Agresti and Coull with an
+    effective number of contexts, and the t-quantile for the normal one.
 
     Args:
-        values: shape `(groups,)`, from 0 to 1: each group's mean over its positions, weighted or not.
+        values: shape `(..., groups)`, from 0 to 1: each group's mean over its positions, weighted or not. Of more than
+            one axis, value and ends are arrays.
         confidence: its level.
     """
-    return Interval(*map(float, proportion_limits(np.asarray(values, dtype=np.float64), confidence)))
+    values = np.asarray(values, dtype=np.float64)
+    count, mean = values.shape[-1], values.mean(axis=-1)
+    if count < 2:
+        return _interval(mean, np.zeros_like(mean), np.ones_like(mean))
+    quantile = _quantile(count, confidence)
+    contexts = count / _variance_ratio(values, count * mean * (1 - mean))
+    centre = (contexts * mean + quantile**2 / 2) / (contexts + quantile**2)
+    half = quantile * np.sqrt(centre * (1 - centre) / (contexts + quantile**2))
+    return _interval(mean, np.clip(centre - half, 0, mean), np.clip(centre + half, mean, 1))
 
 
-def difference_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Returns a mean difference of accuracies with its interval over groups, which is symmetric but for its cut at ±1.
+def difference_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:
+    """Returns a mean difference of accuracies with its interval over groups, which is symmetric but for its cut at ±1:
+    the variance of Bonett and Price, who add two contexts that differ in either direction, by the share of it that the
+    contexts' means have.
 
     Args:
-        values: shape `(groups,)`, from -1 to 1: each group's accuracy minus another one of the same group: of another
-            contender, or at other positions.
+        values: shape `(..., groups)`, from -1 to 1: each group's accuracy minus another one of the same group: of
+            another contender, or at other positions. Of more than one axis, value and ends are arrays.
         confidence: its level.
     """
-    return Interval(*map(float, difference_limits(np.asarray(values, dtype=np.float64), confidence)))
+    values = np.asarray(values, dtype=np.float64)
+    count, mean = values.shape[-1], values.mean(axis=-1)
+    if count < 2:
+        return _interval(mean, -np.ones_like(mean), np.ones_like(mean))
+    whole = np.abs(values).sum(axis=-1) - count * mean**2  # of the variance, were every difference -1, 0 or 1
+    half = _quantile(count, confidence) * np.sqrt(_variance_ratio(values, whole) * (whole + 2)) / count
+    return _interval(mean, np.maximum(mean - half, -1), np.minimum(mean + half, 1))
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -79,32 +111,9 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     return Interval(mean, mean - half, mean + half)
 
 
-def proportion_limits(values: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns value, low and high of [`proportion_interval`] along the last axis: the interval of Agresti and Coull
-    with an effective number of contexts, and the t-quantile for the normal one.
-    """
-    count = values.shape[-1]
-    mean = values.mean(axis=-1)
-    if count < 2:
-        return mean, np.zeros_like(mean), np.ones_like(mean)
-    quantile = _quantile(count, confidence)
-    contexts = count / _variance_ratio(values, count * mean * (1 - mean))
-    centre = (contexts * mean + quantile**2 / 2) / (contexts + quantile**2)
-    half = quantile * np.sqrt(centre * (1 - centre) / (contexts + quantile**2))
-    return mean, np.clip(centre - half, 0, mean), np.clip(centre + half, mean, 1)
-
-
-def difference_limits(values: np.ndarray, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns value, low and high of [`difference_interval`] along the last axis: the variance of Bonett and Price,
-    who add two contexts that differ in either direction, by the share of it that the contexts' means have.
-    """
-    count = values.shape[-1]
-    mean = values.mean(axis=-1)
-    if count < 2:
-        return mean, -np.ones_like(mean), np.ones_like(mean)
-    whole = np.abs(values).sum(axis=-1) - count * mean**2  # of the variance, were every difference -1, 0 or 1
-    half = _quantile(count, confidence) * np.sqrt(_variance_ratio(values, whole) * (whole + 2)) / count
-    return mean, np.maximum(mean - half, -1), np.minimum(mean + half, 1)
+def _interval(*ends: np.ndarray) -> Interval:
+    """Of numbers, not of arrays, where there was one axis."""
+    return Interval(*(end if end.ndim else float(end) for end in ends))
 
 
 def _variance_ratio(values: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -180,8 +189,7 @@ class WrittenAnswers:
 
     def to_plain(self) -> list[Any]:
         """Returns everything as JSON values, without loss; see [`from_plain`]."""
-        arrays = (self.forced, self.strict, self.num_tokens, self.cut_off)
-        return [array.astype(int).tolist() if array is not None else None for array in arrays]
+        return [None if array is None else array.astype(int).tolist() for array in vars(self).values()]
 
     @classmethod
     def from_plain(cls, plain: Sequence[Any]) -> WrittenAnswers:
@@ -190,18 +198,13 @@ class WrittenAnswers:
         Raises:
             ValueError: they are not such values.
         """
-        forced, strict, num_tokens, cut_off = plain
-        return cls(
-            np.array(forced, dtype=bool) if forced is not None else None,
-            np.array(strict, dtype=bool) if strict is not None else None,
-            np.array(num_tokens, dtype=np.int64),
-            np.array(cut_off, dtype=bool),
-        )
+        kinds = (bool, bool, np.int64, bool)
+        return cls(*(None if v is None else np.array(v, dtype=kind) for v, kind in zip(plain, kinds, strict=True)))
 
     @classmethod
     def joined(cls, parts: Sequence[WrittenAnswers]) -> WrittenAnswers:
         """Returns several parts' groups, one after the other."""
-        columns = zip(*((p.forced, p.strict, p.num_tokens, p.cut_off) for p in parts), strict=True)
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
         return cls(*(np.concatenate(column) if column[0] is not None else None for column in columns))
 
 

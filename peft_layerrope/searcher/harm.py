@@ -215,11 +215,7 @@ class Harm:
         named = {"divergence": self.divergence, "loss_rise": self.loss_rise}
         if self.ends is not None:
             named |= {"first_position": self.ends[0], "last_position": self.ends[1]}
-        return {
-            name: [round(value, 6) for value in (interval.value, interval.low, interval.high)]
-            for name, interval in named.items()
-            if interval is not None
-        }
+        return {name: interval.to_list() for name, interval in named.items() if interval is not None}
 
     def exceeds(self, bound: float | None) -> bool:
         """Whether a bound is broken for sure: that on text, in nats, or [`MAX_END_DROP`]. No bound, none of them."""

@@ -125,9 +125,12 @@ class RichProgress(SearchProgress):
 
 def audience_of(progress: bool | SearchProgress) -> SearchProgress:
     """Returns whom to tell: a progress bar (True), nobody (False), or the caller's own."""
-    if isinstance(progress, bool):
-        return RichProgress() if progress else SearchProgress()
-    return progress
+    return RichProgress() if progress is True else progress or SearchProgress()
+
+
+def since(started: float) -> float:
+    """Seconds since a reading of `time.perf_counter()`, which no step of the clock makes negative."""
+    return max(0.0, time.perf_counter() - started)
 
 
 PREFLIGHT, WRITTEN, UNIFORM_HARM, CURVATURE, VALIDATION, HARM, TEST = (

@@ -42,15 +42,14 @@ class Worker:
     def __init__(self, recipe: list[Any]) -> None:
         load, threads = ray.get(recipe)
         torch.set_num_threads(threads)
-        self._model = load()
-        self._evaluator: ModelEvaluator | None = None
+        self._evaluator = ModelEvaluator(Scorer(load()))
 
     def score(self, vector: Factors, split: Split, batch_tokens: int) -> tuple[PositionScores, int]:
         """Scores a vector with batches of at most `batch_tokens`; returns how many fit."""
-        if self._evaluator is None or self._evaluator.scorer.batch_tokens != batch_tokens:
-            self._evaluator = ModelEvaluator(Scorer(self._model, batch_tokens=batch_tokens))
+        scorer = self._evaluator.scorer
+        scorer.batch_tokens = batch_tokens
         (scores,) = self._evaluator.scores([vector], split)
-        return scores, self._evaluator.scorer.batch_tokens
+        return scores, scorer.batch_tokens
 
 
 def _load(source: Any, adapter: PeftConfig, device: str, dtype: str) -> nn.Module:
@@ -145,8 +144,7 @@ class WorkerPool:
 
     def _unscaled_scores(self, batch_tokens: int) -> list[Any]:
         """What this process finds of the unscaled model."""
-        same = self._local.scorer.batch_tokens == batch_tokens
-        scorer = self._local.scorer if same else Scorer(self._local.scorer.model, batch_tokens=batch_tokens)
+        scorer = Scorer(self._local.scorer.model, batch_tokens=batch_tokens)
         return ModelEvaluator(scorer).scores([self._unscaled], self._probe)[0].to_plain()
 
     def _check(self, worker: Any) -> None:

@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from peft.utils import CONFIG_NAME
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, HeldOut, model_card, save_card
 from ..declaration import converted
@@ -186,17 +186,14 @@ class SearchResult(HeldOutTables):
         table: the held-out comparison.
         settings: the search's settings.
         chosen: name of the table's row that `config` holds.
-        control_points: the curve's four `(x, y)` points; None where the result is no curve.
         model_name: name of the base model, free of local paths.
         base: how the base model was loaded: its dtype, and what was asked for beside.
         model_window: the model's trained window in tokens; None if its config does not say.
         task: the task's description.
         splits: descriptions of the search, validation and test split.
         history: one record per generation.
-        evaluations: vectors evaluated, by the search for a factor for each layer and by all methods together.
         bound: of the harm to ordinary text, and what that text is.
         timing: seconds by stage: what differs from one run to the next.
-        edge_layers: layers whose factor is at an end of the range, where a wider one may hold a better value.
         preflight: what the unscaled model wrote before the search; None where nothing is answered in writing.
         notes: what came out and what it took, in sentences.
     """
@@ -205,17 +202,14 @@ class SearchResult(HeldOutTables):
     table: ResultTable
     settings: SearchSettings
     chosen: str
-    control_points: list[list[float]] | None
     model_name: str
     base: dict[str, Any]
     model_window: int | None
     task: dict[str, Any]
     splits: list[dict[str, Any]]
     history: list[dict[str, Any]]
-    evaluations: dict[str, int]
     bound: dict[str, Any]
     timing: dict[str, Any]
-    edge_layers: list[int]
     preflight: Preflight | None = None
     notes: tuple[str, ...] = ()
 
@@ -231,24 +225,26 @@ class SearchResult(HeldOutTables):
             "model_window": self.model_window,
             "task": self.task,
             "splits": self.splits,
-            "settings": self.settings.to_dict(),
+            "settings": asdict(self.settings),
             "layer_factors": self.config.layer_factors,
             "chosen": self.chosen,
-            "control_points": self.control_points,
+            "control_points": self.config.control_points,
             "layers_at_edge_of_range": self.edge_layers,
             "table": [self._row_dict(row) for row in self.table],
-            "evaluations": self.evaluations,
+            "evaluations": {
+                "per_layer_search": self.table[PER_LAYER].evaluations,
+                "all_methods": sum(row.evaluations for row in self.table),
+            },
             "bound": self.bound,
             "preflight": self.preflight.describe() if self.preflight is not None else None,
             "history": self.history,
         }
 
     def _row_dict(self, row: TableRow) -> dict[str, Any]:
-        differences = {
-            other.name: [round(v, 6) for v in self._difference(row.name, other.name)]
-            for other in self.table
-            if other.name != row.name
-        }
+        others = [other.name for other in self.table if other.name != row.name]
+        gaps = {name: self.difference(row.name, name) for name in others}
+        if self._measure == "loss":  # in the loss itself
+            gaps = {name: gap.negated() for name, gap in gaps.items()}
         return {
             "name": row.name,
             "label": row.label,
@@ -257,8 +253,14 @@ class SearchResult(HeldOutTables):
             "evaluations": row.evaluations,
             "test": row.scores.to_dict(),
             "ordinary_text": row.harm.to_dict(),
-            f"average_{self._measure}_minus": differences,
+            f"average_{self._measure}_minus": {name: gap.to_list() for name, gap in gaps.items()},
         }
+
+    @property
+    def edge_layers(self) -> list[int]:
+        """Layers whose factor is at an end of the range, where a wider one may hold a better value."""
+        low, high = self.settings.factor_limits
+        return [i for i in self.config.scaled_layers if not low < self.config.layer_factors[i] < high]
 
     @property
     def _measure(self) -> Measure:
@@ -267,11 +269,6 @@ class SearchResult(HeldOutTables):
     def difference(self, name: str, baseline: str) -> Interval:
         """Average accuracy (or minus the loss) of row `name` minus that of `baseline`, with a paired 95 % interval."""
         return self.table.difference(name, baseline)
-
-    def _difference(self, name: str, baseline: str) -> tuple[float, float, float]:
-        """In accuracy, or in the loss itself rather than minus it; with its 95 % interval."""
-        gap = self.table.difference(name, baseline)
-        return (-gap.value, -gap.high, -gap.low) if self._measure == "loss" else (gap.value, gap.low, gap.high)
 
     def save(self, directory: str | Path) -> None:
         """Writes the adapter folder: both adapter files, model card, `search.json`, three plots.
@@ -300,7 +297,7 @@ class SearchResult(HeldOutTables):
                 ACCURACY_PLOT: plot_by_position(self.curves_to_plot(), self.subtitle()),
                 FACTORS_PLOT: plot_factors_by_depth(
                     self.table[self.chosen].factors,
-                    control_points=self.control_points,
+                    control_points=self.config.control_points,
                     scaled_layers=self.config.scaled_layers,
                 ),
                 HARM_PLOT: plot_gain_over_harm(
@@ -358,7 +355,7 @@ class SearchResult(HeldOutTables):
         """
         points, scale = {}, abs(unit_of(self._measure).scale)
         for row in self.table:
-            gain = self.table.difference(row.name, NONE)
+            gain = self.difference(row.name, NONE)
             points[row.label] = row.harm.on_text, Interval(scale * gain.value, scale * gain.low, scale * gain.high)
         return points
 
@@ -370,8 +367,11 @@ _Text = Annotated[str, StringConstraints(max_length=200)]
 _Factors = Annotated[list[float], Field(min_length=1, max_length=MAX_LAYERS)]
 _Values = Annotated[list[float], Field(max_length=_MAX_POSITIONS)]
 _Pair = tuple[float, float]
-_OpenPair = tuple[float | None, float | None]  # what is not finite is null
-_OpenTriple = tuple[float | None, float | None, float | None]
+
+
+_Number = Annotated[float | None, AfterValidator(lambda value: math.nan if value is None else value)]
+_Interval = Annotated[tuple[float | None, float | None, float | None], AfterValidator(Interval.from_list)]
+_Intervals = Annotated[dict[_Text, _Interval], Field(max_length=_MAX_ROWS)]
 
 
 class _Checked(BaseModel):
@@ -386,9 +386,9 @@ class RecordedScores(_Checked):
     accuracy_intervals: Annotated[list[_Pair], Field(max_length=_MAX_POSITIONS)] | None = None
     average_accuracy: float | None = None
     average_accuracy_interval: _Pair | None = None
-    utilised: float | None = Field(None, alias="utilisation")
-    average_loss: float | None = None
-    average_loss_interval: _OpenPair | None = None
+    utilised: _Number = Field(math.nan, alias="utilisation")
+    average_loss: _Number = math.nan
+    average_loss_interval: tuple[float | None, float | None] | None = None
     written: float | None = Field(None, alias="answers_cut_off")
 
     @property
@@ -399,9 +399,8 @@ class RecordedScores(_Checked):
     def average(self) -> Interval:
         """Accuracy, or minus the loss, averaged over all positions, with its interval."""
         if self.measure == "loss":
-            loss = _number(self.average_loss, math.nan)
-            low, high = self.average_loss_interval or (loss, loss)
-            return Interval(-loss, -_number(high, math.inf), -_number(low, -math.inf))
+            loss = self.average_loss
+            return Interval.from_list((loss, *(self.average_loss_interval or (loss, loss)))).negated()
         return Interval(self.average_accuracy, *(self.average_accuracy_interval or [self.average_accuracy] * 2))
 
     @property
@@ -417,7 +416,7 @@ class RecordedScores(_Checked):
 
     def utilisation(self) -> float:
         """Context utilisation of the accuracies."""
-        return _number(self.utilised, math.nan)
+        return self.utilised
 
 
 class RecordedRow(_Checked):
@@ -426,22 +425,17 @@ class RecordedRow(_Checked):
     name: _Text
     label: _Text
     factors: _Factors = Field(alias="layer_factors")
-    search_fitness: float | None = None
+    fitness: _Number = Field(math.nan, alias="search_fitness")
     evaluations: int
     scores: RecordedScores = Field(alias="test")
-    ordinary_text: Annotated[dict[_Text, _OpenTriple], Field(max_length=_MAX_ROWS)] = {}
-    average_accuracy_minus: Annotated[dict[_Text, tuple[float, float, float]], Field(max_length=_MAX_ROWS)] = {}
-    average_loss_minus: Annotated[dict[_Text, _OpenTriple], Field(max_length=_MAX_ROWS)] = {}
-
-    @property
-    def fitness(self) -> float:
-        """On the search split."""
-        return _number(self.search_fitness, math.nan)
+    ordinary_text: _Intervals = {}
+    average_accuracy_minus: _Intervals = {}
+    average_loss_minus: _Intervals = {}
 
     @property
     def harm(self) -> Harm | None:
         """What the factors do to ordinary text; None where that was not measured."""
-        found = {name: _interval(values) for name, values in self.ordinary_text.items()}
+        found = self.ordinary_text
         return Harm(found["divergence"], found.get("loss_rise")) if "divergence" in found else None
 
 
@@ -495,11 +489,8 @@ class SearchRecord(HeldOutTables, _Checked):
     def difference(self, name: str, baseline: str) -> Interval | None:
         """Average accuracy (or minus the loss) of row `name` minus that of `baseline`, if the file has it."""
         row = self.row(name)
-        if baseline in row.average_loss_minus:
-            loss = _interval(row.average_loss_minus[baseline])
-            return Interval(-loss.value, -loss.high, -loss.low)
-        gap = row.average_accuracy_minus.get(baseline)
-        return Interval(*gap) if gap is not None else None
+        loss = row.average_loss_minus.get(baseline)
+        return loss.negated() if loss is not None else row.average_accuracy_minus.get(baseline)
 
     def subtitle(self) -> str:
         """Says in one line what was measured."""
@@ -543,13 +534,3 @@ def _check(record: SearchRecord) -> None:
         curves = (scores.accuracy_by_position, scores.accuracy_intervals)
         if any(curve is not None and len(curve) != len(scores.positions) for curve in curves):
             raise SearchError(f"row {shown(row.name)} has other than {len(scores.positions)} positions.")
-
-
-def _interval(values: _OpenTriple) -> Interval:
-    value, low, high = values
-    return Interval(_number(value, math.nan), _number(low, -math.inf), _number(high, math.inf))
-
-
-def _number(value: float | None, otherwise: float) -> float:
-    """What was not finite is null in the record."""
-    return otherwise if value is None else value

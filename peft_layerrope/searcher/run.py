@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
-from ..base_model import adapted, describe_loading
+from .. import __version__
+from ..base_model import adapted, describe_loading, library_versions, model_fingerprint, model_name
 from ..errors import SearchError
-from ..messages import named
+from ..messages import DEMO_NAME
 from ..report import ACCURACY, Unit
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary
-from ..scoring.preflight import Preflight, prepared, with_targets
+from ..scoring.preflight import Preflight, preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
 from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
-from ..tuner.sites import find_stack, trained_window
-from .common import adapter_config, identity_of, keep_look, look, model_name, since
+from ..tuner.sites import embedding_table, find_stack, trained_window
 from .evaluator import Evaluator, ModelEvaluator, available, contexts_to_ask, densely_asked, densely_scored
 from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
 from .plan import (
@@ -38,6 +37,7 @@ from .plan import (
     audience_of,
     check_length,
     schedule_for,
+    since,
 )
 from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .settings import MIN_STEPS, SearchSettings
@@ -91,7 +91,7 @@ def search(
         on_begin: told the settings, with what the plan has settled, when all is checked and the journal has begun.
         distribute: has the scoring of vectors done elsewhere; see `ray_workers`.
         enough: asked after each generation; once it says so, what was found so far is measured and returned.
-        **overrides: fields of `SearchSettings`, instead of `settings`.
+        **overrides: fields of `SearchSettings`, instead of those of `settings`.
 
     Returns:
         The result: `.config`, `.table`, `.save(directory)`.
@@ -115,9 +115,7 @@ def search(
     >>> result.save("my-adapter")
     ```
     """
-    settings = _settings(settings, overrides)
-    if not isinstance(progress, bool) and not hasattr(progress, "stage"):
-        raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
+    settings = replace(settings or SearchSettings(), **overrides)
     kept = Path(folder) if folder is not None else None
     with _prepared(model, task, settings) as ready, audience_of(progress) as audience:
         plan, schedule = ready.plan, ready.plan.schedule
@@ -127,47 +125,50 @@ def search(
         audience.expect(plan.seconds)
         found = _looked(ready.scorer, task, settings, schedule, kept if resume else None, audience)
         search, *others = splits = _splits(model, task, settings, schedule, found)
-        told = {name: value for name, value in settings.to_dict().items() if name != "minutes"}
-        identity = identity_of(model, task, told, others)
-        identity["text"] = [_source(settings), len(ready.windows), plan.text_tokens]
+        identity = {
+            "settings": {name: value for name, value in asdict(settings).items() if name != "minutes"},
+            "task": task.describe(),
+            "splits": [split.describe() for split in others],
+            "model": model_fingerprint(model),
+            "base": describe_loading(model),
+            "versions": library_versions(),
+            "device": embedding_table(model).device.type,
+            "text": [_source(settings), len(ready.windows), plan.text_tokens],
+        }
         with Journal(kept, identity, resume, overwrite) as journal:
-            keep_look(kept, found)
+            if kept is not None and found is not None:
+                found.save(kept)
             if journal.get("plan", "") is None:
                 journal.append("plan", "", plan.to_dict())
             if on_begin is not None:
                 on_begin(settings)
             local = ModelEvaluator(ready.scorer)
             evaluator = distribute(local, search.part(0, 1)) if distribute is not None else local
-            text = ready.windows, plan.text_tokens
-            stages = Stages(ready.model, settings, ready.space, *text, evaluator, journal, audience, enough)
+            stages = Stages(
+                ready.scorer.model,
+                settings,
+                ready.space,
+                ready.windows,
+                plan.text_tokens,
+                evaluator,
+                journal,
+                audience,
+                enough or (lambda: False),
+            )
             outcome = stages.run(schedule, search, *others)
         return _result(ready, task, settings, outcome, stages.seconds, found, splits)
 
 
 def plan_search(model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any) -> Plan:
     """Returns what [`search`] with these arguments would do, after a few timed passes. Writes nothing."""
-    with _prepared(model, task, _settings(settings, overrides)) as ready:
+    with _prepared(model, task, replace(settings or SearchSettings(), **overrides)) as ready:
         return ready.plan
-
-
-def _settings(settings: SearchSettings | None, overrides: dict[str, Any]) -> SearchSettings:
-    if settings is not None and overrides:
-        raise SearchError(f"pass either settings or fields of it, got both: {', '.join(overrides)}.")
-    if settings is None:
-        return SearchSettings(**overrides)
-    if not isinstance(settings, SearchSettings):
-        raise SearchError(
-            f"settings={named(settings)} must be a SearchSettings; or pass its fields by name, as in "
-            "search(model, task, minutes=20)."
-        )
-    return settings
 
 
 @dataclass(frozen=True)
 class _Prepared:
     """A model with an adapter whose factors are all 1, and what is known of the search before the first look."""
 
-    model: PeftModel
     scorer: Scorer
     space: FactorSpace
     windows: Windows
@@ -184,7 +185,7 @@ def _prepared(model: nn.Module, task: Task, settings: SearchSettings) -> Iterato
         scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
         windows = _windows(scorer, task, settings)
         plan = _plan(scorer, task, settings, space, windows, started)
-        yield _Prepared(peft_model, scorer, space, windows, plan)
+        yield _Prepared(scorer, space, windows, plan)
 
 
 def _source(settings: SearchSettings) -> str:
@@ -242,17 +243,23 @@ def _looked(
     folder: Path | None,
     audience: SearchProgress,
 ) -> Preflight | None:
-    """What the unscaled model writes; of a search that goes on, what it wrote then."""
+    """What the unscaled model writes; of a search that goes on in a folder, what it wrote then."""
     if not isinstance(task, PromptTask):
         return None
+
+    def tell(text: str) -> None:
+        audience.advance()
+        audience.note(text.removeprefix("preflight: "))
+
     wanted = {
         "search": contexts_to_ask(task, schedule.search_contexts),
         "validation": available(task, "validation", schedule.validation_contexts),
         "test": settings.test_groups,
     }
-    found = look(scorer, task, settings, wanted, folder, audience)
+    audience.stage(PREFLIGHT, len(wanted))
+    found = preflight(scorer, task, num_groups=settings.preflight_groups, wanted=wanted, tell=tell, kept=folder)
     if not settings.anyway:
-        found.check()
+        found.check(task)
     return found
 
 
@@ -260,7 +267,7 @@ def _splits(
     model: nn.Module, task: Task, settings: SearchSettings, schedule: Schedule, found: Preflight | None
 ) -> tuple[Split, Split, Split]:
     """The search, the validation and the test split, which share no context."""
-    searched = prepared(task, found) if isinstance(task, PromptTask) and found is not None else task
+    searched = prepared(task, found) if found is not None else task
     made = (
         densely_asked(searched, "search", contexts_to_ask(searched, schedule.search_contexts)),
         densely_asked(task, "validation", available(task, "validation", schedule.validation_contexts)),
@@ -269,7 +276,7 @@ def _splits(
     check_disjoint(made)
     for split in made:
         check_vocabulary(model, split.examples)
-    search, validation, test = (with_targets(split, found, task) if found is not None else split for split in made)
+    search, validation, test = (with_targets(split, found, task) for split in made)
     return search, validation, test
 
 
@@ -282,42 +289,34 @@ def _result(
     found: Preflight | None,
     splits: Sequence[Split],
 ) -> SearchResult:
-    model, plan, scaled_layers = ready.model, ready.plan, ready.space.scaled_layers
-    base = model.get_base_model()
+    plan, base = ready.plan, ready.scorer.model.get_base_model()
     name = model_name(base)
     rows = [
         TableRow(key, f.factors, f.fitness, f.evaluations, outcome.test[key], outcome.harm[key])
         for key, f in ((name, outcome.found[name]) for name in LABELS)
     ]
-    best = outcome.found[outcome.chosen].factors
-    low, high = settings.factor_limits
-    history = [
-        {"generation": number, **asdict(generation)}
-        for number, generation in enumerate(outcome.found[PER_LAYER].generations)
-    ]
+    best = outcome.found[outcome.chosen]
+    config = settings.adapter_config(
+        list(best.factors),
+        searcher_version=__version__,
+        control_points=best.control_points,
+        scaled_layers=list(ready.space.scaled_layers),
+    )
+    if config.rope_type == "dynamic" and config.original_max_position_embeddings is None:
+        config.original_max_position_embeddings = trained_window(base)
+    config.base_model_name_or_path = DEMO_NAME if name == DEMO_NAME else base.config._name_or_path
+    generations = outcome.found[PER_LAYER].generations
     return SearchResult(
-        config=adapter_config(
-            model,
-            settings,
-            best,
-            name,
-            control_points=outcome.found[outcome.chosen].control_points,
-            scaled_layers=list(scaled_layers),
-        ),
+        config=config,
         table=ResultTable(tuple(rows)),
         settings=settings,
         chosen=outcome.chosen,
-        control_points=outcome.found[outcome.chosen].control_points,
         model_name=name,
         base=describe_loading(base),
-        model_window=trained_window(model),
+        model_window=trained_window(base),
         task=task.describe(),
         splits=[split.describe() for split in splits],
-        history=history,
-        evaluations={
-            "per_layer_search": outcome.found[PER_LAYER].evaluations,
-            "all_methods": sum(f.evaluations for f in outcome.found.values()),
-        },
+        history=[{"generation": number, **generation} for number, generation in enumerate(generations)],
         bound={
             "max_harm": settings.max_harm,
             "text": _source(settings) if ready.windows else None,
@@ -325,7 +324,6 @@ def _result(
             "tokens_per_window": plan.text_tokens,
         },
         timing={"seconds": {k: round(v, 2) for k, v in seconds.items()}, "plan": plan.to_dict()},
-        edge_layers=[i for i in scaled_layers if not low < best[i] < high],
         preflight=found,
         notes=_notes(ready, settings, outcome),
     )

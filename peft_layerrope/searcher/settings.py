@@ -173,10 +173,6 @@ class SearchSettings:
             )
         return FactorSpace(self.grid, layers, key_sources)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain values for a JSON report."""
-        return asdict(self)
-
 
 _MAX_BYTES = 1_000_000
 

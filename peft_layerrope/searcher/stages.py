@@ -8,8 +8,8 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +21,6 @@ from ..runs import Journal
 from ..scoring.scores import Interval, PositionScores, difference_interval, mean_interval, rank_key
 from ..tasks import Split
 from .algorithms import adapt, evolve, fitted_parabola, population_of
-from .common import since
 from .evaluator import Evaluator, fitness_by_context
 from .families import (
     AIMED,
@@ -60,6 +59,7 @@ from .plan import (
     compared_on,
     contexts_of,
     race_of,
+    since,
     steps_of,
 )
 from .result import BOUNDED, NONE, PER_LAYER, UNIFORM
@@ -89,19 +89,6 @@ _AVERAGED_SHARE = 0.25  # of the centroids, the last ones, whose mean is one of 
 
 
 @dataclass(frozen=True)
-class Generation:
-    """What one generation saw.
-
-    Attributes:
-        fitness: mean over its members, or of the fittest curve so far.
-        divergence: at its centroid, on ordinary text; None of curves.
-    """
-
-    fitness: float
-    divergence: float | None = None
-
-
-@dataclass(frozen=True)
 class MethodResult:
     """What a method ended with.
 
@@ -109,14 +96,15 @@ class MethodResult:
         factors: of each layer, rounded.
         fitness: mean probability of the targets on the last contexts of the search split that it was raced on.
         evaluations: vectors whose fitness was looked at.
-        generations: by which it was found.
+        generations: by which it was found: of each the mean `fitness` of its members and the `divergence` at its
+            centroid, on ordinary text; of curves the fitness of the fittest so far, and None.
         control_points: the four `(x, y)` points of its curve; None where it is none.
     """
 
     factors: Factors
     fitness: float
     evaluations: int
-    generations: tuple[Generation, ...] = ()
+    generations: tuple[dict[str, float | None], ...] = ()
     control_points: list[list[float]] | None = None
 
 
@@ -137,49 +125,37 @@ class Outcome:
     test: Mapping[str, PositionScores]
 
 
+@dataclass(eq=False)
 class Stages:
     """One search, stage after stage. Each result is kept in a journal, and taken from there if it is there.
 
-    Args:
+    Attributes:
         model: a `PeftModel` with one LAYER_ROPE adapter, changed in place.
         settings: see [`SearchSettings`].
         space: which layers are free.
-        windows: people's text; none: what the model writes takes its place.
+        read: windows of people's text; none: what the model writes takes its place.
         text_tokens: of a window of what the model writes.
         evaluator: of `model`.
         journal: of the run.
         audience: told what is done.
-        enough: asked after each generation; once it says so, no other begins. None: never.
+        enough: asked after each generation; once it says so, no other begins.
+        seconds: that each stage took.
     """
 
-    def __init__(
-        self,
-        model: PeftModel,
-        settings: SearchSettings,
-        space: FactorSpace,
-        windows: Windows,
-        text_tokens: int,
-        evaluator: Evaluator,
-        journal: Journal,
-        audience: SearchProgress,
-        enough: Callable[[], bool] | None = None,
-    ) -> None:
-        self._enough = enough or (lambda: False)
-        self._model = model
-        self._settings = settings
-        self._space = space
-        self._read = windows
-        self._text_tokens = text_tokens
+    model: PeftModel
+    settings: SearchSettings
+    space: FactorSpace
+    read: Windows
+    text_tokens: int
+    evaluator: Evaluator
+    journal: Journal
+    audience: SearchProgress
+    enough: Callable[[], bool]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
         self._written: Windows = ()
         self._unscaled = cache(self._unscaled_on)
-        self._curvature = cache(self._measured_curvature)
-        self._scores, self._at_once = evaluator.scores, evaluator.at_once
-        self._journal = journal
-        self._audience = audience
-        self._limits = tuple(np.log(settings.factor_limits))
-        self._contexts: list[int] = []
-        self._search: Split | None = None
-        self.seconds: dict[str, float] = {}
 
     def run(self, schedule: Schedule, search: Split, validation: Split, test: Split) -> Outcome:
         """Searches, measures, chooses, and has each vector tested.
@@ -191,14 +167,14 @@ class Stages:
             test: contexts of the held-out table.
         """
         self._search = search
-        rng, self._contexts = np.random.default_rng(self._settings.seed), list(range(search.num_groups))
+        rng, self._contexts = np.random.default_rng(self.settings.seed), list(range(search.num_groups))
         while len(self._contexts) < schedule.search_contexts:
             self._contexts += rng.permutation(search.num_groups).tolist()
         with self._stage(WRITTEN, 1):
             self._written = tuple(map(tuple, self._once("text", "written", self._write)))
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
-        layers = self._space.key_sources, self._space.scaled_layers
+        layers = self.space.key_sources, self.space.scaled_layers
         if schedule.shared_contexts is None:
             per_layer = self._evolved(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
         else:
@@ -211,7 +187,7 @@ class Stages:
         scores = self._scored(VALIDATION, {name: results[name] for name in SIMPLEST_FIRST}, validation)
         harm = self._harm(results, scores)
         fitness = {name: fitness_by_context(score) for name, score in scores.items()}
-        chosen = choose(fitness, harm, SIMPLEST_FIRST, self._settings.max_harm)
+        chosen = choose(fitness, harm, SIMPLEST_FIRST, self.settings.max_harm)
         held_out = self._scored(TEST, results, test, written=True)
         return Outcome(results, harm, chosen, held_out)
 
@@ -224,48 +200,62 @@ class Stages:
 
     def _once(self, kind: str, key: str, compute: Callable[[], Any]) -> Any:
         """What is in the record, or is computed and put there."""
-        kept = self._journal.get(kind, key)
+        kept = self.journal.get(kind, key)
         if kept is None:
             kept = compute()
-            self._journal.append(kind, key, kept)
-        self._audience.advance()
+            self.journal.append(kind, key, kept)
+        self.audience.advance()
         return kept
 
-    def _each(self, kind: str, keys: Sequence[str], compute: Callable[[Sequence[int]], list[Any]]) -> list[Any]:
-        """The same of several, of which those that are not there are computed by their numbers, a few at a time."""
-        new = [number for number, key in enumerate(keys) if self._journal.get(kind, key) is None]
-        for at in range(0, len(new), self._at_once):
-            some = new[at : at + self._at_once]
-            for number, value in zip(some, compute(some), strict=True):
-                self._journal.append(kind, keys[number], value)
-                self._audience.advance()
+    def _each(
+        self,
+        kind: str,
+        vectors: Sequence[Factors],
+        split: Split,
+        plain: Callable[[PositionScores], Any],
+        prefix: str = "",
+        written: bool = False,
+    ) -> list[Any]:
+        """What `plain` makes of each vector's scores. Those that are not in the record are scored, a few at a time."""
+        keys = [f"{prefix}{vector}" for vector in vectors]
+        new = [number for number, key in enumerate(keys) if self.journal.get(kind, key) is None]
+        for at in range(0, len(new), self.evaluator.at_once):
+            some = new[at : at + self.evaluator.at_once]
+            found = self.evaluator.scores([vectors[number] for number in some], split, written)
+            for number, scores in zip(some, found, strict=True):
+                self.journal.append(kind, keys[number], plain(scores))
+                self.audience.advance()
         for _ in range(len(keys) - len(new)):
-            self._audience.advance()
-        return [self._journal.get(kind, key) for key in keys]
+            self.audience.advance()
+        return [self.journal.get(kind, key) for key in keys]
 
     @contextmanager
     def _stage(self, name: str, total: int) -> Iterator[None]:
         started = time.perf_counter()
-        self._audience.stage(name, total)
+        self.audience.stage(name, total)
         yield
         self.seconds[name] = since(started)
 
+    @cached_property
+    def _log_limits(self) -> tuple[float, float]:
+        return tuple(np.log(self.settings.factor_limits))
+
     def _rounded(self, log_factors: np.ndarray) -> Factors:
         """Factors as they are kept: rounded, and those of layers that are not free exactly 1."""
-        factors = np.round(np.exp(np.clip(log_factors, *self._limits)), _DIGITS)
-        return self._space.spread([float(factors[layer]) for layer in self._space.scaled_layers])
+        factors = np.round(np.exp(np.clip(log_factors, *self._log_limits)), _DIGITS)
+        return self.space.spread([float(factors[layer]) for layer in self.space.scaled_layers])
 
     def _set(self, factors: Factors) -> None:
-        self._model.base_model.set_layer_factors(factors)
+        self.model.base_model.set_layer_factors(factors)
 
     def _uniform(self, schedule: Schedule) -> dict[str, MethodResult]:
         """The best uniform factor of a wide range, and the best of those that keep to the bound."""
-        family = uniform_family(self._space.key_sources, self._space.scaled_layers)
+        family = uniform_family(self.space.key_sources, self.space.scaled_layers)
         wide = np.linspace(*np.log(UNIFORM_RANGE), schedule.uniform_values)
         races = {UNIFORM: wide}
-        if self._settings.max_harm is not None:
-            races[BOUNDED] = self._bounded_values(family, self._settings.max_harm)
-        unscaled = self._rounded(np.zeros(self._space.num_layers))
+        if self.settings.max_harm is not None:
+            races[BOUNDED] = self._bounded_values(family, self.settings.max_harm)
+        unscaled = self._rounded(np.zeros(self.space.num_layers))
         results: dict[str, MethodResult] = {}
         for name, values in races.items():
             vectors = list(dict.fromkeys(self._rounded(family.log_factors(np.array([value]))) for value in values))
@@ -279,12 +269,12 @@ class Stages:
                     results[NONE] = MethodResult(unscaled, float(np.mean(np.concatenate(parts))), 1)
                 results[name] = self._raced(vectors, schedule)
                 best = results[name]
-                self._audience.note(f"{best.factors[-1]:g}: {best.fitness:.3f}, unscaled {results[NONE].fitness:.3f}")
+                self.audience.note(f"{best.factors[-1]:g}: {best.fitness:.3f}, unscaled {results[NONE].fitness:.3f}")
         return {BOUNDED: results[UNIFORM], **results}
 
     def _write(self) -> Windows:
-        self._set(self._rounded(np.zeros(self._space.num_layers)))
-        return sample_windows(self._model, NUM_WRITTEN, self._text_tokens, seed=self._settings.seed, read=self._read)
+        self._set(self._rounded(np.zeros(self.space.num_layers)))
+        return sample_windows(self.model, NUM_WRITTEN, self.text_tokens, seed=self.settings.seed, read=self.read)
 
     def _bounded_values(self, family: Family, bound: float) -> list[float]:
         """Log-factors from one end of the bound to the other."""
@@ -310,20 +300,16 @@ class Stages:
                 values[vector] += seen
             start += contexts
             running.sort(key=lambda vector: -rank_key(np.mean(values[vector])))
-            self._audience.note(f"{running[0][-1]:g}: {np.mean(values[running[0]]):.3f}")
+            self.audience.note(f"{running[0][-1]:g}: {np.mean(values[running[0]]):.3f}")
         return MethodResult(running[0], float(np.mean(values[running[0]])), len(vectors))
 
     def _by_context(self, vectors: Sequence[Factors], start: int, contexts: int) -> list[list[float]]:
         """Fitness of each vector on each of some contexts."""
         split = self._part(start, contexts)
-        kept = self._each(
-            "raced",
-            [f"{start}+{contexts} {vector}" for vector in vectors],
-            lambda new: [
-                fitness_by_context(scores).tolist() for scores in self._scores([vectors[i] for i in new], split)
-            ],
+        fitness = self._each(
+            "raced", vectors, split, lambda scores: fitness_by_context(scores).tolist(), f"{start}+{contexts} "
         )
-        return [[to_float(value) for value in values] for values in kept]
+        return [[to_float(value) for value in values] for values in fitness]
 
     def _evolved(self, name: str, family: Family, count: int, start: int) -> MethodResult:
         """Searches a family by CMA-ES, each generation on contexts of its own, and ends with the mean of the last
@@ -331,12 +317,12 @@ class Stages:
         better on contexts that neither knows, as far as the bound. Harm is what the curvature of each layer alone makes
         of a vector, in the measure of what was seen at the centroids.
         """
-        curvature, bound = self._curvature(), self._settings.max_harm
+        curvature, bound = self._curvature, self.settings.max_harm
         least = curvature.min(axis=0) @ family.basis**2  # where more is to be gained, a layer is to be seen far out
         wide = np.sqrt(2 * (bound or _USUAL_HARM) / least / family.num_parameters)
         family = family.scaled(np.minimum(wide, _WIDEST / np.abs(family.basis).max(axis=0)))
         price = 0.0 if bound is None else _PRICE_OF_BOUND / bound
-        generations: list[Generation] = []
+        generations: list[dict[str, float | None]] = []
         seen: list[tuple[list[np.ndarray], list[float]]] = []
         ratio = 1.0  # of harm that was measured to what the curvatures say
 
@@ -350,13 +336,13 @@ class Stages:
                 measured = measured if np.isfinite(measured) else _MOST_RATIO
                 ratio = _MEMORY * ratio + (1 - _MEMORY) * measured
             seen.append(([family.nearest(member) for member in members], fitness))
-            generations.append(Generation(float(np.mean(fitness)), divergence))
-            self._audience.note(f"fitness {generations[-1].fitness:.3f}, harm {divergence:.4f}")
+            generations.append({"fitness": float(np.mean(fitness)), "divergence": divergence})
+            self.audience.note(f"fitness {np.mean(fitness):.3f}, harm {divergence:.4f}")
             harms = [price * ratio * harm_of(member, curvature) for member in members]
             return [value - harm for value, harm in zip(fitness, harms, strict=True)]
 
         def scored(split: Split, centroid: np.ndarray, members: Sequence[np.ndarray]) -> list[Any]:
-            found = self._scores([self._rounded(member) for member in members], split)
+            found = self.evaluator.scores([self._rounded(member) for member in members], split)
             values = [float(fitness_by_context(scores).mean()) for scores in found]
             return [values, self._divergence(self._rounded(centroid), len(generations))]
 
@@ -367,7 +353,8 @@ class Stages:
             return self._rounded(farthest * ray)
 
         with self._stage(steps_of(name), count + FINALISTS):
-            centroids = self._until_enough(name, count, adapt(family, count, score, self._settings.seed, self._limits))
+            generated = adapt(family, count, score, self.settings.seed, self._log_limits)
+            centroids = self._until_enough(name, count, generated)
             last = centroids[-max(1, round(len(centroids) * _AVERAGED_SHARE)) :]
             finalists = [as_far_as_allowed(np.mean(last, axis=0), 1.0)]
             if (parabola := fitted_parabola(*zip(*seen, strict=True))) is not None:
@@ -385,11 +372,7 @@ class Stages:
 
     def _curve(self, schedule: Schedule, start: int) -> MethodResult:
         """Searches as the paper does: context utilisation of the accuracies of curves, all on the same contexts."""
-        genome, split, weights = (
-            BezierGenome(self._space),
-            self._part(start, schedule.shared_contexts),
-            self._settings.weights,
-        )
+        genome, split = BezierGenome(self.space), self._part(start, schedule.shared_contexts)
         tried = 0
 
         def score(number: int, vectors: Sequence[Factors]) -> list[float]:
@@ -398,36 +381,37 @@ class Stages:
             return self._once(
                 "generation",
                 f"{PER_LAYER} {number}",
-                lambda: [float(scores.utilisation(weights)) for scores in self._scores(vectors, split)],
+                lambda: [s.utilisation(self.settings.weights) for s in self.evaluator.scores(vectors, split)],
             )
 
-        rng = random.Random(self._settings.seed)
+        rng = random.Random(self.settings.seed)
         with self._stage(steps_of(PER_LAYER), schedule.steps):
-            fittest = self._until_enough(
-                PER_LAYER, schedule.steps, evolve(genome, schedule.steps, schedule.population, score, rng)
-            )
+            generated = evolve(genome, schedule.steps, schedule.population, score, rng)
+            fittest = self._until_enough(PER_LAYER, schedule.steps, generated)
         values = [one.fitness.values[0] for one in fittest]
         found, points = genome.decode(fittest[-1]), genome.control_points(fittest[-1])
-        return MethodResult(found, values[-1], tried, tuple(map(Generation, values)), points)
+        generations = tuple({"fitness": value, "divergence": None} for value in values)
+        return MethodResult(found, values[-1], tried, generations, points)
 
     def _until_enough(self, name: str, count: int, generations: Iterator[T]) -> list[T]:
         """Runs so many generations, or fewer where that is enough; as many as an interrupted search had."""
-        ended, seen = self._journal.get("ended", name), []
+        ended, seen = self.journal.get("ended", name), []
         for one in generations:
             seen.append(one)
-            if len(seen) == ended or (ended is None and len(seen) < count and self._enough()):
+            if len(seen) == ended or (ended is None and len(seen) < count and self.enough()):
                 break
         if len(seen) < count and ended is None:
-            self._journal.append("ended", name, len(seen))
+            self.journal.append("ended", name, len(seen))
         return seen
 
-    def _measured_curvature(self) -> np.ndarray:
+    @cached_property
+    def _curvature(self) -> np.ndarray:
         """Of the divergence by each layer's log-factor, below 1 and above, shape `(2, num_layers)`: twice what moving
         the layer alone does, by the square of how far it was moved. What rounding alone does is taken off, which in
         bfloat16 is half of what some layers seem to do, and none is much less than the mean, which noise might say. On
         Qwen2.5 0.5B some layers bear a smaller factor six times better than a larger one.
         """
-        sources, free = self._space.key_sources, list(self._space.scaled_layers)
+        sources, free = self.space.key_sources, list(self.space.scaled_layers)
 
         def harm(layer: int, far: float) -> float:
             moved = self._rounded(np.where(np.array(sources) == layer, far, 0.0))
@@ -449,7 +433,7 @@ class Stages:
     @torch.no_grad()
     def _divergence(self, factors: Factors, number: int, tokens: int | None = None) -> float:
         """On one of the windows that are searched by, or its first tokens."""
-        windows = self._read or self._written
+        windows = self.read or self._written
         window = windows[number % len(windows)][:tokens]
         unscaled = self._unscaled(self._few_logits, window)
         return float(divergences(unscaled, self._few_logits(factors, window)).mean())
@@ -457,14 +441,14 @@ class Stages:
     @property
     def _max_divergence(self) -> float | None:
         """On the text that is searched by."""
-        bound = self._settings.max_harm
-        return bound * (_READ_TO_WRITTEN if self._read else 1.0) if bound is not None else None
+        bound = self.settings.max_harm
+        return bound * (_READ_TO_WRITTEN if self.read else 1.0) if bound is not None else None
 
     def _within_bound(self, log_factors: np.ndarray) -> np.ndarray:
         """Log-factors made smaller together until the harm to text is about within its bound, and as large as is found
         to keep to it.
         """
-        bound = self._settings.max_harm
+        bound = self.settings.max_harm
         if bound is None:
             return log_factors
         inside: np.ndarray | None = None
@@ -485,11 +469,7 @@ class Stages:
         """Scores of each vector on a split of which nothing is known yet."""
         vectors = list(dict.fromkeys(found.factors for found in results.values()))
         with self._stage(stage, len(vectors)):
-            kept = self._each(
-                split.name,
-                [f"{vector}" for vector in vectors],
-                lambda new: [scores.to_plain() for scores in self._scores([vectors[i] for i in new], split, written)],
-            )
+            kept = self._each(split.name, vectors, split, PositionScores.to_plain, written=written)
         scores = dict(zip(vectors, map(PositionScores.from_plain, kept), strict=True))
         return {name: scores[found.factors] for name, found in results.items()}
 
@@ -505,15 +485,15 @@ class Stages:
         """On all text, or on so many windows of each kind."""
         if set(factors) == {1.0}:
             nothing = Interval(0.0, 0.0, 0.0)
-            return Harm(nothing, nothing if self._read else None)
+            return Harm(nothing, nothing if self.read else None)
         key = f"{factors}" + (f" on {windows}" if windows else "")
         kept = self._once("harm", key, lambda: self._measured_harm(factors, windows))
-        return Harm(*(Interval(*map(to_float, part)) for part in kept))
+        return Harm(*map(Interval.from_list, kept))
 
     @torch.no_grad()
     def _measured_harm(self, factors: Factors, windows: int | None) -> list[list[float]]:
         """Divergence on what the unscaled model wrote, rise of the loss on people's text, with their intervals."""
-        written, read = self._written[:windows], self._read[:windows]
+        written, read = self._written[:windows], self.read[:windows]
         rises = [self._losses(factors, window) - self._unscaled(self._losses, window) for window in read]
         divergence = [
             divergences(self._unscaled(self._logits, window), self._logits(factors, window)) for window in written
@@ -523,11 +503,11 @@ class Stages:
 
     def _unscaled_on(self, what: Callable[[Factors, tuple[int, ...]], torch.Tensor], window: tuple[int, ...]) -> Any:
         """Logits or losses of the unscaled model, by which those of every vector are judged."""
-        return what(self._rounded(np.zeros(self._space.num_layers)), window)
+        return what(self._rounded(np.zeros(self.space.num_layers)), window)
 
     def _logits(self, factors: Factors, window: tuple[int, ...], most: int = _COMPARED) -> torch.Tensor:
         self._set(factors)
-        return window_logits(self._model, window, scored_positions(len(window), most=most))
+        return window_logits(self.model, window, scored_positions(len(window), most=most))
 
     def _few_logits(self, factors: Factors, window: tuple[int, ...]) -> torch.Tensor:
         return self._logits(factors, window, _FEW)

@@ -18,7 +18,7 @@ from itertools import product
 import numpy as np
 from scipy import stats
 
-from peft_layerrope.scoring.scores import difference_limits, proportion_limits
+from peft_layerrope.scoring.scores import Interval, difference_interval, proportion_interval
 
 ACCURACIES = (0.5, 0.7, 0.9, 0.95, 0.97, 0.985, 0.99, 0.995, 0.999)
 PAIRS = (
@@ -44,16 +44,17 @@ class Cell:
     t_width: float
 
 
-def student_t(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Value, low and high along the last axis, as `mean_interval` has them."""
+def student_t(values: np.ndarray) -> Interval:
+    """Along the last axis, as `mean_interval` has it."""
     mean, count = values.mean(axis=-1), values.shape[-1]
     half = stats.t.ppf(0.975, count - 1) * values.std(axis=-1, ddof=1) / np.sqrt(count)
-    return mean, mean - half, mean + half
+    return Interval(mean, mean - half, mean + half)
 
 
-def cell(setting: tuple, values: np.ndarray, truth: float, limits) -> Cell:
+def cell(setting: tuple, values: np.ndarray, truth: float, interval) -> Cell:
     found = []
-    for _, low, high in (limits(values), student_t(values)):
+    for one in (interval(values), student_t(values)):
+        low, high = one.low, one.high
         covers = (low <= truth + 1e-12) & (truth - 1e-12 <= high)
         found.append((float(covers.mean()), float((high - low).mean()), float((high - low).min())))
     return Cell(setting, *found[0], *found[1][:2])
@@ -101,7 +102,7 @@ def proportions(draws: int, seed: int = 0) -> Iterator[Cell]:
     for setting in product(ACCURACIES, CONTEXTS, POSITIONS, CORRELATIONS):
         accuracy, contexts, positions, correlation = setting
         values = beta_binomial(rng, draws, contexts, positions, accuracy, correlation)
-        yield cell(setting, values, accuracy, proportion_limits)
+        yield cell(setting, values, accuracy, proportion_interval)
 
 
 def differences(draws: int, seed: int = 1) -> Iterator[Cell]:
@@ -109,14 +110,14 @@ def differences(draws: int, seed: int = 1) -> Iterator[Cell]:
     for setting in product(PAIRS, CONTEXTS, POSITIONS, CORRELATIONS, BETWEEN):
         pair, contexts, positions, correlation, between = setting
         values = contenders(rng, draws, contexts, positions, pair, correlation, between)
-        yield cell(setting, values, pair[0] - pair[1], difference_limits)
+        yield cell(setting, values, pair[0] - pair[1], difference_interval)
 
 
 def twins(draws: int, seed: int = 2) -> Iterator[Cell]:
     rng = np.random.default_rng(seed)
     for setting in product((0.5, 0.9), CONTEXTS, TURNED):
         accuracy, contexts, turned = setting
-        yield cell(setting, *near_twins(rng, draws, contexts, accuracy, turned), difference_limits)
+        yield cell(setting, *near_twins(rng, draws, contexts, accuracy, turned), difference_interval)
 
 
 def table(title: str, cells: list[Cell]) -> str:

@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 import peft_layerrope
 from peft_layerrope import InvalidConfigError, LayerRopeConfig, demo_model_path, pull
-from peft_layerrope.cli import app
-from peft_layerrope.cli.app import SUMMARIES
+from peft_layerrope.cli import SUMMARIES, app
 from peft_layerrope.tuner.artifacts import save_adapter
 
 TINY_SEARCH = ["--length", "128", "--num-positions", "3", "--steps", "1", "--test-groups", "3"]

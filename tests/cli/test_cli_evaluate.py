@@ -210,7 +210,7 @@ def test_what_the_unscaled_model_wrote_is_kept_for_resuming(tmp_path, monkeypatc
         interrupted_at(1, patched)
         assert run(*arguments).exit_code == 130
     with monkeypatch.context() as patched:
-        patched.setattr(command, "preflight", lambda *_, **__: pytest.fail("asked again"))
+        patched.setattr(command.Scorer, "write", lambda *_, **__: pytest.fail("asked again"))
         assert run(*arguments, "--resume").exit_code == 0
     assert loaded(tmp_path / "out" / "evaluation.json")["preflight"]
 

@@ -125,7 +125,7 @@ def test_an_output_is_resumed_or_replaced_only_when_asked(tmp_path, monkeypatch)
         (("extrapolation", "--adapter", "{mine}", "--baseline", "magic:2"), "magic"),
         (("sweep", "--try", "-1"), "must be at least 0.01"),
         (("sweep", "--groups", "1"), "--groups"),
-        (("sweep", "--resume"), "need an --output"),
+        (("sweep", "--resume"), "needs --output"),
     ],
 )
 def test_what_cannot_work_is_one_clear_line(tmp_path, adapter, arguments, message):

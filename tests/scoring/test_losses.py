@@ -89,7 +89,7 @@ def test_buckets_are_parts_of_the_scored_tokens(read, num_buckets):
 def test_rows_follow_the_examples_whatever_the_batches(model):
     split = windows(9)
     seen = []
-    one = Scorer(model, batch_tokens=1).bucket_losses(split, 4, progress=lambda b: seen.extend(b) or b)
+    one = Scorer(model, batch_tokens=1, progress=lambda b: seen.extend(b) or b).bucket_losses(split, 4)
     assert len(seen) == 9
     np.testing.assert_allclose(one.log_prob, Scorer(model).bucket_losses(split, 4).log_prob, atol=2e-5)
     part = Scorer(model).bucket_losses(split.part(3, 5), 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -62,9 +63,10 @@ def test_where_no_difficulty_will_do_the_curve_is_shown(share, words):
 def looked(correct: np.ndarray, targets: Targets | None) -> Preflight:
     scores = PositionScores((0, 1, 2), correct, np.zeros(correct.shape))
     sample = {"question": "key", "answers": ["gold"], "written": "something else"}
-    return Preflight(scores, targets, (sample,), (0.5, 8), None, (1, 2), 0.25, ("pair", "num_keys", 7))
+    return Preflight(scores, targets, (sample,), (0.5, 8), None, (1, 2), 0.25)
 
 
+TASK = SimpleNamespace(item="pair", size_setting="num_keys", num_items=7)
 KNOWN = Targets(' "', {"key": Target((1, 2), (3,))}, 4, 3)
 
 
@@ -82,10 +84,10 @@ KNOWN = Targets(' "', {"key": Target((1, 2), (3,))}, 4, 3)
 def test_a_model_that_answers_nothing_or_everything_is_refused(right, targets, refused):
     found = looked(np.arange(40)[:, None] < np.array(right), targets)
     if refused is None:
-        found.check()
+        found.check(TASK)
         return
     with pytest.raises(TaskError, match=refused) as caught:
-        found.check()
+        found.check(TASK)
     assert "num_keys is 7" in str(caught.value)
 
 

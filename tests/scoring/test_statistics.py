@@ -17,7 +17,6 @@ from peft_layerrope.scoring.scores import (
     difference_interval,
     mean_interval,
     proportion_interval,
-    proportion_limits,
     rank_key,
     wilson_interval,
 )
@@ -40,9 +39,9 @@ def test_intervals_of_accuracies_cover_and_have_a_width(simulated):
 @pytest.mark.parametrize(("accuracy", "correlation"), [*product((0.5, 0.7), (0.0, 0.3))])
 def test_in_the_middle_they_are_hardly_wider_than_students_t(accuracy, correlation):
     values = beta_binomial(np.random.default_rng(3), 200, 100, 11, accuracy, correlation)
-    _, low, high = proportion_limits(values)
+    found = proportion_interval(values)
     t_width = 2 * stats.t.ppf(0.975, 99) * stats.sem(values, axis=-1)
-    assert (high - low).mean() < 1.05 * t_width.mean()
+    assert (found.high - found.low).mean() < 1.05 * t_width.mean()
 
 
 @pytest.mark.parametrize(("right", "contexts"), [(0, 4), (3, 10), (19, 20), (20, 20), (60, 200)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_numpys_numbers_are_numbers():
         seed=np.uint8(7),
     )
     assert settings == SearchSettings(population=6, weights=(1.0, 2.0, 3.0), layers=(1, 2), seed=7)
-    assert json.loads(json.dumps(settings.to_dict()))["population"] == 6
+    assert json.loads(json.dumps(asdict(settings)))["population"] == 6
     with pytest.raises(SearchError, match="population"):
         SearchSettings(population=np.float64(6))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -39,7 +40,7 @@ def test_what_is_saved_is_read_back(specification, tmp_path):
     assert SearchSpecification.of(read_specification(path), str(path)) == specification
     text = path.read_text()
     assert text.startswith("# layerrope search --config search.yaml")
-    assert set(yaml.safe_load(text)["search"]) == set(SearchSettings().to_dict())  # every value spelled out
+    assert set(yaml.safe_load(text)["search"]) == set(asdict(SearchSettings()))  # every value spelled out
 
 
 def test_what_is_left_out_has_its_default():
