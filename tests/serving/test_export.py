@@ -109,10 +109,9 @@ def test_sliding_and_full_layers_may_differ(tmp_path, demo_tokenizer, fields):
 
 
 def test_a_checkpoint_that_differs_is_not_written(tmp_path, demo_tokenizer, monkeypatch):
-    other, made = LayerRopeConfig(layer_factors=[1.7] * NUM_LAYERS), module.FORMATS["remote-code"]
-    monkeypatch.setitem(module.FORMATS, "remote-code", lambda model, config: made(model, other))
+    monkeypatch.setitem(module.FORMATS, "layer-types", lambda model, config: (model.config, {}))
     with pytest.raises(LayerRopeError, match="differs"):
-        export(build_model("llama"), demo_tokenizer, LayerRopeConfig(**PLAIN), "remote-code", tmp_path / "out")
+        export(build_model("llama"), demo_tokenizer, LayerRopeConfig(**PLAIN), "layer-types", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
