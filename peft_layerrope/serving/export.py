@@ -65,10 +65,17 @@ def export(
             path = Path(modeling_layer_rope.__file__)
             code = path.read_text(encoding="utf-8").replace("LlamaForCausalLM", type(model).__name__)
             (staging / path.name).write_text(code, encoding="utf-8")
-        source = ModelSource(
-            str(staging), device="cpu", dtype="float32", attn_implementation="eager", trust_remote_code=is_remote
-        )
-        return _difference(model, config, load_base(source))
+        return _difference(model, config, _reopened(staging, type(model) if is_remote else None))
+
+
+def _reopened(folder: Path, base: type[PreTrainedModel] | None) -> PreTrainedModel:
+    """Loads what was written, in float32. The class of a checkpoint with code is made here of what that code says, and
+    of the model's own class `base`: no code runs from a file.
+    """
+    if base is None:
+        return load_base(ModelSource(str(folder), device="cpu", dtype="float32", attn_implementation="eager"))
+    scaled = type(modeling_layer_rope.ScaledForCausalLM.__name__, (modeling_layer_rope.ScaledLayers, base), {})
+    return scaled.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @torch.no_grad()

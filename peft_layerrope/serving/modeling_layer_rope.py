@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PretrainedConfig
 
 
-class ScaledForCausalLM(LlamaForCausalLM):
+class ScaledLayers:
     """Hands each decoder layer cosines and sines of its own: positions divided by the layer's factor."""
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -34,3 +34,7 @@ class ScaledForCausalLM(LlamaForCausalLM):
         excess = torch.as_tensor(length - rope["window"], device=frequencies.device).clamp(min=0) / rope["window"]
         exponents = torch.arange(len(frequencies), device=frequencies.device) / (len(frequencies) - 1)
         return frequencies * (1 + factor * excess) ** -exponents
+
+
+class ScaledForCausalLM(ScaledLayers, LlamaForCausalLM):
+    """The model with such layers."""
