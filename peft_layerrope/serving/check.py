@@ -24,7 +24,7 @@ from ..tuner.sites import embedding_table
 _TOKENS, _PROMPTS = 256, 4
 _MAX_ANSWER = 2**24  # bytes
 _TIMEOUT = 600  # seconds, for a server that is busy
-_NEARER = 0.5  # of the way between the two models; half precision moves log-probabilities too
+_NEARER = 0.2  # of the way between the two models; half precision moves log-probabilities too
 
 
 @dataclass(frozen=True)

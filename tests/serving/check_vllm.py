@@ -225,7 +225,8 @@ def http(here: Setup) -> None:
 def command(model: str, adapter: str, port: int) -> list[str]:
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(WINDOW), "--port", str(port)]
     options += ["--kv-cache-memory-bytes", str(CACHE), "--additional-config", json.dumps({"layer_rope": adapter})]
-    return [str(Path(sys.executable).with_name("vllm")), "serve", model, *options]
+    # what `vllm serve` starts; the command itself asks for the version of a package that the CPU build is not called by
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
 
 
 @contextmanager
