@@ -131,6 +131,12 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
     raise TaskError(f"{name}={named(value)} must be {expected}.")
 
 
+def check_callable(name: str, value: Any) -> None:
+    """Raises TaskError unless `value` is None or can be called."""
+    if value is not None and not callable(value):
+        raise TaskError(f"{name}={named(value)} must be a function, or None.")
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a real number, which a truth value is not."""
     return isinstance(value, Real) and not isinstance(value, bool)

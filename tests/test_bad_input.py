@@ -301,6 +301,7 @@ SEARCH = [
     ("--weights 1 1", USAGE, "3 arguments"),
     ("--layers 0-9", USAGE, "distinct layer indices from 0 to 5"),
     ("--layers 3-1", USAGE, "ends before it begins"),
+    ("--layers 1,1", USAGE, "named only once"),
     ("--layers x", USAGE, "'x' is no layer or range"),
     ("--layers 1,", USAGE, "'' is no layer or range"),
     ("--layers -1", USAGE, "is no layer or range"),
@@ -551,6 +552,7 @@ CALLS = {
     "evaluate: half a group": (lambda m, t: evaluate(m, _words(t), num_groups=1.5), TaskError, "num_groups=1.5 must"),
     "evaluate: groups": (lambda m, t: evaluate(m, _words(t), num_groups=10**9), TaskError, "at most 1048576"),
     "evaluate: batch": (lambda m, t: evaluate(m, _words(t), batch_tokens=1.5), TaskError, "batch_tokens=1.5 must"),
+    "evaluate: progress": (lambda m, t: evaluate(m, _words(t), progress=True), TaskError, "progress=True must be"),
     "evaluate: no model": (lambda m, t: evaluate(None, _words(t)), UnsupportedModelError, "NoneType: not a"),
     "evaluate: another model": (
         lambda m, t: evaluate(OTHER, _words(t)),
@@ -666,9 +668,16 @@ CALLS = {
         UnsupportedModelError,
         "Linear: not a",
     ),
+    "search: a dict": (
+        lambda m, t: search(m, _words(t), {"population": 4}),
+        SearchError,
+        "settings={'population': 4} must be a SearchSettings",
+    ),
     "search: no task": (lambda m, t: search(m, None), TaskError, "task=None must be a task"),
+    "search: progress": (lambda m, t: search(m, _words(t), progress=None), SearchError, "progress=None must be True"),
     "search: no model": (lambda m, t: search(None, _words(t)), UnsupportedModelError, "NoneType: not a"),
     "search: field": (lambda m, t: search(m, _words(t), nonesuch=1), SearchError, "nonesuch is unknown; did you"),
+    "search: both": (lambda m, t: search(m, _words(t), SearchSettings(), seed=8), SearchError, "got both: seed"),
     "search: resume and overwrite": (
         lambda m, t: search(m, _words(t), resume=True, overwrite=True, folder="nonesuch", progress=False),
         InvalidConfigError,

@@ -30,8 +30,14 @@ from . import err, plain_errors
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
-def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
+def check_output(output: Path | None, resume: bool, overwrite: bool, in_use: bool = False) -> None:
     """Refuses a folder that cannot be used for results; of no folder, what needs one.
+
+    Args:
+        output: the folder.
+        resume: whether to go on with what is in it.
+        overwrite: whether to replace that.
+        in_use: whether another run may be at work there, as nothing is going to be written.
 
     Raises:
         TaskError: it cannot be written, holds something already, or options contradict each other.
@@ -43,7 +49,8 @@ def check_output(output: Path | None, resume: bool, overwrite: bool) -> None:
         if resume or overwrite:
             raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")
         return
-    check_free(output)
+    if not in_use:
+        check_free(output)
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     problem = None
     if output.exists() and not output.is_dir():

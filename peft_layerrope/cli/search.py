@@ -89,9 +89,8 @@ def search(
     if typed.get("chat_template") is False:  # also of what a file says
         typed = {"chat_template_args": None, "system_prompt": None, "chat_date": None} | typed
     specification = changed(_asked_before(output, config, resume, typed), typed)
-    if not dry_run:
-        check_no_model(output)
-        check_output(output, resume, overwrite)
+    check_no_model(output)
+    check_output(output, resume, overwrite, in_use=dry_run)
     check_source(specification)
     pool = _workers(workers, ray_address, specification)
     tokenizer = load_tokenizer(specification)

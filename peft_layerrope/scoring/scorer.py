@@ -16,7 +16,7 @@ from torch import nn
 
 from ..base_model import keeping_modes
 from ..errors import TaskError
-from ..messages import whole_number
+from ..messages import check_callable, whole_number
 from ..tasks import Example, Split, SplitName, Task
 from ..tasks.base import check_task
 from ..tasks.targets import target_of
@@ -385,6 +385,7 @@ def evaluate(
         TaskError: no task, the split cannot be made, or a token id is outside the model's vocabulary.
     """
     check_task(task)
+    check_callable("progress", progress)
     examples, scorer = task.split(split, num_groups), Scorer(model, batch_tokens=batch_tokens, progress=progress)
     return scorer.score(examples) if examples.measure == "loss" else scorer.measure(examples)
 

@@ -125,7 +125,9 @@ class RichProgress(SearchProgress):
 
 def audience_of(progress: bool | SearchProgress) -> SearchProgress:
     """Returns whom to tell: a progress bar (True), nobody (False), or the caller's own."""
-    return RichProgress() if progress is True else progress or SearchProgress()
+    if isinstance(progress, bool):
+        return RichProgress() if progress else SearchProgress()
+    return progress
 
 
 def since(started: float) -> float:

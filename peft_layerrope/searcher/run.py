@@ -15,11 +15,12 @@ from torch import nn
 from .. import __version__
 from ..base_model import adapted, describe_loading, library_versions, model_fingerprint, model_name
 from ..errors import SearchError
-from ..messages import DEMO_NAME
+from ..files import writing
+from ..messages import DEMO_NAME, named
 from ..report import ACCURACY, Unit
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary
-from ..scoring.preflight import Preflight, preflight, prepared, with_targets
+from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
 from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
@@ -91,7 +92,7 @@ def search(
         on_begin: told the settings, with what the plan has settled, when all is checked and the journal has begun.
         distribute: has the scoring of vectors done elsewhere; see `ray_workers`.
         enough: asked after each generation; once it says so, what was found so far is measured and returned.
-        **overrides: fields of `SearchSettings`, instead of those of `settings`.
+        **overrides: fields of `SearchSettings`, instead of `settings`.
 
     Returns:
         The result: `.config`, `.table`, `.save(directory)`.
@@ -115,7 +116,9 @@ def search(
     >>> result.save("my-adapter")
     ```
     """
-    settings = replace(settings or SearchSettings(), **overrides)
+    settings = _settings(settings, overrides)
+    if not isinstance(progress, bool) and not hasattr(progress, "stage"):
+        raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
     kept = Path(folder) if folder is not None else None
     with _prepared(model, task, settings) as ready, audience_of(progress) as audience:
         plan, schedule = ready.plan, ready.plan.schedule
@@ -138,6 +141,9 @@ def search(
         with Journal(kept, identity, resume, overwrite) as journal:
             if kept is not None and found is not None:
                 found.save(kept)
+            elif kept is not None:  # what another search found there
+                with writing(kept):
+                    (kept / PREFLIGHT_NAME).unlink(missing_ok=True)
             if journal.get("plan", "") is None:
                 journal.append("plan", "", plan.to_dict())
             if on_begin is not None:
@@ -161,8 +167,21 @@ def search(
 
 def plan_search(model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any) -> Plan:
     """Returns what [`search`] with these arguments would do, after a few timed passes. Writes nothing."""
-    with _prepared(model, task, replace(settings or SearchSettings(), **overrides)) as ready:
+    with _prepared(model, task, _settings(settings, overrides)) as ready:
         return ready.plan
+
+
+def _settings(settings: SearchSettings | None, overrides: dict[str, Any]) -> SearchSettings:
+    if settings is not None and overrides:
+        raise SearchError(f"pass either settings or fields of it, got both: {', '.join(overrides)}.")
+    if settings is None:
+        return SearchSettings(**overrides)
+    if not isinstance(settings, SearchSettings):
+        raise SearchError(
+            f"settings={named(settings)} must be a SearchSettings; or pass its fields by name, as in "
+            "search(model, task, minutes=20)."
+        )
+    return settings
 
 
 @dataclass(frozen=True)

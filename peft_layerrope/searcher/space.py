@@ -69,9 +69,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
     """Returns the layers that a text such as `"0-3,7"` names, ascending; ranges include both ends.
 
     Raises:
-        SearchError: not such a text, a range that ends before it begins, or an index beyond any model's.
+        SearchError: not such a text, a range that ends before it begins, a layer named twice, or an index beyond any
+            model's.
     """
-    layers: set[int] = set()
+    layers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
         if match is None:
@@ -81,7 +82,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
             raise SearchError(f"layers {text!r}: the range {part.strip()!r} ends before it begins.")
         if last >= MAX_LAYERS:
             raise SearchError(f"layers {text!r}: layer {last} is out of range, expected at most {MAX_LAYERS - 1}.")
-        layers |= set(range(first, last + 1))
+        layers += range(first, last + 1)
+    twice = sorted({layer for layer in layers if layers.count(layer) > 1}) if len(set(layers)) < len(layers) else []
+    if twice:
+        raise SearchError(f"layers {text!r}: {format_layers(twice)} must be named only once.")
     return tuple(sorted(layers))
 
 

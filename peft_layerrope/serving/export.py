@@ -22,6 +22,7 @@ from . import modeling_layer_rope
 
 _PROBE_TOKENS = 256
 _TOLERANCE = 1e-3  # of the largest logit; other kernels of attention differ by less
+_CODE, _SCALED = Path(modeling_layer_rope.__file__), modeling_layer_rope.ScaledForCausalLM.__name__
 _FOREVER = 1_000_000  # tokens, a sliding window that never ends
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -55,16 +56,13 @@ def export(
     written.generation_config = model.generation_config
     is_remote = form == "remote-code"
     if is_remote:
-        written.config.auto_map = {
-            "AutoModelForCausalLM": f"{Path(modeling_layer_rope.__file__).stem}.ScaledForCausalLM"
-        }
+        written.config.auto_map = {"AutoModelForCausalLM": f"{_CODE.stem}.{_SCALED}"}
     with replacing_files(Path(folder), "config.json") as staging:
         written.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         if is_remote:
-            path = Path(modeling_layer_rope.__file__)
-            code = path.read_text(encoding="utf-8").replace("LlamaForCausalLM", type(model).__name__)
-            (staging / path.name).write_text(code, encoding="utf-8")
+            code = _CODE.read_text(encoding="utf-8").replace("LlamaForCausalLM", type(model).__name__)
+            (staging / _CODE.name).write_text(code, encoding="utf-8")
         return _difference(model, config, _reopened(staging, type(model) if is_remote else None))
 
 
@@ -74,7 +72,7 @@ def _reopened(folder: Path, base: type[PreTrainedModel] | None) -> PreTrainedMod
     """
     if base is None:
         return load_base(ModelSource(str(folder), device="cpu", dtype="float32", attn_implementation="eager"))
-    scaled = type(modeling_layer_rope.ScaledForCausalLM.__name__, (modeling_layer_rope.ScaledLayers, base), {})
+    scaled = type(_SCALED, (modeling_layer_rope.ScaledLayers, base), {})
     return scaled.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 

@@ -304,7 +304,7 @@ def test_layers_as_text_and_back(text, layers):
 
 
 def test_layers_in_any_order_with_spaces():
-    assert parse_layers(" 7, 0 - 2, 1") == (0, 1, 2, 7)
+    assert parse_layers(" 7, 0 - 2") == (0, 1, 2, 7)
     assert format_layers([7, 1, 0]) == "0-1,7"
     assert format_layers([]) == ""
 
@@ -319,6 +319,7 @@ def test_layers_in_any_order_with_spaces():
         ("1 2", "layers '1 2': '1 2' is no layer or range, expected e.g. '0-3,7'."),
         ("²", "layers '²': '²' is no layer or range, expected e.g. '0-3,7'."),
         ("3-1", "layers '3-1': the range '3-1' ends before it begins."),
+        ("0-3,2", "layers '0-3,2': 2 must be named only once."),
         ("0-999999999", "layers '0-999999999': layer 999999999 is out of range, expected at most 4095."),
     ],
 )

@@ -126,8 +126,7 @@ def test_the_papers_search_is_a_curve_by_the_utilisation_of_right_answers(task):
 def test_search_is_reproducible_and_depends_on_its_seed(result, task):
     np.random.seed(99)
     state = random.getstate(), np.random.get_state()
-    other_seed = SearchSettings(steps=SMALL["steps"], test_groups=SMALL["test_groups"], seed=2)
-    again = search(build_model("llama"), task, other_seed, seed=1, progress=False)
+    again = search(build_model("llama"), task, **SMALL, seed=1)
     other = search(build_model("llama"), task, **SMALL, seed=2)
     assert random.getstate() == state[0]
     np.testing.assert_equal(np.random.get_state(), state[1])
@@ -268,6 +267,8 @@ def test_errors_come_before_any_work():
         search(AutoModelForCausalLM.from_config(gpt2), token_task(), **SMALL)
     with pytest.raises(SearchError, match=r"prompts of 260 tokens: with a window of 64, .* reaches 256 tokens"):
         search(build_model("llama"), token_task(length=257), **SMALL)
+    with pytest.raises(SearchError, match="pass either settings or fields of it, got both: seed"):
+        search(build_model("llama"), token_task(), SearchSettings(), seed=1)
     with pytest.raises(SearchError, match="distinct layer indices from 0 to 3"):
         search(build_model("llama"), token_task(), **SMALL, layers=(NUM_LAYERS,))
     with pytest.raises(TaskError, match="outside the model's vocabulary"):
