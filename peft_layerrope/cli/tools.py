@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,10 +33,11 @@ from ..scoring.scorer import Scorer
 from ..searcher import SearchSettings
 from ..searcher.plan import RichProgress
 from ..serving.check import check_server, probe_prompts
-from ..serving.export import FORMATS, export
+from ..serving.export import FORMATS, divergence_between, export
 from ..tasks import PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
+from ..tuner.scaling import merged_factors
 from ..verification import MISMATCH, NO_ROTATION, OK, Verification, verify
 from . import app, err, out, plain_errors
 from .options import (
@@ -318,6 +319,12 @@ def export_command(
     model: ModelArgument = None,
     output: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
     form: Annotated[Literal[tuple(FORMATS)], typer.Option("--format", help="How the checkpoint says the factors.")],
+    max_distinct: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Different factors at most: the nearest are merged, and what that does to text is told."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
     loading: LoadOptions,
 ) -> None:
@@ -333,7 +340,13 @@ def export_command(
     """
     check_output(output, resume=False, overwrite=overwrite)
     config, source = load_adapter_config(adapter), Compute.of(model, loading).source
-    difference = export(load(source), load_tokenizer(source), config, form, output)
+    loaded, tokenizer = load(source), load_tokenizer(source)
+    if max_distinct is not None:
+        merged = replace(config, layer_factors=merged_factors(config.layer_factors, max_distinct))
+        apart = divergence_between(loaded, config, merged, probe_prompts(loaded, tokenizer))
+        out.print(f"{max_distinct} different factors at most: divergence {apart:.2g} nats on text", highlight=False)
+        config = merged
+    difference = export(loaded, tokenizer, config, form, output)
     out.print(f"{output}: its logits differ from the adapter's by {difference:.2g} at most", highlight=False)
 
 

@@ -378,6 +378,11 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
         f"{schedule.control_steps} for each of {len(CONTROLS)} choices of two numbers, "
         f"{outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
     )
+    if (found := outcome.found[chosen]).unmerged is not None:
+        cost += (
+            f" {len(set(found.factors))} different factors were left of more: fitness {found.fitness:.3f} instead of "
+            f"{found.unmerged:.3f}."
+        )
     return verdict, text, cost
 
 

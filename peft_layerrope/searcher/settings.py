@@ -108,6 +108,14 @@ class SearchSettings:
             gt=0,
         ),
     ] = 0.01
+    max_distinct: Annotated[
+        int | None,
+        _search(
+            "Different factors at most: servers keep a table for each. The nearest to what a search found are merged, "
+            "and what that costs is measured. Default: any number.",
+            ge=1,
+        ),
+    ] = None
     text: Annotated[str | None, _search("Ordinary text in UTF-8. Default: a sample that comes with the package.")] = (
         None
     )
@@ -125,6 +133,10 @@ class SearchSettings:
     batch_tokens: BatchTokens = DEFAULT_BATCH_TOKENS
 
     def __post_init__(self) -> None:
+        if self.max_distinct is not None and self.algorithm == "paper":
+            raise SearchError(
+                f"max_distinct={self.max_distinct} is not for algorithm='paper', whose factors are those of a curve."
+            )
         self.adapter_config()  # rope_type, factor and window, by the adapter's own rules
 
     @property

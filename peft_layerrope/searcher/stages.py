@@ -20,6 +20,7 @@ from ..files import to_float
 from ..runs import Journal
 from ..scoring.scores import Interval, PositionScores, difference_interval, mean_interval, rank_key
 from ..tasks import Split
+from ..tuner.scaling import merged_factors
 from .algorithms import adapt, evolve, fitted_parabola, population_of
 from .evaluator import Evaluator, fitness_by_context
 from .families import (
@@ -99,6 +100,7 @@ class MethodResult:
         generations: by which it was found: of each the mean `fitness` of its members and the `divergence` at its
             centroid, on ordinary text; of curves the fitness of the fittest so far, and None.
         control_points: the four `(x, y)` points of its curve; None where it is none.
+        unmerged: its fitness, on the same contexts, before the nearest factors were merged; None where none were.
     """
 
     factors: Factors
@@ -106,6 +108,7 @@ class MethodResult:
     evaluations: int
     generations: tuple[dict[str, float | None], ...] = ()
     control_points: list[list[float]] | None = None
+    unmerged: float | None = None
 
 
 @dataclass(frozen=True)
@@ -352,7 +355,7 @@ class Stages:
                 farthest = min(farthest, float(allowed))
             return self._rounded(farthest * ray)
 
-        with self._stage(steps_of(name), count + FINALISTS):
+        with self._stage(steps_of(name), count + FINALISTS + (self.settings.max_distinct is not None)):
             generated = adapt(family, count, score, self.settings.seed, self._log_limits)
             centroids = self._until_enough(name, count, generated)
             last = centroids[-max(1, round(len(centroids) * _AVERAGED_SHARE)) :]
@@ -365,10 +368,25 @@ class Stages:
                 finalists.append(as_far_as_allowed(family.log_factors(direction), min(top, reach)))
             split = start + count, compared_on(count)
             values = [rank_key(np.mean(seen)) for seen in self._by_context(finalists, *split)]
-        best = finalists[int(np.argmax(values))]
+            best, fitness, unmerged = finalists[int(np.argmax(values))], max(values), None
+            if (merged := self._merged(best)) != best:
+                unmerged, fitness = fitness, float(np.mean(self._by_context([merged], *split)[0]))
+                self.audience.note(f"{len(set(best))} factors {unmerged:.3f}, {len(set(merged))} {fitness:.3f}")
+                best = merged
         found = self._rounded(self._within_bound(np.log(best)))
         evaluations = len(centroids) * population_of(family.num_parameters)
-        return MethodResult(found, max(values), evaluations, tuple(generations))
+        return MethodResult(found, fitness, evaluations, tuple(generations), unmerged=unmerged)
+
+    def _merged(self, factors: Factors) -> Factors:
+        """As few different factors as are asked for; the more harm a layer does, the less it is moved."""
+        most, free = self.settings.max_distinct, list(self.space.scaled_layers)
+        if most is None:
+            return factors
+        fixed = not set(self.space.key_sources) <= set(free)  # the factor 1 of other layers is one of them
+        logs = np.zeros(len(factors))
+        weights = self._curvature[:, free].mean(axis=0)
+        logs[free] = np.log(merged_factors([factors[layer] for layer in free], max(1, most - fixed), weights))
+        return self._rounded(logs)
 
     def _curve(self, schedule: Schedule, start: int) -> MethodResult:
         """Searches as the paper does: context utilisation of the accuracies of curves, all on the same contexts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreT
 from ..base_model import ModelSource, adapted, empty_model, load_base
 from ..errors import AdapterMismatchError, LayerRopeError
 from ..files import replacing_files
+from ..searcher.harm import divergences
 from ..tuner.config import LayerRopeConfig
 from ..tuner.injection import layer_frequencies, scaling_for
 from ..tuner.scaling import plain_rope
@@ -64,6 +65,26 @@ def export(
             code = _CODE.read_text(encoding="utf-8").replace("LlamaForCausalLM", type(model).__name__)
             (staging / _CODE.name).write_text(code, encoding="utf-8")
         return _difference(model, config, _reopened(staging, type(model) if is_remote else None))
+
+
+@torch.no_grad()
+def divergence_between(
+    model: PreTrainedModel, config: LayerRopeConfig, other: LayerRopeConfig, prompts: Sequence[Sequence[int]]
+) -> float:
+    """Returns the Kullback-Leibler divergence in nats, a mean over tokens, of what a model expects with an adapter's
+    factors from what it expects with another's.
+
+    Args:
+        model: the base model, without an adapter.
+        config: of the one adapter.
+        other: of the other.
+        prompts: token ids.
+    """
+    logits: list[list[torch.Tensor]] = []
+    for one in (config, other):
+        with adapted(model, one) as scaled:
+            logits.append([scaled(torch.tensor([prompt], device=model.device)).logits[0] for prompt in prompts])
+    return torch.cat([divergences(*pair) for pair in zip(*logits, strict=True)]).mean().item()
 
 
 def _reopened(folder: Path, base: type[PreTrainedModel] | None) -> PreTrainedModel:

@@ -6,8 +6,10 @@ Everything is differentiable in `layer_factors`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 
 RopeType = Literal["default", "linear", "dynamic"]
@@ -108,3 +110,40 @@ def rotation_table(inv_freq: torch.Tensor, length: int) -> torch.Tensor:
     """
     angles = torch.outer(torch.arange(length, dtype=inv_freq.dtype, device=inv_freq.device), inv_freq)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def merged_factors(layer_factors: Sequence[float], most: int, weights: Sequence[float] | None = None) -> list[float]:
+    """Returns factors of which at most some are distinct, and which are nearest to those given: the weighted sum of
+    squares by which logarithms move is least. The groups are exact, by dynamic programming over the sorted factors.
+
+    Args:
+        layer_factors: all > 0.
+        most: distinct factors, at least 1.
+        weights: of each layer's square, > 0; None: all alike.
+
+    Returns:
+        For each layer the weighted geometric mean of its group; what was given, where that has few enough.
+    """
+    logs, place = np.unique(np.log(layer_factors), return_inverse=True)
+    count = len(logs)
+    if count <= most:
+        return list(layer_factors)
+    mass = np.bincount(place, weights)
+    sums = np.cumsum([np.zeros(3), *np.stack([mass, mass * logs, mass * logs**2], axis=1)], axis=0)
+
+    def squares(starts: np.ndarray, end: int) -> np.ndarray:
+        """Of the groups from each start up to an end, around their means."""
+        total, first, second = (sums[end] - sums[starts]).T
+        return second - first**2 / total
+
+    least, cuts = np.full(count + 1, np.inf), []
+    least[0] = 0.0
+    for _ in range(most):
+        totals = [least[:end] + squares(np.arange(end), end) for end in range(1, count + 1)]
+        cuts.append([0, *(int(np.argmin(row)) for row in totals)])
+        least = np.array([np.inf, *(row.min() for row in totals)])
+    means, end = np.empty(count), count
+    for cut in reversed(cuts):
+        total, first, _ = sums[end] - sums[cut[end]]
+        means[cut[end] : end], end = first / total, cut[end]
+    return np.exp(means[place]).tolist()

@@ -261,3 +261,24 @@ def test_enough_ends_the_climbs_and_keeps_what_they_found(tmp_path):
     assert any(f"{taken} generations" in line for line in first.remarks())
     again = search(build_model("llama"), token_task(length=14), **fields, folder=tmp_path, resume=True)
     assert again.to_dict() == first.to_dict()
+
+
+def test_a_search_for_few_different_factors_merges_what_it_found(tmp_path):
+    wide = {**SMALL, "max_harm": None}
+    fields = {**wide, "max_distinct": 2, "folder": tmp_path}
+    found = search(build_model("llama"), token_task(length=14), **fields)
+    any_number = search(build_model("llama"), token_task(length=14), **wide)
+    factors = {row.name: set(row.factors) for row in found.table}
+    assert max(map(len, factors.values())) == len(factors["per_layer"]) == 2
+    assert len(set(any_number.table["per_layer"].factors)) > 2
+    assert found.to_dict()["history"] == any_number.to_dict()["history"]
+    again = search(build_model("llama"), token_task(length=14), **fields, resume=True)
+    assert again.to_dict() == found.to_dict()
+
+
+def test_layers_that_are_not_searched_count_among_the_different_factors():
+    fields = {**SMALL, "max_harm": None, "max_distinct": 2, "layers": (1, 2, 3)}
+    found = search(build_model("llama"), token_task(length=14), **fields)
+    factors = found.table["per_layer"].factors
+    assert factors[0] == 1.0
+    assert len(set(factors)) == 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import NUM_LAYERS, VOCAB, build_model, logits
 from peft import get_peft_model
+from scipy.special import rel_entr
 from test_rope_scaling import gemma3
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -113,6 +114,28 @@ def test_a_checkpoint_that_differs_is_not_written(tmp_path, demo_tokenizer, monk
     with pytest.raises(LayerRopeError, match="differs"):
         export(build_model("llama"), demo_tokenizer, LayerRopeConfig(**PLAIN), "layer-types", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_divergence_between_two_adapters_is_that_of_the_formula(long_ids):
+    configs = [LayerRopeConfig(layer_factors=factors) for factors in (FACTORS, [1.3, 1.3, 1.8, 1.8])]
+    expected, found = (
+        logits(get_peft_model(build_model("llama"), config).eval(), long_ids[:1]).double().softmax(-1).numpy()
+        for config in configs
+    )
+    divergence = module.divergence_between(build_model("llama"), *configs, long_ids[:1].tolist())
+    assert divergence == pytest.approx(rel_entr(expected, found).sum(-1).mean(), rel=1e-3)
+
+
+def test_the_command_merges_factors_and_says_what_that_does(tmp_path):
+    save_adapter(LayerRopeConfig(layer_factors=[1.5, 1.2, 1.5, 2.0, 1.0, 1.2]), tmp_path)
+    out, asked = tmp_path / "out", ["--format", "remote-code", "--max-distinct", "2"]
+    done = CliRunner().invoke(app, ["export", str(tmp_path), *asked, "--output", str(out)])
+    assert done.exit_code == 0, done.output
+    factors = json.loads((out / "config.json").read_text())["layer_rope_scaling"]["layer_factors"]
+    upper, lower = (1.5 * 1.5 * 2.0) ** (1 / 3), (1.2 * 1.0 * 1.2) ** (1 / 3)
+    assert factors == pytest.approx([upper, lower, upper, upper, lower, lower])
+    assert "divergence 0.0 nats" not in done.output
+    assert "nats" in done.output
 
 
 def test_the_command_writes_a_model_that_transformers_opens(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from conftest import build_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from peft_layerrope.tuner.scaling import dynamic_alpha, scale_inv_freq
+from peft_layerrope.tuner.scaling import dynamic_alpha, merged_factors, scale_inv_freq
 
 FACTORS = [1.0, 1.3, 1.7, 2.0]
 
@@ -100,3 +103,26 @@ def test_errors_name_value_and_expectation():
         scale_inv_freq(base_inv_freq(), torch.ones(1), rope_type="yarn")
     with pytest.raises(ValueError, match="needs seq_len and original_max_position_embeddings"):
         scale_inv_freq(base_inv_freq(), torch.ones(1), rope_type="dynamic")
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 6])
+@pytest.mark.parametrize("seed", range(4))
+def test_merged_factors_are_the_nearest_of_all_groupings(most, seed):
+    rng = np.random.default_rng(seed)
+    factors = rng.choice(np.linspace(0.25, 4, 9), 6) if seed % 2 else rng.uniform(0.25, 4, 6)
+    weights = rng.uniform(0.1, 3, 6) if seed > 1 else np.ones(6)
+    logs = np.log(factors)
+
+    def moved(groups: tuple[int, ...]) -> float:
+        labels = np.array(groups)
+        means = {label: np.average(logs[labels == label], weights=weights[labels == label]) for label in groups}
+        return sum(w * (value - means[label]) ** 2 for w, value, label in zip(weights, logs, groups, strict=True))
+
+    least = min(map(moved, itertools.product(range(most), repeat=6)))
+    merged = np.array(merged_factors(factors.tolist(), most, weights.tolist() if seed > 1 else None))
+    assert len(set(merged)) <= most
+    assert weights @ (np.log(merged) - logs) ** 2 == pytest.approx(least, abs=1e-12)
+
+
+def test_few_different_factors_stay_as_they_are():
+    assert merged_factors([1.1, 2.0, 1.1, 0.9], 3) == [1.1, 2.0, 1.1, 0.9]
