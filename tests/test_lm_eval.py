@@ -226,6 +226,39 @@ def test_prompts_that_lm_eval_would_cut_are_refused(harness, missing, data, spli
     assert f"add max_length={needed} to --model_args" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "gets_text"),
+    [
+        ({}, False),
+        ({"tokenized_requests": False}, True),
+        ({"tokenizer_backend": "None"}, True),
+        ({"max_length": 99}, False),
+    ],
+)
+def test_a_server_gets_whole_prompts_as_text(harness, settings, gets_text, data, split):
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    served = {"model": "any", "base_url": "http://127.0.0.1:9/v1/completions", **settings}
+    served["tokenizer"] = peft_layerrope.demo_model_path()
+    if gets_text:
+        manager({"data": str(data), **served}).load(["layerrope_kv_words"])
+    else:
+        with pytest.raises(TaskError, match="tokenized_requests=False"):
+            manager({"data": str(data), **served}).load(["layerrope_kv_words"])
+    lm, sent = LocalCompletionsAPI(**served, batch_size=1), []
+
+    def answer(messages, **asked):
+        sent.extend(messages)
+        return {"choices": [{"text": "", "index": 0}]}
+
+    lm.model_call = answer
+    evaluate(lm, "layerrope_kv_words", {"data": str(data)})
+    prompts = {json.loads(line)["prompt"] for line in data.open()}
+    whole = {tuple(example.context_ids + example.query_ids) for example in split.examples}
+    found = {text if isinstance(text, str) else tuple(text) for text in sent}
+    assert found == prompts if gets_text else not found & whole
+
+
 def test_the_command_runs_an_adapter(harness, split, data, demo_model, tmp_path):
     arguments = [
         *("--model", "hf", "--tasks", "layerrope_kv_words", "--batch_size", "4", "--device", "cpu"),

@@ -21,6 +21,7 @@ from ..tasks import metrics
 from ..tasks.prompts import Record, Text, read_records
 
 SPLIT = "test"
+_NO_BACKEND = ("None", "none")  # lm_eval's words for a server that gets text
 
 
 class PromptLine(Record):
@@ -36,12 +37,20 @@ def check_length(prompts: Sequence[str], model_args: dict[str, Any], max_gen_tok
 
     Args:
         prompts: the prompts.
-        model_args: lm_eval's `--model_args`. Nothing is checked if they name no model, or one that comes with code.
+        model_args: lm_eval's `--model_args`. A server has to get text: as tokens, lm_eval sends it prompts that are cut
+            to 2,048 and lack the token that text begins with. Nothing else is checked if they name no model, or one
+            that comes with code.
         max_gen_toks: how many tokens will be generated after each prompt.
 
     Raises:
-        TaskError: naming the longest prompt, and the `max_length` that it needs.
+        TaskError: naming the longest prompt, and the `max_length` that it needs; or what a server needs.
     """
+    sends_tokens = model_args.get("tokenized_requests", True) and model_args.get("tokenizer_backend") not in _NO_BACKEND
+    if "base_url" in model_args and sends_tokens:
+        raise TaskError(
+            "lm_eval would send the server tokens, without the one that text begins with and cut to max_length: add "
+            "tokenized_requests=False to --model_args."
+        )
     name = model_args.get("pretrained")
     if not isinstance(name, str) or model_args.get("trust_remote_code"):
         return

