@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from .base_model import load_model
     from .comparison import Comparison, compare
-    from .comparison.contenders import Contender, parse_baseline
+    from .comparison.candidates import Candidate, parse_baseline
     from .hub import pull, push_to_hub
     from .loading import load_adapter
     from .scoring.scorer import evaluate
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 _LAZY = {
     ".base_model": ("load_model",),
     ".comparison": ("Comparison", "compare"),
-    ".comparison.contenders": ("Contender", "parse_baseline"),
+    ".comparison.candidates": ("Candidate", "parse_baseline"),
     ".hub": ("pull", "push_to_hub"),
     ".loading": ("load_adapter",),
     ".scoring.scorer": ("evaluate",),
@@ -72,8 +72,8 @@ _LAZY = {
 
 __all__ = [
     "AdapterMismatchError",
+    "Candidate",
     "Comparison",
-    "Contender",
     "Example",
     "InvalidConfigError",
     "KeyValueRetrieval",

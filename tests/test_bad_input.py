@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import peft_layerrope
 from peft_layerrope import (
     AdapterMismatchError,
-    Contender,
+    Candidate,
     Example,
     InvalidConfigError,
     KeyValueRetrieval,
@@ -649,12 +649,12 @@ CALLS = {
         "folder",
     ),
     "compare: adapter": (
-        lambda m, t: compare(m, _words(t).split("test", 1), [Contender.of_adapter("/nonesuch")]),
+        lambda m, t: compare(m, _words(t).split("test", 1), [Candidate.of_adapter("/nonesuch")]),
         LayerRopeError,
         "'/nonesuch': there is no such folder",
     ),
     "compare: depth": (
-        lambda m, t: compare(m, _words(t).split("test", 1), [Contender.of_config("x", NINE)]),
+        lambda m, t: compare(m, _words(t).split("test", 1), [Candidate.of_config("x", NINE)]),
         AdapterMismatchError,
         "9 entries",
     ),

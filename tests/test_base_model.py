@@ -12,7 +12,7 @@ from conftest import VOCAB, build_model, logits
 from fakes import LEAST_OPTIONS, LEAST_SEARCH, token_task
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_contenders import trained_lora
+from test_candidates import trained_lora
 from tiny_gguf import write_gguf
 from tiny_tokenizer import tiny_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel

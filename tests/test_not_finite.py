@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from peft_layerrope import LayerRopeConfig, PositionScores, TaskError, compare, demo_model_path, evaluate, search
 from peft_layerrope.cli import app
 from peft_layerrope.comparison import Comparison, comparison_markdown, summary_table
-from peft_layerrope.comparison.contenders import Contender, parse_baseline
+from peft_layerrope.comparison.candidates import Candidate, parse_baseline
 from peft_layerrope.experiments.layer_sensitivity import sensitivity
 from peft_layerrope.experiments.measuring import Measuring, utilisation_difference
 from peft_layerrope.experiments.report import held_out_section
@@ -152,7 +152,7 @@ def scores_with(log_prob: float, right: bool) -> PositionScores:
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "loss"])
-def test_a_contender_that_breaks_does_not_win_a_comparison_that_it_enters_first(measure):
+def test_a_candidate_that_breaks_does_not_win_a_comparison_that_it_enters_first(measure):
     scores = {"broken": scores_with(math.nan, False), "good": scores_with(-1.0, True), "bad": scores_with(-2.0, False)}
     if measure == "loss":
         scores = {label: PositionScores(s.positions, s.correct, s.log_prob, "loss") for label, s in scores.items()}
@@ -224,10 +224,10 @@ def test_one_context_is_strict_json_at_the_command_line(tmp_path):
     assert (low, high) == (0, 1)
 
 
-def test_contenders_are_not_taken_for_the_model(monkeypatch):
-    """The model is checked as it is, once; what a contender then gives is shown."""
+def test_candidates_are_not_taken_for_the_model(monkeypatch):
+    """The model is checked as it is, once; what a candidate then gives is shown."""
     checked = []
     monkeypatch.setattr("peft_layerrope.scoring.scorer.check_finite", lambda model, *rest: checked.append(model))
     model = build_model("llama")
-    compare(model, SPLIT, [parse_baseline("uniform:2"), Contender("no scaling")])
+    compare(model, SPLIT, [parse_baseline("uniform:2"), Candidate("no scaling")])
     assert checked == [model]

@@ -32,7 +32,7 @@ def scores(groups: int = 20, measure: str = "accuracy", seed: int = 0) -> Positi
 
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 20])
 def test_every_curve_is_drawn_and_told_apart(count, drawn):
-    curves = {UNSCALED: scores(), **{f"contender {i}": scores(seed=i) for i in range(1, count)}}
+    curves = {UNSCALED: scores(), **{f"candidate {i}": scores(seed=i) for i in range(1, count)}}
     assert plot_by_position(curves, "a subtitle").startswith(b"\x89PNG")
     lines = drawn[0].get_lines()
     assert [line.get_label() for line in lines] == list(curves)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from peft_layerrope import KeyValueRetrieval, LayerRopeConfig, search
-from peft_layerrope.comparison.contenders import Contender, contending
+from peft_layerrope.comparison.candidates import Candidate, candidate_on
 from peft_layerrope.scoring.preflight import TaskError, find_difficulty, preflight, with_targets
 from peft_layerrope.scoring.scorer import Scorer
 
@@ -65,7 +65,7 @@ def test_a_factor_that_hurts_shows_in_writing_and_in_likelihood(smollm2_model, s
     found = preflight(scorer, task, num_groups=4)
     split = with_targets(task.split("test", 4), found, task)
     before = scorer.generate(split)
-    with contending(smollm2_model, Contender.of_config("hurts", LayerRopeConfig(layer_factors=[2.0] * 30))) as hurt:
+    with candidate_on(smollm2_model, Candidate.of_config("hurts", LayerRopeConfig(layer_factors=[2.0] * 30))) as hurt:
         scorer.model = hurt
         after = scorer.generate(split)
     assert after.correct.mean() < before.correct.mean()

@@ -25,7 +25,7 @@ from ..comparison import (
     summary_table,
     written_table,
 )
-from ..comparison.contenders import BASELINES, Contender, parse_baseline
+from ..comparison.candidates import BASELINES, Candidate, parse_baseline
 from ..errors import TaskError
 from ..files import to_json, write_atomically, writing
 from ..messages import public_name
@@ -129,7 +129,7 @@ def evaluate_command(
     `--resume` goes on with them.
     """
     specification = TaskSpecification(**asked)
-    contenders = _contenders(adapter or [], baseline or [])
+    candidates = _candidates(adapter or [], baseline or [])
     check_output(output, resume, overwrite)
     check_file(json_output, "--json")
     check_plot(plot)
@@ -175,7 +175,7 @@ def evaluate_command(
             comparison = compare(
                 loaded,
                 examples,
-                contenders,
+                candidates,
                 task_description=built.describe(),
                 num_buckets=buckets if buckets is not None else DEFAULT_BUCKETS,
                 batch_tokens=compute.batch_tokens,
@@ -208,22 +208,22 @@ def _draw(comparison: Comparison, image: Path) -> None:
         image.write_bytes(plot_comparison(comparison))
 
 
-def _contenders(adapters: list[str], baselines: list[str]) -> list[Contender]:
+def _candidates(adapters: list[str], baselines: list[str]) -> list[Candidate]:
     """What is compared, each adapter's files read once: a wrong one is to fail before the model is loaded."""
-    loaded = [Contender.of_adapter(adapter) for adapter in adapters]
-    names = [contender.label for contender in loaded]
-    for index, contender in enumerate(loaded):
-        if names.count(contender.label) > 1:
-            path = Path(contender.adapter).expanduser().resolve()
-            loaded[index] = Contender.of_adapter(contender.adapter, f"{path.parent.name}/{path.name}")
-    contenders = [*map(parse_baseline, baselines or ["none"]), *loaded]
-    labels = [contender.label for contender in contenders]
+    loaded = [Candidate.of_adapter(adapter) for adapter in adapters]
+    names = [candidate.label for candidate in loaded]
+    for index, candidate in enumerate(loaded):
+        if names.count(candidate.label) > 1:
+            path = Path(candidate.adapter).expanduser().resolve()
+            loaded[index] = Candidate.of_adapter(candidate.adapter, f"{path.parent.name}/{path.name}")
+    candidates = [*map(parse_baseline, baselines or ["none"]), *loaded]
+    labels = [candidate.label for candidate in candidates]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise TaskError(f"{twice} is given twice.")
-    for contender in contenders:
-        contender.identity()
-    return contenders
+    for candidate in candidates:
+        candidate.identity()
+    return candidates
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import load_tokenizer, model_fingerprint
 from ..cards import REPORT_NAME
-from ..comparison.contenders import Contender, parse_baseline
+from ..comparison.candidates import Candidate, parse_baseline
 from ..declaration import changed, declared, option
 from ..errors import SearchError, TaskError
 from ..experiments import attention, control_points, extrapolation, halves, sweep, transfer, u_shape
@@ -297,7 +297,7 @@ def extrapolation_command(
     """
     wanted = _lengths(lengths)
     further = [parse_baseline(text) for text in baselines or []]
-    tested = [Contender.of_adapter(adapter) for adapter in adapters]
+    tested = [Candidate.of_adapter(adapter) for adapter in adapters]
     tasks = {length: task_of_length(run.make_task, run.specification, length) for length in wanted}
     if not wanted and run.window is not None:
         tasks, refused = default_lengths(run.make_task, run.specification, run.window)
@@ -319,12 +319,12 @@ def transfer_command(
 
     Example: `layerrope experiment transfer --adapter demo-adapter --on kv_words:256 --on kv_words:512`
     """
-    contenders = [Contender.of_adapter(adapter) for adapter in adapters]
+    candidates = [Candidate.of_adapter(adapter) for adapter in adapters]
     asked = {cell: _parse_cell(cell) for cell in on or []}
     cells = {cell: _cell_task(run, *parts) for cell, parts in asked.items()}
     if not cells:
         cells = {f"{run.specification.name}:{run.specification.length}": run.task}
-    run.finish(lambda measuring: transfer.run_transfer(measuring, cells, contenders))
+    run.finish(lambda measuring: transfer.run_transfer(measuring, cells, candidates))
 
 
 def _lengths(text: str | None) -> list[int]:

@@ -1,4 +1,4 @@
-"""Comparing contenders on one split, and the tables of what came out."""
+"""Comparing candidates on one split, and the tables of what came out."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ..scoring.scorer import DEFAULT_BATCH_TOKENS, DEFAULT_BUCKETS, Scorer, alig
 from ..scoring.scores import Interval, PositionScores
 from ..tasks import Split
 from ..tuner.sites import embedding_table, find_stack
-from .contenders import ROPE_TYPES, Contender, contending, describe_scaling
+from .candidates import ROPE_TYPES, Candidate, candidate_on, describe_scaling
 
 MAX_PARTS = 10
 """A split is scored in so many parts of whole groups, each kept as soon as it is there."""
@@ -47,8 +47,8 @@ class Comparison:
     """What [`compare`] found.
 
     Attributes:
-        scores: by label, in the order of the contenders.
-        contenders: by label, what each is: its identity, and the factor of every layer where it has some.
+        scores: by label, in the order of the candidates.
+        candidates: by label, what each is: its identity, and the factor of every layer where it has some.
         task: the task's description.
         split: the split's description.
         judged: how: `by`, and where answers are written the `metric` and the `max_new_tokens`.
@@ -56,7 +56,7 @@ class Comparison:
     """
 
     scores: Mapping[str, PositionScores]
-    contenders: Mapping[str, Mapping[str, Any]]
+    candidates: Mapping[str, Mapping[str, Any]]
     task: Mapping[str, Any]
     split: Mapping[str, Any]
     judged: Mapping[str, Any]
@@ -83,7 +83,7 @@ class Comparison:
             "split": dict(self.split),
             "judged": dict(self.judged),
             "baseline": self.baseline,
-            "contenders": {label: dict(what) for label, what in self.contenders.items()},
+            "candidates": {label: dict(what) for label, what in self.candidates.items()},
             "scores": {label: scores.to_dict() for label, scores in self.scores.items()},
             "difference_of": "minus the loss, in nats" if self.measure == "loss" else "average accuracy",
             "differences": {
@@ -96,7 +96,7 @@ class Comparison:
 def compare(
     model: nn.Module,
     split: Split,
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     *,
     task_description: Mapping[str, Any] | None = None,
     num_buckets: int = DEFAULT_BUCKETS,
@@ -106,14 +106,14 @@ def compare(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Scores every contender on the same examples. The model is as it was found afterwards.
+    """Scores every candidate on the same examples. The model is as it was found afterwards.
 
     Args:
         model: a transformers model without an adapter.
         split: the examples. Where it has a judge the models write their answers, which it judges; of windows of text
             (measure `"loss"`) the loss by bucket is measured; else an answer is right where every token of it is the
             most probable one.
-        contenders: what is put onto the model in turn; the first is what the others are compared with.
+        candidates: what is put onto the model in turn; the first is what the others are compared with.
         task_description: the task's `describe()`, for the report.
         num_buckets: for windows of text.
         batch_tokens: tokens per forward pass; halved when memory runs out.
@@ -124,7 +124,7 @@ def compare(
         progress: see `Progress`; first called when all is checked and the journal has begun.
 
     Raises:
-        TaskError: contenders of one label, settings that cannot work, or a folder that does not fit.
+        TaskError: candidates of one label, settings that cannot work, or a folder that does not fit.
         BlockingIOError: another comparison is at work in `folder`.
         OSError: the scores cannot be written, as on a full disk; make room and resume.
         LayerRopeError: an adapter that cannot be loaded or does not fit, before anything is scored.
@@ -138,7 +138,7 @@ def compare(
     else:
         check_judged(split)
     check_vocabulary(model, split.examples)
-    described = _described(model, contenders)
+    described = _described(model, candidates)
     identity = {
         "dtype": str(embedding_table(model).dtype),
         "device": embedding_table(model).device.type,
@@ -147,35 +147,35 @@ def compare(
         "split": split.describe(),
         "answers": hashlib.sha256(repr([e.answers for e in split.examples]).encode()).hexdigest()[:16],
         "judged": judged,
-        "contenders": {contender.label: contender.identity() for contender in contenders},
+        "candidates": {candidate.label: candidate.identity() for candidate in candidates},
         "versions": library_versions(),
     }
 
     parts = _parts(windows)
-    total = len(parts) * len(contenders)
+    total = len(parts) * len(candidates)
     scores = {}
     with Journal(Path(folder) if folder is not None else None, identity, resume, overwrite) as journal:
-        for index, contender in enumerate(contenders):
-            found = _kept_parts(journal, contender.label)
+        for index, candidate in enumerate(candidates):
+            found = _kept_parts(journal, candidate.label)
             if len(found) < len(parts):
                 scorer.model = model
-                scorer.check(split)  # as it is: a contender whose scores are not finite is shown with them
-                journal.append("contender", contender.label, {"kept": len(found), "of": len(parts)})
-                with contending(model, contender) as scorer.model:
+                scorer.check(split)  # as it is: a candidate whose scores are not finite is shown with them
+                journal.append("candidate", candidate.label, {"kept": len(found), "of": len(parts)})
+                with candidate_on(model, candidate) as scorer.model:
                     for number in range(len(found), len(parts)):
                         if progress is not None:
-                            progress(contender.label, index * len(parts) + number, total)
+                            progress(candidate.label, index * len(parts) + number, total)
                         found.append(scorer.measure(parts[number], num_buckets=num_buckets))
-                        journal.append("part", [contender.label, number], found[number].to_plain())
-            scores[contender.label] = PositionScores.joined(found)
+                        journal.append("part", [candidate.label, number], found[number].to_plain())
+            scores[candidate.label] = PositionScores.joined(found)
     if progress is not None:
-        progress(contenders[-1].label, total, total)
+        progress(candidates[-1].label, total, total)
     what = dict(task_description or {}), split.describe(), judged
     return Comparison(scores, described, *what, batch_tokens=scorer.batch_tokens)
 
 
 def _kept_parts(journal: Journal, label: str) -> list[PositionScores]:
-    """The parts that a contender was scored on so far, in order."""
+    """The parts that a candidate was scored on so far, in order."""
     found: list[PositionScores] = []
     with journal.reading():
         while (plain := journal.get("part", [label, len(found)])) is not None:
@@ -183,21 +183,21 @@ def _kept_parts(journal: Journal, label: str) -> list[PositionScores]:
     return found
 
 
-def _described(model: nn.Module, contenders: Sequence[Contender]) -> dict[str, dict[str, Any]]:
-    """What each contender is, after putting every one onto the model once: a wrong one must not cost hours."""
-    labels = [contender.label for contender in contenders]
+def _described(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
+    """What each candidate is, after putting every one onto the model once: a wrong one must not cost hours."""
+    labels = [candidate.label for candidate in candidates]
     if len(set(labels)) != max(1, len(labels)):
-        raise TaskError(f"contenders {labels} must be at least one, and each of a label of its own.")
+        raise TaskError(f"candidates {labels} must be at least one, and each of a label of its own.")
     described: dict[str, dict[str, Any]] = {}
-    for contender in contenders:
-        with contending(model, contender):
-            known = described[contender.label] = contender.identity()
-        config = contender.layer_rope(len(find_stack(model).layers))
+    for candidate in candidates:
+        with candidate_on(model, candidate):
+            known = described[candidate.label] = candidate.identity()
+        config = candidate.layer_rope(len(find_stack(model).layers))
         if config is not None:
             known["layer_factors"] = config.layer_factors
             scaling = describe_scaling(model, config.rope_type, "on top of")
-        elif contender.kind in ROPE_TYPES:
-            scaling = describe_scaling(model, contender.kind, "in place of")
+        elif candidate.kind in ROPE_TYPES:
+            scaling = describe_scaling(model, candidate.kind, "in place of")
         else:
             scaling = describe_scaling(model, "default", "with")
         if scaling:
@@ -244,12 +244,12 @@ def describe_setting(comparison: Comparison) -> str:
     how = {"loss": "loss of the next token", "teacher-forced": "teacher-forced exact match"}.get(judged["by"])
     if how is None:
         how = f"generate(), judged by {judged['metric']}, up to {judged['max_new_tokens']} new tokens"
-    scalings = [f"{label}: {what['scaling']}" for label, what in comparison.contenders.items() if what.get("scaling")]
+    scalings = [f"{label}: {what['scaling']}" for label, what in comparison.candidates.items() if what.get("scaling")]
     return "; ".join([describe_task(comparison.task), held, how, *scalings])
 
 
 def summary_table(comparison: Comparison, title: str = "") -> Table:
-    """Returns a line for each contender: average, ends, U, and the paired difference to the first."""
+    """Returns a line for each candidate: average, ends, U, and the paired difference to the first."""
     base, unit = comparison.baseline, unit_of(comparison.measure)
     first = comparison.scores[base]
     wanted = ("loss", "perplexity", "first", "last") if comparison.measure == "loss" else ("accuracy",)
@@ -266,7 +266,7 @@ def summary_table(comparison: Comparison, title: str = "") -> Table:
 
 
 def written_table(comparison: Comparison) -> Table | None:
-    """Returns a line for each contender with what is known of its written answers beside the metric; None where none
+    """Returns a line for each candidate with what is known of its written answers beside the metric; None where none
     were written.
     """
     first = comparison.scores[comparison.baseline]
@@ -294,7 +294,7 @@ def forced_by_position_tables(comparison: Comparison, title: str) -> list[Table]
 
 
 def by_position_tables(comparison: Comparison, title: str) -> list[Table]:
-    """Returns scores by position with their intervals, a column for each contender; several tables of at most 80
+    """Returns scores by position with their intervals, a column for each candidate; several tables of at most 80
     columns where one would be wider.
     """
     whole = _position_table(comparison)
@@ -334,5 +334,5 @@ def comparison_markdown(comparison: Comparison) -> str:
 
 
 def plot_comparison(comparison: Comparison) -> bytes:
-    """Draws every contender's scores over the position, with 95 % bands, as PNG."""
+    """Draws every candidate's scores over the position, with 95 % bands, as PNG."""
     return plot_by_position(comparison.scores, describe_setting(comparison))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..comparison.contenders import NO_SCALING, Contender, contending
+from ..comparison.candidates import NO_SCALING, Candidate, candidate_on
 from ..errors import TaskError, UnsupportedModelError
 from ..plots import COLOURS, GREY, draw_line, new_figure, to_png
 from ..report import Table, Unit
@@ -159,11 +159,11 @@ def run_attention(measuring: Measuring, task: Task, config: LayerRopeConfig) -> 
     if any(example.gold_span is None for example in split.examples):
         raise TaskError(f"{NAME} needs to know where the gold stands in the prompt; task {task.name} does not say.")
     Scorer(measuring.model, batch_tokens=measuring.batch_tokens).check(split)
-    contenders = [Contender(NO_SCALING), Contender.of_config(ADAPTER, config)]
-    measuring.audience.stage(NAME, len(contenders) * len(PLACES) * split.num_groups)
+    candidates = [Candidate(NO_SCALING), Candidate.of_config(ADAPTER, config)]
+    measuring.audience.stage(NAME, len(candidates) * len(PLACES) * split.num_groups)
     found, whole = [], False
-    for contender in contenders:
-        with contending(measuring.model, contender) as subject:
+    for candidate in candidates:
+        with candidate_on(measuring.model, candidate) as subject:
             reader = AttentionReader(subject)
             layers, whole = reader.layers, whole or reader.whole
             found.append(_read(reader, split, measuring))

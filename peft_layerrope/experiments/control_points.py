@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..comparison.contenders import Contender
+from ..comparison.candidates import Candidate
 from ..errors import SearchError
 from ..plots import COLOURS, new_figure, to_png
 from ..report import NATS, Table, Unit, legend, unit_of
@@ -123,7 +123,7 @@ def run_control_points(
     split = measuring.split(task)
     vectors = (curve, final, *(move.factors for move in tried))
     configs = {_label(vector): with_factors(model, config, vector) for vector in vectors}
-    by_label = measuring.scores(split, list(map(Contender.of_config, configs, configs.values())), NAME)
+    by_label = measuring.scores(split, list(map(Candidate.of_config, configs, configs.values())), NAME)
     scores = {vector: by_label[_label(vector)] for vector in vectors}
     changes = {vector: utilisation_difference(of_one, scores[curve]) for vector, of_one in scores.items()}
     unit, measured = unit_of(split.measure), measuring.described(task, split)

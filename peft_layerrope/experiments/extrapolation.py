@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from ..comparison.contenders import NO_SCALING, Contender
+from ..comparison.candidates import NO_SCALING, Candidate
 from ..errors import TaskError
 from ..plots import COLOURS, GREY, draw_line, new_figure, to_png, unit_axis
 from ..report import Table, Unit, legend, perplexity_of, unit_of
@@ -18,26 +18,26 @@ NAME = "extrapolation"
 PI, NTK = "PI, matched", "Dynamic-NTK, matched"
 
 Scores = dict[int, dict[str, PositionScores]]
-"""Of each contender at each length."""
+"""Of each candidate at each length."""
 
 
-def matched_baselines(ratio: float) -> list[Contender]:
+def matched_baselines(ratio: float) -> list[Candidate]:
     """Returns no scaling, and PI and Dynamic-NTK with the factor that a length needs, `ratio` times the window."""
     matched = [(PI, "linear"), (NTK, "dynamic")]
-    beyond = [Contender(label, kind, (ratio,)) if ratio > 1 else Contender(label) for label, kind in matched]
-    return [Contender(NO_SCALING), *beyond]
+    beyond = [Candidate(label, kind, (ratio,)) if ratio > 1 else Candidate(label) for label, kind in matched]
+    return [Candidate(NO_SCALING), *beyond]
 
 
 def run_extrapolation(
     measuring: Measuring,
     tasks: Mapping[int, Task],
-    adapters: Sequence[Contender],
-    baselines: Sequence[Contender] = (),
+    adapters: Sequence[Candidate],
+    baselines: Sequence[Candidate] = (),
 ) -> Section:
     """Measures adapters with the same task at each length in tokens, beside baselines.
 
     Raises:
-        TaskError: no length, contenders of one name, no trained window in the model's config, or a task that cannot
+        TaskError: no length, candidates of one name, no trained window in the model's config, or a task that cannot
             give the contexts.
         LayerRopeError: an adapter that cannot be loaded or does not fit.
     """
@@ -47,9 +47,9 @@ def run_extrapolation(
     splits = {length: measuring.split(task) for length, task in sorted(tasks.items())}
     scores: Scores = {}
     for length, split in splits.items():
-        contenders = [*matched_baselines(length / window), *baselines, *adapters]
+        candidates = [*matched_baselines(length / window), *baselines, *adapters]
         stage = f"{NAME}, {length} tokens"
-        scores[length] = measuring.scores(split, contenders, stage, str(length))
+        scores[length] = measuring.scores(split, candidates, stage, str(length))
     longest = max(splits)
     measured, unit = measuring.described(tasks[longest], splits[longest]), unit_of(splits[longest].measure)
     gains = {
@@ -94,7 +94,7 @@ def _findings(scores: Scores, adapters: Sequence[str], unit: Unit, window: int) 
 
 
 def _tables(scores: Scores, gains: dict[int, dict[str, Interval]], unit: Unit, window: int) -> tuple[Table, ...]:
-    header = ("contender", *(f"{length} tokens ({length / window:g}×)" for length in scores))
+    header = ("candidate", *(f"{length} tokens ({length / window:g}×)" for length in scores))
     labels = list(next(iter(scores.values())))
     averages = {label: [by_label[label].average() for by_label in scores.values()] for label in labels}
     measure = next(iter(scores.values()))[NO_SCALING].measure
@@ -119,5 +119,5 @@ def _figure(scores: Scores, unit: Unit, measured: str) -> SectionFigure:
     axes.minorticks_off()
     axes.set_xlabel("prompt length in tokens")
     unit_axis(axes, unit)
-    caption = f"Average {unit.name} over the length of the prompt, one line for each contender; bars: 95 % intervals."
+    caption = f"Average {unit.name} over the length of the prompt, one line for each candidate; bars: 95 % intervals."
     return SectionFigure("lengths", caption, to_png(figure, f"{unit.name} over prompt length".capitalize(), measured))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..comparison.contenders import NO_SCALING, Contender
+from ..comparison.candidates import NO_SCALING, Candidate
 from ..plots import draw_positions, new_figure, to_png
 from ..report import Table, legend, score_cells, unit_of
 from ..tasks import Task
@@ -30,7 +30,7 @@ def run_halves(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Sec
     factors = factor_vector(measuring.model, config)
     split = measuring.split(task)
     configs = {label: with_factors(measuring.model, config, vector) for label, vector in half_vectors(factors).items()}
-    scores = measuring.scores(split, list(map(Contender.of_config, configs, configs.values())), NAME)
+    scores = measuring.scores(split, list(map(Candidate.of_config, configs, configs.values())), NAME)
     unit, measured = unit_of(split.measure), measuring.described(task, split)
     gains = {label: scores[label].paired_difference(scores[NO_SCALING]) for label in (FIRST, LAST, ALL)}
     short = {label: scores[label].paired_difference(scores[ALL]) for label in (FIRST, LAST)}

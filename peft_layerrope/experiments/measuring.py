@@ -1,4 +1,4 @@
-"""How experiments measure: contexts of a task, and contenders put onto one model in turn."""
+"""How experiments measure: contexts of a task, and candidates put onto one model in turn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ..comparison import compare
-from ..comparison.contenders import Contender
+from ..comparison.candidates import Candidate
 from ..errors import SearchError, TaskError
 from ..report import Unit, times_window
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
@@ -77,19 +77,19 @@ class Measuring:
         return split
 
     def scores(
-        self, split: Split, contenders: Sequence[Contender], stage: str, part: str = ""
+        self, split: Split, candidates: Sequence[Candidate], stage: str, part: str = ""
     ) -> dict[str, PositionScores]:
-        """Scores each contender on the same examples, and returns the scores by label.
+        """Scores each candidate on the same examples, and returns the scores by label.
 
         Args:
             split: the examples.
-            contenders: what is put onto the model in turn.
+            candidates: what is put onto the model in turn.
             stage: what the audience is told.
             part: names what is kept of an experiment with several splits.
 
         Raises:
             BlockingIOError: another run is at work in the same folder.
-            LayerRopeError: a contender that cannot be put onto the model, before anything is scored.
+            LayerRopeError: a candidate that cannot be put onto the model, before anything is scored.
         """
         told = None
 
@@ -107,7 +107,7 @@ class Measuring:
         found = compare(
             self.model,
             split,
-            contenders,
+            candidates,
             batch_tokens=self.batch_tokens,
             folder=self.folder / part if keeps else None,
             resume=keeps and self.resume,
@@ -230,7 +230,7 @@ def by_place(scores: PositionScores) -> dict[str, np.ndarray]:
 
 
 def score_header(measure: Measure) -> tuple[str, ...]:
-    """Names of the columns that sum up one contender's scores."""
+    """Names of the columns that sum up one candidate's scores."""
     return ("loss", "perplexity") if measure == "loss" else ("first", "middle", "last", "accuracy", "U")
 
 

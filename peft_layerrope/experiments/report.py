@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import __version__
 from ..base_model import model_fingerprint
-from ..comparison.contenders import Contender
+from ..comparison.candidates import Candidate
 from ..declaration import as_options
 from ..errors import LayerRopeError
 from ..files import write_atomically, writing
@@ -191,11 +191,11 @@ class ReportRequest:
 
     def asked(self, step: Step) -> dict[str, Any]:
         """What a step's section depends on."""
-        contenders = [Contender.of_config("", self.config), *map(Contender.of_adapter, self.others)]
+        candidates = [Candidate.of_config("", self.config), *map(Candidate.of_adapter, self.others)]
         return {
             "command": self.command(step),
             "model": model_fingerprint(self.model),
-            "adapters": [contender.identity() for contender in contenders],
+            "adapters": [candidate.identity() for candidate in candidates],
             "control_points": self.config.control_points,
             "scaled_layers": self.config.scaled_layers,
             "grid": list(self.record.grid.values),
@@ -240,16 +240,16 @@ def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
         tasks, refused = default_lengths(make, specification, window)
         skipped += [(f"{extrapolation.NAME} at {length} tokens", reason) for length, reason in refused.items()]
     adapters = [request.adapter, *request.others]
-    contenders = list(map(Contender.of_adapter, adapters))
+    candidates = list(map(Candidate.of_adapter, adapters))
     if tasks:
         options = ("--adapter", adapters), ("--lengths", ",".join(map(str, tasks)))
-        steps.append(Step(extrapolation.NAME, lambda m: extrapolation.run_extrapolation(m, tasks, contenders), options))
+        steps.append(Step(extrapolation.NAME, lambda m: extrapolation.run_extrapolation(m, tasks, candidates), options))
     if not request.others:
         skipped.append((transfer.NAME, "it compares adapters: pass another one with --also."))
     elif tasks:
         cells = {f"{specification.name}:{length}": task for length, task in tasks.items()}
         options = ("--adapter", adapters), ("--on", list(cells))
-        steps.append(Step(transfer.NAME, lambda m: transfer.run_transfer(m, cells, contenders), options))
+        steps.append(Step(transfer.NAME, lambda m: transfer.run_transfer(m, cells, candidates), options))
     return steps, skipped
 
 

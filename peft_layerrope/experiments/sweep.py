@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from ..comparison.contenders import Contender
+from ..comparison.candidates import Candidate
 from ..plots import COLOURS, draw_line, new_figure, relative_positions, to_png, unit_axis
 from ..report import ACCURACY, Table, legend, score_cells
 from ..scoring.scores import Interval, PositionScores, difference_interval, proportion_interval, rank_key
@@ -44,7 +44,7 @@ def run_sweep(
     split = measuring.split_by_position(task, NAME)
     model, num_layers = measuring.model, len(find_stack(measuring.model).layers)
     configs = {f"{factor:g}": with_factors(model, config, [factor] * num_layers) for factor in tried}
-    found = measuring.scores(split, list(map(Contender.of_config, configs, configs.values())), NAME)
+    found = measuring.scores(split, list(map(Candidate.of_config, configs, configs.values())), NAME)
     scores = dict(zip(tried, found.values(), strict=True))
     changes = {factor: utilisation_difference(of_one, scores[1.0]) for factor, of_one in scores.items()}
     names = score_header("accuracy")

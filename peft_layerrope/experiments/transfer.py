@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..comparison.contenders import NO_SCALING, Contender
+from ..comparison.candidates import NO_SCALING, Candidate
 from ..plots import new_figure, plain, to_png
 from ..report import Table, Unit, legend, times_window, unit_of
 from ..scoring.scores import Interval, PositionScores
@@ -17,7 +17,7 @@ from .section import Section, SectionFigure
 NAME = "transfer"
 
 
-def run_transfer(measuring: Measuring, cells: Mapping[str, Task], adapters: Sequence[Contender]) -> Section:
+def run_transfer(measuring: Measuring, cells: Mapping[str, Task], adapters: Sequence[Candidate]) -> Section:
     """Measures each adapter on each task, against no scaling; tasks by a name such as `"kv_words:512"`.
 
     Raises:
@@ -26,7 +26,7 @@ def run_transfer(measuring: Measuring, cells: Mapping[str, Task], adapters: Sequ
     """
     splits = {cell: measuring.split(task) for cell, task in cells.items()}
     scores = {
-        cell: measuring.scores(split, [Contender(NO_SCALING), *adapters], f"{NAME}, {cell}", str(number))
+        cell: measuring.scores(split, [Candidate(NO_SCALING), *adapters], f"{NAME}, {cell}", str(number))
         for number, (cell, split) in enumerate(splits.items())
     }
     gains = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..comparison.contenders import NO_SCALING, Contender
+from ..comparison.candidates import NO_SCALING, Candidate
 from ..plots import draw_positions, new_figure, to_png
 from ..report import ACCURACY, Table, legend, position_table, score_cells, times_window
 from ..scoring.scores import Interval, PositionScores, difference_interval
@@ -27,7 +27,7 @@ def run_u_shape(measuring: Measuring, tasks: Sequence[Task]) -> Section:
     for number, split in enumerate(splits):
         label = f"{split.max_tokens} tokens{times_window(split.max_tokens, measuring.window)}"
         stage = f"{NAME}, {split.max_tokens} tokens"
-        curves[label] = measuring.scores(split, [Contender(NO_SCALING)], stage, str(number))[NO_SCALING]
+        curves[label] = measuring.scores(split, [Candidate(NO_SCALING)], stage, str(number))[NO_SCALING]
         first, middle, last = by_place(curves[label]).values()
         gaps[label] = difference_interval(middle - first), difference_interval(middle - last)
     names = score_header("accuracy")

@@ -83,7 +83,7 @@ def difference_interval(values: Sequence[float] | np.ndarray, confidence: float 
 
     Args:
         values: shape `(..., groups)`, from -1 to 1: each group's accuracy minus another one of the same group: of
-            another contender, or at other positions. Of more than one axis, value and ends are arrays.
+            another candidate, or at other positions. Of more than one axis, value and ends are arrays.
         confidence: its level.
     """
     values = np.asarray(values, dtype=np.float64)
@@ -99,7 +99,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     """Returns the mean of independent values without bounds, such as losses, with its Student-t interval.
 
     A single value, or values that are all equal, say nothing of their spread: the interval is infinite. Differences
-    that are all zero are those of a contender with its like, and have an interval of no width.
+    that are all zero are those of a candidate with its like, and have an interval of no width.
     """
     array = np.asarray(values, dtype=np.float64)
     mean = float(array.mean())
@@ -379,7 +379,7 @@ def paired_interval(values: np.ndarray, other: np.ndarray, measure: Measure) -> 
 
     Args:
         values: shape `(groups,)`: see [`PositionScores.values`], averaged or weighted over positions.
-        other: the same groups' of another contender, or at other positions.
+        other: the same groups' of another candidate, or at other positions.
         measure: what they are.
     """
     return (mean_interval if measure == "loss" else difference_interval)(np.subtract(values, other))

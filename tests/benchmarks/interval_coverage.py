@@ -28,8 +28,8 @@ PAIRS = (
 CONTEXTS = (10, 20, 50, 100, 200)
 POSITIONS = (3, 11)
 CORRELATIONS = (0.0, 0.3, 0.7)  # between the positions of a context
-BETWEEN = (0.0, 0.5, 0.95)  # between the contenders
-TURNED = (0.5, 2.0, 5.0)  # contexts that turn from right to wrong, where contenders are nearly the same
+BETWEEN = (0.0, 0.5, 0.95)  # between the candidates
+TURNED = (0.5, 2.0, 5.0)  # contexts that turn from right to wrong, where candidates are nearly the same
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def beta_binomial(rng, draws, contexts, positions, accuracy, correlation) -> np.
     return (rng.random((draws, contexts, positions)) < difficulty).mean(axis=-1)
 
 
-def contenders(rng, draws, contexts, positions, pair, correlation, between) -> np.ndarray:
-    """Difference of two contenders' accuracies by context, `(draws, contexts)`: normal latent scores that share the
-    context's difficulty, and are correlated between the contenders.
+def candidates(rng, draws, contexts, positions, pair, correlation, between) -> np.ndarray:
+    """Difference of two candidates' accuracies by context, `(draws, contexts)`: normal latent scores that share the
+    context's difficulty, and are correlated between the candidates.
     """
 
     def both(shape):
@@ -89,7 +89,7 @@ def contenders(rng, draws, contexts, positions, pair, correlation, between) -> n
 
 
 def near_twins(rng, draws, contexts, accuracy, turned) -> tuple[np.ndarray, float]:
-    """Contenders that answer alike, but for so many contexts (on average) of which one gets all wrong; and the true
+    """Candidates that answer alike, but for so many contexts (on average) of which one gets all wrong; and the true
     difference.
     """
     share = turned / contexts
@@ -109,7 +109,7 @@ def differences(draws: int, seed: int = 1) -> Iterator[Cell]:
     rng = np.random.default_rng(seed)
     for setting in product(PAIRS, CONTEXTS, POSITIONS, CORRELATIONS, BETWEEN):
         pair, contexts, positions, correlation, between = setting
-        values = contenders(rng, draws, contexts, positions, pair, correlation, between)
+        values = candidates(rng, draws, contexts, positions, pair, correlation, between)
         yield cell(setting, values, pair[0] - pair[1], difference_interval)
 
 

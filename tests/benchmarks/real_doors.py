@@ -55,7 +55,7 @@ from peft_layerrope import (
     verify,
 )
 from peft_layerrope.cli import app
-from peft_layerrope.comparison.contenders import contending
+from peft_layerrope.comparison.candidates import candidate_on
 from peft_layerrope.files import to_json
 from peft_layerrope.scoring.preflight import preflight, with_targets
 from peft_layerrope.scoring.scorer import Scorer
@@ -153,7 +153,7 @@ def two_ropes(options: Options) -> Iterator[Line]:
     for name, atol in (("linear", 0.0), ("dynamic", 2e-4)):
         expected = logits(gemma3(rope_type=name, factor=2.0), ids)
         effect = float((expected - logits(gemma3(), ids)).abs().max())
-        with contending(gemma3(), parse_baseline(f"{name}:2")) as scaled:
+        with candidate_on(gemma3(), parse_baseline(f"{name}:2")) as scaled:
             yield equal(f"{name}:2, tiny gemma3_text, logits; effect {effect:.2g}", logits(scaled, ids), expected)
         adapted = get_peft_model(gemma3(), LayerRopeConfig(rope_type=name, factor=2.0))
         yield equal(f"the same as an adapter of rope_type {name}", logits(adapted, ids), expected, atol)

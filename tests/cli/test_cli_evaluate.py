@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from conftest import IS_OLDER, build_model
 from fakes import journal_of
+from test_candidates import trained_lora
 from test_cli import run
-from test_contenders import trained_lora
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import KeyValueWords, LayerRopeConfig
 from peft_layerrope.cli import evaluate as command
-from peft_layerrope.comparison.contenders import Contender
+from peft_layerrope.comparison.candidates import Candidate
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tuner.artifacts import save_adapter
 
@@ -73,8 +73,8 @@ def test_adapters_and_baselines_side_by_side(adapter, lora, tmp_path):
     assert done.exit_code == 0
     report = loaded(output / "evaluation.json")
     assert list(report["scores"]) == ["no scaling", "mine", "lora"]
-    assert report["contenders"]["mine"]["layer_factors"] == FACTORS
-    assert report["contenders"]["lora"]["kind"] == "LORA"
+    assert report["candidates"]["mine"]["layer_factors"] == FACTORS
+    assert report["candidates"]["lora"]["kind"] == "LORA"
     assert set(report["differences"]) == {"no scaling", "mine", "lora"}
     assert {file.name for file in output.iterdir()} == {
         "accuracy_by_position.png",
@@ -193,9 +193,9 @@ def test_interrupted_and_resumed_it_writes_the_same(adapter, tmp_path, monkeypat
     (killed / "notes.txt").write_text("mine")
     (killed / "run" / "notes.txt").write_text("mine")
     before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
-    wrong = Contender.of_config("x", LayerRopeConfig(layer_factors=[2.0]))
+    wrong = Candidate.of_config("x", LayerRopeConfig(layer_factors=[2.0]))
     with monkeypatch.context() as patched:  # what is refused after the model was loaded
-        patched.setattr(command, "_contenders", lambda *_: [wrong])
+        patched.setattr(command, "_candidates", lambda *_: [wrong])
         assert run(*arguments, str(killed), "--overwrite").exit_code != 0
     assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
     again = run(*arguments, str(killed), "--overwrite", "--task-seed", "1")

@@ -137,7 +137,7 @@ def test_without_a_middle_there_are_no_ends(num_positions, columns):
     assert header == ["", *columns, "vs first"]
 
 
-def test_one_contender_is_compared_with_nothing():
+def test_one_candidate_is_compared_with_nothing():
     assert cells_of(comparison_markdown(comparison(count=1)), 0)[0][-1] == "U"
 
 
@@ -156,7 +156,7 @@ def test_the_task_is_named_with_its_settings():
 def test_generated_answers_are_labelled(metric):
     found = comparison()
     judged = {"by": "generate()", "metric": metric, "max_new_tokens": 12}
-    found = Comparison(found.scores, found.contenders, found.task, found.split, judged)
+    found = Comparison(found.scores, found.candidates, found.task, found.split, judged)
     assert describe_setting(found).endswith(f"generate(), judged by {metric}, up to 12 new tokens")
     assert "accuracy: right answers written" in comparison_markdown(found)
     assert "exact match" not in comparison_markdown(found)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, LayerRopeError, TaskError, verify
-from peft_layerrope.comparison.contenders import contending, describe_scaling, parse_baseline
+from peft_layerrope.comparison.candidates import candidate_on, describe_scaling, parse_baseline
 from peft_layerrope.tuner.frequencies import rope_type_reaches
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -126,12 +126,15 @@ def test_families_with_several_tables(model_type, rope_type):
     parameters = model.config.get_text_config(decoder=True).rope_parameters
     tables = [table for table in SCALED_TABLES.get(model_type, ()) if table in parameters]  # olmo3 once had one for all
     if rope_type != "linear" and tables and parameters[tables[0]]["rope_type"] == "proportional":
-        with pytest.raises(TaskError, match="cannot be put onto"), contending(model, parse_baseline(f"{rope_type}:2")):
+        with (
+            pytest.raises(TaskError, match="cannot be put onto"),
+            candidate_on(model, parse_baseline(f"{rope_type}:2")),
+        ):
             pytest.fail("was put on")
         return
     expected = output(rebuilt(model, with_rope_type(rope_type, 2.0, tables)), inputs)
     assert not torch.allclose(expected, output(model, inputs), atol=1e-4)
-    with contending(model, parse_baseline(f"{rope_type}:2")) as scaled:
+    with candidate_on(model, parse_baseline(f"{rope_type}:2")) as scaled:
         assert torch.equal(output(scaled, inputs), expected)
     if rope_type == "yarn":
         return
@@ -173,7 +176,7 @@ def test_a_baseline_replaces_a_scaling_of_the_models_own(build, own, rope_type, 
     for prompt in (long_ids, long_ids[:, :50]):
         expected = logits(made(rope_type, factor=2.0), prompt)
         model = made(own, **OWN.get(own, {}))
-        with contending(model, parse_baseline(f"{rope_type}:2")) as scaled:
+        with candidate_on(model, parse_baseline(f"{rope_type}:2")) as scaled:
             assert torch.equal(logits(scaled, prompt), expected)
 
 
@@ -221,7 +224,7 @@ def test_what_the_name_does_not_say_is_said():
 @pytest.mark.skipif(IS_OLDER, reason="transformers 5.0 has no beam")
 def test_a_scaling_that_reaches_no_layer_is_refused():
     model = build_tiny("beam")  # only its sliding layers rotate
-    with pytest.raises(LayerRopeError), contending(model, parse_baseline("linear:2")):
+    with pytest.raises(LayerRopeError), candidate_on(model, parse_baseline("linear:2")):
         pytest.fail("was put on")
     with pytest.raises(LayerRopeError):
         get_peft_model(model, LayerRopeConfig(rope_type="linear", factor=2.0))

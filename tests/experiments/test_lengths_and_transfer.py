@@ -9,7 +9,7 @@ from experiment_helpers import FACTORS, GROUPS, by_hand, short_task
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_layerrope import LayerRopeConfig, demo_model_path
-from peft_layerrope.comparison.contenders import NO_SCALING, Contender
+from peft_layerrope.comparison.candidates import NO_SCALING, Candidate
 from peft_layerrope.errors import TaskError
 from peft_layerrope.experiments import Measuring, run_extrapolation, run_transfer
 from peft_layerrope.experiments.extrapolation import NTK, PI
@@ -28,9 +28,9 @@ def adapter(tmp_path) -> str:
     return str(folder)
 
 
-def test_extrapolation_scores_each_contender_at_each_length(demo_model, demo_tokenizer, adapter):
+def test_extrapolation_scores_each_candidate_at_each_length(demo_model, demo_tokenizer, adapter):
     tasks = {length: short_task(demo_tokenizer, length) for length in (384, 192)}
-    section = run_extrapolation(Measuring(demo_model, GROUPS), tasks, [Contender.of_adapter(adapter)])
+    section = run_extrapolation(Measuring(demo_model, GROUPS), tasks, [Candidate.of_adapter(adapter)])
     assert list(section.data["scores"]) == ["192", "384"]
     for length, task in tasks.items():
         found = section.data["scores"][str(length)]
@@ -64,15 +64,15 @@ def test_extrapolation_of_a_loss(demo_model):
     assert titles == ["Loss (nats)", "Perplexity", "Difference to no scaling (nats)"]
 
 
-def test_extrapolation_names_its_contenders_apart(demo_model, demo_tokenizer):
+def test_extrapolation_names_its_candidates_apart(demo_model, demo_tokenizer):
     with pytest.raises(TaskError, match="each of a label of its own"):
-        run_extrapolation(Measuring(demo_model, 2), {192: short_task(demo_tokenizer, 192)}, [Contender(NO_SCALING)])
+        run_extrapolation(Measuring(demo_model, 2), {192: short_task(demo_tokenizer, 192)}, [Candidate(NO_SCALING)])
 
 
 def test_transfer_scores_each_adapter_in_each_cell(demo_model, demo_tokenizer, adapter):
     cells = {f"kv_words:{length}": short_task(demo_tokenizer, length) for length in (192, 320)}
-    other = Contender.of_config("other", LayerRopeConfig(layer_factors=[1.2] * 6))
-    section = run_transfer(Measuring(demo_model, GROUPS), cells, [Contender.of_adapter(adapter), other])
+    other = Candidate.of_config("other", LayerRopeConfig(layer_factors=[1.2] * 6))
+    section = run_transfer(Measuring(demo_model, GROUPS), cells, [Candidate.of_adapter(adapter), other])
     for cell, task in cells.items():
         none, mine, second = (by_hand(demo_model, task, f) for f in (None, FACTORS, [1.2] * 6))
         expected = {NO_SCALING: none.to_dict(), "mine": mine.to_dict(), "other": second.to_dict()}
@@ -86,7 +86,7 @@ def test_transfer_scores_each_adapter_in_each_cell(demo_model, demo_tokenizer, a
 def test_transfer_of_accuracy_and_loss_in_one_matrix(demo_model, demo_tokenizer):
     text = Perplexity(np.random.default_rng(0).integers(3, 500, 3000), length=80)
     cells = {"words": short_task(demo_tokenizer, 192), "text": text}
-    one = Contender.of_config("one", LayerRopeConfig(layer_factors=[1.5] * 6))
+    one = Candidate.of_config("one", LayerRopeConfig(layer_factors=[1.5] * 6))
     section = run_transfer(Measuring(demo_model, GROUPS), cells, [one])
     assert section.tables[0].header == ("adapter", "words (%)", "text (nats)")
     gain = section.data["average_minus_none"]["one"]["text"]["value"]

@@ -15,7 +15,7 @@ from test_scorer import one_by_one, random_split
 
 from peft_layerrope import LayerRopeConfig
 from peft_layerrope.comparison import compare
-from peft_layerrope.comparison.contenders import contending, parse_baseline
+from peft_layerrope.comparison.candidates import candidate_on, parse_baseline
 from peft_layerrope.experiments.attention import AttentionReader
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.evaluator import ModelEvaluator
@@ -48,9 +48,9 @@ def test_each_example_scores_as_on_a_fresh_model(model, split):
 
 
 def test_the_same_model_under_two_names_in_any_order(model, split):
-    contenders = [parse_baseline("none"), parse_baseline("uniform:1")]
+    candidates = [parse_baseline("none"), parse_baseline("uniform:1")]
     logits(model, LONG)
-    for order in (contenders, contenders[::-1]):
+    for order in (candidates, candidates[::-1]):
         scores = compare(model, split, order, batch_tokens=100).scores
         np.testing.assert_array_equal(scores["no scaling"].log_prob, scores["uniform:1"].log_prob)
 
@@ -60,7 +60,7 @@ def test_a_dynamic_baseline(split):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     fresh = build_model("llama", rope_parameters=rope, max_position_embeddings=BELOW)
     expected = [one_by_one(copy.deepcopy(fresh), example)[1] for example in split.examples]
-    with contending(model, parse_baseline("dynamic:2")) as scaled:
+    with candidate_on(model, parse_baseline("dynamic:2")) as scaled:
         logits(scaled, LONG)
         np.testing.assert_allclose(Scorer(scaled).score(split).log_prob.ravel(), expected, atol=2e-4)
 

@@ -20,7 +20,7 @@ LEAST_SEARCH = {"steps": 1, "test_groups": 2}
 LEAST_OPTIONS = ("--steps", "1", "--test-groups", "2", "--preflight-groups", "2", "--anyway")
 """Of the command `search`: the shortest there is, whatever the model answers."""
 
-EVENTS = ("plan", "contender")
+EVENTS = ("plan", "candidate")
 """Entries of a journal that a resumed run has again."""
 
 

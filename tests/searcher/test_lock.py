@@ -38,8 +38,8 @@ def test_a_second_search_is_kept_out_before_it_writes(tmp_path, resume):
 
 
 def comparison(folder: Path, **settings: object) -> Comparison:
-    contenders = [parse_baseline("none"), parse_baseline("uniform:1.5")]
-    return compare(small_model(), token_task().split("test", 4), contenders, folder=folder, **settings)
+    candidates = [parse_baseline("none"), parse_baseline("uniform:1.5")]
+    return compare(small_model(), token_task().split("test", 4), candidates, folder=folder, **settings)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ import torch
 from conftest import NUM_LAYERS, VOCAB, build_model
 from fakes import SMALL_SEARCH, token_task
 from peft import PeftModel, get_peft_model
-from test_contenders import trained_lora
+from test_candidates import trained_lora
 from test_evaluator import random_vectors
 from transformers import AutoModelForCausalLM
 

@@ -180,8 +180,8 @@ _SCALING_FIELDS = ("rope_type", "factor", "layer_factors", "original_max_positio
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One line of a comparison. Make it with [`parse_baseline`], [`Contender.of_adapter`] or [`Contender.of_config`].
+class Candidate:
+    """One line of a comparison. Make it with [`parse_baseline`], [`Candidate.of_adapter`] or [`Candidate.of_config`].
 
     Attributes:
         label: its name in tables, unique within a comparison.
@@ -198,17 +198,17 @@ class Contender:
     config: LayerRopeConfig | None = field(default=None, hash=False)
 
     @classmethod
-    def of_adapter(cls, adapter: str | Path, label: str | None = None) -> Contender:
+    def of_adapter(cls, adapter: str | Path, label: str | None = None) -> Candidate:
         """An adapter of any PEFT method; its default label is the last part of its folder's or repository's name."""
         return cls(label or last_component(str(adapter)), "adapter", adapter=str(adapter))
 
     @classmethod
-    def of_config(cls, label: str, config: LayerRopeConfig) -> Contender:
+    def of_config(cls, label: str, config: LayerRopeConfig) -> Candidate:
         """Factors that are not in a file."""
         return cls(label, "config", config=config)
 
     def layer_rope(self, num_layers: int) -> LayerRopeConfig | None:
-        """Returns the scaling of a model's layers, or None where a contender does something else.
+        """Returns the scaling of a model's layers, or None where a candidate does something else.
 
         Raises:
             LayerRopeError: an adapter that cannot be loaded, or whose two files disagree.
@@ -248,7 +248,7 @@ class Contender:
         return config
 
 
-def parse_baseline(text: str) -> Contender:
+def parse_baseline(text: str) -> Candidate:
     """Reads a baseline, such as `"linear:2"`.
 
     - `none`: the model as it is.
@@ -275,18 +275,18 @@ def parse_baseline(text: str) -> Contender:
     if kind in ROPE_TYPES:
         LayerRopeConfig(rope_type="linear", factor=numbers[0])  # for the range of factors
     label = NO_SCALING if kind == "none" else f"{kind}:{','.join(f'{number:g}' for number in numbers)}"
-    contender = Contender(label, kind, numbers)
-    contender.layer_rope(2)  # likewise
-    return contender
+    candidate = Candidate(label, kind, numbers)
+    candidate.layer_rope(2)  # likewise
+    return candidate
 
 
 @contextmanager
-def contending(model: nn.Module, contender: Contender) -> Iterator[nn.Module]:
-    """Puts a contender onto a model for as long as it is scored, and leaves the model as it was found.
+def candidate_on(model: nn.Module, candidate: Candidate) -> Iterator[nn.Module]:
+    """Puts a candidate onto a model for as long as it is scored, and leaves the model as it was found.
 
     Args:
         model: a transformers model without an adapter.
-        contender: what to put on.
+        candidate: what to put on.
 
     Yields:
         The model to score.
@@ -297,14 +297,14 @@ def contending(model: nn.Module, contender: Contender) -> Iterator[nn.Module]:
         LayerRopeError: an adapter that cannot be loaded.
     """
     with _as_found(model):
-        if contender.kind == "none":
+        if candidate.kind == "none":
             yield model
-        elif contender.kind in ROPE_TYPES:
-            for site, rotary in _scaled_rotaries(model, contender.kind, contender.numbers[0]):
+        elif candidate.kind in ROPE_TYPES:
+            for site, rotary in _scaled_rotaries(model, candidate.kind, candidate.numbers[0]):
                 site.replace(rotary)
             yield model
-        elif (config := contender.layer_rope(len(find_stack(model).layers))) is None:
-            yield put_on(model, contender.adapter)  # `_as_found` takes it off again
+        elif (config := candidate.layer_rope(len(find_stack(model).layers))) is None:
+            yield put_on(model, candidate.adapter)  # `_as_found` takes it off again
         else:
             with adapted(model, config) as peft_model:
                 yield peft_model

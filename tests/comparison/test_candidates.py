@@ -1,4 +1,4 @@
-"""Each contender against a model built that way from the start; and the model afterwards."""
+"""Each candidate against a model built that way from the start; and the model afterwards."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from reference import hand_patched
 from safetensors.torch import load_file, save_file
 
 from peft_layerrope import AdapterMismatchError, InvalidConfigError, LayerRopeConfig, LayerRopeError, TaskError
-from peft_layerrope.comparison.contenders import BASELINES, Contender, contending, parse_baseline
+from peft_layerrope.comparison.candidates import BASELINES, Candidate, candidate_on, parse_baseline
 from peft_layerrope.tuner.artifacts import save_adapter
 
 THETA = 10_000.0
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": WINDOW}
 
 
-def scored(model: torch.nn.Module, contender: Contender, ids: torch.Tensor) -> torch.Tensor:
-    with contending(model, contender) as subject:
+def scored(model: torch.nn.Module, candidate: Candidate, ids: torch.Tensor) -> torch.Tensor:
+    with candidate_on(model, candidate) as subject:
         return logits(subject, ids)
 
 
@@ -66,7 +66,7 @@ def test_uniform_and_first_and_rest_are_what_they_say(ids):
 
 def test_none_is_the_model_itself(ids):
     model = build_model("llama")
-    with contending(model, parse_baseline("none")) as subject:
+    with candidate_on(model, parse_baseline("none")) as subject:
         assert subject is model
 
 
@@ -103,15 +103,15 @@ def test_a_factor_out_of_range_is_named():
 
 
 @pytest.fixture
-def contenders(tmp_path):
+def candidates(tmp_path):
     """One of every kind."""
     save_adapter(LayerRopeConfig(layer_factors=[1.0, 1.2, 1.4, 2.0]), tmp_path)
     trained_lora(tmp_path / "lora", build_model("llama"), modules_to_save=["lm_head"])
     return [
         *map(parse_baseline, BASELINES.values()),
-        Contender.of_config("given", LayerRopeConfig(layer_factors=[1.5] * NUM_LAYERS)),
-        Contender.of_adapter(str(tmp_path), "saved"),
-        Contender.of_adapter(str(tmp_path / "lora")),
+        Candidate.of_config("given", LayerRopeConfig(layer_factors=[1.5] * NUM_LAYERS)),
+        Candidate.of_adapter(str(tmp_path), "saved"),
+        Candidate.of_adapter(str(tmp_path / "lora")),
     ]
 
 
@@ -126,43 +126,43 @@ def state_of(model: torch.nn.Module) -> dict:
     }
 
 
-def test_the_model_is_as_it_was_found(contenders, ids):
+def test_the_model_is_as_it_was_found(candidates, ids):
     model = build_model("llama").train()
     model.model.norm.eval()
     model.model.embed_tokens.weight.requires_grad_(False)
     before = copy.deepcopy(state_of(model))
-    for contender in contenders:
-        with contending(model, contender) as subject:
+    for candidate in candidates:
+        with candidate_on(model, candidate) as subject:
             subject.eval()
             logits(subject, ids)
-        assert state_of(model) == before, contender
-        with pytest.raises(IndexError), contending(model, contender) as subject:
+        assert state_of(model) == before, candidate
+        with pytest.raises(IndexError), candidate_on(model, candidate) as subject:
             logits(subject.eval(), ids + VOCAB)
-        assert state_of(model) == before, contender
+        assert state_of(model) == before, candidate
 
 
-def test_every_contender_differs_from_the_model(contenders, long_ids):
+def test_every_candidate_differs_from_the_model(candidates, long_ids):
     model = build_model("llama")
     plain = logits(model, long_ids)
-    for contender in contenders[1:]:
-        assert not torch.allclose(scored(model, contender, long_ids), plain, atol=1e-3), contender
+    for candidate in candidates[1:]:
+        assert not torch.allclose(scored(model, candidate, long_ids), plain, atol=1e-3), candidate
 
 
 def test_a_lora_is_what_peft_makes_of_it(tmp_path, ids):
     trained_lora(tmp_path, build_model("llama"))
     expected = logits(PeftModel.from_pretrained(build_model("llama"), str(tmp_path)), ids)
-    assert torch.equal(scored(build_model("llama"), Contender.of_adapter(tmp_path), ids), expected)
+    assert torch.equal(scored(build_model("llama"), Candidate.of_adapter(tmp_path), ids), expected)
 
 
-def test_identities_tell_contenders_apart_and_paths_do_not_matter(contenders, tmp_path):
-    texts = [json.dumps(contender.identity(), sort_keys=True) for contender in contenders]
+def test_identities_tell_candidates_apart_and_paths_do_not_matter(candidates, tmp_path):
+    texts = [json.dumps(candidate.identity(), sort_keys=True) for candidate in candidates]
     assert len(set(texts)) == len(texts)
     shutil.copytree(tmp_path / "lora", tmp_path / "copy")
-    copied = Contender.of_adapter(tmp_path / "copy")
-    assert (copied.label, copied.identity()) == ("copy", contenders[-1].identity())
+    copied = Candidate.of_adapter(tmp_path / "copy")
+    assert (copied.label, copied.identity()) == ("copy", candidates[-1].identity())
     file = tmp_path / "copy" / "adapter_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file)
-    assert copied.identity() != contenders[-1].identity()
+    assert copied.identity() != candidates[-1].identity()
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
@@ -179,25 +179,25 @@ def test_adapters_that_do_not_fit_are_refused_and_leave_nothing_behind(tmp_path)
         ("shallow", LayerRopeError, "its weights do not fit this model's layers"),
         ("other", LayerRopeError, "cannot load adapter"),
     ):
-        with pytest.raises(error, match=message), contending(model, Contender.of_adapter(tmp_path / name)):
+        with pytest.raises(error, match=message), candidate_on(model, Candidate.of_adapter(tmp_path / name)):
             pytest.fail(f"{name} was put on")
         assert state_of(model) == before
 
 
 def test_adapter_files_are_checked(tmp_path):
     save_adapter(LayerRopeConfig(layer_factors=[1.5] * 4), tmp_path)
-    contender = Contender.of_adapter(tmp_path)
+    candidate = Candidate.of_adapter(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
     with pytest.raises(AdapterMismatchError, match="disagree on 4 of 4"):
-        contender.identity()
+        candidate.identity()
     file.unlink()
     with pytest.raises(LayerRopeError, match=r"it has no adapter_model\.safetensors"):
-        contender.layer_rope(4)
+        candidate.layer_rope(4)
     prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(build_model("llama"), prefix).save_pretrained(str(tmp_path))
     with pytest.raises(TaskError, match="PREFIX_TUNING adapter: its virtual tokens"):
-        contender.identity()
+        candidate.identity()
 
 
 @pytest.mark.parametrize("baseline", ["yarn:2", "linear:2", "dynamic:2"])
@@ -210,7 +210,7 @@ def test_a_scaling_that_changes_more_than_the_rotation_is_refused(baseline):
     config = AutoConfig.for_model("deepseek_v3", **small, **mla, rope_parameters=rope)
     model = AutoModelForCausalLM.from_config(config)
     message = r"changes more than the rotary embedding \(model.layers.0.self_attn.scaling\)"
-    with pytest.raises(TaskError, match=message), contending(model, parse_baseline(baseline)):
+    with pytest.raises(TaskError, match=message), candidate_on(model, parse_baseline(baseline)):
         pytest.fail("was put on")
 
 
@@ -226,11 +226,11 @@ def test_a_scaling_that_changes_more_than_the_rotation_is_refused(baseline):
 def test_yarn_is_refused_where_it_would_do_nothing_or_fail(family, message):
     if IS_OLDER and family == "bamba":
         pytest.skip("in transformers 5.0 bamba's frequencies follow its rope type")
-    with pytest.raises(LayerRopeError, match=message), contending(build_tiny(family), parse_baseline("yarn:2")):
+    with pytest.raises(LayerRopeError, match=message), candidate_on(build_tiny(family), parse_baseline("yarn:2")):
         pytest.fail("was put on")
 
 
 def test_yarn_is_refused_on_an_adapter():
     model = get_peft_model(build_model("llama"), LayerRopeConfig(layer_factors=[1.0] * 4))
     with pytest.raises(TaskError, match="cannot be put onto"):
-        contending(model, parse_baseline("yarn:2")).__enter__()
+        candidate_on(model, parse_baseline("yarn:2")).__enter__()
