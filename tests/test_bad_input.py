@@ -496,6 +496,43 @@ def test_a_command_that_cannot_work(command, status, message, resources, tmp_pat
     check(command, status, message, resources, tmp_path)
 
 
+LONG = "x" * 2**20
+LONG_VALUES = {
+    "no JSON": ("kv_retrieval", LONG),
+    "a key": ("kv_retrieval", _lines(RECORD | {"key": LONG})),
+    "a value": ("kv_retrieval", _lines(RECORD | {"value": LONG})),
+    "pairs": ("kv_retrieval", _lines(RECORD | {"ordered_kv_records": LONG})),
+    "answers": ("multi_doc_qa", _lines(QUESTION | {"answers": LONG})),
+    "passages": ("multi_doc_qa", _lines(QUESTION | {"ctxs": [LONG]})),
+    "text": ("perplexity", _lines({"text": [LONG]})),
+    "a name": ("perplexity", _lines({LONG: 1})),
+    "token ids": ("perplexity.json", json.dumps([LONG])),
+}
+
+
+@pytest.mark.parametrize("what", LONG_VALUES)
+def test_a_message_quotes_little_of_a_long_value(what, tmp_path):
+    (task, _, ending), content = LONG_VALUES[what][0].partition("."), LONG_VALUES[what][1]
+    path = tmp_path / f"long.{ending or 'jsonl'}"
+    path.write_text(content)
+    words = ["evaluate", "--task", task, "--data", str(path), "--length", "128"]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "300", "TERM": "dumb"})
+    assert (done.exit_code, isinstance(done.exception, SystemExit)) == (USAGE, True)
+    assert str(path) in done.stderr
+    assert len(done.output) < 1000
+
+
+@pytest.mark.parametrize("field", ["model", "chosen", "layer_factors"])
+def test_a_message_quotes_little_of_a_long_value_in_a_report(field, resources, tmp_path):
+    shutil.copytree(resources / "searched", tmp_path / "it")
+    path = tmp_path / "it" / "search.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: [LONG]}))
+    done = CliRunner().invoke(app, ["report", str(path.parent), "--output", str(tmp_path / "r.html")])
+    assert done.exit_code in (USAGE, FAILED)
+    assert "search.json" in done.stderr
+    assert len(done.output) < 1000
+
+
 @pytest.mark.parametrize(
     ("package", "command", "status"),
     [

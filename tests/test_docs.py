@@ -10,7 +10,10 @@ import pytest
 import typer
 import yaml
 
+from peft_layerrope import KeyValueRetrieval, MultiDocumentQA
 from peft_layerrope.cli import app
+from peft_layerrope.tasks import METRICS
+from peft_layerrope.tasks.specification import TASK_NAMES
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -82,3 +85,12 @@ def test_commands_have_options_that_exist(line):
         command = group.resolve_command(context, words)[1]
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word.split("=")[0] for word in words if word.startswith("--")} <= known
+
+
+def test_the_documentation_names_no_metric_that_does_not_judge_the_task():
+    judges = {KeyValueRetrieval.name: KeyValueRetrieval.metric, MultiDocumentQA.name: MultiDocumentQA.metric}
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", (ROOT / "docs" / "evaluate.md").read_text(), re.MULTILINE)
+    judged = {task: cell for task, cell in rows if task in TASK_NAMES}
+    assert set(judged) == set(TASK_NAMES)
+    for task, cell in judged.items():
+        assert {name for name in METRICS if name in cell} <= {judges.get(task)}

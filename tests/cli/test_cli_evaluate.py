@@ -104,6 +104,22 @@ def test_adapters_of_one_name_have_that_of_their_folder_too(adapter, tmp_path):
     assert list(loaded(tmp_path / "e.json")["scores"]) == ["no scaling", f"{tmp_path.name}/mine", "other/mine"]
 
 
+@pytest.mark.parametrize("names", [("a[v1]", "a[v2]"), ("[red]x", "[bold]x"), ("a\x1b[31mred", "b\u202e\x07")])
+def test_names_are_neither_markup_nor_orders_to_a_terminal(names, tmp_path):
+    arguments, output = [], tmp_path / "out"
+    for name in names:
+        save_adapter(LayerRopeConfig(layer_factors=FACTORS), tmp_path / name)
+        arguments += ["--adapter", str(tmp_path / name)]
+    done = run("evaluate", *TINY, *arguments, "--output", str(output))
+    assert done.exit_code == 0, done.stderr
+    said = done.stdout + done.stderr
+    assert all(c.isprintable() or c == "\n" for c in said)
+    assert all(c.isprintable() or c == "\n" for c in (output / "evaluation.md").read_text())
+    for name in filter(str.isprintable, names):
+        assert said.count(name) >= 2, said  # in both tables
+    assert list(loaded(output / "evaluation.json")["scores"]) == ["no scaling", *names]
+
+
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory):
     """A folder with a tiny model whose answers are nonsense, and its tokenizer."""

@@ -100,6 +100,24 @@ def test_every_candidate_is_scored_on_the_same_examples(model, split, candidates
     assert (found.baseline, found.measure) == ("no scaling", "accuracy")
 
 
+def test_what_fits_into_memory_is_found_out_once_for_all_parts(model, monkeypatch):
+    ran_out, parts, forward = [], [], model.forward
+
+    def scarce(input_ids: torch.Tensor, **inputs: object) -> object:
+        if input_ids.numel() > 70:
+            ran_out.append(input_ids.numel())
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(model, "forward", scarce)
+    baselines = [parse_baseline("none"), parse_baseline("uniform:1.5")]
+    settings = {"batch_tokens": 1000, "progress": lambda label, done, total: parts.append(total)}
+    found = compare(model, random_split(100), baselines, **settings)
+    assert set(parts) == {20}
+    assert len(ran_out) == 2  # with 1,000 and 500 tokens at once, in the first part alone
+    assert found.batch_tokens == 250
+
+
 def test_differences_are_paired_by_context(model, split, candidates):
     found = compare(model, split, candidates)
     rows = {label: scores.correct.mean(axis=1) for label, scores in found.scores.items()}

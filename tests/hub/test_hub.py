@@ -646,6 +646,29 @@ def test_a_pull_that_was_killed_while_it_replaced_is_overcome(published, tmp_pat
     assert {path.name for path in target.iterdir()} == PUBLISHED | {PULL_RECORD}
 
 
+@pytest.mark.parametrize(("commit", "overwrite"), [("main", False), ("main", True), ("v2", True)])
+def test_a_pull_may_be_killed_at_any_file_that_it_replaces(published, tmp_path, monkeypatch, commit, overwrite):
+    """The commit that was there before, or another one. The next pull of it ends as if nothing had happened."""
+    expected = files_of(pull("alice/adapter", tmp_path / "expected", commit))
+    for step in range(len(expected)):
+        target, replaced = pull("alice/adapter", tmp_path / f"{step}"), []
+
+        def replace(source: Path, place: Path, step: int = step, replaced: list = replaced) -> None:
+            replaced.append(place)
+            if len(replaced) > step:
+                raise KeyboardInterrupt
+            os.rename(source, place)
+
+        with monkeypatch.context() as patched:
+            patched.setattr("peft_layerrope.files.os.replace", replace)
+            patched.setattr("peft_layerrope.files.shutil.rmtree", lambda *_, **__: None)  # who is killed tidies nothing
+            with pytest.raises(KeyboardInterrupt):
+                pull("alice/adapter", target, commit, overwrite=True)
+        assert (target / "result.partial").is_dir()
+        pull("alice/adapter", target, commit, overwrite=overwrite)
+        assert files_of(target) == expected
+
+
 def test_what_cannot_be_replaced(published, folder, tmp_path):
     push_to_hub(folder, "alice/second")
     target = pull("alice/adapter", tmp_path / "new")

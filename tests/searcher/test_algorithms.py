@@ -84,6 +84,22 @@ def test_cma_es_finds_the_optimum_of_a_noisy_function(family):
         assert number == i
 
 
+@pytest.mark.parametrize("num_layers", [24, 32, 80])
+def test_forty_vectors_of_cma_es_have_moved_every_layer_up_and_down(num_layers):
+    tried = []
+
+    def score(number, centroid, people):
+        tried.extend(people)
+        return [0.0] * len(people)
+
+    for _ in adapt(per_layer_family(range(num_layers), range(num_layers)), 9, score, 0, (-1.0, 1.0)):
+        if len(tried) >= 40:
+            break
+    moved = np.array(tried[:40])
+    assert (moved.min(axis=0) < -0.1).all()
+    assert (moved.max(axis=0) > 0.1).all()
+
+
 @pytest.mark.parametrize("bend", [-0.1, 0.02])
 def test_a_parabola_is_fitted_to_what_generations_saw(bend):
     """Each of which has a level of its own that is far larger than what its members differ by."""

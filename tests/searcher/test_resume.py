@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,17 @@ def test_a_weight_and_the_attention_implementation_count(stopped):
     for other in (model, eager):
         with pytest.raises(InvalidConfigError, match="model was "):
             search(other, token_task(groups=40), **SMALL, folder=stopped, resume=True, progress=False)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_buffer_counts(changed, tmp_path):
+    model, task = small_model(), token_task(groups=40)
+    model.register_buffer("more", torch.zeros(40))
+    with pytest.raises(Killed):
+        search(model, task, **SMALL, folder=tmp_path, progress=Bomb(30))
+    model.more[33] += changed
+    with pytest.raises(InvalidConfigError, match="model was ") if changed else nullcontext():
+        search(model, task, **SMALL, folder=tmp_path, resume=True, progress=False)
 
 
 def test_overwriting_begins_anew_once_all_is_checked(whole, tmp_path):

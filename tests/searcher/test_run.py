@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,6 +32,7 @@ from peft_layerrope import (
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher import FactorGrid, ResultTable
+from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.harm import Harm
 from peft_layerrope.searcher.plan import SearchProgress
 from peft_layerrope.searcher.result import read_record
@@ -73,6 +75,33 @@ def test_table_has_every_method_on_the_same_test_split(result, task):
 def test_the_adapter_holds_what_was_chosen(result):
     assert result.config.layer_factors == list(result.table[result.chosen].factors)
     assert result.remarks()[0].startswith("result: ")
+
+
+def test_a_control_that_beats_the_search_is_what_the_folder_holds(task, monkeypatch, tmp_path):
+    """Where layers had better not differ, and 1.3 is best."""
+
+    def worth(factors) -> float:
+        logs = np.log(factors)
+        return math.exp(-1 - 30 * logs.std() - 4 * abs(logs.mean() - math.log(1.3)))
+
+    def scores(self, vectors, split, written=False):
+        shape, contexts = (split.num_groups, len(split.positions)), np.arange(split.num_groups)[:, None]
+        noise = [0.1 * np.sin(contexts * sum(vector)) for vector in vectors]  # contexts differ
+        found = [np.broadcast_to(math.log(worth(vector)) + n, shape) for vector, n in zip(vectors, noise, strict=True)]
+        return [PositionScores(split.positions, one > -1.5, one) for one in found]
+
+    monkeypatch.setattr(ModelEvaluator, "scores", scores)
+    found = search(build_model("llama"), task, **SMALL, max_harm=None)
+    found.save(tmp_path)
+    own = worth(found.table["per_layer"].factors)
+    best = max(worth(row.factors) for row in found.table)
+    assert best > 2 * own
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["layer_factors"]
+    assert worth(saved) == best
+    chosen = json.loads((tmp_path / "search.json").read_text())["chosen"]
+    assert chosen != "per_layer"
+    assert saved == list(found.table[chosen].factors)
+    assert found.table[chosen].label in (tmp_path / "README.md").read_text()
 
 
 def test_harm_is_measured_against_the_unscaled_model(result):

@@ -6,6 +6,7 @@ import builtins
 import gzip
 import json
 import sys
+import tracemalloc
 import types
 
 import numpy as np
@@ -227,6 +228,18 @@ def test_a_line_that_unfolds_without_end_is_not_held_in_memory(tmp_path, monkeyp
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "' + b"a" * 2**20))
     with pytest.raises(TaskError, match="line 1: more than 1,000 bytes"):
         read_source(tmp_path / "a.jsonl.gz")
+
+
+def test_no_more_of_an_endless_line_is_unfolded_than_a_line_may_have(tmp_path, monkeypatch):
+    monkeypatch.setattr("peft_layerrope.tasks.prompts._MAX_LINE", 2**20)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"a" * 2**26))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TaskError):
+            read_source(tmp_path / "a.jsonl.gz")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -365,6 +365,25 @@ def test_a_folder_under_a_name_in_use_takes_its_place(change, folders, long_ids,
     assert torch.equal(logits(made, long_ids), before)
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "target_length": 512}
+
+
+@pytest.mark.parametrize(
+    "change", [{"rope_type": "linear", "target_length": None}, {"factor": 2.0}, {"target_length": 1024}]
+)
+def test_a_folder_that_differs_in_one_setting_takes_the_place_of_another(change, long_ids, tmp_path):
+    fresh = []
+    for name, settings in (("old", DYNAMIC), ("new", {**DYNAMIC, **change})):
+        config = LayerRopeConfig(layer_factors=FACTORS, **settings)
+        save_adapter(config, tmp_path / name)
+        fresh.append(logits(get_peft_model(build("llama"), config), long_ids))
+    model = PeftModel.from_pretrained(build("llama"), tmp_path / "old")
+    assert torch.equal(logits(model, long_ids), fresh[0])
+    model.load_adapter(tmp_path / "new", "default")
+    assert torch.equal(logits(model, long_ids), fresh[1])
+    assert not torch.equal(*fresh)
+
+
 def test_a_configuration_that_is_given_with_a_folder_is_heeded(folders, long_ids):
     edited = LayerRopeConfig.from_pretrained(folders / "one")
     edited.rope_type, edited.factor = "linear", 2.0
