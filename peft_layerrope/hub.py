@@ -21,7 +21,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from . import __version__, cards
 from .errors import AdapterMismatchError, HubError, InvalidConfigError, LayerRopeError
-from .files import MAX_BYTES, parse_yaml, read_json_object, replacing_files, to_json
+from .files import MAX_BYTES, parse_yaml, read_json_object, replacing_files, to_json, write_atomically
 from .loading import load_adapter_config
 from .messages import DEMO_NAME, is_local_path, is_machine_path, last_component, one_line, public_name, shown
 from .tuner.artifacts import check_no_model, check_weights_file
@@ -172,9 +172,11 @@ def pull(
         for path in found:
             shutil.copyfile(path, staging / path.name)
         record = {"repo_id": repo_id, "commit": info.sha, "sha256": {path.name: _digest(path) for path in found}}
-        (staging / PULL_RECORD).write_text(to_json(record, indent=2) + "\n")
+        # a pull that is killed from here on leaves some of these
+        _write_record(target, {**record, "replaced": sorted(_pulled(target, repo_id))})
         for name in PUBLISHED.keys() - {path.name for path in found}:
             (target / name).unlink(missing_ok=True)
+    _write_record(target, record)
     return Path(local_dir)
 
 
@@ -302,18 +304,31 @@ def _without_paths(value: Any, key: str = "") -> Any:
 
 def _check_nothing_is_lost(target: Path, repo_id: str) -> None:
     """Refuses to replace what a pull of this repository could not bring back."""
-    record: dict[str, Any] = {}
-    with suppress(ValueError):
-        record = read_json_object(target / PULL_RECORD)
-    known = record.get("sha256") if record.get("repo_id") == repo_id else None
-    known = known if isinstance(known, dict) else {}
+    known = _pulled(target, repo_id)
     there = [name for name in PUBLISHED if (target / name).exists()]
-    changed = [name for name in there if _digest(target / name) != known.get(name)]
+    changed = [name for name in there if _digest(target / name) not in known]
     if changed:
         raise InvalidConfigError(
             f"{target}: {', '.join(changed)} not from a pull of {repo_id!r}, or changed since; --overwrite "
             "(overwrite=True) replaces them."
         )
+
+
+def _pulled(target: Path, repo_id: str) -> set[str]:
+    """The digests of a folder's files that are from this repository, also of a pull that did not end."""
+    record: dict[str, Any] = {}
+    with suppress(ValueError):
+        record = read_json_object(target / PULL_RECORD)
+    if record.get("repo_id") != repo_id:
+        return set()
+    known, replaced = record.get("sha256"), record.get("replaced")
+    digests = list(known.values()) if isinstance(known, dict) else []
+    digests += replaced if isinstance(replaced, list) else []
+    return {digest for digest in digests if isinstance(digest, str)}
+
+
+def _write_record(target: Path, record: dict[str, Any]) -> None:
+    write_atomically(target / PULL_RECORD, to_json(record, indent=2) + "\n")
 
 
 def _digest(path: Path) -> str:
