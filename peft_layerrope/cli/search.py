@@ -185,9 +185,10 @@ def _sized(specification: SearchSpecification, window: int | None) -> TaskSpecif
     """The task, with a size that can be searched in minutes where a model of one's own is given and nothing else."""
     task = specification.task
     given = any(getattr(task, name) is not None for name in _SIZES)
-    if given or specification.model is None or task.name not in (None, "kv_retrieval"):
+    if given or specification.model is None or task.name not in (None, "kv_retrieval", "kv_mix"):
         return task
-    return replace(task, difficulty="auto", length=min(_USUAL_LENGTH, window or _USUAL_LENGTH))
+    difficulty = None if task.name == "kv_mix" else "auto"
+    return replace(task, difficulty=difficulty, length=min(_USUAL_LENGTH, window or _USUAL_LENGTH))
 
 
 def _workers(count: int, address: str | None, specification: SearchSpecification) -> AbstractContextManager[Any]:

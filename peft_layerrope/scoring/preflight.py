@@ -65,7 +65,7 @@ class Preflight:
         by_position = self.scores.accuracy_by_position
         values = " / ".join(f"{100 * value:.0f}" for value in by_position)
         start = f"the unscaled model answers {values} % of the prompts by position"
-        size = f"{task.item}s ({task.size_setting} is {task.num_items})"
+        size = f"{task.item}s ({task.size_setting} is {task.size})"
         if (by_position <= FLOOR).all() or self.targets is None:
             shows = "; ".join(f"{shown(s['written'])} where {shown(s['answers'][0])} is right" for s in self.samples)
             reason = "nothing is left to tell vectors apart by"

@@ -10,7 +10,7 @@ import numpy as np
 from ..scoring.batching import can_pack
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
-from ..tasks import KeyValueRetrieval, PromptTask, Split, SplitName, Task
+from ..tasks import KeyValueMix, KeyValueRetrieval, PromptTask, Split, SplitName, Task
 from ..tasks.base import spread_positions
 from ..tasks.prompts import ASKED_EVERYWHERE
 from .space import Factors
@@ -82,7 +82,7 @@ def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
     """Returns contexts of a split, asked at many more positions where a context is run once for all of its questions:
     they add little to it, and each says something of the factors.
     """
-    if not isinstance(task, KeyValueRetrieval) or task.protocol(name) != ASKED_EVERYWHERE:
+    if not isinstance(task, KeyValueRetrieval | KeyValueMix) or task.protocol(name) != ASKED_EVERYWHERE:
         return task.split(name, contexts)
     count = min(_DENSER * len(task.positions), task.num_items)
     positions = {*task.positions, *spread_positions(task.num_items, max(3, count))}

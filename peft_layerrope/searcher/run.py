@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,6 +49,7 @@ from .stages import SIMPLEST_FIRST, Outcome, Stages, end_changes
 _PREFLIGHT_COST = 2.5  # of a context whose questions are answered in writing, in times of scoring it
 _WRITING_COST = 2.0  # the same of the held-out test
 _MIN_TEST_GROUPS = 20
+_TYPICAL = 9  # contexts by which it is known how long they are
 _HARM = Unit("harm", "nats", "nats", 1, 4)
 
 Distribute = Callable[[ModelEvaluator, Split], Evaluator]
@@ -236,12 +238,19 @@ def _plan(
     spent, probe = since(started), densely_asked(task, "search", 1)
     tokens = len(windows[0]) if windows else _text_tokens(scorer.model, probe)
     rates = measured_rates(scorer, probe, tokens)
+    rates = replace(rates, context=rates.context * _typical(task.split("search", contexts_to_ask(task, _TYPICAL))))
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     schedule = shortest if settings.steps else schedule_for(60 * settings.minutes - before, rates, shortest)
     test_groups, test_seconds = _test_size(task, settings, rates)
     seconds = {PREFLIGHT: before, **schedule.seconds(rates), TEST: test_seconds}
     return Plan(schedule, seconds, test_groups, probe.max_tokens, tokens)
+
+
+def _typical(split: Split) -> float:
+    """Tokens of the mean context, by those of the first."""
+    tokens = {example.group: example.num_tokens for example in split.examples}
+    return float(np.mean(list(tokens.values()))) / next(iter(tokens.values()))
 
 
 def _test_size(task: Task, settings: SearchSettings, rates: Rates) -> tuple[int, float]:

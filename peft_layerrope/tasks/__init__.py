@@ -12,7 +12,7 @@ from .base import (
     check_disjoint,
     spread_positions,
 )
-from .kv import KeyValueRetrieval, KeyValueWords
+from .kv import KeyValueMix, KeyValueRetrieval, KeyValueWords
 from .metrics import METRICS, best_subspan_em, contains_value
 from .multi_doc_qa import MultiDocumentQA
 from .perplexity import Perplexity
@@ -24,6 +24,7 @@ __all__ = [
     "METRICS",
     "SPLIT_NAMES",
     "Example",
+    "KeyValueMix",
     "KeyValueRetrieval",
     "KeyValueWords",
     "Measure",

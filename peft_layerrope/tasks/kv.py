@@ -242,6 +242,65 @@ class KeyValueRetrieval(PromptTask):
         return count
 
 
+_SHARES = (1, 2, 4)  # of the length, their reciprocals
+_PERCENT = 101  # places in a context of whatever length
+
+
+class KeyValueMix(PromptTask):
+    """Generated key-value retrieval of three lengths and three kinds of keys, by turns: factors that are searched on it
+    are not those of one length. Positions are in percent of a context's depth.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        length: the most tokens of a prompt with its answer; others have half and a quarter of it.
+        num_positions: gold positions, spread evenly from the first pair to the last; default: 5.
+        settings: `seed`, `max_new_tokens` and those of the chat template, as for [`PromptTask`].
+
+    Raises:
+        TaskError: a quarter of the length has no room for the positions.
+    """
+
+    name = "kv_mix"
+    metric = KeyValueRetrieval.metric
+    item = "token"
+    size_setting = "length"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        length: int,
+        num_positions: int | None = None,
+        **settings: Unpack[PromptSettings],
+    ) -> None:
+        super().__init__(tokenizer, None, length=length, **settings)
+        self._arrange(_PERCENT, num_positions)
+        self._parts: list[KeyValueRetrieval] = []
+        for number, (turn, keys) in enumerate(product(range(len(_SHARES)), _MOST_KEYS)):
+            share = _SHARES[(turn + number) % len(_SHARES)]  # another length with each turn of a kind
+            own = {**settings, "seed": len(_SHARES) * len(_MOST_KEYS) * self.seed + number, "length": length // share}
+            self._parts.append(KeyValueRetrieval(tokenizer, keys=keys, num_positions=len(self.positions), **own))
+
+    @property
+    def size(self) -> int:
+        return self.length
+
+    def _sources(self, name: SplitName, num_groups: int, elsewhere: bool) -> list[KeyValueRecord]:
+        count = len(self._parts)
+        drawn = [part._sources(name, -(-num_groups // count), elsewhere) for part in self._parts]
+        return [drawn[number % count][number // count] for number in range(num_groups)]
+
+    def available(self, split_name: SplitName, most: int) -> int:
+        return most
+
+    def protocol(self, split_name: SplitName) -> str:
+        return ASKED_EVERYWHERE
+
+    def _written(self, source: KeyValueRecord, position: int, group: int) -> Prompt:
+        place = position * (len(source.pairs) - 1) // (_PERCENT - 1)
+        return replace(replace(source, gold=place).prompt(group), position=position)
+
+
 def _random_record(rng: np.random.Generator, keys: KeyStyle, num_keys: int) -> KeyValueRecord:
     """A context of random pairs with distinct keys and distinct values."""
     gold = int(rng.integers(num_keys))

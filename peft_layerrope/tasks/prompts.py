@@ -290,6 +290,11 @@ class PromptTask(ABC):
         given = num_positions is not None
         self.positions = spread_positions(num_items, num_positions) if given else self._usual_positions()
 
+    @property
+    def size(self) -> int:
+        """What `size_setting` is, by which a context is made easier or harder."""
+        return self.num_items
+
     def _usual_positions(self) -> tuple[int, ...]:
         return spread_positions(self.num_items, DEFAULT_NUM_POSITIONS)
 
@@ -334,7 +339,7 @@ class PromptTask(ABC):
             raise TaskError(
                 f"{self.name}, split {name!r}: its longest prompt has {split.max_tokens} tokens with its answer, more "
                 f"than length={self.length}. Use a larger length or a smaller {self.size_setting} than "
-                f"{self.num_items}."
+                f"{self.size}."
             )
         return split
 
@@ -400,7 +405,7 @@ class PromptTask(ABC):
         return {
             "name": self.name,
             "length": self.length,
-            self.size_setting: self.num_items,
+            self.size_setting: self.size,
             "positions": list(self.positions),
             "seed": self.seed,
             **chat,

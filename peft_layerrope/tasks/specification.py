@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from ..declaration import declared, option
 from ..errors import TaskError
 from .base import MAX_LENGTH, Task
-from .kv import KeyStyle, KeyValueRetrieval, KeyValueWords
+from .kv import KeyStyle, KeyValueMix, KeyValueRetrieval, KeyValueWords
 from .multi_doc_qa import MultiDocumentQA
 from .perplexity import Perplexity
 from .prompts import ChatSettings, PromptEncoder
 
-TaskName = Literal["kv_words", "kv_retrieval", "multi_doc_qa", "perplexity"]
+TaskName = Literal["kv_words", "kv_retrieval", "kv_mix", "multi_doc_qa", "perplexity"]
 TASK_NAMES: tuple[TaskName, ...] = get_args(TaskName)
 DEFAULT_TASK: TaskName = "kv_retrieval"
 
@@ -28,6 +28,7 @@ _WRITTEN = (*_CHAT, "max_new_tokens")
 _SETTINGS: dict[TaskName, tuple[str, ...]] = {
     "kv_words": ("num_positions",),
     "kv_retrieval": ("num_positions", "data", "num_keys", "keys", "difficulty", *_WRITTEN),
+    "kv_mix": ("num_positions", *_WRITTEN),
     "multi_doc_qa": ("num_positions", "data", "num_documents", "difficulty", *_WRITTEN),
     "perplexity": ("data", "stride"),
 }
@@ -35,6 +36,7 @@ _SETTINGS: dict[TaskName, tuple[str, ...]] = {
 _MAKERS: dict[TaskName, Callable[..., Task]] = {
     "kv_words": KeyValueWords,
     "kv_retrieval": KeyValueRetrieval,
+    "kv_mix": KeyValueMix,
     "multi_doc_qa": MultiDocumentQA,
     "perplexity": lambda data, **settings: Perplexity.from_source(data, **settings),
 }
@@ -61,7 +63,14 @@ class TaskSpecification:
         TaskError: a value that cannot work, or a setting that the named task does not have.
     """
 
-    name: Annotated[TaskName | None, _task("Default: kv_retrieval; for the demo model kv_words.", "--task")] = None
+    name: Annotated[
+        TaskName | None,
+        _task(
+            "Default: kv_retrieval; for the demo model kv_words. kv_mix is kv_retrieval of three lengths and kinds of "
+            "keys, by turns.",
+            "--task",
+        ),
+    ] = None
     length: Annotated[
         int | None,
         _task(
@@ -74,8 +83,8 @@ class TaskSpecification:
     num_positions: Annotated[
         int | None,
         _task(
-            "Gold positions, spread evenly from first to last. Default: 11 for kv_words, 5 for kv_retrieval, and 3, 5 "
-            "or 7 for multi_doc_qa with 10, 20 or 30 documents.",
+            "Gold positions, spread evenly from first to last. Default: 11 for kv_words, 5 for kv_retrieval and "
+            "kv_mix, and 3, 5 or 7 for multi_doc_qa with 10, 20 or 30 documents.",
             "--num-positions",
             "--positions",
             ge=3,

@@ -10,12 +10,14 @@ import torch
 from conftest import NUM_LAYERS, build_model
 from fakes import token_task
 from peft import PeftModel, get_peft_model
+from tiny_tokenizer import tiny_bpe
 from transformers import PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, Split, TaskError
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.searcher.evaluator import ModelEvaluator, fitness_by_context
+from peft_layerrope.searcher.evaluator import ModelEvaluator, densely_asked, fitness_by_context
 from peft_layerrope.searcher.space import Factors
+from peft_layerrope.tasks import KeyValueMix
 
 ROPE = {
     "default": {},
@@ -95,3 +97,12 @@ def test_too_little_memory_for_a_row_is_said():
     LimitedMemory(model, 10)
     with pytest.raises(TaskError, match="out of memory even with --batch-tokens 64"):
         evaluator(model).scores(random_vectors(2), split())
+
+
+def test_contexts_of_a_mix_are_asked_at_many_more_positions():
+    task = KeyValueMix(tiny_bpe(), length=2600, num_positions=3)
+    few, many = task.split("search", 4), densely_asked(task, "search", 4)
+    assert len(many.positions) >= 8 * len(few.positions)
+    assert set(few.positions) < set(many.positions)
+    asked = {(e.context_ids, e.query_ids, e.answer_ids) for e in many.examples}
+    assert {(e.context_ids, e.query_ids, e.answer_ids) for e in few.examples} < asked

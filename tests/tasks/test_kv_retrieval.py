@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import KeyValueRetrieval, TaskError
-from peft_layerrope.tasks import SPLIT_NAMES, Task, check_disjoint, contains_value
+from peft_layerrope.tasks import SPLIT_NAMES, KeyValueMix, Task, check_disjoint, contains_value
 from peft_layerrope.tasks.prompts import ASKED_EVERYWHERE, GOLD_MOVES
 
 PUBLIC = Path(__file__).parents[2] / "../shared/data/kv-retrieval-75_keys.jsonl.gz"
@@ -161,6 +162,45 @@ def test_generated_records_have_the_public_format(keys, num_keys):
         assert len(data) == len(set(data.values())) == num_keys
         if keys == "uuid":
             assert all(text[14] == "4" and text[19] in "89ab" and len(text) == 36 for text in [*data, *data.values()])
+
+
+def pairs_of(prompt) -> dict[str, str]:
+    return json.loads(prompt.text.split("JSON data:\n")[1].split("\n\nKey")[0])
+
+
+def test_a_mix_takes_turns_between_lengths_and_kinds_of_keys():
+    length = 4000
+    task = KeyValueMix(tiny_bpe(), length=length)
+    split, prompts = task.split("test", 18), task.prompts("test", 18)
+    assert (split.positions, split.protocol, split.num_groups) == ((0, 25, 50, 75, 100), ASKED_EVERYWHERE, 18)
+    tokens, kinds = {}, {}
+    for example, prompt in zip(split.examples, prompts, strict=True):
+        pairs, key = pairs_of(prompt), prompt.question
+        depth = list(pairs).index(key) / (len(pairs) - 1)
+        assert (prompt.answers, example.answers) == ((pairs[key],), (pairs[key],))
+        assert 0 <= prompt.position / 100 - depth < 1 / (len(pairs) - 1)
+        tokens[prompt.group] = example.num_tokens
+        value = pairs[key]
+        kinds[prompt.group] = "uuid" if len(value) == 36 else "words" if " " in value else "syllables"
+    shares = [next(share for share in (4, 2, 1) if count <= length / share) for count in tokens.values()]
+    assert all(count > 0.6 * length / share for count, share in zip(tokens.values(), shares, strict=True))
+    turns = list(zip(shares, kinds.values(), strict=True))
+    assert turns[:9] == turns[9:]
+    assert set(turns) == set(itertools.product((1, 2, 4), ("uuid", "words", "syllables")))
+    assert all(one != other for one, other in itertools.pairwise(shares))
+
+
+def test_splits_of_a_mix_are_seeded_and_disjoint_and_grow_at_the_end():
+    splits = [
+        KeyValueMix(tiny_bpe(), length=2600, seed=seed).split(name, 12) for seed in (0, 1) for name in SPLIT_NAMES
+    ]
+    check_disjoint(splits)
+    assert KeyValueMix(tiny_bpe(), length=2600).split("test", 5).examples == splits[2].examples[:25]
+
+
+def test_a_mix_whose_short_contexts_have_no_room_is_refused():
+    with pytest.raises(TaskError, match="gold positions among"):
+        KeyValueMix(tiny_bpe(), length=400)
 
 
 def test_generated_splits_are_seeded_and_disjoint_and_grow_at_the_end():
