@@ -138,3 +138,18 @@ def allowed_share(divergence: float, rise: float, bound: float) -> float:
         return min(max(1.0, math.cbrt(AIMED * bound / worst)), _MOST_GROWN)
     aimed = AIMED * bound
     return min(1.0, math.sqrt(aimed / max(divergence, aimed)), aimed / max(rise, aimed))
+
+
+def between(inside: tuple[float, float], outside: tuple[float, float], bound: float) -> float:
+    """Returns at which size log-factors come near a bound, by a power law through two sizes.
+
+    Args:
+        inside: a size and its harm in nats, which keeps to the bound.
+        outside: a larger size, whose harm does not.
+        bound: of the harm, in nats.
+    """
+    (small, little), (large, much) = inside, outside
+    aimed, little = AIMED * bound, max(little, 1e-9)
+    if little >= aimed:
+        return small
+    return small * (large / small) ** (math.log(aimed / little) / math.log(much / little))

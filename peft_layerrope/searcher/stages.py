@@ -27,6 +27,7 @@ from .families import (
     AIMED,
     Family,
     allowed_share,
+    between,
     decay_family,
     farthest,
     first_and_rest_family,
@@ -84,7 +85,8 @@ _WIDEST = 0.5  # log-factor of a standard draw at most
 _LEAST_CURVATURE = 0.1  # of the mean, added to each layer's
 _NOTHING = 0.01  # log-factor that changes nothing but how numbers are rounded
 _MOST_RATIO = 5.0  # of measured harm to what the curvatures say, which one window may tell
-_RESIZED = 3  # times at most that what was found is made smaller or larger
+_RESIZED = 4  # times at most that the harm of what was found is measured, made smaller or larger
+_RESIZED_ENOUGH = 1.02  # times that log-factors could still grow, which is not worth a measurement
 _MEMORY = 0.7  # share of the running mean of that ratio that a generation keeps
 _AVERAGED_SHARE = 0.25  # of the centroids, the last ones, whose mean is one of the two ends of a search
 
@@ -469,17 +471,17 @@ class Stages:
         bound = self.settings.max_harm
         if bound is None:
             return log_factors
-        inside: np.ndarray | None = None
+        size, inside, outside = 1.0, None, None  # of the largest that keeps to it and the smallest that does not
         for _ in range(_RESIZED):
-            harm = self._harm_on_text(self._rounded(log_factors))
+            harm = self._harm_on_text(self._rounded(size * log_factors))
             rise = harm.loss_rise.value if harm.loss_rise is not None else 0.0
-            share = allowed_share(harm.divergence.value, rise, bound)
-            if share >= 1:
-                inside = log_factors
-            elif inside is not None:
+            share, found = allowed_share(harm.divergence.value, rise, bound), (size, max(harm.divergence.value, rise))
+            inside, outside = (found, outside) if share >= 1 else (inside, found)
+            following = size * share if inside is None or outside is None else between(inside, outside, bound)
+            if inside is not None and following < _RESIZED_ENOUGH * inside[0]:
                 break
-            log_factors = log_factors * share
-        return log_factors if inside is None else inside
+            size = following
+        return (size if inside is None else inside[0]) * log_factors
 
     def _scored(
         self, stage: str, results: Mapping[str, MethodResult], split: Split, written: bool = False

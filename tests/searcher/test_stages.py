@@ -17,6 +17,7 @@ from peft_layerrope import SearchSettings, TaskError, search
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher.families import (
     allowed_share,
+    between,
     decay_family,
     farthest,
     first_and_rest_family,
@@ -38,7 +39,7 @@ from peft_layerrope.searcher.harm import (
 )
 from peft_layerrope.searcher.plan import Rates, Schedule, schedule_for
 from peft_layerrope.searcher.settings import MIN_STEPS
-from peft_layerrope.searcher.stages import SIMPLEST_FIRST
+from peft_layerrope.searcher.stages import SIMPLEST_FIRST, Stages
 
 LAYERS = range(NUM_LAYERS)
 SMALL = SMALL_SEARCH
@@ -191,6 +192,33 @@ def test_how_far_a_uniform_factor_may_go(curvature, slope, divergence, expected)
 )
 def test_log_factors_become_as_large_as_the_bound_lets_them(divergence, rise, share):
     assert allowed_share(divergence, rise, 0.01) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0, 4.7])
+def test_between_two_sizes_the_harm_is_taken_for_a_power_of_the_size(power):
+    inside, outside = ((size, 0.004 * size**power) for size in (1.1, 2.6))
+    assert 0.004 * between(inside, outside, 0.01) ** power == pytest.approx(0.009)
+    assert between((1.0, 0.0095), (1.2, 0.02), 0.01) == 1.0
+
+
+@pytest.mark.parametrize("power", [2.0, 3.0, 4.7])
+@pytest.mark.parametrize("first", [0.001, 0.0071, 0.0102, 0.0198, 0.3])
+def test_the_bound_is_used_but_for_little_however_fast_harm_grows(monkeypatch, power, first):
+    """Harm in nats of what was found, and the power of the size by which it grows."""
+    stages, log_factors = object.__new__(Stages), np.array([0.2, -0.1])
+    stages.settings = SearchSettings(max_harm=0.01)
+
+    def harm(vector: np.ndarray) -> Harm:
+        return harmless(first * (vector[0] / log_factors[0]) ** power)
+
+    monkeypatch.setattr(stages, "_rounded", lambda vector: vector, raising=False)
+    monkeypatch.setattr(stages, "_harm_on_text", harm, raising=False)
+    found = stages._within_bound(log_factors)
+    assert found[1] / found[0] == pytest.approx(-0.5)
+    used = harm(found).divergence.value
+    assert used <= 0.01
+    grown = found[0] / log_factors[0]
+    assert used > 0.0085 or grown > 1.25**3 - 1e-9
 
 
 def harmless(value: float = 0.0) -> Harm:
