@@ -276,6 +276,35 @@ def curve(here: Setup) -> None:
         say(f"accuracy by position, {what}", same, "{} through a server, {} by evaluate".format(*shown))
 
 
+NATIVE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "phi3", "olmo2")
+"""Families that vLLM has code of its own for."""
+
+
+def families(here: Setup) -> None:
+    """Tiny models with random weights, large enough for attention to look at where a token stands."""
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"num_hidden_layers": 6, "head_dim": 64, "max_position_embeddings": WINDOW, "initializer_range": 0.2}
+    prompts = here.prompts[:10]
+    for family in NATIVE:
+        folder, ends = here.folder / family, {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, vocab_size=len(here.tokenizer), **shape, **ends)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        here.tokenizer.save_pretrained(folder)
+        adapter = write_adapter(here.folder / f"{family}-adapter", drawn(config.num_hidden_layers, 3))
+        plain, adapted = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+            for _ in range(2)
+        )
+        wanted = Reference(PeftModel.from_pretrained(adapted, adapter).eval(), prompts, here.num_tokens)
+        unscaled = Reference(plain, prompts, here.num_tokens)
+        apart = max(
+            np.abs(a - b).max() for a, b in zip(wanted.prompt_log_probs, unscaled.prompt_log_probs, strict=True)
+        )
+        say(f"{family}: the factors do something", apart > 100 * TOLERANCE, f"log-probabilities {apart:.2g} apart")
+        compare(family, answers(engine(str(folder), adapter), prompts, here.num_tokens), wanted)
+
+
 def http(here: Setup) -> None:
     other = write_adapter(here.folder / "other", [f + 0.5 for f in drawn(here.num_layers, 7)])
     wrong = write_adapter(here.folder / "wrong", [1.5] * (here.num_layers - 1))
@@ -370,7 +399,8 @@ class Setup:
 
 
 STAGES: dict[str, Callable[[Setup], None]] = {
-    stage.__name__: stage for stage in (tokens, throughput, baked, compiled, lora, exports, http, curve, backend)
+    stage.__name__: stage
+    for stage in (tokens, throughput, baked, compiled, lora, exports, families, http, curve, backend)
 }
 
 

@@ -3,7 +3,7 @@
 # tests): ordinary tests where the packages are installed, then vLLM beside transformers on a real model.
 #
 #     tests/serving/run.sh                       # SmolLM2-135M, from LAYERROPE_MODELS as for other tests
-#     tests/serving/run.sh MODEL_FOLDER STAGE... # of tokens, throughput, baked, compiled, lora, exports, http, curve, backend
+#     tests/serving/run.sh MODEL_FOLDER STAGE... # of tokens, throughput, baked, compiled, lora, exports, families, http, curve, backend
 #
 # VLLM names another requirement than the CPU build; "vllm" is the one for GPUs.
 set -euo pipefail
