@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreT
 
 from ..base_model import ModelSource, adapted, empty_model, load_base
 from ..errors import AdapterMismatchError, LayerRopeError
-from ..files import replacing_files
+from ..files import replacing_files, to_json
 from ..searcher.harm import divergences
 from ..tuner.config import LayerRopeConfig
 from ..tuner.injection import layer_frequencies, scaling_for
@@ -57,14 +58,27 @@ def export(
     written.generation_config = model.generation_config
     is_remote = form == "remote-code"
     if is_remote:
-        written.config.auto_map = {"AutoModelForCausalLM": f"{_CODE.stem}.{_SCALED}"}
+        classes = {
+            "AutoConfig": modeling_layer_rope.ScaledConfig,
+            "AutoModelForCausalLM": modeling_layer_rope.ScaledForCausalLM,
+        }
+        written.config.auto_map = {auto: f"{_CODE.stem}.{own.__name__}" for auto, own in classes.items()}
     with replacing_files(Path(folder), "config.json") as staging:
         written.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         if is_remote:
             code = _CODE.read_text(encoding="utf-8").replace("LlamaForCausalLM", type(model).__name__)
+            code = code.replace("LlamaConfig", type(model.config).__name__)
             (staging / _CODE.name).write_text(code, encoding="utf-8")
+            _name(staging / "config.json")
         return _difference(model, config, _reopened(staging, type(model) if is_remote else None))
+
+
+def _name(path: Path) -> None:
+    """Has programs that go by the names in a config refuse what they do not know, instead of loading it unscaled."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content |= {"model_type": modeling_layer_rope.ScaledConfig.model_type, "architectures": [_SCALED]}
+    path.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -93,7 +107,8 @@ def _reopened(folder: Path, base: type[PreTrainedModel] | None) -> PreTrainedMod
     """
     if base is None:
         return load_base(ModelSource(str(folder), device="cpu", dtype="float32", attn_implementation="eager"))
-    scaled = type(_SCALED, (modeling_layer_rope.ScaledLayers, base), {})
+    config = type("ScaledConfig", (base.config_class,), {"model_type": modeling_layer_rope.ScaledConfig.model_type})
+    scaled = type(_SCALED, (modeling_layer_rope.ScaledLayers, base), {"config_class": config})
     return scaled.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, PretrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 
 class ScaledLayers:
@@ -36,5 +36,13 @@ class ScaledLayers:
         return frequencies * (1 + factor * excess) ** -exponents
 
 
+class ScaledConfig(LlamaConfig):
+    """The model's own, under a name that no program knows: by the model's, some would load it without such layers."""
+
+    model_type = "layer_rope"
+
+
 class ScaledForCausalLM(ScaledLayers, LlamaForCausalLM):
     """The model with such layers."""
+
+    config_class = ScaledConfig

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import NUM_LAYERS, VOCAB, build_model, logits
 from peft import get_peft_model
 from scipy.special import rel_entr
@@ -145,6 +146,9 @@ def test_the_command_writes_a_model_that_transformers_opens(tmp_path):
     assert done.exit_code == 0, done.output
     config = json.loads((out / "config.json").read_text())
     assert config["layer_rope_scaling"]["layer_factors"][3] == 2.0
+    # by these names `transformers serve` and vLLM would load the model without its factors
+    assert config["model_type"] not in CONFIG_MAPPING
+    assert not hasattr(transformers, config["architectures"][0])
     demo = AutoModelForCausalLM.from_pretrained(demo_model_path()).eval()
     ids = torch.arange(4, 100)[None]
     wanted = logits(get_peft_model(demo, LayerRopeConfig(layer_factors=[1.5, 1.2, 1.5, 2.0, 1.0, 1.2])).eval(), ids)
