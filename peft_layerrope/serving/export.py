@@ -1,4 +1,4 @@
-"""Checkpoints that need no library: the factors as plain entries of a config, or as forty lines of remote code."""
+"""Checkpoints that need no library: the factors as plain entries of a config, or as fifty lines of remote code."""
 
 from __future__ import annotations
 
