@@ -23,7 +23,7 @@ from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
-from ..tasks import PromptTask, Split, Task, check_disjoint
+from ..tasks import KeyValueMix, PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
 from ..tuner.sites import embedding_table, find_stack, trained_window
 from .evaluator import Evaluator, ModelEvaluator, available, contexts_to_ask, densely_asked, densely_scored
@@ -49,7 +49,6 @@ from .stages import SIMPLEST_FIRST, Outcome, Stages, end_changes
 _PREFLIGHT_COST = 2.5  # of a context whose questions are answered in writing, in times of scoring it
 _WRITING_COST = 2.0  # the same of the held-out test
 _MIN_TEST_GROUPS = 20
-_TYPICAL = 9  # contexts by which it is known how long they are
 _HARM = Unit("harm", "nats", "nats", 1, 4)
 
 Distribute = Callable[[ModelEvaluator, Split], Evaluator]
@@ -238,7 +237,7 @@ def _plan(
     spent, probe = since(started), densely_asked(task, "search", 1)
     tokens = len(windows[0]) if windows else _text_tokens(scorer.model, probe)
     rates = measured_rates(scorer, probe, tokens)
-    rates = replace(rates, context=rates.context * _typical(task.split("search", contexts_to_ask(task, _TYPICAL))))
+    rates = replace(rates, context=rates.context * _typical(task))
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     schedule = shortest if settings.steps else schedule_for(60 * settings.minutes - before, rates, shortest)
@@ -247,10 +246,12 @@ def _plan(
     return Plan(schedule, seconds, test_groups, probe.max_tokens, tokens)
 
 
-def _typical(split: Split) -> float:
-    """Tokens of the mean context, by those of the first."""
-    tokens = {example.group: example.num_tokens for example in split.examples}
-    return float(np.mean(list(tokens.values()))) / next(iter(tokens.values()))
+def _typical(task: Task) -> float:
+    """Tokens of the mean context, by those of the first; where all are about as long, 1."""
+    if not isinstance(task, KeyValueMix):
+        return 1.0
+    first, *others = (e.num_tokens for e in task.split("search", task.num_turns, task.positions[:1]).examples)
+    return float(np.mean([first, *others])) / first
 
 
 def _test_size(task: Task, settings: SearchSettings, rates: Rates) -> tuple[int, float]:

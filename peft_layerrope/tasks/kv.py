@@ -285,8 +285,13 @@ class KeyValueMix(PromptTask):
     def size(self) -> int:
         return self.length
 
+    @property
+    def num_turns(self) -> int:
+        """After how many contexts lengths and kinds come again."""
+        return len(self._parts)
+
     def _sources(self, name: SplitName, num_groups: int, elsewhere: bool) -> list[KeyValueRecord]:
-        count = len(self._parts)
+        count = self.num_turns
         drawn = [part._sources(name, -(-num_groups // count), elsewhere) for part in self._parts]
         return [drawn[number % count][number // count] for number in range(num_groups)]
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from peft_layerrope import LayerRopeConfig, Split, TaskError
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.evaluator import ModelEvaluator, densely_asked, fitness_by_context
+from peft_layerrope.searcher.run import _typical
 from peft_layerrope.searcher.space import Factors
 from peft_layerrope.tasks import KeyValueMix
 
@@ -106,3 +107,11 @@ def test_contexts_of_a_mix_are_asked_at_many_more_positions():
     assert set(few.positions) < set(many.positions)
     asked = {(e.context_ids, e.query_ids, e.answer_ids) for e in many.examples}
     assert {(e.context_ids, e.query_ids, e.answer_ids) for e in few.examples} < asked
+
+
+def test_a_plan_knows_that_contexts_of_a_mix_differ_in_length():
+    tokenizer = tiny_bpe()
+    task = KeyValueMix(tokenizer, length=2600, num_positions=3)
+    tokens = [len(tokenizer(prompt.text)["input_ids"]) for prompt in task.prompts("search", 9)[::3]]
+    assert _typical(task) == pytest.approx(np.mean(tokens) / tokens[0], rel=0.02)
+    assert _typical(token_task()) == 1.0
