@@ -66,7 +66,7 @@ def looked(correct: np.ndarray, targets: Targets | None) -> Preflight:
     return Preflight(scores, targets, (sample,), (0.5, 8), None, (1, 2), 0.25)
 
 
-TASK = SimpleNamespace(item="pair", size_setting="num_keys", num_items=7)
+TASK = SimpleNamespace(item="pair", size_setting="num_keys", num_items=7, size=7)
 KNOWN = Targets(' "', {"key": Target((1, 2), (3,))}, 4, 3)
 
 
