@@ -173,7 +173,7 @@ def pull(
             shutil.copyfile(path, staging / path.name)
         record = {"repo_id": repo_id, "commit": info.sha, "sha256": {path.name: _digest(path) for path in found}}
         # a pull that is killed from here on leaves some of these
-        _write_record(target, {**record, "replaced": sorted(_pulled(target, repo_id))})
+        _write_record(target, {**record, "replaced": _pulled(target, repo_id)})
         for name in PUBLISHED.keys() - {path.name for path in found}:
             (target / name).unlink(missing_ok=True)
     _write_record(target, record)
@@ -306,7 +306,7 @@ def _check_nothing_is_lost(target: Path, repo_id: str) -> None:
     """Refuses to replace what a pull of this repository could not bring back."""
     known = _pulled(target, repo_id)
     there = [name for name in PUBLISHED if (target / name).exists()]
-    changed = [name for name in there if _digest(target / name) not in known]
+    changed = [name for name in there if _digest(target / name) not in known.get(name, ())]
     if changed:
         raise InvalidConfigError(
             f"{target}: {', '.join(changed)} not from a pull of {repo_id!r}, or changed since; --overwrite "
@@ -314,17 +314,19 @@ def _check_nothing_is_lost(target: Path, repo_id: str) -> None:
         )
 
 
-def _pulled(target: Path, repo_id: str) -> set[str]:
-    """The digests of a folder's files that are from this repository, also of a pull that did not end."""
+def _pulled(target: Path, repo_id: str) -> dict[str, list[str]]:
+    """By name, the digests that a folder's files have if they are from this repository: one, but several of a pull that
+    did not end.
+    """
     record: dict[str, Any] = {}
     with suppress(ValueError):
         record = read_json_object(target / PULL_RECORD)
     if record.get("repo_id") != repo_id:
-        return set()
-    known, replaced = record.get("sha256"), record.get("replaced")
-    digests = list(known.values()) if isinstance(known, dict) else []
-    digests += replaced if isinstance(replaced, list) else []
-    return {digest for digest in digests if isinstance(digest, str)}
+        return {}
+    parts = record.get("sha256"), record.get("replaced")
+    known, replaced = (part if isinstance(part, dict) else {} for part in parts)
+    before = {name: digests for name, digests in replaced.items() if isinstance(digests, list)}
+    return {name: [known.get(name), *before.get(name, ())] for name in PUBLISHED}
 
 
 def _write_record(target: Path, record: dict[str, Any]) -> None:

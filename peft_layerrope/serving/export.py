@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreT
 from ..base_model import ModelSource, adapted, empty_model, load_base
 from ..errors import AdapterMismatchError, LayerRopeError
 from ..files import replacing_files, to_json
-from ..searcher.harm import divergences
+from ..searcher.harm import divergences, window_logits
 from ..tuner.config import LayerRopeConfig
 from ..tuner.injection import layer_frequencies, scaling_for
 from ..tuner.scaling import plain_rope
@@ -97,7 +97,7 @@ def divergence_between(
     logits: list[list[torch.Tensor]] = []
     for one in (config, other):
         with adapted(model, one) as scaled:
-            logits.append([scaled(torch.tensor([prompt], device=model.device)).logits[0] for prompt in prompts])
+            logits.append([window_logits(scaled, prompt, range(len(prompt))) for prompt in prompts])
     return torch.cat([divergences(*pair) for pair in zip(*logits, strict=True)]).mean().item()
 
 

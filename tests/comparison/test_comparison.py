@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_model
-from fakes import journal_of
+from fakes import LimitedMemory, journal_of
 from peft import get_peft_model
 from test_candidates import state_of, trained_lora
 from test_losses import windows
@@ -100,21 +100,13 @@ def test_every_candidate_is_scored_on_the_same_examples(model, split, candidates
     assert (found.baseline, found.measure) == ("no scaling", "accuracy")
 
 
-def test_what_fits_into_memory_is_found_out_once_for_all_parts(model, monkeypatch):
-    ran_out, parts, forward = [], [], model.forward
-
-    def scarce(input_ids: torch.Tensor, **inputs: object) -> object:
-        if input_ids.numel() > 70:
-            ran_out.append(input_ids.numel())
-            raise torch.OutOfMemoryError("out of memory")
-        return forward(input_ids=input_ids, **inputs)
-
-    monkeypatch.setattr(model, "forward", scarce)
+def test_what_fits_into_memory_is_found_out_once_for_all_parts(model):
+    memory, parts = LimitedMemory(model, 70), []
     baselines = [parse_baseline("none"), parse_baseline("uniform:1.5")]
     settings = {"batch_tokens": 1000, "progress": lambda label, done, total: parts.append(total)}
     found = compare(model, random_split(100), baselines, **settings)
     assert set(parts) == {20}
-    assert len(ran_out) == 2  # with 1,000 and 500 tokens at once, in the first part alone
+    assert len(memory.ran_out) == 2  # with 1,000 and 500 tokens at once, in the first part alone
     assert found.batch_tokens == 250
 
 

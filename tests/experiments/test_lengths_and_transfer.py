@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from experiment_helpers import FACTORS, GROUPS, by_hand, short_task
+from fakes import LimitedMemory
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from peft_layerrope import LayerRopeConfig, demo_model_path
@@ -126,18 +126,10 @@ def test_a_model_without_a_window_has_nothing_to_extrapolate_from(monkeypatch, d
         run_extrapolation(Measuring(demo_model, 2), {192: short_task(demo_tokenizer, 192)}, [])
 
 
-def test_what_fits_into_memory_is_found_out_once(demo_model, monkeypatch):
-    ran_out, forward = [], demo_model.forward
-
-    def scarce(input_ids: torch.Tensor, **inputs: object) -> object:
-        if input_ids.numel() > 100:
-            ran_out.append(input_ids.numel())
-            raise torch.OutOfMemoryError("out of memory")
-        return forward(input_ids=input_ids, **inputs)
-
-    monkeypatch.setattr(demo_model, "forward", scarce)
+def test_what_fits_into_memory_is_found_out_once(demo_model):
+    memory = LimitedMemory(demo_model, 100)
     ids = np.random.default_rng(0).integers(3, 500, 12000)
     measuring = Measuring(demo_model, 40, 1000)
     run_extrapolation(measuring, {length: Perplexity(ids, length=length) for length in (64, 80, 96)}, [])
-    assert len(ran_out) == 3  # with 1,000, 500 and 250 tokens at once; the longer ones begin with 125
+    assert len(memory.ran_out) == 3  # with 1,000, 500 and 250 tokens at once; the longer ones begin with 125
     assert measuring.batch_tokens == 125

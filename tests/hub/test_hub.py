@@ -669,6 +669,13 @@ def test_a_pull_may_be_killed_at_any_file_that_it_replaces(published, tmp_path, 
         assert files_of(target) == expected
 
 
+def test_a_file_with_the_content_of_another_one_was_changed(published, tmp_path):
+    target = pull("alice/adapter", tmp_path / "new")
+    (target / "search.json").write_bytes((target / "README.md").read_bytes())
+    with pytest.raises(InvalidConfigError, match=r"search\.json"):
+        pull("alice/adapter", target)
+
+
 def test_what_cannot_be_replaced(published, folder, tmp_path):
     push_to_hub(folder, "alice/second")
     target = pull("alice/adapter", tmp_path / "new")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, build_model, logits
+from fakes import LimitedMemory
 from families import build_tiny
 from peft import get_peft_model
 from scipy import stats
@@ -194,22 +194,6 @@ def test_scores_leave_the_model_in_eval_mode_and_without_gradients():
     Scorer(model).score(random_split(2))
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
-
-
-class LimitedMemory:
-    """A model whose forward pass fails above `tokens` tokens, with the error that `fail` raises."""
-
-    def __init__(self, model: torch.nn.Module, tokens: int, fail: Callable[[], None]) -> None:
-        self.seen: list[int] = []
-        forward = model.forward
-
-        def limited(input_ids: torch.Tensor, **kwargs: object) -> object:
-            self.seen.append(input_ids.numel())
-            if input_ids.numel() > tokens:
-                fail()
-            return forward(input_ids=input_ids, **kwargs)
-
-        model.forward = limited
 
 
 def no_gpu_memory() -> None:

@@ -1,12 +1,14 @@
-"""A task made of random tokens, and the smallest searches, for tests."""
+"""A task made of random tokens, the smallest searches, and a model with little memory, for tests."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from peft_layerrope import Example, TokenTask
 from peft_layerrope.runs import JOURNAL_NAME
@@ -42,6 +44,31 @@ def space_of(
         tuple(range(num_layers) if scaled is None else scaled),
         tuple(range(num_layers) if sources is None else sources),
     )
+
+
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+class LimitedMemory:
+    """A model whose forward pass fails above `tokens` tokens, with the error that `fail` raises."""
+
+    def __init__(self, model: nn.Module, tokens: int, fail: Callable[[], None] = out_of_memory) -> None:
+        self.seen: list[int] = []
+        self.tokens, forward = tokens, model.forward
+
+        def limited(input_ids: torch.Tensor, **kwargs: object) -> object:
+            self.seen.append(input_ids.numel())
+            if input_ids.numel() > tokens:
+                fail()
+            return forward(input_ids=input_ids, **kwargs)
+
+        model.forward = limited
+
+    @property
+    def ran_out(self) -> list[int]:
+        """Tokens of the passes that failed."""
+        return [count for count in self.seen if count > self.tokens]
 
 
 def token_task(groups: int = 20, length: int = 24, vocab: int = 99, seed: int = 0) -> TokenTask:

@@ -6,9 +6,8 @@ import random
 
 import numpy as np
 import pytest
-import torch
 from conftest import NUM_LAYERS, build_model
-from fakes import token_task
+from fakes import LimitedMemory, token_task
 from peft import PeftModel, get_peft_model
 from tiny_tokenizer import tiny_bpe
 from transformers import PreTrainedModel
@@ -62,28 +61,11 @@ def test_the_fitness_is_the_mean_probability_of_a_contexts_targets():
     np.testing.assert_allclose(fitness_by_context(scores), expected, rtol=1e-4)
 
 
-class LimitedMemory:
-    """A forward pass that runs out of memory above `tokens` tokens."""
-
-    def __init__(self, model: PeftModel, tokens: int) -> None:
-        self.seen: list[int] = []
-        base = model.get_base_model()
-        forward = base.forward
-
-        def limited(input_ids: torch.Tensor, **kwargs: object) -> object:
-            self.seen.append(input_ids.numel())
-            if input_ids.numel() > tokens:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return forward(input_ids=input_ids, **kwargs)
-
-        base.forward = limited
-
-
 def test_running_out_of_memory_halves_the_batches_for_good():
     vectors, examples = random_vectors(4), split(groups=8)
     expected = evaluator(with_adapter(build_model("llama")), 1000).scores(vectors, examples)
     model = with_adapter(build_model("llama"))
-    memory = LimitedMemory(model, 120)
+    memory = LimitedMemory(model.get_base_model(), 120)
     runner = evaluator(model, 1000)
     for one, other in zip(runner.scores(vectors, examples), expected, strict=True):
         np.testing.assert_allclose(one.log_prob, other.log_prob, atol=1e-5)
@@ -95,7 +77,7 @@ def test_running_out_of_memory_halves_the_batches_for_good():
 
 def test_too_little_memory_for_a_row_is_said():
     model = with_adapter(build_model("llama"))
-    LimitedMemory(model, 10)
+    LimitedMemory(model.get_base_model(), 10)
     with pytest.raises(TaskError, match="out of memory even with --batch-tokens 64"):
         evaluator(model).scores(random_vectors(2), split())
 
