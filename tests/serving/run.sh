@@ -23,7 +23,7 @@ wheel = zipfile.ZipFile(next(Path(sys.argv[1]).glob("vllm*.whl")))
 metadata = message_from_bytes(wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA"))))
 print("\n".join(text for text in metadata.get_all("Requires-Dist") if "extra ==" not in text and text[:5] != "torch"))
 EOF
-    "$python" -m pip install -q torch==2.13.0 -r "$wheels/requirements.txt" -e ".[test]" "mlx[cpu]" mlx-lm "lm_eval[api]>=0.4.13"
+    "$python" -m pip install -q torch==2.13.0 -r "$wheels/requirements.txt" -e ".[test]" "mlx[cpu]" mlx-lm "lm_eval[api]>=0.4.13" trl
     "$python" -m pip install -q --no-deps "$wheels"/vllm*.whl
 fi
 export HF_HUB_OFFLINE=1
