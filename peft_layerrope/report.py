@@ -323,7 +323,10 @@ def format_factors(factors: Sequence[float]) -> str:
 
 def times_window(tokens: int, window: int | None) -> str:
     """Writes `" = 2.0× the trained window"`, or nothing where that is not known."""
-    return f" = {tokens / window:.1f}× the trained window" if window else ""
+    if not window:
+        return ""
+    share = tokens / window
+    return f" = {share:.1f}× the trained window" if share >= 0.1 else f" = {share:.1g}× the trained window"
 
 
 def duration(seconds: float) -> str:

@@ -163,3 +163,15 @@ def test_a_table_has_its_cells_in_every_form(form, title):
     for words in (*table.header, *table.rows[1], title, table.caption, "50.0 [40.1, 59.9]"):
         assert words in text
     assert {"rich": "a_b <c>", "markdown": r"a\_b &lt;c>", "html": "a_b &lt;c&gt;"}[form] in text
+
+
+@pytest.mark.parametrize(
+    ("tokens", "window", "text"),
+    [
+        (512, 256, " = 2.0× the trained window"),
+        (1004, 32768, " = 0.03× the trained window"),  # not 0.0
+        (512, None, ""),
+    ],
+)
+def test_lengths_are_put_beside_the_window(tokens, window, text):
+    assert report.times_window(tokens, window) == text

@@ -195,17 +195,17 @@ def evaluate_command(
             if json_output is not None:
                 write_json(json_output, content)
             if plot is not None:
-                _draw(comparison, plot)
+                _draw(comparison, name, plot)
             if output is not None:  # the report last in JSON, so that where it is everything is
-                _draw(comparison, output / _PLOT_NAME.format(measure=comparison.measure))
+                _draw(comparison, name, output / _PLOT_NAME.format(measure=comparison.measure))
                 write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
                 write_atomically(output / _JSON_NAME, to_json(content, indent=2) + "\n")
                 out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
 
 
-def _draw(comparison: Comparison, image: Path) -> None:
+def _draw(comparison: Comparison, name: str, image: Path) -> None:
     with writing(image):
-        image.write_bytes(plot_comparison(comparison))
+        image.write_bytes(plot_comparison(comparison, name))
 
 
 def _candidates(adapters: list[str], baselines: list[str]) -> list[Candidate]:

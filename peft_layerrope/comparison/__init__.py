@@ -333,6 +333,6 @@ def comparison_markdown(comparison: Comparison) -> str:
     return "\n\n".join([*parts, *fitness_remark(comparison.scores)]) + "\n"
 
 
-def plot_comparison(comparison: Comparison) -> bytes:
-    """Draws every candidate's scores over the position, with 95 % bands, as PNG."""
-    return plot_by_position(comparison.scores, describe_setting(comparison))
+def plot_comparison(comparison: Comparison, model: str) -> bytes:
+    """Draws every candidate's scores over the position, with 95 % bands, as PNG; above them the model's name."""
+    return plot_by_position(comparison.scores, f"{model}: {describe_setting(comparison)}")

@@ -164,4 +164,4 @@ def test_generated_answers_are_labelled(metric):
 
 @pytest.mark.parametrize("measure", ["accuracy", "loss"])
 def test_the_plot_is_written(measure):
-    assert plot_comparison(comparison(measure)).startswith(b"\x89PNG")
+    assert plot_comparison(comparison(measure), "a model").startswith(b"\x89PNG")
