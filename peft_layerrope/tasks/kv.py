@@ -279,7 +279,12 @@ class KeyValueMix(PromptTask):
         for number, (turn, keys) in enumerate(product(range(len(_SHARES)), _MOST_KEYS)):
             share = _SHARES[(turn + number) % len(_SHARES)]  # another length with each turn of a kind
             own = {**settings, "seed": len(_SHARES) * len(_MOST_KEYS) * self.seed + number, "length": length // share}
-            self._parts.append(KeyValueRetrieval(tokenizer, keys=keys, num_positions=len(self.positions), **own))
+            try:
+                part = KeyValueRetrieval(tokenizer, keys=keys, num_positions=len(self.positions), **own)
+            except TaskError as error:
+                short = f"contexts of {length // share} tokens with {keys} keys"
+                raise TaskError(f"{self.name} with length={length} has {short}: {error}") from error
+            self._parts.append(part)
 
     @property
     def size(self) -> int:

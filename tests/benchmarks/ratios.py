@@ -2,6 +2,7 @@
 
     python tests/benchmarks/ratios.py                 # everything, about five minutes on two CPU cores
     python tests/benchmarks/ratios.py decode memory   # only lines that hold one of these words
+    python tests/benchmarks/ratios.py real --model MODEL_FOLDER  # of a real model, each layer with a factor of its own
 
 Run it on a machine that does nothing else: the differences are a hundredth of a forward pass.
 """
@@ -17,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,15 +78,27 @@ def grid_factors(num_hidden_layers: int) -> list[float]:
     return [1.0 + 0.1 * (layer % 11) for layer in range(num_hidden_layers)]
 
 
-def pair(shape: tuple[int, int]) -> tuple[torch.nn.Module, torch.nn.Module]:
+Pair = tuple[torch.nn.Module, torch.nn.Module]
+
+
+def with_and_without(base: torch.nn.Module, factors: list[float]) -> Pair:
     """The same model with an adapter (below its PeftModel) and without."""
-    base = tiny_llama(*shape)
-    adapted = get_peft_model(copy.deepcopy(base), LayerRopeConfig(layer_factors=grid_factors(shape[1])))
+    adapted = get_peft_model(copy.deepcopy(base), LayerRopeConfig(layer_factors=factors))
     return adapted.get_base_model().eval(), base
 
 
+def pair(shape: tuple[int, int]) -> Pair:
+    return with_and_without(tiny_llama(*shape), grid_factors(shape[1]))
+
+
+def real_pair(folder: str) -> Pair:
+    """In the checkpoint's dtype, as many factors as layers."""
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return with_and_without(base, [1 + 0.01 * layer for layer in range(base.config.num_hidden_layers)])
+
+
 @torch.inference_mode()
-def decode(shape: tuple[int, int], compiled: bool = False) -> Ratio:
+def decode(models: Pair, compiled: bool = False, rounds: int = 400) -> Ratio:
     """One token after a prompt of 64, with a KV cache."""
     token = torch.tensor([[1]])
 
@@ -97,11 +111,11 @@ def decode(shape: tuple[int, int], compiled: bool = False) -> Ratio:
         model(torch.ones(1, 64, dtype=torch.long), past_key_values=cache)
         return lambda: run(token, past_key_values=cache)
 
-    return interleaved(*map(decoder, pair(shape)), rounds=200 if compiled else 400)
+    return interleaved(*map(decoder, models), rounds=rounds)
 
 
 @torch.inference_mode()
-def prefill(shape: tuple[int, int], compiled: bool = False) -> Ratio:
+def prefill(models: Pair, compiled: bool = False) -> Ratio:
     """A prompt of 2,048 tokens, without a cache."""
     prompt = torch.randint(0, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
 
@@ -109,7 +123,7 @@ def prefill(shape: tuple[int, int], compiled: bool = False) -> Ratio:
         run = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
         return lambda: run(prompt, use_cache=False, logits_to_keep=1)
 
-    return interleaved(*map(prefiller, pair(shape)), rounds=21)
+    return interleaved(*map(prefiller, models), rounds=21)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -185,14 +199,18 @@ def evaluation() -> Ratio:
     )
 
 
-def measurements() -> Iterator[tuple[str, Callable[[], Ratio]]]:
+def measurements(model: str | None) -> Iterator[tuple[str, Callable[[], Ratio]]]:
+    if model is not None:
+        name = f"{Path(model).name}, real, a factor for each layer: adapter / base"
+        yield f"decode step, {name}", lambda: decode(real_pair(model), rounds=100)
+        yield f"prefill {PROMPT:,}, {name}", lambda: prefill(real_pair(model))
     for shape in (LARGE, SMALL):
         size = f"hidden {shape[0]} × {shape[1]} layers"
-        yield f"decode step, {size}: adapter / base", lambda shape=shape: decode(shape)
-        yield f"prefill {PROMPT:,}, {size}: adapter / base", lambda shape=shape: prefill(shape)
+        yield f"decode step, {size}: adapter / base", lambda shape=shape: decode(pair(shape))
+        yield f"prefill {PROMPT:,}, {size}: adapter / base", lambda shape=shape: prefill(pair(shape))
     size = f"hidden {SMALL[0]} × {SMALL[1]} layers"
-    yield f"decode step, compiled, {size}: adapter / base", lambda: decode(SMALL, compiled=True)
-    yield f"prefill {PROMPT:,}, compiled, {size}: adapter / base", lambda: prefill(SMALL, compiled=True)
+    yield f"decode step, compiled, {size}: adapter / base", lambda: decode(pair(SMALL), compiled=True, rounds=200)
+    yield f"prefill {PROMPT:,}, compiled, {size}: adapter / base", lambda: prefill(pair(SMALL), compiled=True)
     yield f"extra memory, prefill {LONG_PROMPT:,}: layers' tables", lambda: long_prefill_memory(LARGE)
     yield "loading, 32 layers: adapter / LoRA r=8", adapter_loading
     yield "evaluation: packed / one by one", evaluation
@@ -201,13 +219,14 @@ def measurements() -> Iterator[tuple[str, Callable[[], Ratio]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="measure only lines that hold one of these words")
-    words = parser.parse_args().words
+    parser.add_argument("--model", help="folder of a real model")
+    asked = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     table = Table("what", "median", "quartiles")
-    for name, measure in measurements():
-        if not words or any(word in name for word in words):
+    for name, measure in measurements(asked.model):
+        if not asked.words or any(word in name for word in asked.words):
             ratio = measure()
             table.add_row(name, f"{ratio.median:.3f}", f"{ratio.low:.3f} to {ratio.high:.3f}")
     Console(width=110).print(table)

@@ -199,8 +199,8 @@ def test_splits_of_a_mix_are_seeded_and_disjoint_and_grow_at_the_end():
 
 
 def test_a_mix_whose_short_contexts_have_no_room_is_refused():
-    with pytest.raises(TaskError, match="gold positions among"):
-        KeyValueMix(tiny_bpe(), length=400)
+    with pytest.raises(TaskError, match=r"length=1500.* 375 tokens.*uuid.*gold positions among"):
+        KeyValueMix(tiny_bpe(), length=1500)
 
 
 def test_generated_splits_are_seeded_and_disjoint_and_grow_at_the_end():
