@@ -143,12 +143,9 @@ class Sensitivity:
         if gain and gain != worth:
             advice.append(f"of these only {_named(gain, 'gain')} by a factor of their own.")
         if rising := self.rises_at_edge():
-            wider = f"--max-factor {2 * high - 1:.3g}"
-            advice.append(f"{_named(rising, 'still rise')} at {high:g}, the largest tried: try {wider}.")
+            advice.append(f"{_named(rising, 'still rise')} at {high:g}, the largest tried: try larger ones.")
         if falling := self.rises_at_low_edge():
-            advice.append(
-                f"{_named(falling, 'score')} best at {low:g}, the smallest tried: try --min-factor {low / 2:.3g}."
-            )
+            advice.append(f"{_named(falling, 'score')} best at {low:g}, the smallest tried: try smaller ones.")
         # with factors above 1 alone, the unscaled model is the low end of the range
         if losing := [layer for layer in worth if low > 1 and self.best_factor(layer) == 1.0]:
             advice.append(f"{_named(losing, 'lose')} with every factor above 1; none below 1 was tried.")

@@ -46,7 +46,7 @@ def facts(record: SearchRecord, config: LayerRopeConfig) -> Pairs:
         ("rope type", scaling),
         ("factors by layer", format_factors(config.layer_factors or record.layer_factors)),
         ("chosen", record.row(record.chosen).label),
-        ("range", f"{record.grid.min_factor:g} to {record.grid.max_factor:g} in steps of {record.grid.step:g}"),
+        ("range", "{:g} to {:g}".format(*record.grid.limits)),
     ]
     tried = record.evaluations.get("all_methods")
     if tried is not None:

@@ -37,7 +37,7 @@ from ..tuner.artifacts import check_no_model, save_adapter
 from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from .harm import Harm
 from .settings import SearchSettings
-from .space import FactorGrid, Factors
+from .space import FactorGrid, Factors, format_layers
 
 NONE, UNIFORM, BOUNDED, FIRST_REST, DECAY, PER_LAYER = (
     "none",
@@ -339,8 +339,8 @@ class SearchResult(HeldOutTables):
             lines.append(f"time: {sum(self.timing['seconds'].values()):.0f} s.")
         if self.edge_layers:
             lines.append(
-                f"note: the factors of layers {self.edge_layers} are at the edge of the range; a wider "
-                "--min-factor/--max-factor may find better ones."
+                f"note: the factors of layers {format_layers(self.edge_layers)} are at the edge of the range, "
+                "{:g} to {:g}: a wider one may hold better ones.".format(*self.settings.factor_limits)
             )
         return lines
 
@@ -479,7 +479,7 @@ class SearchRecord(HeldOutTables, _Checked):
     @property
     def grid(self) -> FactorGrid:
         """The factors that the search could choose from."""
-        return self.settings.grid
+        return self.settings.grid.of(self.settings.algorithm)
 
     @property
     def test(self) -> RecordedSplit | None:

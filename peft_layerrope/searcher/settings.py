@@ -29,8 +29,6 @@ from .space import FactorGrid, FactorSpace, default_scaled_layers, parse_layers
 
 MIN_STEPS = 4
 """Generations of a search that has little time."""
-WIDE_LIMITS = (0.25, 4.0)
-"""Smallest and largest factor of a search that is not the paper's, where no grid is given."""
 Algorithm = Literal["cma-es", "paper"]
 
 _scaling = partial(option, panel="Scaling")
@@ -137,16 +135,14 @@ class SearchSettings:
             raise SearchError(
                 f"max_distinct={self.max_distinct} is not for algorithm='paper', whose factors are those of a curve."
             )
+        self.grid.of(self.algorithm)  # the bounds
         self.adapter_config()  # rope_type, factor and window, by the adapter's own rules
 
     @property
     def factor_limits(self) -> tuple[float, float]:
-        """Smallest and largest factor: the grid's, but wider ones where a curve is not what is searched and no grid is
-        given.
-        """
-        if self.algorithm == "cma-es" and self.grid == FactorGrid():
-            return WIDE_LIMITS
-        return self.grid.min_factor, self.grid.values[-1]
+        """Smallest and largest factor."""
+        grid = self.grid.of(self.algorithm)
+        return grid.min_factor, grid.values[-1] if self.algorithm == "paper" else grid.max_factor
 
     def adapter_config(self, layer_factors: list[float] | None = None, **provenance: Any) -> LayerRopeConfig:
         """Returns the adapter config that these settings and `layer_factors` make."""
@@ -173,7 +169,7 @@ class SearchSettings:
         own = [layer for layer, source in enumerate(key_sources) if layer == source]
         if self.layers is None:
             default = default_scaled_layers(num_layers) if self.algorithm == "paper" else range(num_layers)
-            return FactorSpace(self.grid, tuple(i for i in default if i in own), key_sources)
+            return FactorSpace(self.grid.of(self.algorithm), tuple(i for i in default if i in own), key_sources)
         layers = tuple(sorted(set(self.layers)))
         if not layers or len(layers) != len(self.layers) or layers[0] < 0 or layers[-1] >= num_layers:
             raise SearchError(f"layers={list(self.layers)} must be distinct layer indices from 0 to {num_layers - 1}.")
@@ -183,7 +179,7 @@ class SearchSettings:
                 f"layers={list(self.layers)}: layers {bound} attend to keys of layers "
                 f"{[key_sources[layer] for layer in bound]} (a shared KV cache) and take their factors; name those."
             )
-        return FactorSpace(self.grid, layers, key_sources)
+        return FactorSpace(self.grid.of(self.algorithm), layers, key_sources)
 
 
 _MAX_BYTES = 1_000_000

@@ -19,6 +19,8 @@ from ..tuner.config import FACTOR_RANGE, MAX_LAYERS
 Factors = tuple[float, ...]
 """One factor per layer, every one on the grid (or exactly 1.0 for a layer left alone)."""
 
+PAPER_LIMITS, WIDE_LIMITS = (1.0, 2.0), (0.25, 4.0)
+"""Smallest and largest factor where none is given: of the paper's search, and of the other."""
 _MAX_VALUES = 1000
 _LIMITS = dict(zip(("ge", "le"), FACTOR_RANGE, strict=True))
 
@@ -28,17 +30,24 @@ _scaling = partial(option, panel="Scaling")
 
 @declared(SearchError)
 class FactorGrid:
-    """Factors `min_factor, min_factor + step, .. max_factor`. The paper's grid is 1.0, 1.1 .. 2.0.
+    """Factors `min_factor, min_factor + step, .. max_factor`. The paper's grid is 1.0, 1.1 .. 2.0, whose bounds stand for
+    those that are not given.
 
     Raises:
         SearchError: a value that cannot work, bounds in the wrong order, or none or too many factors between them.
     """
 
-    min_factor: Annotated[float, _scaling("Smallest factor of a layer.", **_LIMITS)] = 1.0
-    max_factor: Annotated[float, _scaling("Largest factor of a layer.", **_LIMITS)] = 2.0
-    step: Annotated[float, _scaling("Step of the factor grid.", gt=0)] = 0.1
+    min_factor: Annotated[
+        float | None, _scaling("Smallest factor of a layer. Default: 0.25; in the paper's search 1.", **_LIMITS)
+    ] = None
+    max_factor: Annotated[
+        float | None, _scaling("Largest factor of a layer. Default: 4; in the paper's search 2.", **_LIMITS)
+    ] = None
+    step: Annotated[float, _scaling("paper: step of the grid that factors are rounded to.", gt=0)] = 0.1
 
     def __post_init__(self) -> None:
+        if self.min_factor is None or self.max_factor is None:
+            return
         if self.max_factor <= self.min_factor:
             raise SearchError(f"max_factor={self.max_factor} must be greater than min_factor={self.min_factor}.")
         steps = (self.max_factor - self.min_factor) / self.step
@@ -47,16 +56,32 @@ class FactorGrid:
         if steps < 1 - 1e-9:
             raise SearchError(f"step={self.step} is larger than the range {self.min_factor}..{self.max_factor}.")
 
+    def of(self, algorithm: str) -> FactorGrid:
+        """Returns the grid with the algorithm's own bounds where it has none.
+
+        Raises:
+            SearchError: the bound that it has lies beyond the other.
+        """
+        low, high = PAPER_LIMITS if algorithm == "paper" else WIDE_LIMITS
+        low = low if self.min_factor is None else self.min_factor
+        return FactorGrid(low, high if self.max_factor is None else self.max_factor, self.step)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Smallest and largest factor."""
+        low, high = PAPER_LIMITS
+        return low if self.min_factor is None else self.min_factor, high if self.max_factor is None else self.max_factor
+
     @property
     def values(self) -> tuple[float, ...]:
         """All factors, ascending, free of floating-point dust (1.3, not 1.3000000000000003)."""
-        count = int((self.max_factor - self.min_factor) / self.step + 1e-9) + 1
-        return tuple(round(self.min_factor + i * self.step, 10) for i in range(count))
+        low, high = self.limits
+        return tuple(round(low + i * self.step, 10) for i in range(int((high - low) / self.step + 1e-9) + 1))
 
     def snap(self, values: Sequence[float] | np.ndarray) -> list[float]:
         """Clips to the range and rounds to the grid."""
         grid = self.values
-        indices = np.clip(np.rint((np.asarray(values) - self.min_factor) / self.step), 0, len(grid) - 1).astype(int)
+        indices = np.clip(np.rint((np.asarray(values) - grid[0]) / self.step), 0, len(grid) - 1).astype(int)
         return [grid[i] for i in indices]
 
 
@@ -183,14 +208,13 @@ class BezierGenome:
     @property
     def bounds(self) -> tuple[list[float], list[float]]:
         """Lower and upper bound of each gene."""
-        grid = self._space.grid
-        return [grid.min_factor] * 4 + [0.0] * 2, [grid.max_factor] * 4 + [1.0] * 2
+        low, high = self._space.grid.limits
+        return [low] * 4 + [0.0] * 2, [high] * 4 + [1.0] * 2
 
     def random(self, rng: random.Random) -> list[float]:
         """Draws genes: factors around the middle of the range (1.5 by default)."""
-        grid = self._space.grid
-        middle, spread = (grid.min_factor + grid.max_factor) / 2, (grid.max_factor - grid.min_factor) / 4
-        heights = [min(max(rng.gauss(middle, spread), grid.min_factor), grid.max_factor) for _ in range(4)]
+        low, high = self._space.grid.limits
+        heights = [min(max(rng.gauss((low + high) / 2, (high - low) / 4), low), high) for _ in range(4)]
         return [*heights, rng.random(), rng.random()]
 
     def decode(self, genes: Sequence[float]) -> Factors:

@@ -132,8 +132,8 @@ def test_minutes_decide_the_steps_of_the_demo_too(in_file, tmp_path):
 def test_an_option_beside_the_file_goes_first(tmp_path):
     file = tmp_path / "search.yaml"
     file.write_text("task: {length: 128, num_positions: 3}\nsearch: {steps: 1, test_groups: 3}\n")
-    done = run("search", "--output", str(tmp_path / "out"), "--config", str(file), "--max-factor", "1")
-    message = "error: max_factor=1.0 must be greater than min_factor=1.0.\n"
+    done = run("search", "--output", str(tmp_path / "out"), "--config", str(file), "--max-factor", "0.2")
+    message = "error: max_factor=0.2 must be greater than min_factor=0.25.\n"
     assert (done.exit_code, done.stderr) == (2, message)
     file.write_text("task: {lenght: 128}\n")
     done = run("search", "--output", str(tmp_path / "out"), "--config", str(file))
@@ -148,7 +148,8 @@ def test_an_option_beside_the_file_goes_first(tmp_path):
     [
         (["--population", "1"], 2, "'--population'"),
         (["--factor", "2"], 2, "factor=2.0 has no effect with rope_type='default'"),
-        (["--max-factor", "0.5"], 2, "max_factor=0.5 must be greater than min_factor=1.0"),
+        (["--algorithm", "paper", "--max-factor", "0.5"], 2, "max_factor=0.5 must be greater than min_factor=1.0"),
+        (["--max-factor", "0.2"], 2, "max_factor=0.2 must be greater than min_factor=0.25"),
         (["--length", "16"], 2, "length=16 tokens holds 2 of 256 pairs"),
         (["--resume", "--overwrite"], 2, "--resume keeps what is there and --overwrite replaces it"),
         (["--layers", "0-9"], 2, "must be distinct layer indices from 0 to 5."),

@@ -42,11 +42,11 @@ def test_every_move_is_decoded_as_by_hand(demo_model, layers, grid):
     places = {"y0": (0, 1), "y1": (1, 1), "y2": (2, 1), "y3": (3, 1), "x1": (1, 0), "x2": (2, 0)}
     for move in found:
         point, axis = places[move.coordinate]
-        low, high = (0, 1) if axis == 0 else (grid.min_factor, grid.max_factor)
+        low, high = (0, 1) if axis == 0 else grid.limits
         moved = [list(p) for p in POINTS]
         moved[point][axis] = min(max(moved[point][axis] + 0.3 * move.sign, low), high)
         assert move.after == pytest.approx(moved[point][axis])
-        assert move.factors == decoded_by_hand(moved, layers, 6, grid.min_factor, grid.max_factor, grid.step)
+        assert move.factors == decoded_by_hand(moved, layers, 6, *grid.limits, grid.step)
 
 
 def test_moves_are_scored_as_by_hand(demo_model, demo_tokenizer):

@@ -62,7 +62,7 @@ def changed(path: tuple, value) -> dict:
 def test_it_is_read(tmp_path):
     (tmp_path / "search.json").write_text(json.dumps(record_values() | {"later": "field"}))
     record = read_record(tmp_path)
-    assert record.grid == FactorGrid()
+    assert record.grid == FactorGrid(1.0, 2.0, 0.1)
     assert record.test.groups == 200
     assert record.row("refined").scores.average_accuracy == 0.6
     assert record.row("line") is None

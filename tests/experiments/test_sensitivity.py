@@ -224,7 +224,7 @@ def test_advice_names_layers_and_options():
     assert result.advice() == [
         "search layers 0-1,3 (--layers 0-1,3): the others change nothing measurable by themselves.",
         "of these only layers 0-1 gain by a factor of their own.",
-        "layer 1 still rises at 2, the largest tried: try --max-factor 3.",
+        "layer 1 still rises at 2, the largest tried: try larger ones.",
         "layer 3 loses with every factor above 1; none below 1 was tried.",
     ]
     assert result.subtitle() == "made up, 128 tokens = 2.0× the trained window, 16 contexts of the search split"
@@ -244,7 +244,7 @@ def test_factors_below_one_have_an_edge_as_well():
     result = made_up({0: [0.5, 0.3], 1: [0.3, 0.5], 2: [-0.3, -0.2]}, factors=(0.6, 0.8))
     assert result.rises_at_edge() == ()  # 0.8 is the largest tried, but 1.0 lies beyond it and is known
     assert result.rises_at_low_edge() == (0,)
-    assert result.advice()[-1] == "layer 0 scores best at 0.6, the smallest tried: try --min-factor 0.3."
+    assert result.advice()[-1] == "layer 0 scores best at 0.6, the smallest tried: try smaller ones."
 
 
 def test_a_rise_at_the_edge_must_be_significant():

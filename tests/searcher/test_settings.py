@@ -80,6 +80,21 @@ def test_layers_must_own_their_keys():
 
 
 @pytest.mark.parametrize(
+    ("algorithm", "grid", "limits"),
+    [
+        ("cma-es", FactorGrid(), (0.25, 4.0)),
+        ("cma-es", FactorGrid(max_factor=8.0), (0.25, 8.0)),  # one bound leaves the other as it was
+        ("cma-es", FactorGrid(min_factor=1.0), (1.0, 4.0)),
+        ("cma-es", FactorGrid(1.0, 2.0), (1.0, 2.0)),
+        ("paper", FactorGrid(), (1.0, 2.0)),
+        ("paper", FactorGrid(max_factor=3.04), (1.0, 3.0)),
+    ],
+)
+def test_a_bound_that_is_not_given_is_the_algorithms(algorithm, grid, limits):
+    assert SearchSettings(algorithm=algorithm, grid=grid).factor_limits == limits
+
+
+@pytest.mark.parametrize(
     ("fields", "reach"),
     [
         ({"algorithm": "paper"}, 128),

@@ -67,7 +67,11 @@ def test_what_is_left_out_has_its_default():
         ({"search": {"seed": datetime.date(2025, 1, 1)}}, "search.seed='2025-01-01' must"),
         ({"search": {"weights": [1, 2]}}, "search.weights[2] is missing."),
         ({"search": {"population": 1}}, "search.population=1 must be"),
-        ({"search": {"grid": {"min_factor": 3}}}, "max_factor=2.0 must be greater than min_factor=3.0."),
+        ({"search": {"grid": {"min_factor": 5}}}, "max_factor=4.0 must be greater than min_factor=5.0."),
+        (
+            {"search": {"grid": {"min_factor": 3}, "algorithm": "paper"}},
+            "max_factor=2.0 must be greater than min_factor=3.0.",
+        ),
         ({"search": {"grid": {"step": float("inf")}}}, "search.grid.step=inf must be"),
         ({"search": {"layers": "7-"}}, "layers '7-'"),
         ({"model": "\ud800"}, "JSON"),
