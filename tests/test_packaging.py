@@ -192,6 +192,11 @@ def test_help_and_version_wait_for_nothing_heavy(option):
     assert ("sensitivity" if option == "--help" else peft_layerrope.__version__) in done.stdout
 
 
+def test_a_slip_waits_for_nothing_heavy_either():
+    done = subprocess.run([sys.executable, "-c", COMMAND, "evalute"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "Did you mean 'evaluate'?" in done.stderr) == (2, True)
+
+
 def test_the_help_lists_the_commands_with_their_own_first_sentences():
     group = typer.main.get_command(app)
     with group.make_context("layerrope", ["verify"]) as context:

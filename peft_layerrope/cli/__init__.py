@@ -54,7 +54,9 @@ class Commands(TyperGroup):
         return TyperCommand(cmd_name, help=SUMMARIES[cmd_name])
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> tuple:
-        if len(self.commands) < len(SUMMARIES):
+        if args[0] not in SUMMARIES:  # a slip, for which the nearest command is told
+            self.commands = {name: self.get_command(ctx, name) for name in SUMMARIES}
+        elif len(self.commands) < len(SUMMARIES):
             for name in ("evaluate", "report", "search", "tools", "experiments"):
                 import_module(f".{name}", __package__)
             self.commands = typer.main.get_command(app).commands

@@ -17,6 +17,7 @@ from ..base_model import describe_loading, load_tokenizer
 from ..comparison import (
     Comparison,
     by_position_tables,
+    check_candidates,
     compare,
     comparison_markdown,
     describe_setting,
@@ -148,6 +149,7 @@ def evaluate_command(
         raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
     if loaded is None:
         loaded = load(source)
+    check_candidates(loaded, candidates)
     found = None
     if isinstance(built, PromptTask):
         # What the unscaled model writes, by which the answers' likelihood is measured. A run that goes on has the

@@ -30,12 +30,12 @@ from . import err, plain_errors
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
-def check_output(output: Path | None, resume: bool, overwrite: bool, in_use: bool = False) -> None:
+def check_output(output: Path | None, resume: bool | None, overwrite: bool, in_use: bool = False) -> None:
     """Refuses a folder that cannot be used for results; of no folder, what needs one.
 
     Args:
         output: the folder.
-        resume: whether to go on with what is in it.
+        resume: whether to go on with what is in it; None: nobody can.
         overwrite: whether to replace that.
         in_use: whether another run may be at work there, as nothing is going to be written.
 
@@ -58,7 +58,8 @@ def check_output(output: Path | None, resume: bool, overwrite: bool, in_use: boo
     elif not existing.is_dir() or not os.access(existing, os.W_OK):
         problem = "is not writable"
     elif existing == output and not (resume or overwrite) and any(path.name != LOCK_NAME for path in output.iterdir()):
-        problem = "is not empty; pass --resume to go on with what is in it, --overwrite to replace it"
+        on = "" if resume is None else "--resume to go on with what is in it, "
+        problem = f"is not empty; pass {on}--overwrite to replace it"
     if problem is not None:
         raise TaskError(f"--output {output} {problem}.")
 

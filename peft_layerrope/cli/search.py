@@ -21,6 +21,7 @@ from ..errors import SearchError
 from ..runs import RUN_FOLDER, locked
 from ..searcher import SearchResult, plan_search
 from ..searcher import search as run_search
+from ..searcher.plan import Plan
 from ..searcher.result import TIMING_NAME
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
@@ -46,6 +47,7 @@ _run_option = partial(typer.Option, rich_help_panel="Running")
 
 _DEMO = {"steps": 64, "max_harm": None, "test_groups": 100}  # it is asked beyond its window, and knows no other text
 _USUAL_LENGTH = 4096  # tokens: the middle is lost far inside the window, and a longer prompt takes longer
+_LATE = 1.1  # times the minutes that were asked for, from which on it is told
 _SIZES = ("length", "num_keys", "difficulty", "data")
 _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT)
 
@@ -105,8 +107,14 @@ def search(
         task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
         specification, built = replace(specification, task=task), build_task(task, tokenizer)
     if dry_run:
-        out.print(plan_search(loaded, built, specification.search).sentence())
+        plan = plan_search(loaded, built, specification.search)
+        out.print(plan.sentence())
+        _warn_of_time(plan, specification.search)
         return
+
+    def planned(plan: Plan) -> None:
+        err.print(plan.sentence(), highlight=False)
+        _warn_of_time(plan, specification.search)
 
     with ExitStack() as stack:
 
@@ -127,13 +135,22 @@ def search(
             folder=output / RUN_FOLDER,
             resume=resume,
             overwrite=overwrite,
-            on_plan=lambda plan: err.print(plan.sentence(), highlight=False),
+            on_plan=planned,
             on_begin=begun,
             distribute=distribute,
             enough=stack.enter_context(_first_interrupt()),
         )
         result.save(output)
     _print_result(result, output)
+
+
+def _warn_of_time(plan: Plan, settings: SearchSettings) -> None:
+    if settings.steps is None and plan.search_seconds > _LATE * 60 * settings.minutes:
+        err.print(
+            f"That is more than --minutes {settings.minutes:g}: no search takes less here. Shorter prompts, by "
+            "--length or --num-keys, make it quicker.",
+            highlight=False,
+        )
 
 
 def _asked_before(output: Path, config: Path | None, resume: bool, typed: Typed) -> SearchSpecification:
@@ -172,7 +189,10 @@ def _first_interrupt() -> Iterator[Callable[[], bool]]:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(number)
-        err.print("Enough: finishing with what there is. Once more stops at once; --resume goes on.")
+        err.print(
+            "Enough: no other generation begins. What there is is compared, chosen from and tested, which takes "
+            "minutes; once more stops at once, and --resume goes on."
+        )
 
     before = signal.signal(signal.SIGINT, handle)
     try:

@@ -14,7 +14,7 @@ import typer
 
 from .. import hub
 from ..base_model import load_tokenizer
-from ..errors import LayerRopeError, TaskError
+from ..errors import InvalidConfigError, LayerRopeError, TaskError
 from ..experiments.layer_sensitivity import (
     DEFAULT_FACTORS,
     NAME,
@@ -27,6 +27,7 @@ from ..experiments.measuring import DEFAULT_GROUPS, Measuring
 from ..files import to_json, writing
 from ..lm_eval_tasks import lm_eval_tasks_path
 from ..loading import load_adapter, load_adapter_config
+from ..messages import DEMO_NAME, public_name, shown
 from ..report import Table
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import Scorer
@@ -64,6 +65,15 @@ from .options import (
 )
 
 
+def _check_named(model: str | None, config: LayerRopeConfig) -> None:
+    """Refuses to take the demo model for an adapter of another: a stranger's file does not say what is loaded."""
+    base = config.base_model_name_or_path
+    if model is None and base not in (None, "", DEMO_NAME):
+        raise InvalidConfigError(
+            f"the adapter is for {shown(public_name(base))}: name the model, its Hub id or folder."
+        )
+
+
 @app.command(name="verify")
 @takes_settings
 def verify_command(
@@ -87,10 +97,12 @@ def verify_command(
     Example: `layerrope verify meta-llama/Llama-3.1-8B-Instruct --adapter my-adapter`
     """
     check_file(json_output, "--json")
+    config = load_adapter_config(adapter) if adapter is not None else None
+    if config is not None:
+        _check_named(model, config)
     source = Compute.of(model, loading).source
     loaded = load(source)
-    subject = load_adapter(loaded, adapter) if adapter is not None else loaded
-    result = verify(subject, load_adapter_config(adapter) if adapter is not None else None)
+    result = verify(load_adapter(loaded, adapter) if adapter is not None else loaded, config)
     if json_output is not None:
         write_json(json_output, result.to_dict())
     name = display_name(source.model)
@@ -334,12 +346,14 @@ def export_command(
     one rope per type of layers, `remote-code` any factors, by a file of code in the checkpoint. The logits are compared
     with the adapter's before the folder is there; what a format cannot say is refused, with the layers named.
 
-    Example: `layerrope export my-adapter --format remote-code --output my-model`
+    Example: `layerrope export my-adapter Qwen/Qwen2.5-0.5B-Instruct --format remote-code --output my-model`
 
     Example: `layerrope export my-adapter Qwen/Qwen3-0.6B --format mellum --output my-model`
     """
-    check_output(output, resume=False, overwrite=overwrite)
-    config, source = load_adapter_config(adapter), Compute.of(model, loading).source
+    check_output(output, resume=None, overwrite=overwrite)
+    config = load_adapter_config(adapter)
+    _check_named(model, config)
+    source = Compute.of(model, loading).source
     loaded, tokenizer = load(source), load_tokenizer(source)
     if max_distinct is not None:
         merged = replace(config, layer_factors=merged_factors(config.layer_factors, max_distinct))
@@ -366,7 +380,9 @@ def serve_check_command(
 
     Example: `layerrope serve-check http://localhost:8000 Qwen/Qwen2.5-0.5B-Instruct --adapter my-adapter`
     """
-    config, source = load_adapter_config(adapter), Compute.of(model, loading).source
+    config = load_adapter_config(adapter)
+    _check_named(model, config)
+    source = Compute.of(model, loading).source
     loaded = load(source)
     found = check_server(url, loaded, config, probe_prompts(loaded, load_tokenizer(source)))
     found.raise_unless_scaled()

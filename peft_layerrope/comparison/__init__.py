@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..base_model import describe_loading, library_versions, model_fingerprint
-from ..errors import TaskError
+from ..errors import AdapterMismatchError, TaskError
 from ..plots import plot_by_position
 from ..report import (
     ACCURACY,
@@ -138,7 +138,7 @@ def compare(
     else:
         check_judged(split)
     check_vocabulary(model, split.examples)
-    described = _described(model, candidates)
+    described = check_candidates(model, candidates)
     identity = {
         "dtype": str(embedding_table(model).dtype),
         "device": embedding_table(model).device.type,
@@ -183,15 +183,23 @@ def _kept_parts(journal: Journal, label: str) -> list[PositionScores]:
     return found
 
 
-def _described(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
-    """What each candidate is, after putting every one onto the model once: a wrong one must not cost hours."""
+def check_candidates(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, dict[str, Any]]:
+    """Puts every candidate onto the model once: a wrong one must not cost hours. Returns what each is, by label.
+
+    Raises:
+        TaskError: candidates of one label.
+        LayerRopeError: an adapter that cannot be loaded or does not fit.
+    """
     labels = [candidate.label for candidate in candidates]
     if len(set(labels)) != max(1, len(labels)):
         raise TaskError(f"candidates {labels} must be at least one, and each of a label of its own.")
     described: dict[str, dict[str, Any]] = {}
     for candidate in candidates:
-        with candidate_on(model, candidate):
-            known = described[candidate.label] = candidate.identity()
+        try:
+            with candidate_on(model, candidate):
+                known = described[candidate.label] = candidate.identity()
+        except AdapterMismatchError as error:
+            raise AdapterMismatchError(f"{candidate.label}: {error}") from error
         config = candidate.layer_rope(len(find_stack(model).layers))
         if config is not None:
             known["layer_factors"] = config.layer_factors

@@ -149,7 +149,7 @@ class HeldOutTables:
                 line += [f"{row.harm.divergence.value:.4f}", f"{rise.value:+.4f}" if rise is not None else "–"]
             rows.append((*line, format_factors(row.factors)))
         header = ("method", "tried", "fitness", *(("KL", "text loss") if harmed else ()), "factors")
-        title = "Chosen on the search split"
+        title = "Found on the search split"
         return Table(header, tuple(rows), title, meanings(header), (0, len(header) - 1))
 
     def held_out_table(self) -> Table:

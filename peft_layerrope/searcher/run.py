@@ -370,8 +370,8 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
         )
     else:
         verdict = (
-            f'result: "{label}". On the validation split no more elaborate choice under {bound} on ordinary text is '
-            "better than it by an interval that excludes 0."
+            f'result: "{label}", the simplest choice that none under {bound} on ordinary text clearly beats on the '
+            "validation split: by an interval that excludes 0."
         )
     text = f"harm: divergence on text that the unscaled model wrote {_HARM.mean(harm.divergence)} nats"
     if harm.loss_rise is not None:

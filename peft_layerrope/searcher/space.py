@@ -30,7 +30,7 @@ _scaling = partial(option, panel="Scaling")
 
 @declared(SearchError)
 class FactorGrid:
-    """Factors `min_factor, min_factor + step, .. max_factor`. The paper's grid is 1.0, 1.1 .. 2.0, whose bounds stand for
+    """Factors `min_factor, min_factor + step, .. max_factor`. The paper's grid is 1.0, 1.1 .. 2.0; its bounds stand for
     those that are not given.
 
     Raises:

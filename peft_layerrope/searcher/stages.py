@@ -265,15 +265,19 @@ class Stages:
         for name, values in races.items():
             vectors = list(dict.fromkeys(self._rounded(family.log_factors(np.array([value]))) for value in values))
             alone = len(schedule.rounds) if NONE not in results else 0
-            with self._stage(race_of(name), alone + sum(schedule.running(len(vectors)))):
+            measured = _RESIZED if name == BOUNDED else 0
+            with self._stage(race_of(name), alone + sum(schedule.running(len(vectors))) + measured):
                 if NONE not in results:
                     starts = np.cumsum([0, *schedule.rounds[:-1]]).tolist()
                     parts = [
                         self._by_context([unscaled], *part)[0] for part in zip(starts, schedule.rounds, strict=True)
                     ]
                     results[NONE] = MethodResult(unscaled, float(np.mean(np.concatenate(parts))), 1)
-                results[name] = self._raced(vectors, schedule)
-                best = results[name]
+                best = self._raced(vectors, schedule)
+                if name == BOUNDED:  # where the bound lies was reckoned from one window of each text
+                    kept = self._rounded(self._within_bound(np.log(best.factors), grow=False))
+                    best = replace(best, factors=kept)
+                results[name] = best
                 self.audience.note(f"{best.factors[-1]:g}: {best.fitness:.3f}, unscaled {results[NONE].fitness:.3f}")
         return {BOUNDED: results[UNIFORM], **results}
 
@@ -357,7 +361,8 @@ class Stages:
                 farthest = min(farthest, float(allowed))
             return self._rounded(farthest * ray)
 
-        with self._stage(steps_of(name), count + FINALISTS + (self.settings.max_distinct is not None)):
+        resized = _RESIZED if bound is not None else 0
+        with self._stage(steps_of(name), count + FINALISTS + (self.settings.max_distinct is not None) + resized):
             generated = adapt(family, count, score, self.settings.seed, self._log_limits)
             centroids = self._until_enough(name, count, generated)
             last = centroids[-max(1, round(len(centroids) * _AVERAGED_SHARE)) :]
@@ -375,7 +380,7 @@ class Stages:
                 unmerged, fitness = fitness, float(np.mean(self._by_context([merged], *split)[0]))
                 self.audience.note(f"{len(set(best))} factors {unmerged:.3f}, {len(set(merged))} {fitness:.3f}")
                 best = merged
-        found = self._rounded(self._within_bound(np.log(best)))
+            found = self._rounded(self._within_bound(np.log(best)))
         evaluations = len(centroids) * population_of(family.num_parameters)
         return MethodResult(found, fitness, evaluations, tuple(generations), unmerged=unmerged)
 
@@ -464,9 +469,9 @@ class Stages:
         bound = self.settings.max_harm
         return bound * (_READ_TO_WRITTEN if self.read else 1.0) if bound is not None else None
 
-    def _within_bound(self, log_factors: np.ndarray) -> np.ndarray:
+    def _within_bound(self, log_factors: np.ndarray, grow: bool = True) -> np.ndarray:
         """Log-factors made smaller together until the harm to text is about within its bound, and as large as is found
-        to keep to it.
+        to keep to it; those that keep to it as they are become larger only if they may `grow`.
         """
         bound = self.settings.max_harm
         if bound is None:
@@ -478,7 +483,7 @@ class Stages:
             share, found = allowed_share(harm.divergence.value, rise, bound), (size, max(harm.divergence.value, rise))
             inside, outside = (found, outside) if share >= 1 else (inside, found)
             following = size * share if inside is None or outside is None else between(inside, outside, bound)
-            if inside is not None and following < _RESIZED_ENOUGH * inside[0]:
+            if inside is not None and (following < _RESIZED_ENOUGH * inside[0] or (inside[0] == 1.0 and not grow)):
                 break
             size = following
         return (size if inside is None else inside[0]) * log_factors

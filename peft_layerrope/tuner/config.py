@@ -18,7 +18,7 @@ from pydantic import Field
 from ..declaration import declared
 from ..errors import AdapterMismatchError, InvalidConfigError
 from ..files import AdapterFiles, read_json_object
-from ..messages import shown, shown_names
+from ..messages import public_name, shown, shown_names
 from .scaling import RopeType
 
 PEFT_TYPE_NAME = "LAYER_ROPE"
@@ -220,7 +220,7 @@ class LayerRopeConfig(PeftConfig):
         """
         factors = [1.0] * num_hidden_layers if self.layer_factors is None else list(self.layer_factors)
         if len(factors) != num_hidden_layers:
-            raise AdapterMismatchError(
-                f"layer_factors has {len(factors)} entries, but {owner} has {num_hidden_layers} decoder layers."
-            )
+            base = self.base_model_name_or_path
+            found = f"layer_factors has {len(factors)} entries, but {owner} has {num_hidden_layers} decoder layers."
+            raise AdapterMismatchError(found + (f" They are for {shown(public_name(base))}." if base else ""))
         return factors

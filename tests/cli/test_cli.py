@@ -127,6 +127,7 @@ def test_minutes_decide_the_steps_of_the_demo_too(in_file, tmp_path):
     done = run("search", "--output", str(tmp_path / "out"), "--length", "128", "--positions", "3", *asked, "--dry-run")
     assert done.exit_code == 0
     assert "--steps 4 " in " ".join(done.stdout.split())
+    assert "more than --minutes 0.01" in " ".join(done.stderr.split())
 
 
 def test_an_option_beside_the_file_goes_first(tmp_path):
@@ -194,6 +195,21 @@ def test_an_adapter_for_another_model_names_both_depths(tmp_path, demo_model):
     done = run("evaluate", "--adapter", str(tmp_path), "--length", "128")
     assert done.exit_code == 1 or done.exit_code == 2
     assert f"layer_factors has {layers + 1} entries, but llama has {layers} decoder layers." in done.stderr
+
+
+@pytest.mark.parametrize("command", [("verify", "--adapter"), ("export", "--format=remote-code", "--output={}/out")])
+def test_an_adapter_of_another_model_is_not_taken_for_the_demos(command, tmp_path):
+    config = LayerRopeConfig(layer_factors=[1.5] * 6, base_model_name_or_path="/home/me/six-layers")
+    save_adapter(config, tmp_path / "six")
+    done = run(*(part.format(tmp_path) for part in command), str(tmp_path / "six"))
+    assert (done.exit_code, "the adapter is for 'six-layers'" in done.stderr) == (2, True)
+
+
+def test_an_export_has_nothing_to_go_on_with(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    done = run("export", "adapter", "--format", "remote-code", "--output", str(tmp_path / "out"))
+    assert (done.exit_code, "--resume" in done.stderr, "--overwrite" in done.stderr) == (2, False, True)
 
 
 @pytest.mark.parametrize("option", ["--verbose", "-v", "--debug"])

@@ -132,6 +132,14 @@ def writer(tmp_path_factory):
 ASKED = ("--task", "kv_retrieval", "--keys", "words", "--num-keys", "5", "--positions", "3", "--groups", "3")
 
 
+def test_an_adapter_of_another_model_is_refused_before_any_prompt_is_answered(writer, tmp_path, monkeypatch):
+    config = LayerRopeConfig(layer_factors=[1.5] * 9)
+    save_adapter(config, tmp_path / "nine")
+    monkeypatch.setattr(command, "preflight", None)  # to call it would be an error of another kind
+    done = run("evaluate", str(writer), *ASKED, "--adapter", str(tmp_path / "nine"))
+    assert (done.exit_code, "nine: layer_factors has 9 entries" in done.stderr) == (1, True)
+
+
 def test_answers_are_written_unless_only_read_off(writer, tmp_path):
     shown, reports = {}, {}
     for name, options in (("written", ("--max-new-tokens", "7")), ("forced", ("--teacher-forced",))):

@@ -141,7 +141,7 @@ def test_a_journal_must_be_resumed(stopped):
     ("change", "name"),
     [
         ({"seed": 4}, "settings.seed was 3 there and is 4 now"),
-        ({"grid": FactorGrid(1.0, 2.0, 0.5)}, "settings.grid.step was 0.1 there and is 0.5 now"),
+        ({"grid": FactorGrid(step=0.5)}, "settings.grid.step was 0.1 there and is 0.5 now"),
         ({"algorithm": "paper"}, 'settings.algorithm was "cma-es" there and is "paper" now'),
         ({"max_harm": 0.5}, "settings.max_harm was 0.01 there and is 0.5 now"),
         ({"model": small_model("mistral")}, "model was "),

@@ -221,6 +221,17 @@ def test_the_bound_is_used_but_for_little_however_fast_harm_grows(monkeypatch, p
     assert used > 0.0085 or grown > 1.25**3 - 1e-9
 
 
+@pytest.mark.parametrize(("first", "size"), [(0.001, 1.0), (0.0099, 1.0), (0.02, 0.67), (0.3, 0.17)])
+def test_a_uniform_factor_is_made_smaller_where_it_breaks_the_bound_and_never_larger(monkeypatch, first, size):
+    stages = object.__new__(Stages)
+    stages.settings = SearchSettings(max_harm=0.01)
+    monkeypatch.setattr(stages, "_rounded", lambda vector: vector, raising=False)
+    monkeypatch.setattr(stages, "_harm_on_text", lambda v: harmless(first * (v[0] / 0.2) ** 2), raising=False)
+    found = stages._within_bound(np.array([0.2, 0.2]), grow=False)
+    assert found[0] == found[1] == pytest.approx(0.2 * size, abs=0.003)
+    assert first * (found[0] / 0.2) ** 2 <= 0.01
+
+
 def harmless(value: float = 0.0) -> Harm:
     return Harm(Interval(value, value - 0.002, value + 0.002), Interval(0.0, -0.01, 0.01))
 
