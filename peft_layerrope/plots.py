@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, SymmetricalLogLocator
 
 from .report import ACCURACY, Unit, printable, unit_of
 from .scoring.scores import Interval, PositionScores
@@ -163,9 +163,14 @@ def plot_gain_over_harm(
         style = {"fmt": "o", "color": colour, "markersize": 5, "linewidth": 1, "label": label}
         axes.errorbar(harm.value, gain.value, along, across, **style)
     # close to 0 the axis is linear, and far from it a factor that ruins the text does not push the others together
-    axes.set_xscale("symlog", linthresh=bound if bound is not None else 0.01)
+    linear = bound if bound is not None else 0.01
+    axes.set_xscale("symlog", linthresh=linear)
+    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="harm to ordinary text (nats)", ylabel=f"gain over no scaling ({unit.step})")
+    axes.set(
+        xlabel=f"harm to ordinary text (nats; logarithmic beyond {linear:g})",
+        ylabel=f"gain over no scaling ({unit.step})",
+    )
     return to_png(figure, "Gain on the task, harm to ordinary text", subtitle)
 
 

@@ -87,6 +87,8 @@ def test_gain_over_harm_has_each_choice_with_both_intervals(drawn):
     np.testing.assert_allclose(across[:, 0], (0.04, 0.07))
     np.testing.assert_allclose(along[:, 1], (3.0, 13.0))
     assert any(list(line.get_xdata()) == [0.01, 0.01] for line in axes.get_lines())
+    # beyond the bound, where steps are no longer equal, there are numbers to read
+    assert {0.01, 0.02, 0.05} <= set(axes.get_xticks().round(9))
 
 
 @pytest.mark.parametrize(("measure", "scale"), [("accuracy", 100), ("loss", -1)])

@@ -361,17 +361,17 @@ def _result(
 def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tuple[str, ...]:
     """What came out, its harm, and what it took, in sentences."""
     chosen, harm = outcome.chosen, outcome.harm[outcome.chosen]
-    bound = "no bound" if settings.max_harm is None else f"a bound of {settings.max_harm:g} nats"
+    bound = "with no bound" if settings.max_harm is None else f"under a bound of {settings.max_harm:g} nats"
     label = LABELS[chosen]
     if chosen == PER_LAYER:
         verdict = (
-            f'result: "{label}". On the validation split it is better than every simpler choice under {bound} on '
+            f'result: "{label}". On the validation split it is better than every simpler choice {bound} on '
             "ordinary text."
         )
     else:
         verdict = (
-            f'result: "{label}", the simplest choice that none under {bound} on ordinary text clearly beats on the '
-            "validation split: by an interval that excludes 0."
+            f'result: "{label}". On the validation split it is the simplest choice that no other clearly beats, by an '
+            f"interval that excludes 0, {bound} on ordinary text."
         )
     text = f"harm: divergence on text that the unscaled model wrote {_HARM.mean(harm.divergence)} nats"
     if harm.loss_rise is not None:
