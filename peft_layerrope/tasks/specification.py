@@ -174,7 +174,10 @@ def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBa
         raise TaskError("the model's config names no trained window (max_position_embeddings): pass a length.")
     name = specification.name or DEFAULT_TASK
     if name in _NEEDS_DATA and specification.data is None:
-        raise TaskError(f"{name} needs data: a file of its kind, or for perplexity also datasets:NAME[:SPLIT].")
+        raise TaskError(
+            f"{name} needs data: a file of its kind, of which docs/evaluate.md names some, or for perplexity also "
+            "datasets:NAME[:SPLIT]."
+        )
     resolved = replace(specification, name=name, length=length)  # checks what belongs to the task
     given = {setting: getattr(resolved, setting) for setting in _SETTINGS[name] if setting != "difficulty"}
     settings = {setting: value for setting, value in given.items() if value is not None}

@@ -92,8 +92,12 @@ def pair(shape: tuple[int, int]) -> Pair:
 
 
 def real_pair(folder: str) -> Pair:
-    """In the checkpoint's dtype, as many factors as layers."""
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    """In the checkpoint's dtype, as many factors as layers.
+
+    The parameters of both are frozen, as PEFT freezes them: for a weight that is, PyTorch's matrix product may copy it
+    before it computes the logits of the last token, which for a vocabulary of 150,000 takes a tenth of such a prefill.
+    """
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
     return with_and_without(base, [1 + 0.01 * layer for layer in range(base.config.num_hidden_layers)])
 
 
@@ -115,7 +119,7 @@ def decode(models: Pair, compiled: bool = False, rounds: int = 400) -> Ratio:
 
 
 @torch.inference_mode()
-def prefill(models: Pair, compiled: bool = False) -> Ratio:
+def prefill(models: Pair, compiled: bool = False, rounds: int = 21) -> Ratio:
     """A prompt of 2,048 tokens, without a cache."""
     prompt = torch.randint(0, 1000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
 
@@ -123,7 +127,7 @@ def prefill(models: Pair, compiled: bool = False) -> Ratio:
         run = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
         return lambda: run(prompt, use_cache=False, logits_to_keep=1)
 
-    return interleaved(*map(prefiller, models), rounds=21)
+    return interleaved(*map(prefiller, models), rounds=rounds)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -203,7 +207,7 @@ def measurements(model: str | None) -> Iterator[tuple[str, Callable[[], Ratio]]]
     if model is not None:
         name = f"{Path(model).name}, real, a factor for each layer: adapter / base"
         yield f"decode step, {name}", lambda: decode(real_pair(model), rounds=100)
-        yield f"prefill {PROMPT:,}, {name}", lambda: prefill(real_pair(model))
+        yield f"prefill {PROMPT:,}, {name}", lambda: prefill(real_pair(model), rounds=9)
     for shape in (LARGE, SMALL):
         size = f"hidden {shape[0]} × {shape[1]} layers"
         yield f"decode step, {size}: adapter / base", lambda shape=shape: decode(pair(shape))
