@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -359,6 +360,26 @@ def logits_at(model: nn.Module, columns: torch.Tensor, **inputs: Any) -> torch.T
     if logits.shape[1] != len(columns):  # a model that does not know `logits_to_keep` returns every column
         logits = logits[:, columns]
     return logits
+
+
+@contextmanager
+def whole_rows(model: nn.Module) -> Iterator[None]:
+    """Has the output layer get what it multiplies in one piece of memory.
+
+    `generate()` gives it a slice of the prompt's rows. Where its weight is frozen, as PEFT freezes that of every model
+    which it puts an adapter on, PyTorch then copies the weight for each row: seconds, for a vocabulary of 150,000.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(
+        lambda _, args: (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_finite(model: nn.Module, split: Split, batch_tokens: int) -> None:

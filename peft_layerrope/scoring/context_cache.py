@@ -16,7 +16,7 @@ from torch import nn
 
 from ..tasks import Example, Split
 from ..tuner.sites import embedding_table
-from .batching import agrees, batched_by_length, padded, rotation_depends_on_length
+from .batching import agrees, batched_by_length, padded, rotation_depends_on_length, whole_rows
 
 _TRIAL = (tuple(range(1, 9)), tuple(range(9, 12)))
 """Token ids of the trial's context and of its question."""
@@ -76,7 +76,8 @@ def run_contexts(model: nn.Module, contexts: Sequence[Sequence[int]]) -> Context
     device = embedding_table(model).device
     ids, mask = (tensor.to(device) for tensor in padded(contexts, "left"))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    with whole_rows(model):
+        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     name = "cache" if "cache" in output.keys() else "past_key_values"  # noqa: SIM118  # older versions' name
     return ContextBatch({name: output[name]}, ids, mask)
 

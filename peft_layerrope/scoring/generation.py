@@ -22,7 +22,7 @@ from ..errors import TaskError
 from ..tasks import Example, Split
 from ..tasks.metrics import METRICS, Judge
 from ..tuner.sites import embedding_table
-from .batching import cells, padded
+from .batching import cells, padded, whole_rows
 from .context_cache import ContextBatch
 from .scores import PositionScores, WrittenAnswers
 
@@ -94,7 +94,7 @@ class AnswerWriter:
             eos_token_id=sorted(self._ends) or None,
             pad_token_id=min(self._ends, default=0),
         )
-        with _settings(self._model, settings):
+        with _settings(self._model, settings), whole_rows(self._model):
             output = self._model.generate(
                 ids.to(device),
                 attention_mask=mask.to(device),

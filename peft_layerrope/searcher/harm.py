@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import TaskError
 from ..messages import one_line
-from ..scoring.batching import judge_tokens, logits_at, with_halving
+from ..scoring.batching import judge_tokens, logits_at, whole_rows, with_halving
 from ..scoring.scores import Interval, mean_interval, rank_key
 from ..tasks.perplexity import tokenised
 from ..tuner.sites import embedding_table
@@ -125,7 +125,7 @@ def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int
                 samples += written[:, 0 if read else 1 :].tolist()
         return samples
 
-    with torch.no_grad():
+    with torch.no_grad(), whole_rows(model):
         samples, _ = with_halving(lambda tokens: attempt(max(1, tokens // size)), 16 * size)
     joined = [samples[i * per_window : (i + 1) * per_window] for i in range(num_windows)]
     return tuple(tuple(token for sample in window for token in sample)[:length] for window in joined)

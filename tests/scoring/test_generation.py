@@ -68,6 +68,20 @@ def test_an_answer_may_hold_an_end_of_text():
     assert Scorer(model).generate(split).correct.all()
 
 
+@pytest.mark.parametrize("batch_tokens", [100, 10_000])
+def test_the_output_layer_gets_its_rows_in_one_piece(batch_tokens):
+    """With a frozen weight, PyTorch multiplies other rows only after copying the weight for each of them."""
+    model = get_peft_model(build_model("llama"), LayerRopeConfig(layer_factors=[1.0, 1.5, 2.0, 1.2]))
+    head, strides = model.get_output_embeddings(), []
+    assert not head.weight.requires_grad
+    split = with_greedy_answers(model, random_split())
+    head.register_forward_hook(lambda module, args, logits: strides.append((args[0].shape, args[0].stride())))
+    Scorer(model, batch_tokens=batch_tokens).generate(split)
+    assert strides
+    assert all(stride == torch.empty(shape).stride() for shape, stride in strides)
+    assert not head._forward_pre_hooks
+
+
 def test_the_models_own_generation_settings_do_not_matter_and_stay(demo_model, beyond):
     settings = demo_model.generation_config
     settings.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1, min_new_tokens=2)
