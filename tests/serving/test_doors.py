@@ -19,7 +19,7 @@ import torch
 from conftest import logits, needs_adapter_methods, real_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-from transformers.utils.import_utils import is_serve_available
+from transformers.utils import import_utils
 
 from peft_layerrope import LayerRopeConfig, demo_model_path, restore_baked, verify
 from peft_layerrope.tuner.artifacts import save_adapter
@@ -123,7 +123,7 @@ def transformers_serve(folder: Path):
 
 
 @needs_adapter_methods
-@pytest.mark.skipif(not is_serve_available(), reason="transformers' server has packages of its own")
+@pytest.mark.skipif(not getattr(import_utils, "is_serve_available", bool)(), reason="transformers' server has packages of its own")
 def test_transformers_serve_answers_by_the_factors(base, adapter, beside):
     scaled, plain = scaled_and_plain(base, adapter)
     with transformers_serve(beside) as url:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import NUM_LAYERS, VOCAB, build_model, logits
+from conftest import IS_OLDER, NUM_LAYERS, VOCAB, build_model, logits
 from peft import get_peft_model
 from scipy.special import rel_entr
 from test_rope_scaling import gemma3
@@ -76,6 +76,8 @@ def test_transformers_alone_answers_as_the_adapter_does(
     tmp_path, demo_tokenizer, long_ids, form, family, fields, overrides
 ):
     needs(form)
+    if IS_OLDER and family == "gpt_neox":
+        pytest.skip("an older transformers opens it otherwise, and the export says so and is not kept")
     config = LayerRopeConfig(**fields)
     export(build_model(family, **overrides), demo_tokenizer, config, form, tmp_path / "out")
     found = reopened(tmp_path / "out", form)
