@@ -123,7 +123,9 @@ def transformers_serve(folder: Path):
 
 
 @needs_adapter_methods
-@pytest.mark.skipif(not getattr(import_utils, "is_serve_available", bool)(), reason="transformers' server has packages of its own")
+@pytest.mark.skipif(
+    not getattr(import_utils, "is_serve_available", bool)(), reason="transformers' server has packages of its own"
+)
 def test_transformers_serve_answers_by_the_factors(base, adapter, beside):
     scaled, plain = scaled_and_plain(base, adapter)
     with transformers_serve(beside) as url:
