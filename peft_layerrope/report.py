@@ -326,7 +326,7 @@ def times_window(tokens: int, window: int | None) -> str:
     if not window:
         return ""
     share = tokens / window
-    return f" = {share:.1f}× the trained window" if share >= 0.1 else f" = {share:.1g}× the trained window"
+    return f" = {share:{'.1f' if share >= 0.1 else '.1g'}}× the trained window"
 
 
 def duration(seconds: float) -> str:

@@ -149,9 +149,9 @@ def evaluate_command(
         raise TaskError(f"--buckets {buckets} is for perplexity; {specification.name} has gold positions.")
     if loaded is None:
         loaded = load(source)
-    check_candidates(loaded, candidates)
     found = None
     if isinstance(built, PromptTask):
+        check_candidates(loaded, candidates)  # comparing does it first; here the model is to write before that
         # What the unscaled model writes, by which the answers' likelihood is measured. A run that goes on has the
         # same targets, however this machine rounds.
         scorer, kept = Scorer(loaded, batch_tokens=compute.batch_tokens), output if resume else None

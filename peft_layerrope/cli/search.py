@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from rich.console import Console
 
 from ..base_model import check_source, load_tokenizer
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, SPECIFICATION_NAME
@@ -107,14 +108,8 @@ def search(
         task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
         specification, built = replace(specification, task=task), build_task(task, tokenizer)
     if dry_run:
-        plan = plan_search(loaded, built, specification.search)
-        out.print(plan.sentence())
-        _warn_of_time(plan, specification.search)
+        _tell(plan_search(loaded, built, specification.search), specification.search, out)
         return
-
-    def planned(plan: Plan) -> None:
-        err.print(plan.sentence(), highlight=False)
-        _warn_of_time(plan, specification.search)
 
     with ExitStack() as stack:
 
@@ -135,7 +130,7 @@ def search(
             folder=output / RUN_FOLDER,
             resume=resume,
             overwrite=overwrite,
-            on_plan=planned,
+            on_plan=partial(_tell, settings=specification.search, console=err),
             on_begin=begun,
             distribute=distribute,
             enough=stack.enter_context(_first_interrupt()),
@@ -144,7 +139,9 @@ def search(
     _print_result(result, output)
 
 
-def _warn_of_time(plan: Plan, settings: SearchSettings) -> None:
+def _tell(plan: Plan, settings: SearchSettings, console: Console) -> None:
+    """Prints the plan, and on stderr that it takes longer than was asked for."""
+    console.print(plan.sentence(), highlight=False)
     if settings.steps is None and plan.search_seconds > _LATE * 60 * settings.minutes:
         err.print(
             f"That is more than --minutes {settings.minutes:g}: no search takes less here. Shorter prompts, by "

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .. import hub
-from ..base_model import load_tokenizer
+from ..base_model import ModelSource, load_tokenizer
 from ..errors import InvalidConfigError, LayerRopeError, TaskError
 from ..experiments.layer_sensitivity import (
     DEFAULT_FACTORS,
@@ -65,13 +65,16 @@ from .options import (
 )
 
 
-def _check_named(model: str | None, config: LayerRopeConfig) -> None:
-    """Refuses to take the demo model for an adapter of another: a stranger's file does not say what is loaded."""
-    base = config.base_model_name_or_path
+def _source_of(model: str | None, loading: Typed, config: LayerRopeConfig | None) -> ModelSource:
+    """What was typed of a model. The demo model is not taken for an adapter of another: a stranger's file does not say
+    what is loaded.
+    """
+    base = config.base_model_name_or_path if config is not None else None
     if model is None and base not in (None, "", DEMO_NAME):
         raise InvalidConfigError(
             f"the adapter is for {shown(public_name(base))}: name the model, its Hub id or folder."
         )
+    return Compute.of(model, loading).source
 
 
 @app.command(name="verify")
@@ -98,9 +101,7 @@ def verify_command(
     """
     check_file(json_output, "--json")
     config = load_adapter_config(adapter) if adapter is not None else None
-    if config is not None:
-        _check_named(model, config)
-    source = Compute.of(model, loading).source
+    source = _source_of(model, loading, config)
     loaded = load(source)
     result = verify(load_adapter(loaded, adapter) if adapter is not None else loaded, config)
     if json_output is not None:
@@ -352,8 +353,7 @@ def export_command(
     """
     check_output(output, resume=None, overwrite=overwrite)
     config = load_adapter_config(adapter)
-    _check_named(model, config)
-    source = Compute.of(model, loading).source
+    source = _source_of(model, loading, config)
     loaded, tokenizer = load(source), load_tokenizer(source)
     if max_distinct is not None:
         merged = replace(config, layer_factors=merged_factors(config.layer_factors, max_distinct))
@@ -381,8 +381,7 @@ def serve_check_command(
     Example: `layerrope serve-check http://localhost:8000 Qwen/Qwen2.5-0.5B-Instruct --adapter my-adapter`
     """
     config = load_adapter_config(adapter)
-    _check_named(model, config)
-    source = Compute.of(model, loading).source
+    source = _source_of(model, loading, config)
     loaded = load(source)
     found = check_server(url, loaded, config, probe_prompts(loaded, load_tokenizer(source)))
     found.raise_unless_scaled()

@@ -14,7 +14,7 @@ from ..comparison.candidates import NO_SCALING, Candidate, candidate_on
 from ..errors import TaskError, UnsupportedModelError
 from ..plots import COLOURS, GREY, draw_line, new_figure, to_png
 from ..report import Table, Unit
-from ..scoring.batching import rotation_depends_on_length
+from ..scoring.batching import rotation_depends_on_length, whole_rows
 from ..scoring.scorer import Scorer
 from ..scoring.scores import mean_interval
 from ..searcher.space import format_layers
@@ -66,7 +66,8 @@ class AttentionReader:
         ids = torch.tensor([list(prompt)], device=self.model.get_input_embeddings().weight.device)
         cache = None
         if not self.whole:
-            cache = self.model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            with whole_rows(self.model):
+                cache = self.model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
             ids = ids[:, -1:]
         with _eager(self.model), without_memory(self.model), _recorded(find_stack(self.model).layers) as rows:
             self.model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)

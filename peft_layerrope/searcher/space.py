@@ -69,8 +69,8 @@ class FactorGrid:
     @property
     def limits(self) -> tuple[float, float]:
         """Smallest and largest factor."""
-        low, high = PAPER_LIMITS
-        return low if self.min_factor is None else self.min_factor, high if self.max_factor is None else self.max_factor
+        whole = self.of("paper")
+        return whole.min_factor, whole.max_factor
 
     @property
     def values(self) -> tuple[float, ...]:
