@@ -277,7 +277,12 @@ def _packed_rows(examples: Sequence[Example], same_length: bool) -> list[list[in
 
 def _row_length(row: Sequence[int], examples: Sequence[Example]) -> int:
     context = len(examples[row[0]].context_ids)
-    return context + sum(examples[i].num_tokens - context - 1 for i in row)
+    return context + sum(len(tokens) for tokens, _ in {_after_context(examples[i]) for i in row})
+
+
+def _after_context(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that are run after an example's context, and those of its answer, the last of which is not run."""
+    return example.asked_ids + example.answer_ids[:-1], example.answer_ids
 
 
 def _batch(
@@ -290,7 +295,8 @@ def _batch(
     """Builds one forward pass: each row is a context followed by the queries that share it.
 
     A query's tokens see the context and themselves, and their positions continue the context's, so each query
-    gets what it would get alone. Rows with one query use an ordinary causal mask with padding on the right.
+    gets what it would get alone. What several examples ask alike is run once. Rows with one query use an ordinary
+    causal mask with padding on the right.
     """
     parts: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions; 1 for the context, 2.. for queries
     answers: list[tuple[int, int, int, int]] = []  # row, column, token id, owner
@@ -299,14 +305,17 @@ def _batch(
     for r, row in enumerate(rows):
         context = examples[row[0]].context_ids
         ids, places, segments = list(context), list(range(len(context))), [1] * len(context)
-        for query, index in enumerate(row, start=2):
-            example, owner = examples[index], next(owners)
-            tokens = example.asked_ids + example.answer_ids[:-1]
-            first = len(ids) + len(tokens) - len(example.answer_ids)
-            answers += [(r, first + i, token, owner) for i, token in enumerate(example.answer_ids)]
-            ids += tokens
-            places += range(len(context), len(context) + len(tokens))
-            segments += [query] * len(tokens)
+        begin: dict[tuple, int] = {}  # of each query
+        for index in row:
+            query, owner = _after_context(examples[index]), next(owners)
+            tokens, answer = query
+            if query not in begin:
+                begin[query] = len(ids)
+                ids += tokens
+                places += range(len(context), len(context) + len(tokens))
+                segments += [len(begin) + 1] * len(tokens)
+            first = begin[query] + len(tokens) - len(answer)
+            answers += [(r, first + i, token, owner) for i, token in enumerate(answer)]
         parts.append((ids, places, segments))
     (input_ids, mask), (position_ids, _), (segment, _) = (
         tuple(tensor.to(device) for tensor in padded(part)) for part in zip(*parts, strict=True)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+from torch import nn
 
-from ..scoring.batching import can_pack
+from ..scoring.batching import can_pack, make_batches
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
 from ..tasks import KeyValueMix, KeyValueRetrieval, PromptTask, Split, SplitName, Task
@@ -87,6 +88,19 @@ def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
     count = min(_DENSER * len(task.positions), task.num_items)
     positions = {*task.positions, *spread_positions(task.num_items, max(3, count))}
     return task.split(name, contexts, sorted(positions))
+
+
+def probes(model: nn.Module, task: Task) -> tuple[Split, Split]:
+    """Returns two contexts to plan by, as they are asked: the longest, and one that takes about as long as most. They
+    are the same where all contexts are about as long.
+    """
+    turns = task.num_turns if isinstance(task, KeyValueMix) else 1
+    asked = densely_asked(task, "search", turns)
+    if turns == 1:
+        return asked, asked
+    ones = [asked.part(number, number + 1) for number in range(turns)]
+    tokens = np.array([sum(b.num_tokens for b in make_batches(model, one.examples, 1)) for one in ones])
+    return max(ones, key=lambda one: one.max_tokens), ones[int(np.argmin(abs(tokens - tokens.mean())))]
 
 
 def available(task: Task, split: SplitName, wanted: int) -> int:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,10 +22,10 @@ from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
-from ..tasks import KeyValueMix, PromptTask, Split, Task, check_disjoint
+from ..tasks import PromptTask, Split, Task, check_disjoint
 from ..tasks.base import check_task
 from ..tuner.sites import embedding_table, find_stack, trained_window
-from .evaluator import Evaluator, ModelEvaluator, available, contexts_to_ask, densely_asked, densely_scored
+from .evaluator import Evaluator, ModelEvaluator, available, contexts_to_ask, densely_asked, densely_scored, probes
 from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
 from .plan import (
     CONTROLS,
@@ -46,8 +45,8 @@ from .settings import MIN_STEPS, SearchSettings
 from .space import FactorSpace
 from .stages import SIMPLEST_FIRST, Outcome, Stages, end_changes
 
-_PREFLIGHT_COST = 2.5  # of a context whose questions are answered in writing, in times of scoring it
-_WRITING_COST = 2.0  # the same of the held-out test
+_PREFLIGHT_COST = 1.5  # of a context whose questions are answered in writing, in times of scoring it
+_WRITING_COST = 1.2  # the same of the held-out test
 _MIN_TEST_GROUPS = 20
 _HARM = Unit("harm", "nats", "nats", 1, 4)
 
@@ -234,24 +233,15 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 def _plan(
     scorer: Scorer, task: Task, settings: SearchSettings, space: FactorSpace, windows: Windows, started: float
 ) -> Plan:
-    spent, probe = since(started), densely_asked(task, "search", 1)
-    tokens = len(windows[0]) if windows else _text_tokens(scorer.model, probe)
-    rates = measured_rates(scorer, probe, tokens)
-    rates = replace(rates, context=rates.context * _typical(task))
+    spent, (longest, typical) = since(started), probes(scorer.model, task)
+    tokens = len(windows[0]) if windows else _text_tokens(scorer.model, longest)
+    rates = measured_rates(scorer, typical, tokens)
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     schedule = shortest if settings.steps else schedule_for(60 * settings.minutes - before, rates, shortest)
     test_groups, test_seconds = _test_size(task, settings, rates)
     seconds = {PREFLIGHT: before, **schedule.seconds(rates), TEST: test_seconds}
-    return Plan(schedule, seconds, test_groups, probe.max_tokens, tokens)
-
-
-def _typical(task: Task) -> float:
-    """Tokens of the mean context, by those of the first; where all are about as long, 1."""
-    if not isinstance(task, KeyValueMix):
-        return 1.0
-    first, *others = (e.num_tokens for e in task.split("search", task.num_turns, task.positions[:1]).examples)
-    return float(np.mean([first, *others])) / first
+    return Plan(schedule, seconds, test_groups, longest.max_tokens, tokens)
 
 
 def _test_size(task: Task, settings: SearchSettings, rates: Rates) -> tuple[int, float]:

@@ -24,7 +24,7 @@ SAYS_PLAN = "repeats this plan"
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "found"
-        options = [*sys.argv[1:], *([] if "--dry-run" in sys.argv else ["--output", str(output)])]
+        options = [*sys.argv[1:], "--output", str(output)]
         started, told = time.perf_counter(), None
         command = [sys.executable, "-m", "peft_layerrope", "search", *options]
         process = subprocess.Popen(

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCAB, build_model, logits
-from fakes import LimitedMemory
+from fakes import LimitedMemory, token_task
 from families import build_tiny
 from peft import get_peft_model
 from scipy import stats
 
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
-from peft_layerrope.scoring.batching import can_pack, check_vocabulary, judge, with_halving
+from peft_layerrope.scoring.batching import answer_logits, can_pack, check_vocabulary, judge, make_batches, with_halving
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import utilisation
 
@@ -279,3 +279,17 @@ def test_the_vocabulary_is_found_where_the_embeddings_have_no_weight_of_their_ow
 
 def one_token(token: int) -> Split:
     return Split("test", 0, (0,), (Example((1,), (2,), (token,), 0, 0),))
+
+
+def test_what_several_examples_ask_alike_is_run_once():
+    model = build_model("llama")
+    one = token_task().split("search", 1)
+    (batch,), (doubled,) = (make_batches(model, times * one.examples, 10**6, packed=True) for times in (1, 2))
+    assert doubled.num_tokens == batch.num_tokens
+    assert doubled.examples == tuple(range(2 * len(one.examples)))
+    hits, values = (
+        t.tolist() for t in judge(answer_logits(model, doubled), doubled.gold, doubled.owner, len(doubled.examples))
+    )
+    alone = Scorer(model).score(one, packed=False)
+    np.testing.assert_allclose(values, [*alone.log_prob[0], *alone.log_prob[0]], atol=1e-4)
+    assert hits == [*alone.correct[0], *alone.correct[0]]

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, Split, TaskError
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.searcher.evaluator import ModelEvaluator, densely_asked, fitness_by_context
-from peft_layerrope.searcher.run import _typical
+from peft_layerrope.searcher.evaluator import ModelEvaluator, densely_asked, fitness_by_context, probes
 from peft_layerrope.searcher.space import Factors
 from peft_layerrope.tasks import KeyValueMix
 
@@ -93,7 +92,15 @@ def test_contexts_of_a_mix_are_asked_at_many_more_positions():
 
 def test_a_plan_knows_that_contexts_of_a_mix_differ_in_length():
     tokenizer = tiny_bpe()
+    model = build_model("llama", vocab_size=len(tokenizer))
     task = KeyValueMix(tokenizer, length=2600, num_positions=3)
-    tokens = [len(tokenizer(prompt.text)["input_ids"]) for prompt in task.prompts("search", 9)[::3]]
-    assert _typical(task) == pytest.approx(np.mean(tokens) / tokens[0], rel=0.02)
-    assert _typical(token_task()) == 1.0
+    longest, typical = probes(model, task)
+    contexts = [densely_asked(task, "search", 9).part(number, number + 1) for number in range(9)]
+
+    def tokens(one):  # a context and its different questions
+        return len(one.examples[0].context_ids) + sum(map(len, {e.asked_ids + e.answer_ids[:-1] for e in one.examples}))
+
+    assert longest.max_tokens == max(one.max_tokens for one in contexts)
+    distances = [abs(tokens(one) - np.mean([tokens(one) for one in contexts])) for one in contexts]
+    assert abs(tokens(typical) - np.mean([tokens(one) for one in contexts])) == min(distances)
+    assert probes(model, token_task())[0] == probes(model, token_task())[1] == densely_asked(token_task(), "search", 1)
