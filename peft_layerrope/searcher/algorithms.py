@@ -11,8 +11,7 @@ import numpy as np
 from deap import algorithms, base, cma, tools
 
 from ..scoring.scores import rank_key
-from .families import Family
-from .space import BezierGenome, Factors
+from .space import BezierGenome, Factors, Family
 
 
 class _Fitness(base.Fitness):

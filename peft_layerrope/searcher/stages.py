@@ -23,19 +23,6 @@ from ..tasks import Split
 from ..tuner.scaling import merged_factors
 from .algorithms import adapt, evolve, fitted_parabola, population_of
 from .evaluator import Evaluator, fitness_by_context
-from .families import (
-    AIMED,
-    Family,
-    allowed_share,
-    between,
-    decay_family,
-    farthest,
-    first_and_rest_family,
-    harm_of,
-    per_layer_family,
-    steepest,
-    uniform_family,
-)
 from .harm import (
     NUM_WRITTEN,
     Harm,
@@ -66,7 +53,22 @@ from .plan import (
 )
 from .result import BOUNDED, NONE, PER_LAYER, UNIFORM
 from .settings import SearchSettings
-from .space import BezierGenome, Factors, FactorSpace
+from .space import (
+    AIMED,
+    BezierGenome,
+    Factors,
+    FactorSpace,
+    Family,
+    allowed_share,
+    between,
+    decay_family,
+    farthest,
+    first_and_rest_family,
+    harm_of,
+    per_layer_family,
+    steepest,
+    uniform_family,
+)
 
 T = TypeVar("T")
 

@@ -11,8 +11,7 @@ import pytest
 from fakes import space_of
 
 from peft_layerrope.searcher.algorithms import ELITES, adapt, evolve, fitted_parabola, isolated_random
-from peft_layerrope.searcher.families import per_layer_family, uniform_family
-from peft_layerrope.searcher.space import BezierGenome, Factors
+from peft_layerrope.searcher.space import BezierGenome, Factors, per_layer_family, uniform_family
 
 RISING = (1.1, 1.3, 1.5, 1.7, 1.9)
 

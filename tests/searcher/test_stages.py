@@ -15,17 +15,6 @@ from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import SearchSettings, TaskError, search
 from peft_layerrope.scoring.scores import Interval
-from peft_layerrope.searcher.families import (
-    allowed_share,
-    between,
-    decay_family,
-    farthest,
-    first_and_rest_family,
-    harm_of,
-    per_layer_family,
-    steepest,
-    uniform_family,
-)
 from peft_layerrope.searcher.harm import (
     NUM_WINDOWS,
     Harm,
@@ -39,6 +28,17 @@ from peft_layerrope.searcher.harm import (
 )
 from peft_layerrope.searcher.plan import Rates, Schedule, schedule_for
 from peft_layerrope.searcher.settings import MIN_STEPS
+from peft_layerrope.searcher.space import (
+    allowed_share,
+    between,
+    decay_family,
+    farthest,
+    first_and_rest_family,
+    harm_of,
+    per_layer_family,
+    steepest,
+    uniform_family,
+)
 from peft_layerrope.searcher.stages import SIMPLEST_FIRST, Stages
 
 LAYERS = range(NUM_LAYERS)
