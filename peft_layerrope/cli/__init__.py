@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
@@ -66,13 +66,13 @@ class Commands(TyperGroup):
 app = typer.Typer(
     name="layerrope",
     cls=Commands,
-    help="Per-layer RoPE scaling as a PEFT adapter: search the factors, evaluate and verify them.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
+# what is printed may hold names and messages from anywhere: none of it is markup
+out = Console(highlight=False, markup=False)
+err = Console(highlight=False, markup=False, stderr=True)
 
 USAGE_ERROR, FAILURE, INTERRUPTED, TERMINATED = 2, 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
 _USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError)
@@ -82,11 +82,8 @@ _USAGE_ERRORS = (SearchError, TaskError, InvalidConfigError)
 def plain_errors(verbose: bool = False, quiet: bool = False, typed: Iterable[object] = ()) -> Iterator[None]:
     """One line per error: exit status 2 for settings that cannot work, 1 for a failure, 130 for Ctrl-C.
 
-    Args:
-        verbose: whether to leave errors as they are, and let transformers tell what it does.
-        quiet: whether to show nothing else on stderr.
-        typed: arguments and values of options. Where an error names one of them that does not exist, the nearest name
-            that does is told.
+    `verbose` leaves errors as they are, and lets transformers tell what it does; `quiet` shows nothing else on stderr.
+    Where an error names a path among what was `typed` that does not exist, the nearest name that does is told.
     """
     from transformers.utils import logging as transformers_logging
 
@@ -106,11 +103,14 @@ def plain_errors(verbose: bool = False, quiet: bool = False, typed: Iterable[obj
         if told is None:
             raise
         err.quiet = False
-        told = escape(told + _nearest(told, typed))
-        err.print(f"[bold red]error:[/] {told}", highlight=False, soft_wrap=True)
+        _tell_error(told + _nearest(told, typed))
         raise typer.Exit(USAGE_ERROR if isinstance(error, _USAGE_ERRORS) else FAILURE) from error
     finally:
         err.quiet = False
+
+
+def _tell_error(text: str) -> None:
+    err.print(Text.assemble(("error:", "bold red"), f" {text}"), soft_wrap=True)
 
 
 def _nearest(told: str, typed: Iterable[object]) -> str:
@@ -152,15 +152,13 @@ def _told(error: Exception) -> str | None:
 
 @contextmanager
 def resumable(how: str) -> Iterator[None]:
-    """Says how to go on after an interruption, and after a write that failed.
-
-    Args:
-        how: what to do, such as "the same command and --resume".
+    """Says how to go on after an interruption, and after a write that failed: `how`, such as "the same command and
+    --resume".
     """
     try:
         yield
     except KeyboardInterrupt:
-        err.print(f"interrupted; nothing is lost. Go on with {how}", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"interrupted; nothing is lost. Go on with {how}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except OSError as error:
         if error.filename is not None and not isinstance(error, BlockingIOError):  # a file that was being written
@@ -177,7 +175,7 @@ def shell_word(path: Path) -> str:
 
 def _version(value: bool) -> None:
     if value:
-        out.print(__version__, highlight=False)
+        out.print(__version__)
         raise typer.Exit()
 
 
@@ -223,7 +221,7 @@ def run() -> None:
         if error.filename is not None:  # not stdout
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at the end
-        err.print(f"[bold red]error:[/] the output cannot be written: {error.strerror}.", highlight=False)
+        _tell_error(f"the output cannot be written: {error.strerror}.")
         sys.exit(FAILURE)
     except SystemExit as done:
         if terminated and done.code == INTERRUPTED:

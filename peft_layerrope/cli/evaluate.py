@@ -47,7 +47,6 @@ from .options import (
     check_file,
     check_output,
     check_plot,
-    display_name,
     keep_date,
     load,
     remove_results,
@@ -139,9 +138,8 @@ def evaluate_command(
     tokenizer = load_tokenizer(source)
     specification = with_kept_date(specification, output, resume)
     specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
-    loaded = None
-    if specification.difficulty is not None:
-        loaded = load(source)
+    loaded = load(source) if specification.difficulty is not None else None
+    if loaded is not None:
         specification = with_difficulty(specification, tokenizer, loaded, compute.batch_tokens)
     built = build_task(specification, tokenizer)
     examples = built.split(split, groups)
@@ -187,7 +185,7 @@ def evaluate_command(
                 progress=progress,
             )
         try:
-            _print(comparison, display_name(source.model), found.remarks() if found is not None else [])
+            _print(comparison, source.model or "demo model", found.remarks() if found is not None else [])
         finally:  # also where nobody reads what is printed
             name = public_name(loaded.config._name_or_path)
             base = describe_loading(loaded)
@@ -202,7 +200,7 @@ def evaluate_command(
                 _draw(comparison, name, output / _PLOT_NAME.format(measure=comparison.measure))
                 write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
                 write_atomically(output / _JSON_NAME, to_json(content, indent=2) + "\n")
-                out.print(f"report, plot and scores: {output}", highlight=False, soft_wrap=True)
+                out.print(f"report, plot and scores: {output}", soft_wrap=True)
 
 
 def _draw(comparison: Comparison, name: str, image: Path) -> None:
@@ -245,9 +243,9 @@ def _progress(begun: Callable[[], None]) -> Iterator[Callable[[str, int, int], N
 
 
 def _print(comparison: Comparison, name: str, remarks: list[str]) -> None:
-    out.print(describe_setting(comparison), highlight=False)
+    out.print(describe_setting(comparison))
     for line in remarks:
-        out.print(line, highlight=False, markup=False)
+        out.print(line)
     if len(comparison.scores) == 1:
         label, scores = next(iter(comparison.scores.items()))
         out.print(position_table(scores, f"{name}, {label}").to_rich())
@@ -259,4 +257,4 @@ def _print(comparison: Comparison, name: str, remarks: list[str]) -> None:
         if table is not None:
             out.print(table.to_rich())
     for line in fitness_remark(comparison.scores):
-        out.print(line, highlight=False, markup=False)
+        out.print(line)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from ..tasks import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
-from . import app, err, out, resumable
+from . import SUMMARIES, app, err, out, resumable
 from .options import (
     TELLING,
     Compute,
@@ -52,7 +51,7 @@ from .options import (
 
 experiment_app = typer.Typer(
     name="experiment",
-    help="Measure what lies behind a search's figures: the paper's experiments, on held-out examples.",
+    help=SUMMARIES["experiment"],
     no_args_is_help=True,
 )
 app.add_typer(experiment_app)
@@ -75,13 +74,7 @@ class Kept:
     overwrite: Annotated[bool, _output("Replace an earlier result in --output.", "--overwrite")] = False
 
     def check(self, name: str) -> None:
-        """Refuses an output that the experiment of this name cannot use, before any work.
-
-        Raises:
-            SearchError: an output that holds a result already.
-            TaskError: no output to resume, one that cannot be written, or options that exclude each other.
-            BlockingIOError: another run of this experiment is at work there.
-        """
+        """Refuses an output that the experiment of this name cannot use, before any work."""
         anew = not self.resume and not self.overwrite
         if self.output is None:
             check_output(None, self.resume, self.overwrite)
@@ -135,30 +128,28 @@ class Run:
 
     def finish(self, experiment: Callable[[Measuring], Section]) -> None:
         """Runs the experiment unless a resumed run had ended, prints its section, and writes it to `--output`."""
-        folder = self.kept.output
-        model, dtype = self.model, self.compute.source.dtype
+        model, folder, resume = self.model, self.kept.output, self.kept.resume
 
         def made(work: Path | None = None) -> Section:
             with RichProgress(err) as audience:
-                measuring = Measuring(model, self.groups, self.compute.batch_tokens, work, self.kept.resume, audience)
+                measuring = Measuring(model, self.groups, self.compute.batch_tokens, work, resume, audience)
                 return replace(experiment(measuring), command=self.command)
 
-        with resumable("the same command and --resume.") if folder is not None else nullcontext():
-            if folder is None:
-                section = made()
-            else:
-                keep_date(self.specification, folder)
-                asked = {"command": self.command, "model": model_fingerprint(model), "dtype": dtype}
-                section = kept_section(folder, self.name, asked, self.kept.resume, made)
+        if folder is None:
+            out.print(to_rich(made()))
+            return
+        with resumable("the same command and --resume."):
+            keep_date(self.specification, folder)
+            dtype = self.compute.source.dtype
+            asked = {"command": self.command, "model": model_fingerprint(model), "dtype": dtype}
+            section = kept_section(folder, self.name, asked, resume, made)
         out.print(to_rich(section))
-        if folder is not None:
-            err.print(f"written: {folder / self.name}.json, .md and plots", highlight=False, soft_wrap=True)
+        err.print(f"written: {folder / self.name}.json, .md and plots", soft_wrap=True)
 
 
 def experiment(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a command `layerrope experiment NAME` of a function whose parameter `run` is a [`Run`].
-
-    The command has the function's other parameters and the options of all experiments.
+    """Makes a command `layerrope experiment NAME` of a function whose parameter `run` is a [`Run`]: with its other
+    parameters, and the options of all experiments.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -302,7 +293,7 @@ def extrapolation_command(
     if not wanted and run.window is not None:
         tasks, refused = default_lengths(run.make_task, run.specification, run.window)
         for length, reason in refused.items():
-            err.print(f"left out {length} tokens: {reason}", highlight=False, markup=False)
+            err.print(f"left out {length} tokens: {reason}")
     run.finish(lambda measuring: extrapolation.run_extrapolation(measuring, tasks, tested, further))
 
 

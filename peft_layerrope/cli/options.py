@@ -15,7 +15,7 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import ModelSource, check_source, describe_loading, load_base, load_config, parse_model_args
-from ..declaration import changed, declarations, declared, default_of, spellings
+from ..declaration import changed, declarations, declared, default_of, option, spellings
 from ..errors import InvalidConfigError, SearchError, TaskError
 from ..files import to_json, write_atomically, writing
 from ..messages import demo_model_path, public_name, shown
@@ -31,17 +31,8 @@ _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 
 def check_output(output: Path | None, resume: bool | None, overwrite: bool, in_use: bool = False) -> None:
-    """Refuses a folder that cannot be used for results; of no folder, what needs one.
-
-    Args:
-        output: the folder.
-        resume: whether to go on with what is in it; None: nobody can.
-        overwrite: whether to replace that.
-        in_use: whether another run may be at work there, as nothing is going to be written.
-
-    Raises:
-        TaskError: it cannot be written, holds something already, or options contradict each other.
-        BlockingIOError: another run is at work there.
+    """Refuses a folder that cannot be used for results; of no folder, what needs one. `resume` is None where nobody can
+    go on with what is in it. With `in_use` another run may be at work there, as nothing is going to be written.
     """
     if resume and overwrite:
         raise TaskError("--resume keeps what is there and --overwrite replaces it: pass one of them.")
@@ -122,26 +113,13 @@ def keep_date(task: TaskSpecification, folder: Path) -> None:
     write_atomically(path, task.chat_date + "\n")
 
 
-DEMO_LENGTH_FACTOR = 2  # the demo is searched beyond its window, which is what it repairs
-
-
-def display_name(model: str | None) -> str:
-    """What tables call a model."""
-    return "demo model" if model is None else model
-
-
 def load(source: ModelSource) -> PreTrainedModel:
     """Loads a model, and says so where its fine-tune names another base."""
     model = load_base(source)
     trained_on = describe_loading(model).get("peft", {}).get("trained_on")
     name = public_name(source.model or demo_model_path())
     if trained_on not in (None, name):
-        err.print(
-            f"note: peft={source.peft} was trained on {trained_on}, and is put onto {name}.",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        err.print(f"note: peft={source.peft} was trained on {trained_on}, and is put onto {name}.", soft_wrap=True)
     return model
 
 
@@ -160,13 +138,10 @@ def with_defaults(
 ) -> TaskSpecification:
     """Returns the specification with nothing left open that is known; `window` is None if the model's config does not
     say.
-
-    Raises:
-        TaskError: a setting that the resolved task does not have, or a chat template that does not work.
     """
     length = task.length
     if length is None and window is not None:
-        length = window * (DEMO_LENGTH_FACTOR if is_demo else 1)
+        length = window * (2 if is_demo else 1)  # the demo is searched beyond its window, which is what it repairs
     task = replace(task, name=task.name or ("kv_words" if is_demo else DEFAULT_TASK), length=length)
     return with_chat(task, tokenizer)
 
@@ -181,15 +156,13 @@ def with_difficulty(
     task: TaskSpecification, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, batch_tokens: int
 ) -> TaskSpecification:
     """Returns the specification with the number of items that `difficulty` finds for the unscaled model; says which."""
-    if task.difficulty is None:
-        return task
     easy = build_task(replace(task, difficulty=None), tokenizer)
 
     def tell(count: int, accuracy: float) -> None:
-        err.print(f"difficulty: {count} {easy.item}s, {100 * accuracy:.1f} % right answers", highlight=False)
+        err.print(f"difficulty: {count} {easy.item}s, {100 * accuracy:.1f} % right answers")
 
     found, _ = find_difficulty(Scorer(model, batch_tokens=batch_tokens), easy, tell=tell)
-    err.print(f"difficulty: {found.size_setting}={found.num_items} is chosen.", highlight=False)
+    err.print(f"difficulty: {found.size_setting}={found.num_items} is chosen.")
     return replace(task, difficulty=None, **{found.size_setting: found.num_items})
 
 
@@ -203,7 +176,7 @@ Typed = dict[str, Any]
 
 
 def options_of(
-    kind: type, *names: str, default: str | None = None, also: Mapping[str, str] | None = None
+    kind: type, *names: str, default: str | None = None, also: Mapping[str, str] = {}
 ) -> tuple[Parameter, ...]:
     """Makes options of the fields of a class that [`declared`] made, also of settings in settings; they stand in the
     annotation of a command's parameter, `Annotated[Typed, options_of(...)]`.
@@ -226,8 +199,12 @@ def options_of(
                 for end, limit in (("min", "ge"), ("max", "le"))
                 if hasattr(one, limit)
             }
+            # nothing where it is the field's name: typer then gives a flag its `--no-` as well
+            spelled = info.json_schema_extra["spellings"]
+            if name in also:
+                spelled = (*spellings(kind, name), also[name])
             shown = typer.Option(
-                *_spelled(kind, name, also or {}),
+                *spelled,
                 help=info.description,
                 rich_help_panel=info.json_schema_extra["panel"],
                 show_default=default or True,
@@ -237,12 +214,6 @@ def options_of(
             value = None if default else default_of(info)
             options.append(Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=annotation))
     return tuple(options)
-
-
-def _spelled(kind: type, name: str, also: Mapping[str, str]) -> tuple[str, ...]:
-    """Nothing where it is the field's name: typer then gives a flag its `--no-` as well."""
-    given = declarations(kind)[name].json_schema_extra["spellings"]
-    return (*spellings(kind, name), also[name]) if name in also else given
 
 
 def _typed_as(annotation: Any) -> Any:
@@ -266,15 +237,10 @@ TELLING = {
 
 
 def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a command take options that are made of settings, and say more or less than usual.
-
-    Args:
-        command: a function; each parameter is annotated as an option, an argument, or as what was typed of several
-            options, `Annotated[Typed, options_of(...)]`.
-
-    Returns:
-        What typer is to register: all options one by one in its signature. It calls the command with what was typed
-        of them; an option that was not given is absent.
+    """Returns what typer is to register of a command whose parameters are annotated as an option, an argument, or as
+    what was typed of several options, `Annotated[Typed, options_of(...)]`: all options one by one in its signature, and
+    those that say more or less than usual. It calls the command with what was typed; an option that was not given is
+    absent.
     """
     return with_parameters(command, parameters_of(command))
 
@@ -291,7 +257,12 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
 
 def with_parameters(command: Callable[..., Any], parameters: Mapping[str, Parameter]) -> Callable[..., Any]:
     """Does what [`takes_settings`] does, with parameters as [`parameters_of`] returns them."""
-    groups = {name: made for name, parameter in parameters.items() if (made := _made_of_settings(parameter))}
+    groups = {
+        name: made
+        for name, parameter in parameters.items()
+        for made in getattr(parameter.annotation, "__metadata__", ())
+        if isinstance(made, tuple)  # what [`options_of`] returned
+    }
     options = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
     for name, parameter in parameters.items():
         options += groups.get(name, (parameter,) if name != "context" else ())
@@ -311,12 +282,6 @@ def with_parameters(command: Callable[..., Any], parameters: Mapping[str, Parame
     flat.__signature__ = Signature(options)
     flat.__annotations__ = {option.name: option.annotation for option in options}
     return flat
-
-
-def _made_of_settings(parameter: Parameter) -> tuple[Parameter, ...]:
-    """The options that a parameter stands for."""
-    further = getattr(parameter.annotation, "__metadata__", ())
-    return next((one for one in further if isinstance(one, tuple)), ())
 
 
 task_option = partial(typer.Option, rich_help_panel="Task")
@@ -340,33 +305,28 @@ class Compute:
         return made
 
 
-MODEL_ARGS = Parameter(
-    "model_args",
-    Parameter.KEYWORD_ONLY,
-    default=None,
-    annotation=Annotated[
+@declared(InvalidConfigError)
+class _ModelArgs:
+    """All settings of a model in one text."""
+
+    model_args: Annotated[
         str | None,
-        typer.Option(
-            "--model-args",
-            help="How the model is loaded, key=value,key=value as lm-eval spells it: "
+        option(
+            "How the model is loaded, key=value,key=value as lm-eval spells it: "
             f"{', '.join(name for name in declarations(ModelSource) if name != 'model')}. peft is a fine-tune of "
             "yours, put onto the base before anything else.",
-            rich_help_panel="Model",
+            panel="Model",
         ),
-    ],
-)
+    ] = None
+
+
+MODEL_ARGS = options_of(_ModelArgs)
 
 
 def model_settings(model: str | None, typed: Typed) -> Typed:
-    """Returns what was typed with the model, and with the arguments of `--model-args` by their names.
-
-    Raises:
-        InvalidConfigError: an unknown argument, or one that contradicts an option.
-    """
-    given = {name: value for name, value in typed.items() if name != MODEL_ARGS.name}
-    if model is not None:
-        given["model"] = model
-    arguments = parse_model_args(typed.get(MODEL_ARGS.name) or "")
+    """Returns what was typed with the model, and with the arguments of `--model-args` by their names."""
+    given = dict(typed) if model is None else typed | {"model": model}
+    arguments = parse_model_args(given.pop("model_args", None) or "")
     ModelSource(**arguments)
     for name, value in arguments.items():
         if given.get(name, value) != value:
@@ -378,5 +338,5 @@ def model_settings(model: str | None, typed: Typed) -> Typed:
 
 
 TaskOptions = Annotated[Typed, options_of(TaskSpecification)]
-ComputeOptions = Annotated[Typed, (*options_of(Compute), MODEL_ARGS)]
-LoadOptions = Annotated[Typed, (*options_of(ModelSource), MODEL_ARGS)]
+ComputeOptions = Annotated[Typed, options_of(Compute) + MODEL_ARGS]
+LoadOptions = Annotated[Typed, options_of(ModelSource) + MODEL_ARGS]

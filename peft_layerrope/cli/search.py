@@ -59,7 +59,7 @@ def search(
     *,
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the report, the plots and the journal.")],
     model: ModelArgument = None,
-    typed: Annotated[Typed, (*options_of(SearchSpecification), MODEL_ARGS)],
+    typed: Annotated[Typed, options_of(SearchSpecification) + MODEL_ARGS],
     config: Annotated[
         Path | None, _run_option(help="A search.yaml to repeat; options given beside it go first.")
     ] = None,
@@ -141,12 +141,11 @@ def search(
 
 def _tell(plan: Plan, settings: SearchSettings, console: Console) -> None:
     """Prints the plan, and on stderr that it takes longer than was asked for."""
-    console.print(plan.sentence(), highlight=False)
+    console.print(plan.sentence())
     if settings.steps is None and plan.search_seconds > _LATE * 60 * settings.minutes:
         err.print(
             f"That is more than --minutes {settings.minutes:g}: no search takes less here. Shorter prompts, by "
             "--length or --num-keys, make it quicker.",
-            highlight=False,
         )
 
 
@@ -225,9 +224,9 @@ def _workers(count: int, address: str | None, specification: SearchSpecification
 def _print_result(result: SearchResult, output: Path) -> None:
     verdict, *remarks = result.remarks()
     out.print()
-    out.print(verdict, highlight=False)
+    out.print(verdict)
     out.print(result.choice_table().to_rich())
     out.print(result.scores_table(f"Held out: {result.subtitle()}").to_rich())
     for line in remarks:
-        out.print(line, highlight=False)
-    out.print(f"adapter, report and plots: {output}", highlight=False)
+        out.print(line)
+    out.print(f"adapter, report and plots: {output}")

@@ -53,7 +53,6 @@ from .options import (
     check_file,
     check_output,
     check_plot,
-    display_name,
     load,
     options_of,
     resolve_task,
@@ -106,7 +105,7 @@ def verify_command(
     result = verify(load_adapter(loaded, adapter) if adapter is not None else loaded, config)
     if json_output is not None:
         write_json(json_output, result.to_dict())
-    name = display_name(source.model)
+    name = source.model or "demo model"
     out.print(_verification_table(result, f"{name} + {adapter}" if adapter else name).to_rich(_style))
     result.raise_for_mismatch()
 
@@ -149,10 +148,10 @@ def sensitivity_command(
         measuring = Measuring(loaded, groups, compute.batch_tokens, audience=audience)
         result = sensitivity(measuring, task, config, factors or DEFAULT_FACTORS, layers)
     try:
-        table = sensitivity_table(result, f"{display_name(source.model)}: {result.subtitle()}")
+        table = sensitivity_table(result, f"{source.model or 'demo model'}: {result.subtitle()}")
         out.print(table.to_rich(change_style))
         for line in result.advice():
-            out.print(line, highlight=False)
+            out.print(line)
     finally:  # also where nobody reads what is printed
         if plot is not None:
             with writing(plot):
@@ -226,9 +225,9 @@ def _targets(task: PromptTask, compute: Compute, split: SplitName, groups: int) 
     scorer = Scorer(load(compute.source), batch_tokens=compute.batch_tokens)
     found = preflight(scorer, task, wanted={split: groups})
     for line in found.remarks():
-        err.print(line, highlight=False, markup=False)
+        err.print(line)
     for sample in found.samples:
-        err.print(f"for example: {sample}", highlight=False, markup=False)
+        err.print(f"for example: {sample}")
     decode = task.tokenizer.decode
     return [
         {"opening": decode(e.opening_ids), "target": [decode([token]) for token in e.answer_ids]}
@@ -358,10 +357,10 @@ def export_command(
     if max_distinct is not None:
         merged = replace(config, layer_factors=merged_factors(config.layer_factors, max_distinct))
         apart = divergence_between(loaded, config, merged, probe_prompts(loaded, tokenizer))
-        out.print(f"{max_distinct} different factors at most: divergence {apart:.2g} nats on text", highlight=False)
+        out.print(f"{max_distinct} different factors at most: divergence {apart:.2g} nats on text")
         config = merged
     difference = export(loaded, tokenizer, config, form, output)
-    out.print(f"{output}: its logits differ from the adapter's by {difference:.2g} at most", highlight=False)
+    out.print(f"{output}: its logits differ from the adapter's by {difference:.2g} at most")
 
 
 @app.command(name="serve-check")
@@ -388,7 +387,6 @@ def serve_check_command(
     out.print(
         f"the server serves the scaled model: its log-probabilities differ from it by {found.to_scaled:.2g}, from the "
         f"unscaled one by {found.to_unscaled:.2g}",
-        highlight=False,
     )
 
 
@@ -429,7 +427,7 @@ def push(
         base_model=base_model,
         license=license,
     )
-    out.print(commit.pr_url or commit.commit_url, highlight=False, soft_wrap=True)
+    out.print(commit.pr_url or commit.commit_url, soft_wrap=True)
 
 
 @app.command()
@@ -450,4 +448,4 @@ def pull(
     Example: `layerrope pull me/llama-long my-adapter --revision v2`
     """
     path = hub.pull(repo_id, folder, revision, overwrite=overwrite)
-    out.print(f"adapter: {path}", highlight=False, soft_wrap=True)
+    out.print(f"adapter: {path}", soft_wrap=True)
