@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..base_model import ModelSource, check_source, format_model_args, load_tokenizer
+from ..base_model import ModelSource, check_source, load_tokenizer
 from ..cards import SPECIFICATION_NAME
 from ..declaration import changed
 from ..errors import SearchError
@@ -95,8 +95,7 @@ def report_command(
     build_task(specification, tokenizer)  # one that cannot be made stops here
     request = ReportRequest(
         model=loaded,
-        model_option=compute.source.model,
-        model_args=format_model_args(compute.source),
+        source=compute.source,
         adapter=str(folder),
         config=config,
         record=record,
@@ -112,8 +111,8 @@ def report_command(
             ran, skipped = run_steps(request, sections, compute.batch_tokens, resume, audience)
         write_report(output, request, ran, skipped, command, markdown=kind == "md")
     for section_name, reason in skipped:
-        err.print(f"not run: {section_name}: {reason}", highlight=False, markup=False)
-    out.print(f"report: {output}", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"not run: {section_name}: {reason}")
+    out.print(f"report: {output}", soft_wrap=True)
 
 
 def _compute(searched: SearchSpecification, model: str | None, computing: Typed) -> Compute:

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from torch import nn
 
 from .. import __version__
-from ..base_model import model_fingerprint
+from ..base_model import ModelSource, format_model_args, model_fingerprint
 from ..comparison.candidates import Candidate
 from ..declaration import as_options
 from ..errors import LayerRopeError
@@ -114,9 +114,6 @@ def write_report(
 ) -> None:
     """Writes the report as HTML, or as Markdown with its pictures in a folder that is named as the file without its
     ending. `command` repeats it.
-
-    Raises:
-        OSError: a file cannot be written.
     """
     record, config = request.record, request.config
     sections = [held_out_section(record), factors_section(config), *experiments]
@@ -148,33 +145,18 @@ _QUICK_SWEEP = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """What a report is about.
+    """What a report is about."""
 
-    Attributes:
-        model: without an adapter.
-        model_option: the model as it was named on the command line; None: the demo model.
-        model_args: how it is loaded, as `--model-args` takes it; None: as usual.
-        adapter: its folder, as it was named.
-        config: its configuration.
-        record: its search.
-        specification: the task that it was searched on, resolved.
-        make_task: makes tasks.
-        others: further adapters.
-        num_groups: contexts of every experiment; None: each has its own default.
-        quick: fewer contexts and factors.
-    """
-
-    model: nn.Module
-    model_option: str | None
-    model_args: str | None
-    adapter: str
+    model: nn.Module  # without an adapter
+    source: ModelSource  # as which it was loaded
+    adapter: str  # its folder, as it was named
     config: LayerRopeConfig
     record: SearchRecord
-    specification: TaskSpecification
+    specification: TaskSpecification  # of the task that it was searched on, nothing left open
     make_task: MakeTask
-    others: Sequence[str]
-    num_groups: int | None
-    quick: bool
+    others: Sequence[str]  # further adapters
+    num_groups: int | None  # contexts of every experiment; None: each has its own default
+    quick: bool  # fewer contexts and factors
 
     def groups(self, name: str) -> int:
         """Contexts of an experiment."""
@@ -185,8 +167,8 @@ class ReportRequest:
         """The command line that repeats an experiment."""
         is_own = step.name == layer_sensitivity.NAME  # a command that is older than the experiments
         words = [step.name] if is_own else ["experiment", step.name]
-        words += [self.model_option] if self.model_option is not None else []
-        own = [("--model-args", self.model_args), *step.options]
+        words += [self.source.model] if self.source.model is not None else []
+        own = [("--model-args", format_model_args(self.source)), *step.options]
         return command_line(words, [*own, *as_options(self.specification), ("--groups", self.groups(step.name))])
 
     def asked(self, step: Step) -> dict[str, Any]:
@@ -204,17 +186,11 @@ class ReportRequest:
 
 @dataclass(frozen=True)
 class Step:
-    """One experiment of a report.
+    """One experiment of a report."""
 
-    Attributes:
-        name: of its section.
-        run: measures; raises a LayerRopeError if it does not apply.
-        options: beside model, task and contexts, for the command line that repeats it.
-    """
-
-    name: str
-    run: Callable[[Measuring], Section]
-    options: tuple[tuple[str, Any], ...] = ()
+    name: str  # of its section
+    run: Callable[[Measuring], Section]  # raises a LayerRopeError if it does not apply
+    options: tuple[tuple[str, Any], ...] = ()  # beside model, task and contexts, for the command that repeats it
 
 
 def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
@@ -260,10 +236,6 @@ def run_steps(
 
     Returns:
         The sections, and the names of experiments that do not apply, with the reason.
-
-    Raises:
-        BlockingIOError: another run is at work in `folder`.
-        OSError: a file cannot be written.
     """
     steps, skipped = report_steps(request)
     sections = []
