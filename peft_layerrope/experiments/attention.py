@@ -37,21 +37,14 @@ class AttentionReader:
     the length (Dynamic-NTK), keys in a cache would be those of a shorter prompt: then the whole prompt runs eagerly,
     one layer's map at a time.
 
-    Args:
-        model: a transformers model, with or without an adapter.
-
-    Attributes:
-        model: see above.
-        whole: whether the whole prompt runs eagerly.
-        layers: those that have attention weights, found by a trial.
-
     Raises:
         UnsupportedModelError: the model's attention cannot be read.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval()
-        self.whole = rotation_depends_on_length(model)
+        self.whole = rotation_depends_on_length(model)  # whether the whole prompt runs eagerly
+        # those that have attention weights
         self.layers = [layer for layer, row in enumerate(self._rows(_TRIAL)) if row is not None]
         if not self.layers:
             raise UnsupportedModelError(f"{model_type(model)}: its layers return no attention weights.")

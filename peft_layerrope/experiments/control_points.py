@@ -35,21 +35,13 @@ COORDINATES = ("y0", "y1", "y2", "y3", "x1", "x2")
 
 @dataclass(frozen=True)
 class Move:
-    """One coordinate moved.
-
-    Attributes:
-        coordinate: which one.
-        sign: up (1) or down (-1).
-        before: its value on the curve.
-        after: its value now; the same where the curve is at its limit.
-        factors: what the moved curve means.
-    """
+    """One coordinate moved."""
 
     coordinate: str
-    sign: int
-    before: float
-    after: float
-    factors: Factors
+    sign: int  # up (1) or down (-1)
+    before: float  # its value on the curve
+    after: float  # its value now; the same where the curve is at its limit
+    factors: Factors  # what the moved curve means
 
     @property
     def label(self) -> str:
@@ -65,10 +57,8 @@ def has_curve(config: LayerRopeConfig) -> bool:
 
 
 def genes_of(config: LayerRopeConfig) -> list[float]:
-    """Returns the curve's free coordinates in the search's order.
-
-    Raises:
-        SearchError: the adapter has no control points, or they are no curve over depth.
+    """Returns the curve's free coordinates in the search's order; raises SearchError if the adapter has no control
+    points, or they are no curve over depth.
     """
     if not has_curve(config):
         raise SearchError(
@@ -80,10 +70,8 @@ def genes_of(config: LayerRopeConfig) -> list[float]:
 
 
 def genome_of(model: nn.Module, config: LayerRopeConfig, grid: FactorGrid) -> BezierGenome:
-    """Returns what decodes the adapter's curve as its search did.
-
-    Raises:
-        SearchError: its scaled layers are not the model's.
+    """Returns what decodes the adapter's curve as its search did; raises SearchError if its scaled layers are not the
+    model's.
     """
     settings = SearchSettings(algorithm="paper", grid=grid, layers=config.scaled_layers)
     return BezierGenome(settings.space(find_stack(model).key_sources))

@@ -38,23 +38,14 @@ DEFAULT_FACTORS = (1.3, 1.6, 2.0)
 
 @dataclass(frozen=True)
 class LayerEffect:
-    """What scaling one layer does, all others at 1.0.
+    """What scaling one layer does, all others at 1.0."""
 
-    Attributes:
-        layer: the layer; those that attend to its keys are scaled with it.
-        factor: its factor.
-        accuracy_utilisation: context utilisation U of the accuracies, from 0 to 1.
-        accuracy_change: that minus the unscaled model's, with a paired 95 % interval over groups.
-        log_prob_utilisation: U of the gold log-probabilities, in nats.
-        log_prob_change: that minus the unscaled model's, likewise.
-    """
-
-    layer: int
+    layer: int  # those that attend to its keys are scaled with it
     factor: float
-    accuracy_utilisation: float
-    accuracy_change: Interval
-    log_prob_utilisation: float
-    log_prob_change: Interval
+    accuracy_utilisation: float  # context utilisation U of the accuracies, from 0 to 1
+    accuracy_change: Interval  # that minus the unscaled model's, with a paired 95 % interval over groups
+    log_prob_utilisation: float  # U of the gold log-probabilities, in nats
+    log_prob_change: Interval  # that minus the unscaled model's, likewise
 
 
 @dataclass(frozen=True)
@@ -63,32 +54,19 @@ class Sensitivity:
 
     Each of its intervals holds with 95 % by itself: of many effects that are none, one in twenty looks like one. And
     a layer without an effect of its own may have one together with others.
-
-    Attributes:
-        layers: the layers that were scaled, ascending.
-        factors: the factors that were tried, ascending.
-        accuracy: U of the unscaled model's accuracies, from 0 to 1.
-        log_prob: U of the unscaled model's gold log-probabilities, in nats.
-        effects: one for each layer and factor, layer by layer.
-        key_sources: for each layer of the model the one whose keys it attends to, mostly itself.
-        settings: rope type, global factor and the like.
-        model_name: name of the base model, free of local paths.
-        model_window: the model's trained window in tokens; None if its config does not say.
-        task: the task's description.
-        split: the split's description.
     """
 
-    layers: tuple[int, ...]
-    factors: tuple[float, ...]
-    accuracy: float
-    log_prob: float
-    effects: tuple[LayerEffect, ...]
-    key_sources: tuple[int, ...]
-    settings: dict[str, Any]
-    model_name: str
-    model_window: int | None
-    task: dict[str, Any]
-    split: dict[str, Any]
+    layers: tuple[int, ...]  # that were scaled, ascending
+    factors: tuple[float, ...]  # that were tried, ascending
+    accuracy: float  # U of the unscaled model's accuracies, from 0 to 1
+    log_prob: float  # U of the unscaled model's gold log-probabilities, in nats
+    effects: tuple[LayerEffect, ...]  # one for each layer and factor, layer by layer
+    key_sources: tuple[int, ...]  # for each layer of the model the one whose keys it attends to, mostly itself
+    settings: dict[str, Any]  # rope type, global factor and the like
+    model_name: str  # of the base model, free of local paths
+    model_window: int | None  # the model's trained window in tokens; None if its config does not say
+    task: dict[str, Any]  # its description
+    split: dict[str, Any]  # its description
 
     @property
     def measure(self) -> Measure:
@@ -195,14 +173,8 @@ def sensitivity(
     split, for what decides about a search should not be its test split.
 
     The differences are to the unscaled model: every layer's factor 1.0, the rope type in force. Layers with a shared KV
-    cache move with the layer whose keys they attend to.
-
-    Args:
-        measuring: model and contexts; nothing is kept in its folder.
-        task: where the examples come from.
-        config: whose rope type and global factor are in force.
-        factors: what each layer is scaled by, other than 1.
-        layers: which layers to scale, also as text such as `"0-3,7"`; default: all that rotate keys of their own.
+    cache move with the layer whose keys they attend to. Rope type and global factor are those of `config`; `layers` may
+    be text such as `"0-3,7"`, and are all that rotate keys of their own by default. Nothing is kept.
 
     Raises:
         LayerRopeError: a factor or a layer that cannot be.

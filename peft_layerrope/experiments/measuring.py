@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +38,14 @@ DEFAULT_GROUPS = {
 
 @dataclass
 class Measuring:
-    """What experiments measure with; it remembers what fits into memory.
+    """What experiments measure with; it remembers what fits into memory."""
 
-    Attributes:
-        model: a transformers causal language model without an adapter; left as it was found.
-        num_groups: contexts; each is asked at every position. Over fewer than two, intervals are infinite.
-        batch_tokens: tokens per forward pass; halved for good whenever memory runs out.
-        folder: where finished parts are kept; None: nowhere.
-        resume: whether to go on with those in `folder`; else they are replaced.
-        audience: whom to tell how far it is.
-    """
-
-    model: nn.Module
-    num_groups: int
-    batch_tokens: int = DEFAULT_BATCH_TOKENS
-    folder: Path | None = None
-    resume: bool = False
-    audience: SearchProgress = field(default_factory=SearchProgress)
+    model: nn.Module  # a transformers causal language model without an adapter; left as it was found
+    num_groups: int  # contexts; each is asked at every position. Over fewer than two, intervals are infinite
+    batch_tokens: int = DEFAULT_BATCH_TOKENS  # per forward pass; halved for good whenever memory runs out
+    folder: Path | None = None  # where finished parts are kept; None: nowhere
+    resume: bool = False  # whether to go on with those in `folder`; else they are replaced
+    audience: SearchProgress = field(default_factory=SearchProgress)  # whom to tell how far it is
 
     @property
     def window(self) -> int | None:
@@ -65,10 +56,8 @@ class Measuring:
         return task.split(name, self.num_groups)
 
     def split_by_position(self, task: Task, experiment: str) -> Split:
-        """Returns held-out contexts whose answers are right or wrong at three positions at least.
-
-        Raises:
-            TaskError: the task has no such positions, or cannot give so many contexts.
+        """Returns held-out contexts whose answers are right or wrong at three positions at least, or raises TaskError
+        if the task has no such positions, or cannot give so many contexts.
         """
         split = self.split(task)
         if split.measure == "loss" or len(split.positions) < 3:
@@ -79,17 +68,8 @@ class Measuring:
     def scores(
         self, split: Split, candidates: Sequence[Candidate], stage: str, part: str = ""
     ) -> dict[str, PositionScores]:
-        """Scores each candidate on the same examples, and returns the scores by label.
-
-        Args:
-            split: the examples.
-            candidates: what is put onto the model in turn.
-            stage: what the audience is told.
-            part: names what is kept of an experiment with several splits.
-
-        Raises:
-            BlockingIOError: another run is at work in the same folder.
-            LayerRopeError: a candidate that cannot be put onto the model, before anything is scored.
+        """Scores each candidate on the same examples, and returns the scores by label. The audience is told of a
+        `stage`; `part` names what is kept of an experiment with several splits.
         """
         told = None
 
@@ -98,22 +78,15 @@ class Measuring:
             if told is None:
                 self.audience.stage(stage, total)
                 told = 0
-            for _ in range(done - told):
+            for _ in range(told, done):
                 self.audience.advance()
             told = done
             self.audience.note(label if done < total else "")
 
-        keeps = self.folder is not None
-        found = compare(
-            self.model,
-            split,
-            candidates,
-            batch_tokens=self.batch_tokens,
-            folder=self.folder / part if keeps else None,
-            resume=keeps and self.resume,
-            overwrite=keeps and not self.resume,
-            progress=tell,
-        )
+        kept = {}
+        if self.folder is not None:
+            kept = {"folder": self.folder / part, "resume": self.resume, "overwrite": not self.resume}
+        found = compare(self.model, split, candidates, batch_tokens=self.batch_tokens, progress=tell, **kept)
         self.batch_tokens = found.batch_tokens
         return dict(found.scores)
 
@@ -126,11 +99,7 @@ class Measuring:
 
 
 def factor_vector(model: nn.Module, config: LayerRopeConfig) -> list[float]:
-    """Returns the adapter's factors, one per layer.
-
-    Raises:
-        AdapterMismatchError: the model has another number of layers.
-    """
+    """Returns the adapter's factors, one per layer; raises AdapterMismatchError if the model has another number."""
     return config.resolved_layer_factors(len(find_stack(model).layers))
 
 
@@ -145,12 +114,7 @@ def in_force(config: LayerRopeConfig) -> str:
 
 
 def tried_factors(factors: Iterable[float]) -> tuple[float, ...]:
-    """Returns the factors other than 1, ascending, each once.
-
-    Raises:
-        InvalidConfigError: one that a layer cannot have.
-        SearchError: there is none but 1.
-    """
+    """Returns the factors other than 1, ascending, each once; raises InvalidConfigError if a layer cannot have one."""
     found = sorted({*LayerRopeConfig(layer_factors=list(factors)).layer_factors} - {1.0})
     if not found:
         raise SearchError("a factor other than 1 must be tried: 1 is the unscaled model, to which others are compared.")
@@ -159,14 +123,10 @@ def tried_factors(factors: Iterable[float]) -> tuple[float, ...]:
 
 MakeTask = Callable[[TaskSpecification], Task]
 
-_LEAST_FILL = 0.7  # prompts that are much shorter than asked for are not what the length says
-
 
 def task_of_length(make: MakeTask, specification: TaskSpecification, length: int) -> Task:
-    """Returns the task with prompts of up to `length` tokens: with as many items as fit.
-
-    Raises:
-        TaskError: the task cannot be made that long, or that short.
+    """Returns the task with prompts of up to `length` tokens: with as many items as fit. Raises TaskError if it cannot
+    be made that long, or that short.
     """
     task = make(replace(specification, length=length, num_keys=None, num_documents=None))
     try:
@@ -176,7 +136,7 @@ def task_of_length(make: MakeTask, specification: TaskSpecification, length: int
             raise
         task = task.shortened(length)
         probe = task.split("search", 1)
-    if probe.max_tokens < _LEAST_FILL * length:
+    if probe.max_tokens < 0.7 * length:  # prompts that are much shorter than asked for are not what the length says
         raise TaskError(f"task {task.name} cannot fill {length} tokens: its prompts have {probe.max_tokens}.")
     return task
 
@@ -250,4 +210,4 @@ def _plain(value: Any) -> Any:
         return value.to_dict()
     if hasattr(value, "describe"):
         return value.describe()
-    return _plain({f.name: getattr(value, f.name) for f in fields(value)}) if is_dataclass(value) else value
+    return _plain(vars(value)) if is_dataclass(value) else value

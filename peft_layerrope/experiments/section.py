@@ -9,7 +9,6 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
@@ -30,44 +29,26 @@ _Name = Annotated[str, StringConstraints(pattern="^[a-z0-9]+(-[a-z0-9]+)*$")]  #
 
 @dataclass(frozen=True)
 class SectionFigure:
-    """A picture.
+    """A picture."""
 
-    Attributes:
-        name: unique within the section; lower-case letters, digits and hyphens.
-        caption: what it shows, also for people who cannot see it.
-        png: the picture.
-    """
-
-    name: _Name
-    caption: str
+    name: _Name  # unique within the section
+    caption: str  # what it shows, also for people who cannot see it
     png: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True)
 class Section:
-    """The result of one experiment.
+    """The result of one experiment."""
 
-    Attributes:
-        name: the experiment's name on the command line.
-        title: for people.
-        question: what it answers, in one sentence.
-        measured: what it was measured on, in one line.
-        findings: short sentences, computed from the numbers, the most important first.
-        tables: the numbers.
-        figures: the pictures.
-        command: the command line that repeats it.
-        data: everything as JSON values.
-    """
-
-    name: _Name
+    name: _Name  # the experiment's, on the command line
     title: str
-    question: str
-    measured: str
-    findings: tuple[str, ...]
+    question: str  # what it answers, in one sentence
+    measured: str  # what it was measured on, in one line
+    findings: tuple[str, ...]  # short sentences, computed from the numbers, the most important first
     tables: tuple[Table, ...] = ()
     figures: tuple[SectionFigure, ...] = ()
-    command: str = ""
-    data: dict[str, Any] = field(default_factory=dict)
+    command: str = ""  # the command line that repeats it
+    data: dict[str, Any] = field(default_factory=dict)  # everything as JSON values
 
     def figure_file(self, figure: SectionFigure) -> str:
         """Returns the name of a figure's file, without a folder."""
@@ -121,14 +102,8 @@ def to_html(
     skipped: Sequence[tuple[str, str]],
     footer: str,
 ) -> str:
-    """Returns a page that needs nothing else: no other file, no request, no script.
-
-    Args:
-        title: of the page.
-        facts: names and values under the title.
-        sections: of the page, in order.
-        skipped: names of experiments that were not run, and why.
-        footer: the last line.
+    """Returns a page that needs nothing else: no other file, no request, no script. `facts` are names and values under
+    the title, `skipped` names of experiments that were not run, and why.
     """
     environment = Environment(
         loader=PackageLoader("peft_layerrope.experiments", "."),
@@ -147,12 +122,8 @@ def to_html(
 
 
 def command_line(words: Iterable[str], options: Iterable[tuple[str, Any]]) -> str:
-    """Returns `layerrope WORDS OPTIONS`, quoted for a shell.
-
-    Args:
-        words: the command and its arguments.
-        options: names and values; None and False are left out, True is a flag, a list repeats its option, a mapping is
-            JSON.
+    """Returns `layerrope WORDS OPTIONS`, quoted for a shell. Of the options' values, None and False are left out, True
+    is a flag, a list repeats its option, a mapping is JSON.
     """
     parts = ["layerrope", *map(shareable, words)]
     for name, value in options:
@@ -171,8 +142,6 @@ def shareable(text: str) -> str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, Enum):
-        return str(value.value)
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -186,14 +155,8 @@ def work_folder(folder: Path, name: str) -> Path:
 def kept_section(
     folder: Path, name: str, asked: Mapping[str, Any], resume: bool, make: Callable[[Path], Section]
 ) -> Section:
-    """Makes a section and saves it; keeps others from making it in the same folder meanwhile.
-
-    Args:
-        folder: for the section's files, and for the parts of an unfinished one; made if it is missing.
-        name: of the section.
-        asked: what it depends on.
-        resume: return the section that is there, if it answers what is asked now.
-        make: makes it, given a folder for its parts.
+    """Makes a section, given a folder for its parts, and saves it, with what it depends on; with `resume` the section
+    that is there is returned, if it answers what is asked now.
 
     Raises:
         BlockingIOError: another run is making this section in `folder`.
@@ -209,16 +172,7 @@ def kept_section(
 
 
 def save_section(section: Section, folder: Path, asked: Mapping[str, Any]) -> None:
-    """Writes a section's files; the JSON last, so that what has one is complete.
-
-    Args:
-        section: what to write.
-        folder: made if it is missing.
-        asked: what the section depends on.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    """Writes a section's files; the JSON last, so that what has one is complete. `asked` is what it depends on."""
     path = folder / f"{section.name}.json"
     values = asdict(section)
     for figure, plain in zip(section.figures, values["figures"], strict=True):
