@@ -36,7 +36,7 @@ from ..scoring.preflight import PREFLIGHT_NAME, preflight, with_targets
 from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
 from ..tasks import MEASURES, PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
-from . import app, err, out, resumable
+from . import err, out, resumable
 from .options import (
     Compute,
     ComputeOptions,
@@ -47,11 +47,12 @@ from .options import (
     check_file,
     check_output,
     check_plot,
+    command,
     keep_date,
     load,
     remove_results,
     resolve_task,
-    takes_settings,
+    run_option,
     task_option,
     window_of,
     with_difficulty,
@@ -60,13 +61,11 @@ from .options import (
 )
 
 _compared_option = partial(typer.Option, rich_help_panel="Compared")
-_run_option = partial(typer.Option, rich_help_panel="Running")
 _JSON_NAME, _MARKDOWN_NAME, _PLOT_NAME = "evaluation.json", "evaluation.md", "{measure}_by_position.png"
 _RESULTS = (_JSON_NAME, _MARKDOWN_NAME, PREFLIGHT_NAME, *(_PLOT_NAME.format(measure=measure) for measure in MEASURES))
 
 
-@app.command(name="evaluate")
-@takes_settings
+@command("evaluate")
 def evaluate_command(
     *,
     model: ModelArgument = None,
@@ -97,13 +96,13 @@ def evaluate_command(
     ] = False,
     output: Annotated[
         Path | None,
-        _run_option(help="Folder for evaluation.json and .md, the plot, and the scores."),
+        run_option(help="Folder for evaluation.json and .md, the plot, and the scores."),
     ] = None,
     resume: Annotated[
         bool,
-        _run_option("--resume", help="Go on with what is in --output, also after a kill; begin, if nothing is."),
+        run_option("--resume", help="Go on with what is in --output, also after a kill; begin, if nothing is."),
     ] = False,
-    overwrite: Annotated[bool, _run_option("--overwrite", help="Replace what is in --output.")] = False,
+    overwrite: Annotated[bool, run_option("--overwrite", help="Replace what is in --output.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
     json_output: JsonOption = None,
     computing: ComputeOptions,

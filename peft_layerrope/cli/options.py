@@ -25,7 +25,7 @@ from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
 from ..searcher.settings import BatchTokens
 from ..tasks import Task
 from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task, with_chat
-from . import err, plain_errors
+from . import app, err, plain_errors
 
 _PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
@@ -94,10 +94,10 @@ _LONGEST = 100  # bytes
 
 def with_kept_date(task: TaskSpecification, folder: Path | None, resume: bool) -> TaskSpecification:
     """Returns a task with the date of the run that is resumed in a folder, if it has one and no other is asked for."""
-    path = folder / DATE_NAME if folder is not None else None
-    if not resume or path is None or not path.is_file() or task.chat_date is not None or task.chat_template is False:
+    wanted = resume and task.chat_date is None and task.chat_template is not False
+    if not wanted or not (folder / DATE_NAME).is_file():
         return task
-    with path.open("rb") as file:
+    with (folder / DATE_NAME).open("rb") as file:
         text = file.read(_LONGEST).decode(errors="replace").strip()
     return replace(task, chat_date=text)
 
@@ -245,6 +245,11 @@ def takes_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     return with_parameters(command, parameters_of(command))
 
 
+def command(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function that takes settings a command of this name."""
+    return lambda function: app.command(name)(takes_settings(function))
+
+
 def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
     """Returns a function's parameters as keywords, their annotations resolved; `**` is left out."""
     hints = get_type_hints(function, include_extras=True)
@@ -285,6 +290,7 @@ def with_parameters(command: Callable[..., Any], parameters: Mapping[str, Parame
 
 
 task_option = partial(typer.Option, rich_help_panel="Task")
+run_option = partial(typer.Option, rich_help_panel="Running")
 
 ModelArgument = Annotated[str | None, typer.Argument(help=declarations(ModelSource)["model"].description)]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
@@ -298,9 +304,9 @@ class Compute:
     source: Annotated[ModelSource, Field(description="The model.")] = field(default_factory=ModelSource)
 
     @classmethod
-    def of(cls, model: str | None, typed: Typed) -> Compute:
-        """Makes them of what was typed, after a look at whether the model can be loaded."""
-        made = changed(cls(), model_settings(model, typed))
+    def of(cls, model: str | None, typed: Typed, before: Mapping[str, Any] = {}) -> Compute:
+        """Makes them of what was typed, and of what was known before it; looks whether the model can be loaded."""
+        made = changed(cls(), {**before, **model_settings(model, typed)})
         check_source(made.source)
         return made
 

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..base_model import ModelSource, check_source, load_tokenizer
+from ..base_model import ModelSource, load_tokenizer
 from ..cards import SPECIFICATION_NAME
-from ..declaration import changed
 from ..errors import SearchError
 from ..experiments.measuring import factor_vector
 from ..experiments.report import ReportRequest, run_steps, write_report
@@ -22,7 +21,7 @@ from ..searcher.result import SearchRecord, read_record
 from ..searcher.settings import SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
 from ..tuner.sites import trained_window
-from . import app, err, out, resumable
+from . import err, out, resumable
 from .experiments import repeated
 from .options import (
     Compute,
@@ -30,19 +29,17 @@ from .options import (
     Typed,
     build_task,
     check_output,
+    command,
     load,
-    model_settings,
     options_of,
     resolve_task,
-    takes_settings,
 )
 
 _NOT_TAKEN = ("device", "trust_remote_code")
 _LONGEST = 64  # times the trained window: more is a damaged or hostile file
 
 
-@app.command(name="report")
-@takes_settings
+@command("report")
 def report_command(
     *,
     context: typer.Context,
@@ -120,9 +117,7 @@ def _compute(searched: SearchSpecification, model: str | None, computing: Typed)
     of the model may run has to be typed.
     """
     known = {f.name: getattr(searched, f.name) for f in fields(ModelSource) if f.name not in _NOT_TAKEN}
-    compute = changed(Compute(), known | model_settings(model, computing))
-    check_source(compute.source)
-    return compute
+    return Compute.of(model, computing, known)
 
 
 def _searched(folder: Path, record: SearchRecord) -> SearchSpecification:

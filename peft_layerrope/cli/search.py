@@ -27,24 +27,23 @@ from ..searcher.result import TIMING_NAME
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
 from ..tuner.artifacts import check_no_model
-from . import app, err, out, resumable, shell_word
+from . import err, out, resumable, shell_word
 from .options import (
     MODEL_ARGS,
     ModelArgument,
     Typed,
     build_task,
     check_output,
+    command,
     load,
     model_settings,
     options_of,
     remove_results,
     resolve_task,
-    takes_settings,
+    run_option,
     window_of,
     with_difficulty,
 )
-
-_run_option = partial(typer.Option, rich_help_panel="Running")
 
 _DEMO = {"steps": 64, "max_harm": None, "test_groups": 100}  # it is asked beyond its window, and knows no other text
 _USUAL_LENGTH = 4096  # tokens: the middle is lost far inside the window, and a longer prompt takes longer
@@ -53,24 +52,23 @@ _SIZES = ("length", "num_keys", "difficulty", "data")
 _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT)
 
 
-@app.command()
-@takes_settings
+@command("search")
 def search(
     *,
     output: Annotated[Path, typer.Option(help="Folder for the adapter, the report, the plots and the journal.")],
     model: ModelArgument = None,
     typed: Annotated[Typed, options_of(SearchSpecification) + MODEL_ARGS],
     config: Annotated[
-        Path | None, _run_option(help="A search.yaml to repeat; options given beside it go first.")
+        Path | None, run_option(help="A search.yaml to repeat; options given beside it go first.")
     ] = None,
-    dry_run: Annotated[bool, _run_option("--dry-run", help="Print the plan with its cost, and stop.")] = False,
+    dry_run: Annotated[bool, run_option("--dry-run", help="Print the plan with its cost, and stop.")] = False,
     resume: Annotated[
         bool,
-        _run_option("--resume", help="Go on with the search in --output, also after a kill; begin, if there is none."),
+        run_option("--resume", help="Go on with the search in --output, also after a kill; begin, if there is none."),
     ] = False,
-    overwrite: Annotated[bool, _run_option("--overwrite", help="Replace the files of an earlier search.")] = False,
-    workers: Annotated[int, _run_option(help="Ray workers; 0 searches in this process.", min=0)] = 0,
-    ray_address: Annotated[str | None, _run_option(help="A running Ray cluster, such as auto.")] = None,
+    overwrite: Annotated[bool, run_option("--overwrite", help="Replace the files of an earlier search.")] = False,
+    workers: Annotated[int, run_option(help="Ray workers; 0 searches in this process.", min=0)] = 0,
+    ray_address: Annotated[str | None, run_option(help="A running Ray cluster, such as auto.")] = None,
 ) -> None:
     """Search per-layer factors and compare them, held out, with simpler choices.
 

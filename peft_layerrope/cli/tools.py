@@ -53,10 +53,10 @@ from .options import (
     check_file,
     check_output,
     check_plot,
+    command,
     load,
     options_of,
     resolve_task,
-    takes_settings,
     task_option,
     window_of,
     with_defaults,
@@ -76,8 +76,7 @@ def _source_of(model: str | None, loading: Typed, config: LayerRopeConfig | None
     return Compute.of(model, loading).source
 
 
-@app.command(name="verify")
-@takes_settings
+@command("verify")
 def verify_command(
     *,
     model: ModelArgument = None,
@@ -110,8 +109,7 @@ def verify_command(
     result.raise_for_mismatch()
 
 
-@app.command(name="sensitivity")
-@takes_settings
+@command("sensitivity")
 def sensitivity_command(
     *,
     model: ModelArgument = None,
@@ -164,8 +162,7 @@ def sensitivity_command(
 _SETTINGS = [field.name for field in fields(TaskSpecification) if field.name != "stride"]
 
 
-@app.command(name="prompts")
-@takes_settings
+@command("prompts")
 def prompts_command(
     *,
     model: ModelArgument = None,
@@ -254,7 +251,6 @@ def _verification_table(verification: Verification, title: str) -> Table:
 
 
 INCLUDE = "--include_path"
-CONFIG = ("--config", "-C")
 
 
 @app.command(
@@ -299,11 +295,7 @@ def lm_eval_command(
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
-    """Runs lm_eval's own command in this process, where PEFT knows the adapter type.
-
-    Raises:
-        LayerRopeError: lm_eval is not installed.
-    """
+    """Runs lm_eval's own command in this process, where PEFT knows the adapter type."""
     if find_spec("lm_eval") is None:
         raise LayerRopeError('lm_eval is not installed: pip install "peft-layerrope[lm-eval]"')
     before = sys.argv
@@ -316,15 +308,14 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
 
 def with_include_path(arguments: Sequence[str]) -> list[str]:
     """Adds the folder of our tasks, unless the arguments (or a file that they name) decide about it."""
-    decided = any(a.split("=")[0] in (INCLUDE, *CONFIG) for a in arguments)
+    decided = any(a.split("=")[0] in (INCLUDE, "--config", "-C") for a in arguments)
     if decided or len(arguments) == 1:  # a single argument asks for some help text
         return list(arguments)
     start = 0 if arguments[0].startswith("-") else 1  # behind a subcommand
     return [*arguments[:start], INCLUDE, lm_eval_tasks_path(), *arguments[start:]]
 
 
-@app.command(name="export")
-@takes_settings
+@command("export")
 def export_command(
     *,
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="Hub id or folder of an adapter.")],
@@ -363,8 +354,7 @@ def export_command(
     out.print(f"{output}: its logits differ from the adapter's by {difference:.2g} at most")
 
 
-@app.command(name="serve-check")
-@takes_settings
+@command("serve-check")
 def serve_check_command(
     *,
     url: Annotated[str, typer.Argument(metavar="URL", help="Of an OpenAI-compatible server, http://HOST:PORT.")],
@@ -390,8 +380,7 @@ def serve_check_command(
     )
 
 
-@app.command()
-@takes_settings
+@command("push")
 def push(
     *,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a LAYER_ROPE adapter.")],
@@ -430,8 +419,7 @@ def push(
     out.print(commit.pr_url or commit.commit_url, soft_wrap=True)
 
 
-@app.command()
-@takes_settings
+@command("pull")
 def pull(
     *,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name.")],

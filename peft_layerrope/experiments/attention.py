@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -90,16 +91,13 @@ def _recorded(layers: nn.ModuleList) -> Iterator[list[torch.Tensor | None]]:
     """Yields a list that gets each layer's last row of attention, `(heads, keys)`; None for a layer without any."""
     rows: list[torch.Tensor | None] = [None] * len(layers)
 
-    def hook_of(number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-            if isinstance(weights, torch.Tensor) and weights.ndim == 4 and rows[number] is None:
-                rows[number] = weights[0, :, -1].float().cpu()
-
-        return hook
+    def hook(number: int, module: nn.Module, inputs: tuple, output: object) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if isinstance(weights, torch.Tensor) and weights.ndim == 4 and rows[number] is None:
+            rows[number] = weights[0, :, -1].float().cpu()
 
     handles = [
-        module.register_forward_hook(hook_of(number))
+        module.register_forward_hook(partial(hook, number))
         for number, layer in enumerate(layers)
         for module in layer.modules()
         if module is not layer
@@ -139,14 +137,8 @@ _LEGEND = (
 
 
 def run_attention(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Section:
-    """Reads the attention of the last prompt token with the gold first, in the middle and last.
-
-    One prompt runs at a time, and nothing is kept.
-
-    Raises:
-        TaskError: a task without gold positions or gold spans, or one that cannot give the contexts.
-        UnsupportedModelError: the model's attention cannot be read.
-        AdapterMismatchError: the adapter is for another number of layers.
+    """Reads the attention of the last prompt token with the gold first, in the middle and last. One prompt runs at a
+    time, and nothing is kept.
     """
     factor_vector(measuring.model, config)
     split = measuring.split_by_position(task, NAME)

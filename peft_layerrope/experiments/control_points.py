@@ -96,11 +96,6 @@ def run_control_points(
 
     The curve is decoded as the search did that chose from `grid`, so a move that changes no factor there changes
     nothing.
-
-    Raises:
-        SearchError: the adapter has no control points, or its scaled layers are not the model's.
-        AdapterMismatchError: the adapter is for another number of layers.
-        TaskError: the task cannot give the contexts.
     """
     model = measuring.model
     genes, genome = genes_of(config), genome_of(model, config, grid)

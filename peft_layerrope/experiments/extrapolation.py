@@ -21,35 +21,24 @@ Scores = dict[int, dict[str, PositionScores]]
 """Of each candidate at each length."""
 
 
-def matched_baselines(ratio: float) -> list[Candidate]:
-    """Returns no scaling, and PI and Dynamic-NTK with the factor that a length needs, `ratio` times the window."""
-    matched = [(PI, "linear"), (NTK, "dynamic")]
-    beyond = [Candidate(label, kind, (ratio,)) if ratio > 1 else Candidate(label) for label, kind in matched]
-    return [Candidate(NO_SCALING), *beyond]
-
-
 def run_extrapolation(
     measuring: Measuring,
     tasks: Mapping[int, Task],
     adapters: Sequence[Candidate],
     baselines: Sequence[Candidate] = (),
 ) -> Section:
-    """Measures adapters with the same task at each length in tokens, beside baselines.
-
-    Raises:
-        TaskError: no length, candidates of one name, no trained window in the model's config, or a task that cannot
-            give the contexts.
-        LayerRopeError: an adapter that cannot be loaded or does not fit.
-    """
+    """Measures adapters with the same task at each length in tokens, beside baselines."""
     window = measuring.window
     if not tasks or window is None:
         raise TaskError(f"{NAME} needs a length, and a trained window (max_position_embeddings) in the model's config.")
     splits = {length: measuring.split(task) for length, task in sorted(tasks.items())}
     scores: Scores = {}
     for length, split in splits.items():
-        candidates = [*matched_baselines(length / window), *baselines, *adapters]
-        stage = f"{NAME}, {length} tokens"
-        scores[length] = measuring.scores(split, candidates, stage, str(length))
+        matched = [Candidate(PI), Candidate(NTK)]  # nothing has to be matched within the window
+        if length > window:
+            matched = [Candidate(PI, "linear", (length / window,)), Candidate(NTK, "dynamic", (length / window,))]
+        candidates = [Candidate(NO_SCALING), *matched, *baselines, *adapters]
+        scores[length] = measuring.scores(split, candidates, f"{NAME}, {length} tokens", str(length))
     longest = max(splits)
     measured, unit = measuring.described(tasks[longest], splits[longest]), unit_of(splits[longest].measure)
     gains = {

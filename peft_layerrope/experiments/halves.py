@@ -21,12 +21,7 @@ def half_vectors(factors: list[float]) -> dict[str, list[float]]:
 
 
 def run_halves(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Section:
-    """Applies the adapter's factors to the first half of the layers, to the last half, to all, and to none.
-
-    Raises:
-        AdapterMismatchError: the adapter is for another number of layers.
-        TaskError: the task cannot give the contexts.
-    """
+    """Applies the adapter's factors to the first half of the layers, to the last half, to all, and to none."""
     factors = factor_vector(measuring.model, config)
     split = measuring.split(task)
     configs = {label: with_factors(measuring.model, config, vector) for label, vector in half_vectors(factors).items()}

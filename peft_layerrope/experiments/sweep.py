@@ -34,12 +34,7 @@ DEFAULT_FACTORS = tuple(round(1 + i / 10, 1) for i in range(11))
 def run_sweep(
     measuring: Measuring, task: Task, config: LayerRopeConfig, factors: Sequence[float] = DEFAULT_FACTORS
 ) -> Section:
-    """Scales all layers by one factor at a time, 1 among them, with the rope type of `config` in force.
-
-    Raises:
-        LayerRopeError: a factor that cannot be, or none but 1.
-        TaskError: a task without gold positions, or one that cannot give the contexts.
-    """
+    """Scales all layers by one factor at a time, 1 among them, with the rope type of `config` in force."""
     tried = sorted((1.0, *tried_factors(factors)))
     split = measuring.split_by_position(task, NAME)
     model, num_layers = measuring.model, len(find_stack(measuring.model).layers)

@@ -18,12 +18,7 @@ NAME = "transfer"
 
 
 def run_transfer(measuring: Measuring, cells: Mapping[str, Task], adapters: Sequence[Candidate]) -> Section:
-    """Measures each adapter on each task, against no scaling; tasks by a name such as `"kv_words:512"`.
-
-    Raises:
-        TaskError: a task that cannot give the contexts.
-        LayerRopeError: an adapter that cannot be loaded or does not fit.
-    """
+    """Measures each adapter on each task, against no scaling; tasks by a name such as `"kv_words:512"`."""
     splits = {cell: measuring.split(task) for cell, task in cells.items()}
     scores = {
         cell: measuring.scores(split, [Candidate(NO_SCALING), *adapters], f"{NAME}, {cell}", str(number))

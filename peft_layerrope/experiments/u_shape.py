@@ -16,11 +16,7 @@ NAME = "u-shape"
 
 
 def run_u_shape(measuring: Measuring, tasks: Sequence[Task]) -> Section:
-    """Measures the unscaled model at every gold position, and compares the middle with both ends: a task by length.
-
-    Raises:
-        TaskError: a task without gold positions, or one that cannot give the contexts.
-    """
+    """Measures the unscaled model at every gold position, and compares the middle with both ends: a task by length."""
     splits = [measuring.split_by_position(task, NAME) for task in tasks]
     curves: dict[str, PositionScores] = {}
     gaps: dict[str, tuple[Interval, Interval]] = {}

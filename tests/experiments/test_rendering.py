@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console
 from test_section import PNG, section
 
-from peft_layerrope.experiments import SectionFigure
-from peft_layerrope.experiments.section import code_markdown, to_html, to_markdown, to_rich
+from peft_layerrope.experiments.section import SectionFigure, code_markdown, to_html, to_markdown, to_rich
 from peft_layerrope.report import Table, escape_markdown
 
 HOSTILE = '<script>alert(1)</script> "><img src=x onerror=y> {{ 7*7 }} $x_ [a](http://h) | `c` & \x1b[31m\u202e'

@@ -6,9 +6,8 @@ import json
 
 import pytest
 
-from peft_layerrope.experiments import Section, SectionFigure
 from peft_layerrope.experiments import section as storage
-from peft_layerrope.experiments.section import command_line, load_section, save_section
+from peft_layerrope.experiments.section import Section, SectionFigure, command_line, load_section, save_section
 from peft_layerrope.report import Table
 
 PNG = b"\x89PNG\r\n\x1a\nnot really"

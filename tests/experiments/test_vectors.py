@@ -11,12 +11,11 @@ from experiment_helpers import FACTORS, GROUPS, Audience, by_hand, scores_of, sh
 
 from peft_layerrope import Example, LayerRopeConfig, TokenTask
 from peft_layerrope.errors import AdapterMismatchError, LayerRopeError, TaskError
-from peft_layerrope.experiments import Measuring, run_halves, run_sensitivity, run_sweep, run_u_shape
-from peft_layerrope.experiments.halves import half_vectors
-from peft_layerrope.experiments.layer_sensitivity import sensitivity
-from peft_layerrope.experiments.measuring import utilisation_difference
-from peft_layerrope.experiments.sweep import sweep_findings
-from peft_layerrope.experiments.u_shape import describe_shape
+from peft_layerrope.experiments.halves import half_vectors, run_halves
+from peft_layerrope.experiments.layer_sensitivity import run_sensitivity, sensitivity
+from peft_layerrope.experiments.measuring import Measuring, utilisation_difference
+from peft_layerrope.experiments.sweep import run_sweep, sweep_findings
+from peft_layerrope.experiments.u_shape import describe_shape, run_u_shape
 from peft_layerrope.scoring.scores import Interval, difference_interval
 
 UP, DOWN, FLAT = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.0, -0.1, 0.1)
