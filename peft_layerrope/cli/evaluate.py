@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -170,7 +169,15 @@ def evaluate_command(
                 if found is not None:
                     found.save(output)
 
-        with _progress(begun) as progress:
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=err, transient=True) as bar:
+
+            def tell(label: str, done: int, total: int) -> None:
+                if not bar.tasks:  # what an earlier run did says nothing of the speed
+                    begun()
+                    bar.add_task(label, total=total, completed=done)
+                bar.update(bar.task_ids[0], description=label, completed=done)
+
             comparison = compare(
                 loaded,
                 examples,
@@ -181,7 +188,7 @@ def evaluate_command(
                 folder=output / RUN_FOLDER if output is not None else None,
                 resume=resume,
                 overwrite=overwrite,
-                progress=progress,
+                progress=tell,
             )
         try:
             _print(comparison, source.model or "demo model", found.remarks() if found is not None else [])
@@ -223,22 +230,6 @@ def _candidates(adapters: list[str], baselines: list[str]) -> list[Candidate]:
     for candidate in candidates:
         candidate.identity()
     return candidates
-
-
-@contextmanager
-def _progress(begun: Callable[[], None]) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, gone when it is done; `begun` is called when it begins."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
-        tasks = []
-
-        def report(label: str, done: int, total: int) -> None:
-            if not tasks:  # what an earlier run did says nothing of the speed
-                begun()
-                tasks.append(progress.add_task(label, total=total, completed=done))
-            progress.update(tasks[0], description=label, completed=done)
-
-        yield report
 
 
 def _print(comparison: Comparison, name: str, remarks: list[str]) -> None:

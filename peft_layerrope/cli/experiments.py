@@ -17,7 +17,7 @@ from ..cards import REPORT_NAME
 from ..comparison.candidates import Candidate, parse_baseline
 from ..declaration import changed, declared, option
 from ..errors import SearchError, TaskError
-from ..experiments import attention, control_points, extrapolation, halves, sweep, transfer, u_shape
+from ..experiments import attention, control_points, extrapolation, sweep, transfer, u_shape
 from ..experiments.measuring import DEFAULT_GROUPS, Measuring, default_lengths, task_of_length, window_and_task
 from ..experiments.section import Section, command_line, kept_section, to_rich, work_folder
 from ..loading import load_adapter_config
@@ -207,7 +207,7 @@ def u_shape_command(run: Run) -> None:
     run.finish(lambda measuring: u_shape.run_u_shape(measuring, tasks))
 
 
-@experiment(sweep.NAME)
+@experiment(sweep.SWEEP)
 def sweep_command(
     run: Run,
     *,
@@ -226,14 +226,14 @@ def sweep_command(
     run.finish(lambda measuring: sweep.run_sweep(measuring, run.task, config, tried))
 
 
-@experiment(halves.NAME)
+@experiment(sweep.HALVES)
 def halves_command(run: Run, adapter: AdapterOption) -> None:
     """Apply an adapter's factors to the first half of the layers, the last half, all, and none.
 
     Example: `layerrope experiment halves --adapter demo-adapter`
     """
     config = load_adapter_config(adapter)
-    run.finish(lambda measuring: halves.run_halves(measuring, run.task, config))
+    run.finish(lambda measuring: sweep.run_halves(measuring, run.task, config))
 
 
 @experiment(control_points.NAME)

@@ -35,7 +35,7 @@ from .options import (
     resolve_task,
 )
 
-_NOT_TAKEN = ("device", "trust_remote_code")
+_NOT_TAKEN = ("device", "trust_remote_code")  # the file may be a stranger's: whether its code may run has to be typed
 _LONGEST = 64  # times the trained window: more is a damaged or hostile file
 
 
@@ -77,7 +77,8 @@ def report_command(
     sections = output.with_suffix("")
     check_output(sections, resume, overwrite)
     searched = _searched(folder, record)
-    compute = _compute(searched, model, computing)
+    known = {f.name: getattr(searched, f.name) for f in fields(ModelSource) if f.name not in _NOT_TAKEN}
+    compute = Compute.of(model, computing, known)
     # another task has few of the settings of the one that was searched on
     task = searched.task.of_task(asked["name"]) if "name" in asked else searched.task
     tokenizer, loaded = load_tokenizer(compute.source), load(compute.source)
@@ -102,22 +103,14 @@ def report_command(
         num_groups=groups,
         quick=quick,
     )
-    command = repeated(context, ["report", str(folder)], ("folder", "kind"))
+    again = repeated(context, ["report", str(folder)], ("folder", "kind"))
     with resumable("the same command and --resume."), locked(sections):
         with RichProgress(err) as audience:
             ran, skipped = run_steps(request, sections, compute.batch_tokens, resume, audience)
-        write_report(output, request, ran, skipped, command, markdown=kind == "md")
+        write_report(output, request, ran, skipped, again, markdown=kind == "md")
     for section_name, reason in skipped:
         err.print(f"not run: {section_name}: {reason}")
     out.print(f"report: {output}", soft_wrap=True)
-
-
-def _compute(searched: SearchSpecification, model: str | None, computing: Typed) -> Compute:
-    """The searched model, loaded as it was then, changed by what was typed. The file may be a stranger's: whether code
-    of the model may run has to be typed.
-    """
-    known = {f.name: getattr(searched, f.name) for f in fields(ModelSource) if f.name not in _NOT_TAKEN}
-    return Compute.of(model, computing, known)
 
 
 def _searched(folder: Path, record: SearchRecord) -> SearchSpecification:

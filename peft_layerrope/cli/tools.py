@@ -105,7 +105,8 @@ def verify_command(
     if json_output is not None:
         write_json(json_output, result.to_dict())
     name = source.model or "demo model"
-    out.print(_verification_table(result, f"{name} + {adapter}" if adapter else name).to_rich(_style))
+    table = _verification_table(result, f"{name} + {adapter}" if adapter else name)
+    out.print(table.to_rich(lambda cell: _STYLES.get(cell.partition(":")[0], "")))
     result.raise_for_mismatch()
 
 
@@ -232,12 +233,7 @@ def _targets(task: PromptTask, compute: Compute, split: SplitName, groups: int) 
     ]
 
 
-_STYLES = {OK: "green", MISMATCH: "bold red", NO_ROTATION: "dim"}
-
-
-def _style(cell: str) -> str:
-    """The style of a cell that begins with a status."""
-    return _STYLES.get(cell.partition(":")[0], "")
+_STYLES = {OK: "green", MISMATCH: "bold red", NO_ROTATION: "dim"}  # of cells that begin with a status
 
 
 def _verification_table(verification: Verification, title: str) -> Table:

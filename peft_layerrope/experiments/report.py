@@ -20,12 +20,12 @@ from ..messages import last_component
 from ..plots import plot_by_position, plot_factors_by_depth
 from ..report import escape_markdown, format_factors, times_window, unit_of
 from ..searcher.plan import SearchProgress
-from ..searcher.result import NONE, SearchRecord
+from ..searcher.result import SearchRecord
 from ..tasks import Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
-from . import attention, control_points, extrapolation, halves, layer_sensitivity, sweep, transfer, u_shape
+from . import attention, control_points, extrapolation, layer_sensitivity, sweep, transfer, u_shape
 from .measuring import DEFAULT_GROUPS, MakeTask, Measuring, default_lengths, verdict, window_and_task
 from .section import Section, SectionFigure, command_line, kept_section, to_html, to_markdown
 
@@ -60,10 +60,10 @@ def held_out_section(record: SearchRecord) -> Section:
     """The held-out table, as the search wrote it."""
     unit = unit_of(record.table[0].scores.measure)
     chosen, findings = record.row(record.chosen).label, []
-    for name in dict.fromkeys([NONE, *record.against]):
-        gap, other = record.difference(record.chosen, name), record.row(name)
-        if gap is not None and other is not None:
-            findings.append(verdict(f'"{chosen}"', f'"{other.label}"', gap, unit))
+    for name in record.against:
+        gap = record.difference(record.chosen, name)
+        if gap is not None:
+            findings.append(verdict(f'"{chosen}"', f'"{record.row(name).label}"', gap, unit))
     curves = {
         label: scores
         for label, scores in record.curves_to_plot().items()
@@ -203,9 +203,9 @@ def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
     tried = (*rope, ("--try", list(factors) if request.quick else None))
     steps = [
         Step(u_shape.NAME, lambda m: u_shape.run_u_shape(m, window_and_task(make, specification, window))),
-        Step(sweep.NAME, lambda m: sweep.run_sweep(m, task, config, factors), tried),
+        Step(sweep.SWEEP, lambda m: sweep.run_sweep(m, task, config, factors), tried),
         Step(layer_sensitivity.NAME, lambda m: layer_sensitivity.run_sensitivity(m, task, config), rope),
-        Step(halves.NAME, lambda m: halves.run_halves(m, task, config), adapter),
+        Step(sweep.HALVES, lambda m: sweep.run_halves(m, task, config), adapter),
         Step(control_points.NAME, lambda m: control_points.run_control_points(m, task, config, grid), adapter),
         Step(attention.NAME, lambda m: attention.run_attention(m, task, config), adapter),
     ]

@@ -1,4 +1,6 @@
-"""One uniform factor for all layers: what each costs at the ends of the prompt and gives in the middle."""
+"""Factors by a rule. One for all layers: what does each cost at the ends of the prompt and give in the middle? An
+adapter's on half of the layers: which half carries their effect?
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from ..comparison.candidates import Candidate
-from ..plots import COLOURS, draw_line, new_figure, relative_positions, to_png, unit_axis
-from ..report import ACCURACY, Table, legend, score_cells
+from ..comparison.candidates import NO_SCALING, Candidate
+from ..plots import COLOURS, draw_line, draw_positions, new_figure, relative_positions, to_png, unit_axis
+from ..report import ACCURACY, Table, legend, score_cells, unit_of
 from ..scoring.scores import Interval, PositionScores, difference_interval, proportion_interval, rank_key
 from ..tasks import Task
 from ..tuner.config import LayerRopeConfig
@@ -18,16 +20,18 @@ from ..tuner.sites import find_stack
 from .measuring import (
     Measuring,
     by_place,
+    factor_vector,
     in_force,
     json_data,
     score_header,
     tried_factors,
     utilisation_difference,
+    verdict,
     with_factors,
 )
 from .section import Section, SectionFigure
 
-NAME = "sweep"
+SWEEP, HALVES = "sweep", "halves"
 DEFAULT_FACTORS = tuple(round(1 + i / 10, 1) for i in range(11))
 
 
@@ -36,10 +40,10 @@ def run_sweep(
 ) -> Section:
     """Scales all layers by one factor at a time, 1 among them, with the rope type of `config` in force."""
     tried = sorted((1.0, *tried_factors(factors)))
-    split = measuring.split_by_position(task, NAME)
+    split = measuring.split_by_position(task, SWEEP)
     model, num_layers = measuring.model, len(find_stack(measuring.model).layers)
     configs = {f"{factor:g}": with_factors(model, config, [factor] * num_layers) for factor in tried}
-    found = measuring.scores(split, list(map(Candidate.of_config, configs, configs.values())), NAME)
+    found = measuring.scores(split, list(map(Candidate.of_config, configs, configs.values())), SWEEP)
     scores = dict(zip(tried, found.values(), strict=True))
     changes = {factor: utilisation_difference(of_one, scores[1.0]) for factor, of_one in scores.items()}
     names = score_header("accuracy")
@@ -49,7 +53,7 @@ def run_sweep(
     ]
     measured = measuring.described(task, split)
     return Section(
-        name=NAME,
+        name=SWEEP,
         title="One uniform factor",
         question="What does one factor for all layers change, and is what it gains in the middle lost in the tail?",
         measured=measured + in_force(config),
@@ -82,8 +86,8 @@ def sweep_findings(scores: dict[float, PositionScores], changes: dict[float, Int
     before, after = by_place(scores[best]), by_place(scores[largest])
     drops = {place: difference_interval(after[place] - before[place]) for place in before}
     text = ", ".join(f"{place} {ACCURACY.change_in_words(drop)}" for place, drop in drops.items())
-    verdict = "Lost in the tail" if drops["last"].high < 0 else "No loss in the tail beyond noise"
-    return [*lines, f"{verdict} from factor {best:g} to {largest:g}: {text}."]
+    lost = "Lost in the tail" if drops["last"].high < 0 else "No loss in the tail beyond noise"
+    return [*lines, f"{lost} from factor {best:g} to {largest:g}: {text}."]
 
 
 def _lines(scores: dict[float, PositionScores], measured: str) -> SectionFigure:
@@ -114,3 +118,58 @@ def _curves(scores: dict[float, PositionScores], measured: str) -> SectionFigure
     unit_axis(axes, ACCURACY)
     caption = "Accuracy over the place of the answer, one line for each uniform factor."
     return SectionFigure("positions", caption, to_png(figure, "Accuracy by position, by uniform factor", measured))
+
+
+FIRST, LAST, ALL = "first half", "last half", "all layers"
+
+
+def half_vectors(factors: list[float]) -> dict[str, list[float]]:
+    """Returns the vectors to compare. Of an odd number of layers the one in the middle belongs to the last half."""
+    half, ones = len(factors) // 2, [1.0] * len(factors)
+    return {NO_SCALING: ones, FIRST: factors[:half] + ones[half:], LAST: ones[:half] + factors[half:], ALL: factors}
+
+
+def run_halves(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Section:
+    """Applies the adapter's factors to the first half of the layers, to the last half, to all, and to none."""
+    factors = factor_vector(measuring.model, config)
+    split = measuring.split(task)
+    configs = {label: with_factors(measuring.model, config, vector) for label, vector in half_vectors(factors).items()}
+    scores = measuring.scores(split, list(map(Candidate.of_config, configs, configs.values())), HALVES)
+    unit, measured = unit_of(split.measure), measuring.described(task, split)
+    gains = {label: scores[label].paired_difference(scores[NO_SCALING]) for label in (FIRST, LAST, ALL)}
+    short = {label: scores[label].paired_difference(scores[ALL]) for label in (FIRST, LAST)}
+    names = score_header(split.measure)
+    half, end = len(factors) // 2, len(factors) - 1
+    layers = {NO_SCALING: "none", FIRST: f"0-{half - 1}" if half else "none", LAST: f"{half}-{end}", ALL: f"0-{end}"}
+    rows = []
+    for label, of_one in scores.items():
+        change = unit.change(gains[label]) if label in gains else ""
+        rows.append((label, layers[label], *score_cells(of_one, names).values(), change))
+    header = ("factors on", "layers", *names, "Δ to none")
+    figures = ()
+    if split.measure == "accuracy":
+        figure, (axes,) = new_figure()
+        draw_positions(axes, scores, band=False)
+        caption = "Accuracy over the place of the answer with the adapter's factors on a part of the layers."
+        figures = (SectionFigure("positions", caption, to_png(figure, "Factors on half of the layers", measured)),)
+    return Section(
+        name=HALVES,
+        title="First half, last half",
+        question="Which half of the layers carries the effect of the adapter's factors?",
+        measured=measured + in_force(config),
+        findings=(
+            *(verdict(f"Scaling the {label} alone", NO_SCALING, gains[label], unit) for label in (FIRST, LAST)),
+            verdict(f"Scaling {ALL}", NO_SCALING, gains[ALL], unit),
+            *(verdict(f"Scaling the {label} alone", f"scaling {ALL}", short[label], unit) for label in (FIRST, LAST)),
+        ),
+        tables=(Table(header, tuple(rows), caption=legend(header, split.measure), text_columns=(0, 1)),),
+        figures=figures,
+        data=json_data(
+            task=task,
+            split=split,
+            layer_factors={label: made.layer_factors for label, made in configs.items()},
+            scores=scores,
+            average_minus_none=gains,
+            average_minus_all=short,
+        ),
+    )

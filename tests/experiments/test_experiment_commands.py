@@ -186,7 +186,7 @@ def test_a_resumed_report_measures_nothing_twice(adapter, quick_report, monkeypa
 
     measured = []
     for step in ("sweep", "halves", "attention"):
-        module = getattr(report_plan, step)
+        module = report_plan.attention if step == "attention" else report_plan.sweep
         inner = getattr(module, f"run_{step}")
 
         def noted(*arguments, step=step, inner=inner, **settings):

@@ -11,10 +11,9 @@ from experiment_helpers import FACTORS, GROUPS, Audience, by_hand, scores_of, sh
 
 from peft_layerrope import Example, LayerRopeConfig, TokenTask
 from peft_layerrope.errors import AdapterMismatchError, LayerRopeError, TaskError
-from peft_layerrope.experiments.halves import half_vectors, run_halves
 from peft_layerrope.experiments.layer_sensitivity import run_sensitivity, sensitivity
 from peft_layerrope.experiments.measuring import Measuring, utilisation_difference
-from peft_layerrope.experiments.sweep import run_sweep, sweep_findings
+from peft_layerrope.experiments.sweep import half_vectors, run_halves, run_sweep, sweep_findings
 from peft_layerrope.experiments.u_shape import describe_shape, run_u_shape
 from peft_layerrope.scoring.scores import Interval, difference_interval
 
