@@ -35,7 +35,7 @@ from .options import (
     resolve_task,
 )
 
-_NOT_TAKEN = ("device", "trust_remote_code")  # the file may be a stranger's: whether its code may run has to be typed
+_NOT_TAKEN = ("device", "trust_remote_code")  # of a file, which may be a stranger's: that code may run has to be typed
 _LONGEST = 64  # times the trained window: more is a damaged or hostile file
 
 
