@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from deap import algorithms, base, cma, tools
@@ -57,17 +56,10 @@ def evolve(
     rng: random.Random,
 ) -> Iterator[Individual]:
     """Searches the fittest curve: tournament selection, blend crossover, Gaussian mutation within bounds, elitism.
+    Yields the fittest so far, after each generation, of which the first one is random.
 
-    Args:
-        genome: decodes genes.
-        generations: how many, the first one of random curves included.
-        population: curves in each.
-        score: given the number of a generation and its vectors that no other had, what is to be large; one that is not
-            finite is last.
-        rng: the only source of randomness.
-
-    Yields:
-        The fittest so far, after each generation.
+    `score` is given the number of a generation and its vectors that no other had, and returns what is to be large; one
+    that is not finite is last. `rng` is the only source of randomness.
     """
     toolbox = _toolbox(genome)
     people = [Individual(genome.random(rng)) for _ in range(population)]
@@ -76,7 +68,7 @@ def evolve(
         if number:
             with isolated_random(rng):
                 elites = [toolbox.clone(individual) for individual in tools.selBest(people, ELITES)]
-                parents = toolbox.select(people, population - len(elites))
+                parents = tools.selTournament(people, population - ELITES, TOURNAMENT_SIZE)
                 people = elites + algorithms.varAnd(parents, toolbox, CROSSOVER_PROBABILITY, MUTATION_PROBABILITY)
         vectors = [genome.decode(individual) for individual in people]
         new = [vector for vector in dict.fromkeys(vectors) if vector not in known]
@@ -89,29 +81,16 @@ def evolve(
 def _toolbox(genome: BezierGenome) -> base.Toolbox:
     low, high = genome.bounds
     sigma = [GENE_SIGMA * (h - b) for b, h in zip(low, high, strict=True)]
+
+    def within_bounds(people: tuple[Individual, ...]) -> tuple[Individual, ...]:
+        for person in people:
+            person[:] = np.clip(person, low, high).tolist()
+        return people
+
     toolbox = base.Toolbox()
-    toolbox.register("select", tools.selTournament, tournsize=TOURNAMENT_SIZE)
-    toolbox.register("mate", tools.cxBlend, alpha=BLEND_ALPHA)
-    toolbox.register("mutate", tools.mutGaussian, mu=[0.0] * len(low), sigma=sigma, indpb=GENE_PROBABILITY)
-    for operator in ("mate", "mutate"):
-        toolbox.decorate(operator, _within(low, high))
+    toolbox.register("mate", lambda *pair: within_bounds(tools.cxBlend(*pair, BLEND_ALPHA)))
+    toolbox.register("mutate", lambda one: within_bounds(tools.mutGaussian(one, 0.0, sigma, GENE_PROBABILITY)))
     return toolbox
-
-
-def _within(low: Sequence[float], high: Sequence[float]) -> Callable:
-    """DEAP decorator: clips the genes of whatever an operator returns."""
-
-    def decorate(operator: Callable) -> Callable:
-        def clipped(*args: Any, **kwargs: Any) -> tuple[Individual, ...]:
-            individuals = operator(*args, **kwargs)
-            for individual in individuals:
-                for i, gene in enumerate(individual):
-                    individual[i] = min(max(gene, low[i]), high[i])
-            return individuals
-
-        return clipped
-
-    return decorate
 
 
 FIRST_SIGMA = 1.0
@@ -142,18 +121,11 @@ def adapt(
     seed: int,
     limits: tuple[float, float],
 ) -> Iterator[np.ndarray]:
-    """Searches a family's parameters by CMA-ES, from the unscaled model.
+    """Searches a family's parameters by CMA-ES, from the unscaled model; a standard draw of them should be as far as a
+    search is to look. Yields the centroid's log-factors, shape `(num_layers,)`, after each generation.
 
-    Args:
-        family: what may be chosen from; a standard draw of its parameters should be as far as a search is to look.
-        generations: how many.
-        score: given the number of a generation, the centroid's log-factors and those of each member, what is to be
-            large; where it is not finite, a member is last.
-        seed: of the draws.
-        limits: of a log-factor.
-
-    Yields:
-        The centroid's log-factors, shape `(num_layers,)`, after each generation.
+    `score` is given the number of a generation, the centroid's log-factors and those of each member, and returns what
+    is to be large; where it is not finite, a member is last. A log-factor stays within `limits`.
     """
     count = family.num_parameters
     strategy = _Strategy([0.0] * count, FIRST_SIGMA, np.random.default_rng(seed), population_of(count))
@@ -174,12 +146,9 @@ _STRENGTHS = (1.0, 4.0, 16.0)  # of the ridge
 
 
 def fitted_parabola(members: Sequence[np.ndarray], values: Sequence[np.ndarray]) -> tuple[np.ndarray, float] | None:
-    """Fits a parabola, alike in all directions but its slope, to what generations saw. Each generation has a level of
-    its own, as contexts have.
-
-    Args:
-        members: parameters of each generation, shape `(members, num_parameters)`.
-        values: their values, shape `(members,)`; those that are not finite do not count.
+    """Fits a parabola, alike in all directions but its slope, to what generations saw: of each the parameters, shape
+    `(members, num_parameters)`, and the values, shape `(members,)`; those that are not finite do not count. Each
+    generation has a level of its own, as contexts have.
 
     Returns:
         Its slope at the unscaled model, shape `(num_parameters,)`, and the factor of the sum of squares. None: it says

@@ -23,30 +23,19 @@ _DENSER = 8
 
 
 class Evaluator(Protocol):
-    """Scores of factor vectors; the same vector always gets the same scores.
-
-    Attributes:
-        at_once: how many vectors are worked on at the same time.
-    """
+    """Scores of factor vectors; the same vector always gets the same scores."""
 
     at_once: int
+    """How many vectors are worked on at the same time."""
 
     def scores(self, vectors: Sequence[Factors], split: Split, written: bool = False) -> list[PositionScores]:
-        """Returns the scores of each vector, in order.
-
-        Args:
-            vectors: one factor per layer.
-            split: the examples.
-            written: of answers that the model writes, where the split says how they are judged; else by likelihood.
+        """Returns the scores of each vector, in order: by likelihood, or where `written` of answers that the model
+        writes, if the split says how they are judged.
         """
 
 
 class ModelEvaluator:
-    """Scores vectors in this process, one after the other.
-
-    Args:
-        scorer: of a `PeftModel` with one LAYER_ROPE adapter, whose factors are changed in place.
-    """
+    """Scores vectors in this process, one after the other, by changing the factors of the scorer's adapter in place."""
 
     at_once = 1
 

@@ -7,8 +7,7 @@ rise of the loss itself is measured, which may have either sign.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -41,31 +40,29 @@ _SCORED = 128  # positions of a window at which distributions are compared at a 
 
 
 def read_windows(tokenizer: PreTrainedTokenizerBase | None, text: Path | None, length: int) -> Windows:
-    """Returns windows of people's text; none where the tokenizer does not know the words of the shipped sample.
-
-    Args:
-        tokenizer: the model's; None: none.
-        text: a file in UTF-8; None: the sample that is shipped.
-        length: the most tokens of a window. It is less where the text is short.
+    """Returns windows of people's text, of a file in UTF-8 or of the shipped sample, with at most `length` tokens; none
+    without a tokenizer, or where it does not know the words of the sample.
 
     Raises:
         TaskError: the file cannot be read, or is too short.
     """
-    if tokenizer is not None:
-        ids = tokenised([_read(text, length)], tokenizer, str(text)).tolist()
-        unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1) if tokenizer.unk_token_id is not None else 0
-        size = min(length, len(ids) // NUM_WINDOWS)
-        if unknown <= _MAX_UNKNOWN and size >= _SCORED:
-            # of a document, only the first window would begin as texts do
-            begin = [tokenizer.bos_token_id] if _begins_with_bos(tokenizer) else []
-            starts = [i * (len(ids) // NUM_WINDOWS) for i in range(NUM_WINDOWS)]
-            return tuple(tuple([*begin, *ids[start : start + size - len(begin)]]) for start in starts)
-        if text is not None:
-            raise TaskError(
-                f"{text} has {len(ids)} tokens, {unknown:.0%} of them unknown to the tokenizer: expected at least "
-                f"{NUM_WINDOWS * _SCORED}, {_MAX_UNKNOWN:.0%} of them unknown at most."
-            )
-    return ()
+    if tokenizer is None:
+        return ()
+    ids = tokenised([_read(text, length)], tokenizer, str(text)).tolist()
+    unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1) if tokenizer.unk_token_id is not None else 0
+    size = min(length, len(ids) // NUM_WINDOWS)
+    if unknown <= _MAX_UNKNOWN and size >= _SCORED:
+        # of a document, only the first window would begin as texts do
+        bos = tokenizer.bos_token_id
+        begin = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        starts = [i * (len(ids) // NUM_WINDOWS) for i in range(NUM_WINDOWS)]
+        return tuple(tuple([*begin, *ids[start : start + size - len(begin)]]) for start in starts)
+    if text is None:
+        return ()
+    raise TaskError(
+        f"{text} has {len(ids)} tokens, {unknown:.0%} of them unknown to the tokenizer: expected at least "
+        f"{NUM_WINDOWS * _SCORED}, {_MAX_UNKNOWN:.0%} of them unknown at most."
+    )
 
 
 def _read(text: Path | None, length: int) -> str:
@@ -78,32 +75,22 @@ def _read(text: Path | None, length: int) -> str:
         raise TaskError(f"{text} cannot be read as text: {one_line(error)}.") from error
 
 
-def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-
-
 def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int, read: Windows = ()) -> Windows:
-    """Has a model write text at temperature 1.
+    """Has an unscaled model write windows of text at temperature 1, each filled with samples of at most 256 tokens.
 
-    Args:
-        model: a transformers causal language model, unscaled.
-        num_windows: pieces of text.
-        length: tokens of each. A window is filled with samples of at most 256 tokens, one after the other.
-        seed: of the draws.
-        read: people's text, of which each sample goes on from a few tokens: out of nothing an instruct model writes
-            what nobody reads. None: it begins at the token that text begins with.
+    A sample goes on from a few tokens of `read`, people's text: out of nothing an instruct model writes what nobody
+    reads. Where there is none, it begins at the token that text begins with.
     """
     per_window = -(-length // _SAMPLED_TOKENS)
     size = -(-length // per_window)
     start, ends = _special_tokens(model)
     count = num_windows * per_window
-    begun = max(1, min(_BEGUN_TOKENS, size // 4)) if read else 1
-    begins = [[start]] * count
+    begins, more = [[start]] * count, size
     if read:
+        begun = max(1, min(_BEGUN_TOKENS, size // 4))
         pieces = [window[i : i + begun] for i in range(0, len(read[0]) - begun, begun) for window in read]
         begins = [list(pieces[i * len(pieces) // count]) for i in range(count)]
-    more = size - begun if read else size
+        more = size - begun
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -118,7 +105,9 @@ def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int
 
     def attempt(rows: int) -> list[list[int]]:
         samples: list[list[int]] = []
-        with _seeded(seed, device):
+        # `generate()` draws from PyTorch's own generators, which get their state back
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
             while len(samples) < count:
                 ids = torch.tensor(begins[len(samples) : len(samples) + rows], device=device)
                 written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
@@ -148,12 +137,8 @@ def window_logits(model: nn.Module, window: Sequence[int], positions: Sequence[i
 
 
 def divergences(unscaled: torch.Tensor, scaled: torch.Tensor) -> torch.Tensor:
-    """Returns the Kullback-Leibler divergence in nats at each position: shape `(positions,)`, float32. Rounding may
-    leave it a little below 0.
-
-    Args:
-        unscaled: logits of shape `(positions, vocabulary)`.
-        scaled: logits of that shape.
+    """Returns the Kullback-Leibler divergence in nats at each position: shape `(positions,)`, float32; the logits have
+    the shape `(positions, vocabulary)`. Rounding may leave it a little below 0.
     """
     parts = []
     for before, after in zip(unscaled.split(_SCORED), scaled.split(_SCORED), strict=True):  # rows in float32 are large
@@ -175,15 +160,6 @@ def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     begins = settings.bos_token_id if settings.bos_token_id is not None else text.bos_token_id
     return (begins if begins is not None else next(iter(ends), 0)), ends
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds PyTorch's generators, which `generate()` draws from, and gives them their state back."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 @dataclass(frozen=True)
@@ -221,22 +197,15 @@ class Harm:
         """Whether a bound is broken for sure: that on text, in nats, or [`MAX_END_DROP`]. No bound, none of them."""
         if bound is None:
             return False
-        return not (
-            all(interval.low <= bound for interval in self._on_text)
-            and all(interval.high >= -MAX_END_DROP for interval in self.ends or ())
-        )
+        kept = all(interval.low <= bound for interval in self._on_text)  # nothing that is not a number keeps to it
+        return not (kept and all(interval.high >= -MAX_END_DROP for interval in self.ends or ()))
 
 
 def choose(
     fitness: Mapping[str, Sequence[float]], harm: Mapping[str, Harm], names: Sequence[str], bound: float | None
 ) -> str:
-    """Chooses among what several methods found.
-
-    Args:
-        fitness: of each, by context of the validation split: what is to be large.
-        harm: of each.
-        names: from the simplest to the most elaborate; the first one is the unscaled model.
-        bound: of the harm to ordinary text, in nats; None: none.
+    """Chooses among what several methods found, by their fitness in each context of the validation split; `names` go
+    from the unscaled model to the most elaborate choice, and the bound is in nats.
 
     Returns:
         The name of the best that keeps to the bound, or of a simpler one that it is not better than by an interval
