@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
@@ -71,9 +70,7 @@ class RichProgress(SearchProgress):
         self._paced = np.full(2, _TRUSTED)  # seconds that stages took, and that were expected of them
         self._began = time.perf_counter()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             self._finish_stage()
         self._bar.stop()
@@ -123,28 +120,14 @@ class RichProgress(SearchProgress):
         self._name = ""
 
 
-def audience_of(progress: bool | SearchProgress) -> SearchProgress:
-    """Returns whom to tell: a progress bar (True), nobody (False), or the caller's own."""
-    if isinstance(progress, bool):
-        return RichProgress() if progress else SearchProgress()
-    return progress
-
-
-def since(started: float) -> float:
-    """Seconds since a reading of `time.perf_counter()`, which no step of the clock makes negative."""
-    return max(0.0, time.perf_counter() - started)
-
-
-PREFLIGHT, WRITTEN, UNIFORM_HARM, CURVATURE, VALIDATION, HARM, TEST = (
-    "preflight",
-    "text that the model writes",
-    "harm of uniform factors",
-    "harm of each layer",
-    "choice on the validation split",
-    "harm to ordinary text",
-    "held-out test",
-)
-"""Stages of a search."""
+# Stages of a search.
+PREFLIGHT = "preflight"
+WRITTEN = "text that the model writes"
+UNIFORM_HARM = "harm of uniform factors"
+CURVATURE = "harm of each layer"
+VALIDATION = "choice on the validation split"
+HARM = "harm to ordinary text"
+TEST = "held-out test"
 
 
 def race_of(name: str) -> str:
@@ -158,15 +141,8 @@ def steps_of(name: str) -> str:
 
 
 def check_length(settings: SearchSettings, length: int, window: int | None) -> None:
-    """Refuses prompts that no factor of the range could bring back into the trained window.
-
-    Args:
-        settings: the grid and the global factor.
-        length: the longest prompt in tokens.
-        window: the model's trained window; None if its config does not say.
-
-    Raises:
-        SearchError: naming the three numbers.
+    """Raises SearchError for prompts of so many tokens if no factor of the range could bring them back into the model's
+    trained window, which is None if its config does not say.
     """
     if window is None:
         return
@@ -204,34 +180,21 @@ def contexts_of(generations: int) -> int:
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds that one thing of each kind takes.
+    """Seconds that one thing of each kind takes."""
 
-    Attributes:
-        context: scoring the questions of one context.
-        window: a pass over a window of text.
-    """
-
-    context: float
-    window: float
+    context: float  # scoring the questions of one context
+    window: float  # a pass over a window of text
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a search does, all of it a function of the number of steps.
+    """What a search does, all of it a function of the number of steps."""
 
-    Attributes:
-        steps: generations of the search for a factor for each layer.
-        population: vectors in each of them.
-        shared_contexts: that all generations are judged on; None: each has a fresh context.
-        num_parameters: layers whose factors are free.
-        full_controls: each control gets as many generations as that.
-    """
-
-    steps: int
-    population: int
-    shared_contexts: int | None
-    num_parameters: int
-    full_controls: bool = False
+    steps: int  # generations of the search for a factor for each layer
+    population: int  # vectors in each of them
+    shared_contexts: int | None  # that all generations are judged on; None: each has a fresh context
+    num_parameters: int  # layers whose factors are free
+    full_controls: bool = False  # each control gets as many generations as that
 
     @classmethod
     def of(cls, settings: SearchSettings, steps: int, num_parameters: int) -> Schedule:
@@ -281,23 +244,20 @@ class Schedule:
         control = self._search(self.control_steps, population_of(_NUMBERS), rates)
         finalists = len(CONTROLS) + 3  # beside them none, a uniform one, and the per-layer vector
         checked = (NUM_WINDOWS + NUM_WRITTEN) * rates.window
+        own = self._search(self.steps, self.population, rates)
+        if self.shared_contexts is not None:  # a curve is judged without a look at ordinary text
+            own = self.steps * self.population * self.shared_contexts * rates.context
         return {
             WRITTEN: _WRITTEN_COST * rates.context,
             UNIFORM_HARM: _PROBED * 2 * rates.window,  # one of each kind of text
             race_of(UNIFORM): (sum(self.rounds) + self._raced(self.uniform_values - 1)) * rates.context,
             race_of(BOUNDED): self._raced(BOUNDED_VALUES - 1) * rates.context,
             CURVATURE: 2 * self.num_parameters * rates.window * _PROBED_SHARE,
-            steps_of(PER_LAYER): self._own(rates),
+            steps_of(PER_LAYER): own,
             **{steps_of(name): control for name in CONTROLS},
             VALIDATION: finalists * self.validation_contexts * rates.context,
             HARM: finalists * checked,  # the unscaled model does none; a vector may be made smaller and measured again
         }
-
-    def _own(self, rates: Rates) -> float:
-        """The search for a factor for each layer; a curve is judged without a look at ordinary text."""
-        if self.shared_contexts is None:
-            return self._search(self.steps, self.population, rates)
-        return self.steps * self.population * self.shared_contexts * rates.context
 
     def _search(self, steps: int, population: int, rates: Rates) -> float:
         """Generations with the divergence at each centroid, and the choice of a vector."""

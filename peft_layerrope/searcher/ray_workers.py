@@ -76,14 +76,8 @@ def _sent(model: nn.Module, device: str) -> Callable[[], nn.Module]:
 
 
 class WorkerPool:
-    """The workers of one search, as an [`Evaluator`]. Answers are written in this process.
-
-    Args:
-        local: the evaluator of this process.
-        probe: what a worker has to score as this process does, before it is asked for anything else.
-        settings: see [`RayWorkers`].
-        options: Ray's, for a [`Worker`].
-        recipe: of a worker.
+    """The workers of one search, as an [`Evaluator`]. Answers are written in this process. A worker has to score the
+    probe as this process does, before it is asked for anything else.
     """
 
     def __init__(
@@ -242,10 +236,6 @@ class RayWorkers:
 
     def __call__(self, local: ModelEvaluator, probe: Split) -> WorkerPool:
         """Starts workers for one search, in place of those of an earlier one, and waits for the first of them.
-
-        Args:
-            local: the evaluator of this process.
-            probe: what the workers score first, to show that they compute what this process does.
 
         Raises:
             SearchError: Ray cannot be reached, the model cannot be sent or loaded, or no worker started.

@@ -39,46 +39,29 @@ from .harm import Harm
 from .settings import SearchSettings
 from .space import FactorGrid, Factors, format_layers
 
-NONE, UNIFORM, BOUNDED, FIRST_REST, DECAY, PER_LAYER = (
-    "none",
-    "uniform",
-    "uniform_bounded",
-    "first_and_rest",
-    "decay",
-    "per_layer",
-)
 LABELS = {
-    NONE: "no scaling",
-    UNIFORM: "best uniform factor",
-    BOUNDED: "uniform within bound",
-    FIRST_REST: "first a, rest b",
-    DECAY: "decay over depth",
-    PER_LAYER: "per layer",
+    "none": "no scaling",
+    "uniform": "best uniform factor",
+    "uniform_bounded": "uniform within bound",
+    "first_and_rest": "first a, rest b",
+    "decay": "decay over depth",
+    "per_layer": "per layer",
 }
-
+NONE, UNIFORM, BOUNDED, FIRST_REST, DECAY, PER_LAYER = LABELS
 
 TIMING_NAME = "timing.json"
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One method on the held-out split.
+    """One method on the held-out split."""
 
-    Attributes:
-        name: key of `LABELS`.
-        factors: the factors it chose on the search split.
-        fitness: their fitness on the search split.
-        evaluations: distinct vectors it evaluated to choose them.
-        scores: held-out scores.
-        harm: what the factors do to ordinary text.
-    """
-
-    name: str
-    factors: Factors
-    fitness: float
-    evaluations: int
-    scores: PositionScores
-    harm: Harm
+    name: str  # key of `LABELS`
+    factors: Factors  # that it chose on the search split
+    fitness: float  # of the factors, on the search split
+    evaluations: int  # distinct vectors it evaluated to choose them
+    scores: PositionScores  # held-out
+    harm: Harm  # what the factors do to ordinary text
 
     @property
     def label(self) -> str:
@@ -241,8 +224,7 @@ class SearchResult(HeldOutTables):
         }
 
     def _row_dict(self, row: TableRow) -> dict[str, Any]:
-        others = [other.name for other in self.table if other.name != row.name]
-        gaps = {name: self.difference(row.name, name) for name in others}
+        gaps = {other.name: self.difference(row.name, other.name) for other in self.table if other is not row}
         if self._measure == "loss":  # in the loss itself
             gaps = {name: gap.negated() for name, gap in gaps.items()}
         return {
@@ -293,19 +275,11 @@ class SearchResult(HeldOutTables):
             save_adapter(config, staging)
             (staging / REPORT_NAME).write_text(to_json(self.to_dict(), indent=2) + "\n")
             (staging / TIMING_NAME).write_text(to_json(self.timing, indent=2) + "\n")
-            pictures = {
-                ACCURACY_PLOT: plot_by_position(self.curves_to_plot(), self.subtitle()),
-                FACTORS_PLOT: plot_factors_by_depth(
-                    self.table[self.chosen].factors,
-                    control_points=self.config.control_points,
-                    scaled_layers=self.config.scaled_layers,
-                ),
-                HARM_PLOT: plot_gain_over_harm(
-                    self.gain_over_harm(), self.settings.max_harm, self.subtitle(), unit_of(self._measure)
-                ),
-            }
-            for name, picture in pictures.items():
-                (staging / name).write_bytes(picture)
+            (staging / ACCURACY_PLOT).write_bytes(plot_by_position(self.curves_to_plot(), self.subtitle()))
+            curve = {"control_points": self.config.control_points, "scaled_layers": self.config.scaled_layers}
+            (staging / FACTORS_PLOT).write_bytes(plot_factors_by_depth(self.table[self.chosen].factors, **curve))
+            harm = self.gain_over_harm(), self.settings.max_harm, self.subtitle(), unit_of(self._measure)
+            (staging / HARM_PLOT).write_bytes(plot_gain_over_harm(*harm))
             files = {path.name for place in (folder, staging) for path in place.iterdir()}
             try:
                 save_card(model_card(base_model, self.config, self._held_out(), files=files), folder, staging)
@@ -367,8 +341,6 @@ _Text = Annotated[str, StringConstraints(max_length=200)]
 _Factors = Annotated[list[float], Field(min_length=1, max_length=MAX_LAYERS)]
 _Values = Annotated[list[float], Field(max_length=_MAX_POSITIONS)]
 _Pair = tuple[float, float]
-
-
 _Number = Annotated[float | None, AfterValidator(lambda value: math.nan if value is None else value)]
 _Interval = Annotated[tuple[float | None, float | None, float | None], AfterValidator(Interval.from_list)]
 _Intervals = Annotated[dict[_Text, _Interval], Field(max_length=_MAX_ROWS)]

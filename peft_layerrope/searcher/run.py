@@ -33,12 +33,11 @@ from .plan import (
     TEST,
     Plan,
     Rates,
+    RichProgress,
     Schedule,
     SearchProgress,
-    audience_of,
     check_length,
     schedule_for,
-    since,
 )
 from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .settings import MIN_STEPS, SearchSettings
@@ -117,10 +116,12 @@ def search(
     ```
     """
     settings = _settings(settings, overrides)
-    if not isinstance(progress, bool) and not hasattr(progress, "stage"):
+    if isinstance(progress, bool):
+        progress = RichProgress() if progress else SearchProgress()
+    elif not hasattr(progress, "stage"):
         raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
     kept = Path(folder) if folder is not None else None
-    with _prepared(model, task, settings) as ready, audience_of(progress) as audience:
+    with _prepared(model, task, settings) as ready, progress as audience:
         plan, schedule = ready.plan, ready.plan.schedule
         settings = replace(settings, steps=schedule.steps, test_groups=plan.test_groups)
         if on_plan is not None:
@@ -233,7 +234,7 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 def _plan(
     scorer: Scorer, task: Task, settings: SearchSettings, space: FactorSpace, windows: Windows, started: float
 ) -> Plan:
-    spent, (longest, typical) = since(started), probes(scorer.model, task)
+    spent, (longest, typical) = time.perf_counter() - started, probes(scorer.model, task)
     tokens = len(windows[0]) if windows else _text_tokens(scorer.model, longest)
     rates = measured_rates(scorer, typical, tokens)
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
@@ -352,17 +353,10 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
     """What came out, its harm, and what it took, in sentences."""
     chosen, harm = outcome.chosen, outcome.harm[outcome.chosen]
     bound = "with no bound" if settings.max_harm is None else f"under a bound of {settings.max_harm:g} nats"
-    label = LABELS[chosen]
+    why = "the simplest choice that no other clearly beats, by an interval that excludes 0,"
     if chosen == PER_LAYER:
-        verdict = (
-            f'result: "{label}". On the validation split it is better than every simpler choice {bound} on '
-            "ordinary text."
-        )
-    else:
-        verdict = (
-            f'result: "{label}". On the validation split it is the simplest choice that no other clearly beats, by an '
-            f"interval that excludes 0, {bound} on ordinary text."
-        )
+        why = "better than every simpler choice"
+    verdict = f'result: "{LABELS[chosen]}". On the validation split it is {why} {bound} on ordinary text.'
     text = f"harm: divergence on text that the unscaled model wrote {_HARM.mean(harm.divergence)} nats"
     if harm.loss_rise is not None:
         text += f", rise of the loss on people's text ({_source(settings)}) {_HARM.mean(harm.loss_rise)} nats"
@@ -393,14 +387,9 @@ def measured_rates(scorer: Scorer, one: Split, text_tokens: int) -> Rates:
     window = (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
     densely_scored(scorer, one)
     positions = scored_positions(len(window), most=len(window))
-
-    def passed_over() -> None:
-        with torch.no_grad():
-            window_logits(scorer.model, window, positions)
-
-    def seconds(timed: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        timed()
-        return max(1e-6, since(started))
-
-    return Rates(seconds(lambda: densely_scored(scorer, one)), seconds(passed_over))
+    started = time.perf_counter()
+    densely_scored(scorer, one)
+    scored = time.perf_counter()
+    with torch.no_grad():
+        window_logits(scorer.model, window, positions)
+    return Rates(max(1e-6, scored - started), max(1e-6, time.perf_counter() - scored))

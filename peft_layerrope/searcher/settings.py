@@ -157,10 +157,7 @@ class SearchSettings:
         )
 
     def space(self, key_sources: tuple[int, ...]) -> FactorSpace:
-        """Returns what may be chosen from in a model.
-
-        Args:
-            key_sources: for each layer the one whose keys it attends to, mostly itself.
+        """Returns what may be chosen from in a model; see [`FactorSpace`].
 
         Raises:
             SearchError: a layer index is out of range, named twice or bound to another, or no layer is left.
@@ -196,11 +193,8 @@ class SearchSpecification(ModelSource):
 
     @classmethod
     def of(cls, values: Mapping[str, Any], source: str) -> SearchSpecification:
-        """Makes a specification from plain values; what is missing has its default.
-
-        Args:
-            values: nested as this class is.
-            source: where they come from, for messages.
+        """Makes a specification from plain values, nested as this class is; what is missing has its default. `source`
+        is where they come from, for messages.
 
         Raises:
             LayerRopeError: an unknown name, with the nearest known one; a value of the wrong type or out of its range.

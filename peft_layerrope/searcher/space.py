@@ -111,8 +111,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
         if last >= MAX_LAYERS:
             raise SearchError(f"layers {text!r}: layer {last} is out of range, expected at most {MAX_LAYERS - 1}.")
         layers += range(first, last + 1)
-    twice = sorted({layer for layer in layers if layers.count(layer) > 1}) if len(set(layers)) < len(layers) else []
-    if twice:
+    if len(set(layers)) < len(layers):
+        twice = [layer for layer in layers if layers.count(layer) > 1]
         raise SearchError(f"layers {text!r}: {format_layers(twice)} must be named only once.")
     return tuple(sorted(layers))
 
@@ -127,17 +127,12 @@ def format_layers(layers: Iterable[int]) -> str:
 
 @dataclass(frozen=True)
 class FactorSpace:
-    """All factor vectors of a search.
-
-    Attributes:
-        grid: allowed factors.
-        scaled_layers: layers whose factor is free, ascending. The others keep 1.0, or their source's factor.
-        key_sources: for each layer the one whose keys it attends to: itself, except in a model with a shared KV
-            cache, where a layer needs the factor of the layer that rotated the keys.
-    """
+    """All factor vectors of a search."""
 
     grid: FactorGrid
-    scaled_layers: tuple[int, ...]
+    scaled_layers: tuple[int, ...]  # whose factor is free, ascending; the others keep 1.0, or their source's factor
+    # for each layer the one whose keys it attends to: itself, except in a model with a shared KV cache, where a layer
+    # needs the factor of the layer that rotated the keys
     key_sources: tuple[int, ...]
 
     @property
@@ -168,14 +163,8 @@ def _cubic(p0: float, p1: float, p2: float, p3: float, t: np.ndarray) -> np.ndar
 def sample_curve(control_points: Sequence[Sequence[float]], num_samples: int) -> np.ndarray:
     """Reads a cubic Bézier curve over the depth of a model at equally spaced depths (arXiv 2503.04355, section 3).
 
-    Solves `x(t) = depth` by bisection (inner abscissae within [0, 1] make x(t) monotone) and returns `y(t)`.
-
-    Args:
-        control_points: four `(x, y)` pairs; `x` of the first is 0, of the last 1, the inner ones in [0, 1].
-        num_samples: number of depths, from 0 to 1 inclusive; a single sample is taken at depth 0.5.
-
-    Returns:
-        float64 array of shape `(num_samples,)`.
+    Solves `x(t) = depth` by bisection (inner abscissae within [0, 1] make x(t) monotone) and returns `y(t)`, float64 of
+    shape `(num_samples,)`. Depths go from 0 to 1 inclusive; a single sample is taken at depth 0.5.
 
     Raises:
         ValueError: the control points are not four pairs, not finite, or x(t) would not be monotone.
@@ -199,31 +188,31 @@ def sample_curve(control_points: Sequence[Sequence[float]], num_samples: int) ->
     return _cubic(*y, t)
 
 
+@dataclass(frozen=True)
 class BezierGenome:
     """The six free coordinates of a cubic Bézier curve over depth: y0, y1, y2, y3 (factors), x1, x2 (depths).
 
     `x1, x2` in [0, 1] keep the curve a function of depth.
     """
 
-    def __init__(self, space: FactorSpace) -> None:
-        self._space = space
+    space: FactorSpace
 
     @property
     def bounds(self) -> tuple[list[float], list[float]]:
         """Lower and upper bound of each gene."""
-        low, high = self._space.grid.limits
+        low, high = self.space.grid.limits
         return [low] * 4 + [0.0] * 2, [high] * 4 + [1.0] * 2
 
     def random(self, rng: random.Random) -> list[float]:
         """Draws genes: factors around the middle of the range (1.5 by default)."""
-        low, high = self._space.grid.limits
+        low, high = self.space.grid.limits
         heights = [min(max(rng.gauss((low + high) / 2, (high - low) / 4), low), high) for _ in range(4)]
         return [*heights, rng.random(), rng.random()]
 
     def decode(self, genes: Sequence[float]) -> Factors:
         """Returns one factor per layer, on the grid."""
-        heights = sample_curve(self.control_points(genes), len(self._space.scaled_layers))
-        return self._space.spread(self._space.grid.snap(heights))
+        heights = sample_curve(self.control_points(genes), len(self.space.scaled_layers))
+        return self.space.spread(self.space.grid.snap(heights))
 
     def control_points(self, genes: Sequence[float]) -> list[list[float]]:
         """Returns the four `(x, y)` points of the curve that the genes draw."""
@@ -241,15 +230,9 @@ _SIDES_TRIED = 10  # times that it is looked up on which side of 1 each layer co
 
 @dataclass(frozen=True)
 class Family:
-    """Factor vectors whose logarithms are a linear function of a few numbers.
+    """Factor vectors whose logarithms are a linear function of a few numbers."""
 
-    Attributes:
-        name: key in reports.
-        basis: shape `(num_layers, num_parameters)`; a row of zeros keeps a layer at 1.
-    """
-
-    name: str
-    basis: np.ndarray
+    basis: np.ndarray  # shape `(num_layers, num_parameters)`; a row of zeros keeps a layer at 1
 
     @property
     def num_parameters(self) -> int:
@@ -270,22 +253,14 @@ class Family:
 
 def harm_of(log_factors: np.ndarray, curvature: np.ndarray) -> float:
     """Returns the divergence that log-factors are to cause by what each layer causes alone, which grows with the square
-    of its log-factor and is another below a factor of 1 than above.
-
-    Args:
-        log_factors: shape `(num_layers,)`.
-        curvature: below and above, shape `(2, num_layers)`.
+    of its log-factor and is another below a factor of 1 than above: the two rows of `curvature`, `(2, num_layers)`.
     """
     return float(_on_its_side(log_factors, curvature) @ log_factors**2) / 2
 
 
 def steepest(family: Family, slope: np.ndarray, curvature: np.ndarray) -> np.ndarray:
-    """Returns the direction, of length 1, in which a value rises most for the harm that it does.
-
-    Args:
-        family: of the vectors.
-        slope: of the value by the family's parameters, shape `(num_parameters,)`.
-        curvature: see [`harm_of`].
+    """Returns the direction, of length 1, in which a value rises most for the harm that it does (see [`harm_of`]), by
+    its slope along the family's parameters, shape `(num_parameters,)`.
     """
     direction = slope
     for _ in range(_SIDES_TRIED):
@@ -301,19 +276,19 @@ def _on_its_side(log_factors: np.ndarray, curvature: np.ndarray) -> np.ndarray:
 
 def uniform_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
     """One factor for all layers."""
-    return Family("uniform", _tied(np.ones((len(key_sources), 1)), key_sources, layers))
+    return Family(_tied(np.ones((len(key_sources), 1)), key_sources, layers))
 
 
 def first_and_rest_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
     """The first layer has a factor of its own, all others share one."""
     first = np.arange(len(key_sources)) == min(layers)
-    return Family("first_and_rest", _tied(np.stack([first, ~first], axis=1).astype(float), key_sources, layers))
+    return Family(_tied(np.stack([first, ~first], axis=1).astype(float), key_sources, layers))
 
 
 def decay_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
     """Factors that rise or fall exponentially with depth, as in LASP: two numbers."""
     depth = np.linspace(0.0, 1.0, len(key_sources))
-    return Family("decay", _tied(np.stack([np.ones_like(depth), depth], axis=1), key_sources, layers))
+    return Family(_tied(np.stack([np.ones_like(depth), depth], axis=1), key_sources, layers))
 
 
 def per_layer_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
@@ -322,7 +297,7 @@ def per_layer_family(key_sources: Sequence[int], layers: Sequence[int]) -> Famil
     basis = np.zeros((len(key_sources), len(own)))
     for column, layer in enumerate(own):
         basis[[i for i, source in enumerate(key_sources) if source == layer], column] = 1.0
-    return Family("per_layer", basis)
+    return Family(basis)
 
 
 def _tied(basis: np.ndarray, key_sources: Sequence[int], layers: Sequence[int]) -> np.ndarray:
@@ -332,14 +307,10 @@ def _tied(basis: np.ndarray, key_sources: Sequence[int], layers: Sequence[int]) 
 
 
 def farthest(probe: float, divergence: float, rise: float, rise_beyond: float, bound: float) -> float:
-    """Returns how far a log-factor may go on one side before its harm meets a bound.
+    """Returns how far a log-factor may go on one side before its harm meets a bound in nats.
 
-    Args:
-        probe: log-factor at which the harm is known.
-        divergence: there, which grows with the square of the log-factor.
-        rise: of the loss there; a parabola through it, through 0 at 0, and through `rise_beyond` at `-probe`.
-        rise_beyond: see `rise`.
-        bound: of both, in nats.
+    At the log-factor `probe` the divergence is known, which grows with its square, and the rise of the loss, which
+    follows a parabola through it, through 0 at 0, and through `rise_beyond` at `-probe`.
     """
     far = min(FARTHEST, probe * math.sqrt(bound / max(divergence, 1e-9)))
     slope, curvature = (rise - rise_beyond) / (2 * probe), (rise + rise_beyond) / (2 * probe**2)
@@ -348,13 +319,8 @@ def farthest(probe: float, divergence: float, rise: float, rise_beyond: float, b
 
 
 def allowed_share(divergence: float, rise: float, bound: float) -> float:
-    """Returns by what to multiply log-factors so that their harm comes near a bound: the divergence grows at least with
-    their square, a loss that rises at least with them, and both hardly more than with their cube.
-
-    Args:
-        divergence: that they cause, in nats.
-        rise: of the loss that they cause, in nats; it may be negative.
-        bound: of both, in nats.
+    """Returns by what to multiply log-factors so that their harm comes near a bound, all in nats: the divergence grows
+    at least with their square, a loss that rises at least with them, and both hardly more than with their cube.
     """
     worst = max(divergence, rise, 1e-9)
     if worst <= bound:
@@ -364,12 +330,8 @@ def allowed_share(divergence: float, rise: float, bound: float) -> float:
 
 
 def between(inside: tuple[float, float], outside: tuple[float, float], bound: float) -> float:
-    """Returns at which size log-factors come near a bound, by a power law through two sizes.
-
-    Args:
-        inside: a size and its harm in nats, which keeps to the bound.
-        outside: a larger size, whose harm does not.
-        bound: of the harm, in nats.
+    """Returns at which size log-factors come near a bound in nats, by a power law through two sizes and their harm: one
+    that keeps to the bound, and a larger one that does not.
     """
     (small, little), (large, much) = inside, outside
     aimed, little = AIMED * bound, max(little, 1e-9)

@@ -48,7 +48,6 @@ from .plan import (
     compared_on,
     contexts_of,
     race_of,
-    since,
     steps_of,
 )
 from .result import BOUNDED, NONE, PER_LAYER, UNIFORM
@@ -95,83 +94,50 @@ _AVERAGED_SHARE = 0.25  # of the centroids, the last ones, whose mean is one of 
 
 @dataclass(frozen=True)
 class MethodResult:
-    """What a method ended with.
+    """What a method ended with."""
 
-    Attributes:
-        factors: of each layer, rounded.
-        fitness: mean probability of the targets on the last contexts of the search split that it was raced on.
-        evaluations: vectors whose fitness was looked at.
-        generations: by which it was found: of each the mean `fitness` of its members and the `divergence` at its
-            centroid, on ordinary text; of curves the fitness of the fittest so far, and None.
-        control_points: the four `(x, y)` points of its curve; None where it is none.
-        unmerged: its fitness, on the same contexts, before the nearest factors were merged; None where none were.
-    """
-
-    factors: Factors
-    fitness: float
-    evaluations: int
+    factors: Factors  # of each layer, rounded
+    fitness: float  # mean probability of the targets on the last contexts of the search split that it was raced on
+    evaluations: int  # vectors whose fitness was looked at
+    # by which it was found: of each the mean `fitness` of its members and the `divergence` at its centroid, on ordinary
+    # text; of curves the fitness of the fittest so far, and None
     generations: tuple[dict[str, float | None], ...] = ()
-    control_points: list[list[float]] | None = None
-    unmerged: float | None = None
+    control_points: list[list[float]] | None = None  # the four `(x, y)` points of its curve; None where it is none
+    unmerged: float | None = None  # its fitness, on the same contexts, before the nearest factors were merged, if any
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found.
-
-    Attributes:
-        found: by name.
-        harm: of each.
-        chosen: the result's name.
-        test: held-out scores of each, of the answers that the model writes where the task has a metric.
-    """
+    """What a search found, by the name of the method."""
 
     found: Mapping[str, MethodResult]
     harm: Mapping[str, Harm]
-    chosen: str
-    test: Mapping[str, PositionScores]
+    chosen: str  # the result's name
+    test: Mapping[str, PositionScores]  # held-out; of the answers that the model writes where the task has a metric
 
 
 @dataclass(eq=False)
 class Stages:
-    """One search, stage after stage. Each result is kept in a journal, and taken from there if it is there.
+    """One search, stage after stage. Each result is kept in a journal, and taken from there if it is there."""
 
-    Attributes:
-        model: a `PeftModel` with one LAYER_ROPE adapter, changed in place.
-        settings: see [`SearchSettings`].
-        space: which layers are free.
-        read: windows of people's text; none: what the model writes takes its place.
-        text_tokens: of a window of what the model writes.
-        evaluator: of `model`.
-        journal: of the run.
-        audience: told what is done.
-        enough: asked after each generation; once it says so, no other begins.
-        seconds: that each stage took.
-    """
-
-    model: PeftModel
+    model: PeftModel  # with one LAYER_ROPE adapter, changed in place
     settings: SearchSettings
     space: FactorSpace
-    read: Windows
-    text_tokens: int
-    evaluator: Evaluator
+    read: Windows  # of people's text; none: what the model writes takes its place
+    text_tokens: int  # of a window of what the model writes
+    evaluator: Evaluator  # of `model`
     journal: Journal
     audience: SearchProgress
-    enough: Callable[[], bool]
-    seconds: dict[str, float] = field(default_factory=dict)
+    enough: Callable[[], bool]  # asked after each generation; once it says so, no other begins
+    seconds: dict[str, float] = field(default_factory=dict)  # that each stage took
 
     def __post_init__(self) -> None:
         self._written: Windows = ()
         self._unscaled = cache(self._unscaled_on)
 
     def run(self, schedule: Schedule, search: Split, validation: Split, test: Split) -> Outcome:
-        """Searches, measures, chooses, and has each vector tested.
-
-        Args:
-            schedule: what to do.
-            search: contexts to search on; drawn with replacement where they are fewer than the schedule has.
-            validation: contexts to choose by.
-            test: contexts of the held-out table.
+        """Searches, measures, chooses, and has each vector tested. Contexts to search on are drawn with replacement
+        where they are fewer than the schedule has.
         """
         self._search = search
         rng, self._contexts = np.random.default_rng(self.settings.seed), list(range(search.num_groups))
@@ -241,7 +207,7 @@ class Stages:
         started = time.perf_counter()
         self.audience.stage(name, total)
         yield
-        self.seconds[name] = since(started)
+        self.seconds[name] = time.perf_counter() - started
 
     @cached_property
     def _log_limits(self) -> tuple[float, float]:
@@ -252,14 +218,10 @@ class Stages:
         factors = np.round(np.exp(np.clip(log_factors, *self._log_limits)), _DIGITS)
         return self.space.spread([float(factors[layer]) for layer in self.space.scaled_layers])
 
-    def _set(self, factors: Factors) -> None:
-        self.model.base_model.set_layer_factors(factors)
-
     def _uniform(self, schedule: Schedule) -> dict[str, MethodResult]:
         """The best uniform factor of a wide range, and the best of those that keep to the bound."""
         family = uniform_family(self.space.key_sources, self.space.scaled_layers)
-        wide = np.linspace(*np.log(UNIFORM_RANGE), schedule.uniform_values)
-        races = {UNIFORM: wide}
+        races = {UNIFORM: np.linspace(*np.log(UNIFORM_RANGE), schedule.uniform_values)}
         if self.settings.max_harm is not None:
             races[BOUNDED] = self._bounded_values(family, self.settings.max_harm)
         unscaled = self._rounded(np.zeros(self.space.num_layers))
@@ -284,7 +246,7 @@ class Stages:
         return {BOUNDED: results[UNIFORM], **results}
 
     def _write(self) -> Windows:
-        self._set(self._rounded(np.zeros(self.space.num_layers)))
+        self.model.base_model.set_layer_factors(self._rounded(np.zeros(self.space.num_layers)))
         return sample_windows(self.model, NUM_WRITTEN, self.text_tokens, seed=self.settings.seed, read=self.read)
 
     def _bounded_values(self, family: Family, bound: float) -> list[float]:
@@ -294,10 +256,10 @@ class Stages:
                 self._harm_on_text(self._rounded(family.log_factors(np.array([v]))), windows=1)
                 for v in (-_PROBE, _PROBE)
             )
-        rises = [harm.loss_rise.value if harm.loss_rise is not None else 0.0 for harm in (low, high)]
+        below, above = (harm.loss_rise.value if harm.loss_rise is not None else 0.0 for harm in (low, high))
         ends = [
-            -farthest(_PROBE, low.divergence.value, rises[0], rises[1], bound),
-            farthest(_PROBE, high.divergence.value, rises[1], rises[0], bound),
+            -farthest(_PROBE, low.divergence.value, below, above, bound),
+            farthest(_PROBE, high.divergence.value, above, below, bound),
         ]
         return [share * end for end in ends for share in (1.0, 2 / 3, 1 / 3)] + [0.0]
 
@@ -340,26 +302,27 @@ class Stages:
         def score(number: int, centroid: np.ndarray, members: Sequence[np.ndarray]) -> list[float]:
             nonlocal ratio
             split = self._part(start + number, 1)
-            kept = self._once("generation", f"{name} {number}", lambda: scored(split, centroid, members))
+
+            def measured() -> list[Any]:
+                found = self.evaluator.scores([self._rounded(member) for member in members], split)
+                values = [float(fitness_by_context(scores).mean()) for scores in found]
+                return [values, self._divergence(self._rounded(centroid), number)]
+
+            kept = self._once("generation", f"{name} {number}", measured)
             fitness, divergence = [to_float(value) for value in kept[0]], to_float(kept[1])
             if (expected := harm_of(centroid, curvature)) > 0:
-                measured = float(np.clip(divergence / expected, 1 / _MOST_RATIO, _MOST_RATIO))
-                measured = measured if np.isfinite(measured) else _MOST_RATIO
-                ratio = _MEMORY * ratio + (1 - _MEMORY) * measured
+                seen_here = float(np.clip(divergence / expected, 1 / _MOST_RATIO, _MOST_RATIO))
+                ratio = _MEMORY * ratio + (1 - _MEMORY) * (seen_here if np.isfinite(seen_here) else _MOST_RATIO)
             seen.append(([family.nearest(member) for member in members], fitness))
             generations.append({"fitness": float(np.mean(fitness)), "divergence": divergence})
             self.audience.note(f"fitness {np.mean(fitness):.3f}, harm {divergence:.4f}")
             harms = [price * ratio * harm_of(member, curvature) for member in members]
             return [value - harm for value, harm in zip(fitness, harms, strict=True)]
 
-        def scored(split: Split, centroid: np.ndarray, members: Sequence[np.ndarray]) -> list[Any]:
-            found = self.evaluator.scores([self._rounded(member) for member in members], split)
-            values = [float(fitness_by_context(scores).mean()) for scores in found]
-            return [values, self._divergence(self._rounded(centroid), len(generations))]
-
         def as_far_as_allowed(ray: np.ndarray, farthest: float) -> Factors:
             if bound is not None:
-                allowed = np.sqrt(AIMED * self._max_divergence / max(ratio * harm_of(ray, curvature), 1e-12))
+                most = bound * (_READ_TO_WRITTEN if self.read else 1.0)  # on the text that is searched by
+                allowed = np.sqrt(AIMED * most / max(ratio * harm_of(ray, curvature), 1e-12))
                 farthest = min(farthest, float(allowed))
             return self._rounded(farthest * ray)
 
@@ -465,12 +428,6 @@ class Stages:
         unscaled = self._unscaled(self._few_logits, window)
         return float(divergences(unscaled, self._few_logits(factors, window)).mean())
 
-    @property
-    def _max_divergence(self) -> float | None:
-        """On the text that is searched by."""
-        bound = self.settings.max_harm
-        return bound * (_READ_TO_WRITTEN if self.read else 1.0) if bound is not None else None
-
     def _within_bound(self, log_factors: np.ndarray, grow: bool = True) -> np.ndarray:
         """Log-factors made smaller together until the harm to text is about within its bound, and as large as is found
         to keep to it; those that keep to it as they are become larger only if they may `grow`.
@@ -533,7 +490,7 @@ class Stages:
         return what(self._rounded(np.zeros(self.space.num_layers)), window)
 
     def _logits(self, factors: Factors, window: tuple[int, ...], most: int = _COMPARED) -> torch.Tensor:
-        self._set(factors)
+        self.model.base_model.set_layer_factors(factors)
         return window_logits(self.model, window, scored_positions(len(window), most=most))
 
     def _few_logits(self, factors: Factors, window: tuple[int, ...]) -> torch.Tensor:
