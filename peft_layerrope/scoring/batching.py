@@ -54,10 +54,8 @@ def free_cached_memory() -> None:
 
 
 def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int]:
-    """Calls `attempt(batch_tokens)`, again with half as many tokens whenever memory runs out.
-
-    Returns:
-        The result and the number of tokens that worked.
+    """Returns what `attempt(batch_tokens)` returns, called again with half as many tokens whenever memory runs out, and
+    the number of tokens that worked.
 
     Raises:
         TaskError: `batch_tokens` is no whole number of at least 1, or memory does not suffice for a single row.
@@ -85,26 +83,19 @@ _TRIAL_TOLERANCE = 0.1  # of the logits' standard deviation: far above the round
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One forward pass, and which of its logits are answers.
+    """One forward pass, and which of its logits are answers: `rows`, `kept`, `gold` and `owner` have the shape `(N,)`.
 
-    Attributes:
-        inputs: `input_ids` and `position_ids`, `(B, S)` int64, and an `attention_mask`: `(B, S)` int64, or additive
-            `(B, 1, S, S)` where a row packs several queries, by layer type where layers differ.
-        columns: sorted columns whose logits are needed, for `logits_to_keep`.
-        rows: shape `(N,)`: the row of each answer token.
-        kept: shape `(N,)`: its place in `columns`.
-        gold: shape `(N,)`: its token id.
-        owner: shape `(N,)`: which of `examples` it belongs to, as an index into them.
-        examples: indices into the split's examples.
+    `inputs` are `input_ids` and `position_ids`, `(B, S)` int64, and an `attention_mask`: `(B, S)` int64, or additive
+    `(B, 1, S, S)` where a row packs several queries, by layer type where layers differ.
     """
 
     inputs: dict[str, Any]
-    columns: torch.Tensor
-    rows: torch.Tensor
-    kept: torch.Tensor
-    gold: torch.Tensor
-    owner: torch.Tensor
-    examples: tuple[int, ...]
+    columns: torch.Tensor  # sorted: those whose logits are needed, for `logits_to_keep`
+    rows: torch.Tensor  # the row of each answer token
+    kept: torch.Tensor  # its place in `columns`
+    gold: torch.Tensor  # its token id
+    owner: torch.Tensor  # which of `examples` it belongs to, as an index into them
+    examples: tuple[int, ...]  # indices into the split's examples
 
     @property
     def num_tokens(self) -> int:
@@ -115,14 +106,9 @@ class Batch:
 def make_batches(
     model: nn.Module, examples: Sequence[Example], batch_tokens: int, packed: bool | None = None
 ) -> list[Batch]:
-    """Plans the forward passes that score some examples, in order of length.
-
-    Args:
-        model: decides what may share a row or a batch; not run.
-        examples: the examples.
-        batch_tokens: padded tokens per forward pass; a longer row has one to itself.
-        packed: run the context that several queries share once; default: where the model allows it. Both ways give
-            the same scores up to rounding.
+    """Plans the forward passes that score some examples, in order of length, each of at most `batch_tokens` padded
+    tokens; a longer row has one to itself. `packed`: the context that several queries share is run once; default: where
+    the model allows it. Both ways give the same scores up to rounding.
 
     Raises:
         TaskError: a token id is outside the model's vocabulary.
@@ -132,13 +118,9 @@ def make_batches(
         packed = can_pack(model)
     same_length = rotation_depends_on_length(model)
     rows = _packed_rows(examples, same_length) if packed else [[i] for i in range(len(examples))]
+    groups = batched_by_length(rows, lambda row: _row_length(row, examples), batch_tokens, same_length=same_length)
     embeddings, windows = embedding_table(model), _windows(model) or {}
-    return [
-        _batch(examples, group, embeddings.dtype, embeddings.device, windows)
-        for group in batched_by_length(
-            rows, lambda row: _row_length(row, examples), batch_tokens, same_length=same_length
-        )
-    ]
+    return [_batch(examples, group, embeddings.dtype, embeddings.device, windows) for group in groups]
 
 
 def batched_by_length(
@@ -149,14 +131,9 @@ def batched_by_length(
     rows: Callable[[T], int] = lambda item: 1,
     same_length: bool = False,
 ) -> Iterator[list[T]]:
-    """Yields items in order of length, in batches of at most `batch_tokens` padded tokens (one item at least).
-
-    Args:
-        items: what is to be run.
-        length: of each row of an item, in tokens.
-        batch_tokens: see above.
-        rows: of an item.
-        same_length: whether rows of different lengths must not stand beside each other.
+    """Yields items in order of length, in batches of at most `batch_tokens` padded tokens (one item at least), given
+    how long the rows of an item are and how many it has. `same_length`: rows of different lengths must not stand beside
+    each other.
     """
     batch: list[T] = []
     for item in sorted(items, key=length):  # stable: ties keep their order
@@ -180,13 +157,8 @@ def padded(rows: Sequence[Sequence[int]], side: str = "right") -> tuple[torch.Te
 
 @torch.no_grad()
 def agrees(model: nn.Module, ids: torch.Tensor, attempt: Callable[[], torch.Tensor]) -> bool:
-    """Whether another way to run a few tokens gives their logits, up to rounding.
-
-    Args:
-        model: a transformers model.
-        ids: the tokens, shape `(1, S)`.
-        attempt: the other way; returns the logits of the last N tokens, shape `(N, vocabulary)`. Where it raises, they
-            do not agree.
+    """Whether another way to run a few tokens, shape `(1, S)`, gives their logits, up to rounding: `attempt()` returns
+    those of the last N tokens, shape `(N, vocabulary)`. Where it raises, they do not agree.
     """
     expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
     try:
@@ -200,11 +172,8 @@ def agrees(model: nn.Module, ids: torch.Tensor, attempt: Callable[[], torch.Tens
 
 
 def check_vocabulary(model: nn.Module, examples: Sequence[Example]) -> None:
-    """Checks that a model can be given some examples.
-
-    Raises:
-        TaskError: a token id is outside the model's vocabulary.
-        UnsupportedModelError: not a transformers model.
+    """Raises TaskError if a token id of some examples is outside a model's vocabulary, and UnsupportedModelError if it
+    is no transformers model.
     """
     if not hasattr(model, "get_input_embeddings"):
         raise UnsupportedModelError(f"{model_type(model)}: not a transformers model.")
@@ -333,11 +302,8 @@ def _masks(
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """Additive masks `(B, 1, S, S)`, by layer type where there are several: causal, and a query is seen only by itself.
 
-    Args:
-        segment: shape `(B, S)`: 0 for padding, 1 for the context, 2 and more for queries.
-        places: shape `(B, S)`: positions, by which a window counts.
-        dtype: of the masks.
-        windows: see [`_windows`].
+    Of each token, `(B, S)`, `segment` is 0 for padding, 1 for the context, 2 and more for queries, and `places` is the
+    position by which a window counts; see [`_windows`].
     """
     width = segment.shape[1]
     causal = torch.ones(width, width, dtype=torch.bool, device=segment.device).tril()
@@ -418,15 +384,9 @@ def check_finite(model: nn.Module, split: Split, batch_tokens: int) -> None:
 def judge(
     logits: torch.Tensor, gold: torch.Tensor, owner: torch.Tensor, count: int, mean: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Judges each example of a batch from its answer tokens' logits.
-
-    Args:
-        logits: shape `(N, vocabulary)`; see [`answer_logits`].
-        gold: shape `(N,)`: the answer tokens' ids.
-        owner: shape `(N,)`: which example each token belongs to, from 0 to before `count`.
-        count: number of examples.
-        mean: average over an example's tokens, each as it is: the loss on text. Otherwise their sum is the answer's
-            log-probability, in which a token counts no worse than chance.
+    """Judges `count` examples of a batch from their answer tokens' logits; see [`Batch`] and [`answer_logits`]. `mean`:
+    average over an example's tokens, each as it is: the loss on text. Otherwise their sum is the answer's
+    log-probability, in which a token counts no worse than chance.
 
     Returns:
         Shape `(count,)` each: whether every token is the most probable one; and the log-probability in nats.

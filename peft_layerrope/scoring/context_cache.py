@@ -18,23 +18,14 @@ from ..tasks import Example, Split
 from ..tuner.sites import embedding_table
 from .batching import agrees, batched_by_length, padded, rotation_depends_on_length, whole_rows
 
-_TRIAL = (tuple(range(1, 9)), tuple(range(9, 12)))
-"""Token ids of the trial's context and of its question."""
-
 
 @dataclass(frozen=True, eq=False)
 class ContextBatch:
-    """Contexts that were run.
+    """Contexts that were run."""
 
-    Attributes:
-        cache: the model's KV cache, a row for each context, under the name by which the model takes it.
-        ids: shape `(contexts, width)`, padded on the left.
-        mask: shape `(contexts, width)`: 1 where there is a token, 0 where there is padding.
-    """
-
-    cache: dict[str, Any]
-    ids: torch.Tensor
-    mask: torch.Tensor
+    cache: dict[str, Any]  # the model's KV cache, a row for each context, under the name by which the model takes it
+    ids: torch.Tensor  # shape `(contexts, width)`, padded on the left
+    mask: torch.Tensor  # of that shape: 1 where there is a token, 0 where there is padding
 
     def rows(self, contexts: Sequence[int]) -> ContextBatch:
         """Returns a copy with a row for each of `contexts`, which may repeat; it may be written into."""
@@ -54,13 +45,9 @@ def shares_contexts(split: Split) -> bool:
 def context_batches(
     examples: Sequence[Example], new_tokens: int, batch_tokens: int
 ) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
-    """Yields batches of contexts, in order of length, each with the indices of the examples that ask about it.
-
-    Args:
-        examples: the examples.
-        new_tokens: what may be written after the longest question, in tokens.
-        batch_tokens: tokens of all questions' rows together, their contexts and what is written included; a context
-            whose questions have more has a batch to itself.
+    """Yields batches of contexts, in order of length, each with the indices of the examples that ask about it. All
+    questions' rows together, their contexts and the `new_tokens` that may be written included, have at most
+    `batch_tokens`; a context whose questions have more has a batch to itself.
     """
     owners: dict[tuple[int, ...], list[int]] = {}
     for index, example in enumerate(examples):
@@ -83,10 +70,8 @@ def run_contexts(model: nn.Module, contexts: Sequence[Sequence[int]]) -> Context
 
 
 def question_logits(model: nn.Module, contexts: ContextBatch, questions: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Returns the logits of questions, one for each row of `contexts`, whose cache they are written into.
-
-    Returns:
-        Shape `(questions, longest, vocabulary)`; a shorter question's logits stand at the beginning.
+    """Returns the logits of questions, one for each row of `contexts`, whose cache they are written into: shape
+    `(questions, longest, vocabulary)`; a shorter question's logits stand at the beginning.
     """
     device = contexts.ids.device
     ids, mask = (tensor.to(device) for tensor in padded(questions))
@@ -105,7 +90,7 @@ def can_cache_contexts(model: nn.Module) -> bool:
 
     Never where the rotation depends on the length: the cached keys would be rotated for another one.
     """
-    context, question = _TRIAL
+    context, question = tuple(range(1, 9)), tuple(range(9, 12))
 
     def cached() -> torch.Tensor:
         contexts = run_contexts(model, [context, context[1:]]).rows([0, 1])

@@ -7,8 +7,7 @@ length, a forward pass over everything does not.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,29 +28,16 @@ from .scores import PositionScores, WrittenAnswers
 
 @dataclass(frozen=True)
 class Written:
-    """An answer that was written.
+    """An answer that was written."""
 
-    Attributes:
-        ids: its token ids, up to the end of the text or to where the metric was settled.
-        text: the same as text; empty where there is no judge.
-        cut_off: whether it was stopped by the limit, neither ended nor settled.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    cut_off: bool
+    ids: tuple[int, ...]  # up to the end of the text or to where the metric was settled
+    text: str  # the same as text; empty where there is no judge
+    cut_off: bool  # stopped by the limit, neither ended nor settled
 
 
 class AnswerWriter:
-    """Has a model write answers.
-
-    Args:
-        model: a transformers model or `PeftModel`.
-        split: the examples that are going to be written for. Without a judge, right is what begins with an example's
-            own `answer_ids`.
-
-    Attributes:
-        max_new_tokens: tokens to write at most: as the judge says, or those of the longest answer.
+    """Has a model write at most `max_new_tokens` tokens after examples of a split: as many as its judge says, or as the
+    longest answer has. Without a judge, right is what begins with an example's own `answer_ids`.
 
     Raises:
         TaskError: what is written could not be judged, or the model cannot write.
@@ -63,8 +49,11 @@ class AnswerWriter:
         self._judge = split.judge
         longest = max(len(example.answer_ids) for example in split.examples)
         self.max_new_tokens = split.judge.max_new_tokens if split.judge is not None else longest
-        # the answer's own tokens may hold an end of text; text ends there
-        self._ends = _end_tokens(self._model, split.judge) if split.judge is not None else set()
+        self._ends: set[int] = set()
+        if split.judge is not None:  # otherwise the answer's own tokens may hold an end of text
+            ends = self._model.generation_config.eos_token_id
+            listed = ends if isinstance(ends, (list, tuple)) else [ends]
+            self._ends = {token for token in (*listed, split.judge.tokenizer.eos_token_id) if token is not None}
 
     def limited(self, max_new_tokens: int) -> AnswerWriter:
         """Returns a writer of the same answers that stops after so many tokens, or earlier."""
@@ -94,14 +83,14 @@ class AnswerWriter:
             eos_token_id=sorted(self._ends) or None,
             pad_token_id=min(self._ends, default=0),
         )
-        with _settings(self._model, settings), whole_rows(self._model):
-            output = self._model.generate(
-                ids.to(device),
-                attention_mask=mask.to(device),
-                stopping_criteria=StoppingCriteriaList([until]),
-                **cache,
-            )
-        return until.written(output)
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), **cache}
+        # passed to `generate()`, they would be mixed with the model's own, such as a repetition penalty
+        own, self._model.generation_config = self._model.generation_config, settings
+        try:
+            with whole_rows(self._model):
+                return until.written(self._model.generate(**inputs, stopping_criteria=StoppingCriteriaList([until])))
+        finally:
+            self._model.generation_config = own
 
 
 class _Settled(StoppingCriteria):
@@ -136,13 +125,7 @@ class _Settled(StoppingCriteria):
 
 
 def judge_written(split: Split, written: Sequence[Written], forced: PositionScores) -> PositionScores:
-    """Judges what was written.
-
-    Args:
-        split: the examples.
-        written: what was written for each, in their order.
-        forced: the same examples' teacher-forced scores.
-    """
+    """Judges what was written for each example of a split, beside the same examples' teacher-forced scores."""
     shape, judge = forced.correct.shape, split.judge
     correct, cut_off = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
     num_tokens = np.zeros(shape, dtype=np.int64)
@@ -177,22 +160,3 @@ def _generating(model: nn.Module) -> PreTrainedModel:
     if not hasattr(model, "generate"):
         raise TaskError(f"{type(model).__name__} has no generate(), which its answers are judged by.")
     return model
-
-
-def _end_tokens(model: PreTrainedModel, judge: Judge) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    listed = ends if isinstance(ends, (list, tuple)) else [ends]
-    return {token for token in (*listed, judge.tokenizer.eos_token_id) if token is not None}
-
-
-@contextmanager
-def _settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Sets all of a model's generation settings: passed to `generate()`, they would be mixed with its own, such as a
-    repetition penalty.
-    """
-    own = model.generation_config
-    model.generation_config = settings
-    try:
-        yield
-    finally:
-        model.generation_config = own

@@ -40,25 +40,15 @@ _MOST_TRIED = 4  # questions for each that is needed: a model that answers fewer
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found.
+    """What was found; what is known of single questions is None where the task has none."""
 
-    Attributes:
-        scores: of the answers that the unscaled model wrote, on a few contexts of the search split.
-        targets: how it writes answers; None where that could not be learnt.
-        samples: a few of its answers: what was asked, what is accepted, what was written.
-        gold_alone: share of right answers with the gold item alone, and of how many; None where that is no question.
-        closed_book: the same with nothing but the question.
-        answerable: lines of the questions that it answers with the gold item alone; None where that is no question.
-        window_share: longest prompt, divided by the trained window; None if that is not known.
-    """
-
-    scores: PositionScores
-    targets: Targets | None
-    samples: tuple[dict[str, Any], ...]
-    gold_alone: tuple[float, int] | None
-    closed_book: tuple[float, int] | None
-    answerable: tuple[int, ...] | None
-    window_share: float | None
+    scores: PositionScores  # of the answers that the unscaled model wrote, on a few contexts of the search split
+    targets: Targets | None  # how it writes answers; None where that could not be learnt
+    samples: tuple[dict[str, Any], ...]  # a few of its answers: what was asked, what is accepted, what was written
+    gold_alone: tuple[float, int] | None  # share of right answers with the gold item alone, and of how many
+    closed_book: tuple[float, int] | None  # the same with nothing but the question
+    answerable: tuple[int, ...] | None  # lines of the questions that it answers with the gold item alone
+    window_share: float | None  # longest prompt, divided by the trained window; None if that is not known
 
     def check(self, task: PromptTask) -> None:
         """Raises TaskError unless the model answers often enough, but not always; the message shows samples."""
@@ -139,17 +129,11 @@ def preflight(
     tell: Callable[[str], Any] | None = None,
     kept: Path | None = None,
 ) -> Preflight:
-    """Has the unscaled model answer a few contexts of the search split, and learns its targets.
+    """Has the unscaled model answer a few contexts of the search split, all if there are fewer, and learns its targets.
 
-    Args:
-        scorer: of the unscaled model.
-        task: a task with written answers.
-        num_groups: contexts to ask; all there are, if there are fewer.
-        wanted: contexts by split for which targets are going to be needed; default: these. Where each question has an
-            opening of its own, the unscaled model is asked them with the gold item alone: of the search split until so
-            many questions are answered, of the others all.
-        tell: told what is done.
-        kept: folder of a run that goes on: what was found then is returned, if it is there.
+    Where each question has an opening of its own, it is also asked single questions with the gold item alone, for as
+    many contexts by split as are `wanted`, by default those: of the search split until so many questions are answered,
+    of the others all. What a run that goes on found then is returned, if it is in the folder `kept`.
 
     Raises:
         TaskError: the task has not so many contexts, prompts do not fit, or what was kept cannot be read.
@@ -213,12 +197,9 @@ def _own_targets(
 
 
 def _answered(scorer: Scorer, split: Split) -> list[tuple[Example, Target]]:
-    found = []
-    for written, example in zip(scorer.write(split), split.examples, strict=True):
-        target = target_of(written.ids, example.answers, split.judge)
-        if target is not None:
-            found.append((example, target))
-    return found
+    written = zip(split.examples, scorer.write(split), strict=True)
+    found = [(example, target_of(answer.ids, example.answers, split.judge)) for example, answer in written]
+    return [(example, target) for example, target in found if target is not None]
 
 
 def _accuracy(scorer: Scorer, split: Split) -> float:
@@ -243,38 +224,26 @@ def find_difficulty(
     tell: Callable[[int, float], Any] | None = None,
 ) -> tuple[PromptTask, list[tuple[int, float]]]:
     """Finds, by bisection, how many items make the unscaled model's accuracy, averaged over the positions, lie between
-    `AUTO_LOW` and `AUTO_HIGH`.
-
-    Args:
-        scorer: of the unscaled model.
-        task: a task with written answers; `num_items` is the most that may be taken.
-        num_groups: contexts to ask each time.
-        tell: told each number of items that was tried, and the accuracy.
+    `AUTO_LOW` and `AUTO_HIGH`; the task's own `num_items` is the most that may be taken.
 
     Returns:
-        The task with the number found, and every number that was tried with its accuracy.
+        The task with the number found, and every number that was tried with its accuracy; `tell` is told each of them.
 
     Raises:
         TaskError: no number reaches `AUTO_LOW`, or even the most items leave it above `AUTO_HIGH`; the message
             shows the curve.
     """
     curve: list[tuple[int, float]] = []
-
-    def accuracy(num_items: int) -> float:
-        sized = task.resized(num_items, task.length)
-        split = sized.split("search", max(1, sized.available("search", num_groups)))
-        value = _accuracy(scorer, split)
-        curve.append((num_items, value))
-        if tell is not None:
-            tell(num_items, value)
-        return value
-
     low, high = max(len(task.positions), 2), task.num_items
     size = min(high, 4 * low)
     while low <= high:
-        value = accuracy(size)
+        sized = task.resized(size, task.length)
+        value = _accuracy(scorer, sized.split("search", max(1, sized.available("search", num_groups))))
+        curve.append((size, value))
+        if tell is not None:
+            tell(size, value)
         if AUTO_LOW <= value <= AUTO_HIGH:
-            return task.resized(size, task.length), curve
+            return sized, curve
         if value > AUTO_HIGH:
             low = size + 1
             # nothing harder is known to be too hard yet: double rather than halve the distance

@@ -59,19 +59,9 @@ Progress = Callable[[Iterable], Iterable]
 
 
 class Scorer:
-    """Scores splits on a model, and remembers what it learns of it: how many tokens fit into memory, and whether a
-    context may be run once for all of its questions.
-
-    Args:
-        model: a transformers model or `PeftModel`; put into eval mode. It may be replaced by the same model with
-            another adapter on it.
-        batch_tokens: tokens per forward pass; halved for good whenever memory runs out.
-        cache_contexts: whether questions to one context share one run of it, through the KV cache; default: where the
-            model allows it, which a trial decides.
-        progress: see [`Progress`].
-
-    Attributes:
-        num_tokens: tokens that forward passes have run so far, padding included.
+    """Scores splits on a model, which is put into eval mode, and remembers what it learns of it: how many tokens fit
+    into memory, and whether questions to one context may share one run of it through the KV cache, which a trial
+    decides unless `cache_contexts` does. `model` may be replaced by the same model with another adapter on it.
     """
 
     def __init__(
@@ -83,8 +73,8 @@ class Scorer:
         progress: Progress | None = None,
     ) -> None:
         self.model = model
-        self.batch_tokens = whole_number("batch_tokens", batch_tokens, 1)
-        self.num_tokens = 0
+        self.batch_tokens = whole_number("batch_tokens", batch_tokens, 1)  # halved for good whenever memory runs out
+        self.num_tokens = 0  # that forward passes have run so far, padding included
         self._cache_contexts = cache_contexts
         self._shown = progress or (lambda batches: batches)
         self._is_checked = False
@@ -102,16 +92,12 @@ class Scorer:
             self._is_checked = True
 
     def score(self, split: Split, *, packed: bool | None = None) -> PositionScores:
-        """Scores every example of `split` by the likelihood of its answer.
-
-        Args:
-            split: the examples.
-            packed: run the queries of one context in one row with it (see `batching`) or every prompt by itself,
-                instead of through the KV cache; all three ways give the same scores up to rounding.
+        """Scores every example of `split` by the likelihood of its answer. `packed`: the queries of one context are run
+        in one row with it (see `batching`), or if False every prompt by itself, instead of through the KV cache; all
+        three ways give the same scores up to rounding.
 
         Raises:
-            TaskError: see [`check`].
-            TaskError: memory does not suffice for a single row.
+            TaskError: see [`check`]; or memory does not suffice for a single row.
         """
         self.check(split)
         sheet = ScoreSheet(split)
@@ -122,12 +108,8 @@ class Scorer:
         return sheet.scores()
 
     def bucket_losses(self, split: Split, num_buckets: int = DEFAULT_BUCKETS) -> PositionScores:
-        """Measures the loss of every scored token of every window, averaged over buckets of token positions.
-
-        Args:
-            split: windows of one length, one example for each. Scored are the tokens that all windows have in their
-                `answer_ids`.
-            num_buckets: parts of the scored tokens, equal up to one token.
+        """Measures the loss of every scored token of every window, averaged over buckets of token positions, which are
+        equal up to one token. Windows have one length; scored are the tokens that all have in their `answer_ids`.
 
         Returns:
             Scores of measure `"loss"`: `log_prob[g, b]` is the mean log-probability of window g's tokens in bucket b,
@@ -149,16 +131,34 @@ class Scorer:
         none = np.zeros(log_probs.shape, dtype=bool)
         return PositionScores(positions, none, log_probs, "loss", sizes=tuple(sizes.tolist()))
 
-    def write(self, split: Split) -> list[Written]:
-        """Has the model write an answer to every example, greedily, until nothing can change the judge's mind.
-
-        Returns:
-            What was written, in the order of the split's examples.
+    def write(self, split: Split, sheet: ScoreSheet | None = None) -> list[Written]:
+        """Has the model write an answer to every example, greedily, until nothing can change the judge's mind. With a
+        sheet the teacher-forced scores go into it.
 
         Raises:
             TaskError: running text, examples without the answers that the judge needs, or a model that cannot write.
         """
-        return self._answers(split)
+        self.check(split)
+        writer, cached = AnswerWriter(self.model, split), self._caches(split)
+
+        def answers(writer: AnswerWriter, examples: Sequence[Example], **options: Any) -> list[Written]:
+            ask = self._ask_contexts if cached else self._write_rows
+            return self._halving(lambda: ask(examples, writer=writer, **options))
+
+        if sheet is not None and not cached:
+            self._halving(lambda: self._score_rows(dict(enumerate(split.examples)), sheet))
+        sheets = {"sheet": sheet} if cached else {}
+        short = writer.limited(_USUAL_NEW_TOKENS)
+        written = answers(short, split.examples, **sheets)
+        long = [index for index, answer in enumerate(written) if answer.cut_off]
+        if long and writer.max_new_tokens > short.max_new_tokens:
+            for index, answer in zip(long, answers(writer, [split.examples[index] for index in long]), strict=True):
+                written[index] = answer
+        if sheet is not None and not cached:
+            opened = _otherwise_opened(split, dict(enumerate(written)))
+            if opened:
+                self._halving(lambda: self._score_rows(opened, sheet, again=True))
+        return written
 
     def generate(self, split: Split) -> PositionScores:
         """Judges what the model writes; see [`write`].
@@ -169,7 +169,7 @@ class Scorer:
             answer that begins in no known way.
         """
         sheet = ScoreSheet(split)
-        written = self._answers(split, sheet)
+        written = self.write(split, sheet)
         opened = _as_opened(split, dict(enumerate(written)))
         sheet.mark_wrong([index for index, example in opened.items() if example is None])
         return judge_written(split, written, sheet.scores())
@@ -181,30 +181,6 @@ class Scorer:
         if split.measure == "loss":
             return self.bucket_losses(split, num_buckets)
         return self.score(split) if split.judge is None else self.generate(split)
-
-    def _answers(self, split: Split, sheet: ScoreSheet | None = None) -> list[Written]:
-        """What is written for each example. With a sheet the teacher-forced scores go into it."""
-        self.check(split)
-        writer, cached = AnswerWriter(self.model, split), self._caches(split)
-
-        def write(writer: AnswerWriter, examples: Sequence[Example], **options: Any) -> list[Written]:
-            ask = self._ask_contexts if cached else self._write_rows
-            return self._halving(lambda: ask(examples, writer=writer, **options))
-
-        if sheet is not None and not cached:
-            self._halving(lambda: self._score_rows(dict(enumerate(split.examples)), sheet))
-        sheets = {"sheet": sheet} if cached else {}
-        short = writer.limited(_USUAL_NEW_TOKENS)
-        written = write(short, split.examples, **sheets)
-        long = [index for index, answer in enumerate(written) if answer.cut_off]
-        if long and writer.max_new_tokens > short.max_new_tokens:
-            for index, answer in zip(long, write(writer, [split.examples[index] for index in long]), strict=True):
-                written[index] = answer
-        if sheet is not None and not cached:
-            opened = _otherwise_opened(split, dict(enumerate(written)))
-            if opened:
-                self._halving(lambda: self._score_rows(opened, sheet, again=True))
-        return written
 
     def _halving(self, attempt: Callable[[], object]) -> object:
         """Returns what `attempt()` does; whenever memory runs out, it is called again with half the tokens."""
@@ -242,15 +218,10 @@ class Scorer:
 
     def _write_rows(self, examples: Sequence[Example], *, writer: AnswerWriter) -> list[Written]:
         found: dict[int, Written] = {}
-        batches = list(
-            batched_by_length(
-                range(len(examples)),
-                lambda index: len(examples[index].prompt_ids) + writer.max_new_tokens,
-                self.batch_tokens,
-                same_length=rotation_depends_on_length(self.model),
-            )
-        )
-        for batch in self._shown(batches):
+        lengths = [len(example.prompt_ids) + writer.max_new_tokens for example in examples]
+        alike = rotation_depends_on_length(self.model)
+        batches = batched_by_length(range(len(examples)), lengths.__getitem__, self.batch_tokens, same_length=alike)
+        for batch in self._shown(list(batches)):
             asked = [examples[index] for index in batch]
             found |= zip(batch, writer.after_prompts(asked), strict=True)
             self.num_tokens += len(batch) * max(len(example.prompt_ids) for example in asked)
@@ -403,12 +374,12 @@ def aligned_windows(split: Split) -> Split:
     if len(lengths) > 1:
         raise TaskError(f"split {split.name!r} has windows of different lengths: {lengths[0]} to {lengths[-1]} tokens.")
     start = max(example.num_tokens - len(example.answer_ids) for example in split.examples)
-    return replace(split, examples=tuple(_scored_from(start, example) for example in split.examples))
-
-
-def _scored_from(start: int, example: Example) -> Example:
-    ids = example.context_ids + example.query_ids + example.answer_ids
-    return replace(example, context_ids=ids[: start - 1], query_ids=ids[start - 1 : start], answer_ids=ids[start:])
+    examples = []
+    for example in split.examples:
+        ids = example.context_ids + example.query_ids + example.answer_ids
+        parts = {"context_ids": ids[: start - 1], "query_ids": ids[start - 1 : start], "answer_ids": ids[start:]}
+        examples.append(replace(example, **parts))
+    return replace(split, examples=tuple(examples))
 
 
 def check_buckets(split: Split, num_buckets: int) -> None:

@@ -13,6 +13,7 @@ from scipy import stats
 from ..errors import TaskError
 from ..tasks import MEASURES, Measure
 
+_CONFIDENCE = 0.95  # of every interval
 _PRIOR_CONTEXTS = 0.1
 """Weight, in contexts, of the assumption that all positions of a context are right or wrong together: it is what is
 left where the data say nothing, and costs hardly any width elsewhere. Chosen by the simulation."""
@@ -50,52 +51,48 @@ def rank_key(score: float) -> float:
     return float(score) if np.isfinite(score) else -np.inf
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: int, trials: int) -> Interval:
     """Returns a proportion with its Wilson score interval (independent trials)."""
-    result = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    result = stats.binomtest(successes, trials).proportion_ci(_CONFIDENCE, method="wilson")
     return Interval(successes / trials, float(result.low), float(result.high))
 
 
-def proportion_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:
+def proportion_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Returns an accuracy, averaged over positions, with its interval over groups: that of Agresti and Coull with an
     effective number of contexts, and the t-quantile for the normal one.
 
-    Args:
-        values: shape `(..., groups)`, from 0 to 1: each group's mean over its positions, weighted or not. Of more than
-            one axis, value and ends are arrays.
-        confidence: its level.
+    `values` are each group's means over its positions, weighted or not, from 0 to 1, shape `(..., groups)`; of more
+    than one axis, value and ends are arrays.
     """
     values = np.asarray(values, dtype=np.float64)
     count, mean = values.shape[-1], values.mean(axis=-1)
     if count < 2:
         return _interval(mean, np.zeros_like(mean), np.ones_like(mean))
-    quantile = _quantile(count, confidence)
+    quantile = _quantile(count)
     contexts = count / _variance_ratio(values, count * mean * (1 - mean))
     centre = (contexts * mean + quantile**2 / 2) / (contexts + quantile**2)
     half = quantile * np.sqrt(centre * (1 - centre) / (contexts + quantile**2))
     return _interval(mean, np.clip(centre - half, 0, mean), np.clip(centre + half, mean, 1))
 
 
-def difference_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:
+def difference_interval(values: Sequence[float] | np.ndarray) -> Interval:
     """Returns a mean difference of accuracies with its interval over groups, which is symmetric but for its cut at ±1:
     the variance of Bonett and Price, who add two contexts that differ in either direction, by the share of it that the
     contexts' means have.
 
-    Args:
-        values: shape `(..., groups)`, from -1 to 1: each group's accuracy minus another one of the same group: of
-            another candidate, or at other positions. Of more than one axis, value and ends are arrays.
-        confidence: its level.
+    `values` are each group's accuracy minus another one of the same group (of another candidate, or at other
+    positions), from -1 to 1, shape `(..., groups)`; of more than one axis, value and ends are arrays.
     """
     values = np.asarray(values, dtype=np.float64)
     count, mean = values.shape[-1], values.mean(axis=-1)
     if count < 2:
         return _interval(mean, -np.ones_like(mean), np.ones_like(mean))
     whole = np.abs(values).sum(axis=-1) - count * mean**2  # of the variance, were every difference -1, 0 or 1
-    half = _quantile(count, confidence) * np.sqrt(_variance_ratio(values, whole) * (whole + 2)) / count
+    half = _quantile(count) * np.sqrt(_variance_ratio(values, whole) * (whole + 2)) / count
     return _interval(mean, np.maximum(mean - half, -1), np.minimum(mean + half, 1))
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+def mean_interval(values: Sequence[float]) -> Interval:
     """Returns the mean of independent values without bounds, such as losses, with its Student-t interval.
 
     A single value, or values that are all equal, say nothing of their spread: the interval is infinite. Differences
@@ -107,7 +104,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
         return Interval(0.0, 0.0, 0.0)
     if array.size < 2 or np.allclose(array, mean, rtol=1e-9, atol=0):
         return Interval(mean, -np.inf, np.inf)
-    half = float(stats.sem(array)) * _quantile(array.size, confidence)
+    half = float(stats.sem(array)) * _quantile(array.size)
     return Interval(mean, mean - half, mean + half)
 
 
@@ -117,18 +114,15 @@ def _interval(*ends: np.ndarray) -> Interval:
 
 
 def _variance_ratio(values: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """The variance of groups' means over what it would be if all positions of a group had one value, at most 1.
-
-    Args:
-        values: shape `(..., groups)`.
-        whole: shape `(...)`: the latter's sum of squares.
+    """The variance of groups' means, `(..., groups)`, over what it would be if all positions of a group had one value,
+    at most 1, given the latter's sum of squares, `(...)`.
     """
     squares = values.var(axis=-1, ddof=1) * values.shape[-1]
     return np.minimum((squares + _PRIOR_CONTEXTS) / (whole + _PRIOR_CONTEXTS), 1)
 
 
-def _quantile(count: int, confidence: float) -> float:
-    return float(stats.t.ppf((1 + confidence) / 2, count - 1))
+def _quantile(count: int) -> float:
+    return float(stats.t.ppf((1 + _CONFIDENCE) / 2, count - 1))
 
 
 DEFAULT_WEIGHTS = (0.8, 1.0, 1.2)
@@ -142,21 +136,15 @@ Objective = Literal["log_prob", "accuracy"]
 
 
 def utilisation(by_position: Sequence[float], weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
-    """Returns context utilisation U (arXiv 2503.04355): a weighted mean over first, middle and last position.
-
-    Args:
-        by_position: one score per gold position, first to last; at least three. All inner ones are averaged
-            into "middle".
-        weights: `(λ_first, λ_middle, λ_last)`, all positive.
-
-    Returns:
-        `(λ_first·first + λ_middle·mean(middle) + λ_last·last) / (λ_first + λ_middle + λ_last)`, in the
-        scores' unit.
+    """Returns context utilisation U (arXiv 2503.04355) of one score per gold position, first to last, in their unit:
+    `(λ_first·first + λ_middle·mean(middle) + λ_last·last) / (λ_first + λ_middle + λ_last)`. All inner positions are
+    averaged into "middle".
 
     Raises:
         TaskError: fewer than three positions, or weights that are not three positive numbers.
     """
-    check_weights(weights)
+    if len(weights) != 3 or not all(np.isfinite(w) and w > 0 for w in weights):
+        raise TaskError(f"weights={tuple(weights)} must be three positive numbers (first, middle, last).")
     scores = np.asarray(by_position, dtype=np.float64)
     if scores.size < 3:
         raise TaskError(f"utilisation needs at least 3 positions (first, middle, last), got {scores.size}.")
@@ -164,28 +152,16 @@ def utilisation(by_position: Sequence[float], weights: Sequence[float] = DEFAULT
     return float(np.dot(weights, parts) / np.sum(weights))
 
 
-def check_weights(weights: Sequence[float]) -> None:
-    """Raises TaskError unless `weights` are three positive finite numbers."""
-    if len(weights) != 3 or not all(np.isfinite(w) and w > 0 for w in weights):
-        raise TaskError(f"weights={tuple(weights)} must be three positive numbers (first, middle, last).")
-
-
 @dataclass(frozen=True)
 class WrittenAnswers:
-    """More about answers that were written; arrays of shape `(groups, positions)`.
+    """More about answers that were written; arrays of shape `(groups, positions)`."""
 
-    Attributes:
-        forced: bool: whether every token of the target was the most probable one, in one teacher-forced pass; None
-            where the split has no targets.
-        strict: bool: whether the answer came before any other; None where the metric has no such look.
-        num_tokens: int64: tokens that were written.
-        cut_off: bool: whether writing stopped at the limit, neither ended nor settled.
-    """
-
+    # bool: whether every token of the target was the most probable one, in one teacher-forced pass; None where the
+    # split has no targets
     forced: np.ndarray | None
-    strict: np.ndarray | None
-    num_tokens: np.ndarray
-    cut_off: np.ndarray
+    strict: np.ndarray | None  # bool: whether the answer came before any other; None where the metric has no such look
+    num_tokens: np.ndarray  # int64: tokens that were written
+    cut_off: np.ndarray  # bool: whether writing stopped at the limit, neither ended nor settled
 
     def to_plain(self) -> list[Any]:
         """Returns everything as JSON values, without loss; see [`from_plain`]."""
@@ -375,12 +351,8 @@ class PositionScores:
 
 
 def paired_interval(values: np.ndarray, other: np.ndarray, measure: Measure) -> Interval:
-    """Returns a mean paired difference, with its 95 % interval over groups.
-
-    Args:
-        values: shape `(groups,)`: see [`PositionScores.values`], averaged or weighted over positions.
-        other: the same groups' of another candidate, or at other positions.
-        measure: what they are.
+    """Returns a mean paired difference, with its 95 % interval over groups: of [`PositionScores.values`], averaged or
+    weighted over positions, `(groups,)`, and the same groups' of another candidate or at other positions.
     """
     return (mean_interval if measure == "loss" else difference_interval)(np.subtract(values, other))
 
