@@ -151,7 +151,9 @@ def compare(
         "versions": library_versions(),
     }
 
-    parts = _parts(windows)
+    count = min(MAX_PARTS, windows.num_groups)
+    bounds = [part * windows.num_groups // count for part in range(count + 1)]
+    parts = [windows.part(start, stop) for start, stop in pairwise(bounds)]
     total = len(parts) * len(candidates)
     scores = {}
     with Journal(Path(folder) if folder is not None else None, identity, resume, overwrite) as journal:
@@ -211,12 +213,6 @@ def check_candidates(model: nn.Module, candidates: Sequence[Candidate]) -> dict[
         if scaling:
             known["scaling"] = scaling
     return described
-
-
-def _parts(split: Split) -> list[Split]:
-    count = min(MAX_PARTS, split.num_groups)
-    bounds = [part * split.num_groups // count for part in range(count + 1)]
-    return [split.part(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _plain(interval: Interval) -> dict[str, float | None]:

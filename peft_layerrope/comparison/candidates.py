@@ -88,13 +88,9 @@ def _scaled_rotaries(model: nn.Module, rope_type: str, factor: float) -> list[tu
 
 
 def describe_scaling(model: nn.Module, rope_type: str, relation: str) -> str:
-    """Says what a rope type does on a model beyond its name: which tables it scales, if not all, and what becomes of a
-    scaling that the model has of its own. Empty where there is nothing to say.
-
-    Args:
-        model: a transformers model.
-        rope_type: a transformers name; `"default"` for factors alone.
-        relation: to the model's own scaling, such as `"on top of"`.
+    """Says what a rope type (`"default"`: factors alone) does on a model beyond its name: which tables it scales, if
+    not all, and its relation to a scaling that the model has of its own, such as `"on top of"`. Empty where there is
+    nothing to say.
     """
     text = text_config(model)
     parameters = getattr(text, "rope_parameters", None) or {}
@@ -282,14 +278,8 @@ def parse_baseline(text: str) -> Candidate:
 
 @contextmanager
 def candidate_on(model: nn.Module, candidate: Candidate) -> Iterator[nn.Module]:
-    """Puts a candidate onto a model for as long as it is scored, and leaves the model as it was found.
-
-    Args:
-        model: a transformers model without an adapter.
-        candidate: what to put on.
-
-    Yields:
-        The model to score.
+    """Puts a candidate onto a model without an adapter for as long as it is scored, and leaves the model as it was
+    found. Yields the model to score.
 
     Raises:
         AdapterMismatchError: factors for another number of layers.
