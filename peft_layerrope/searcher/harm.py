@@ -164,17 +164,13 @@ def _special_tokens(model: nn.Module) -> tuple[int, list[int]]:
 
 @dataclass(frozen=True)
 class Harm:
-    """What a vector costs where the unscaled model does well. Each has its 95 % interval.
+    """What a vector costs where the unscaled model does well. Each has its 95 % interval."""
 
-    Attributes:
-        divergence: of the unscaled model's next-token distributions from the scaled one's, on text that the former
-            wrote, in nats: the expected rise of the loss there.
-        loss_rise: rise of the loss on people's text, in nats; None where there is none.
-        ends: change of the accuracy at the first and at the last position; None where no answers are asked for.
-    """
-
+    # of the unscaled model's next-token distributions from the scaled one's, on text that the former wrote, in nats:
+    # the expected rise of the loss there
     divergence: Interval
-    loss_rise: Interval | None = None
+    loss_rise: Interval | None = None  # on people's text, in nats; None where there is none
+    # change of the accuracy at the first and at the last position; None where no answers are asked for
     ends: tuple[Interval, Interval] | None = None
 
     @property

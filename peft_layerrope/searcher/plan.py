@@ -286,21 +286,13 @@ def schedule_for(seconds: float, rates: Rates, shortest: Schedule) -> Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search is going to do.
-
-    Attributes:
-        schedule: of the search.
-        seconds: that each stage takes, by name, the held-out test included.
-        test_groups: contexts of the held-out test.
-        prompt_tokens: tokens of a prompt with its questions.
-        text_tokens: tokens of a window of text.
-    """
+    """What a search is going to do."""
 
     schedule: Schedule
-    seconds: dict[str, float]
-    test_groups: int
-    prompt_tokens: int
-    text_tokens: int
+    seconds: dict[str, float]  # that each stage takes, by name, the held-out test included
+    test_groups: int  # contexts of the held-out test
+    prompt_tokens: int  # of a prompt with its questions
+    text_tokens: int  # of a window of text
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values."""

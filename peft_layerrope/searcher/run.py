@@ -127,7 +127,7 @@ def search(
         if on_plan is not None:
             on_plan(plan)
         audience.expect(plan.seconds)
-        found = _looked(ready.scorer, task, settings, schedule, kept if resume else None, audience)
+        found = _looked(ready, task, settings, kept if resume else None, audience)
         search, *others = splits = _splits(model, task, settings, schedule, found)
         identity = {
             "settings": {name: value for name, value in asdict(settings).items() if name != "minutes"},
@@ -240,28 +240,17 @@ def _plan(
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
     before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
     schedule = shortest if settings.steps else schedule_for(60 * settings.minutes - before, rates, shortest)
-    test_groups, test_seconds = _test_size(task, settings, rates)
-    seconds = {PREFLIGHT: before, **schedule.seconds(rates), TEST: test_seconds}
-    return Plan(schedule, seconds, test_groups, longest.max_tokens, tokens)
-
-
-def _test_size(task: Task, settings: SearchSettings, rates: Rates) -> tuple[int, float]:
-    """How many contexts the held-out test has, and how long it takes."""
-    each = (len(SIMPLEST_FIRST) + 1) * rates.context * _WRITING_COST
+    each_test = (len(SIMPLEST_FIRST) + 1) * rates.context * _WRITING_COST
     groups = settings.test_groups
     if settings.steps is None:  # otherwise everything is settled
-        groups = min(groups, max(_MIN_TEST_GROUPS, int(60 * settings.test_minutes / each)))
+        groups = min(groups, max(_MIN_TEST_GROUPS, int(60 * settings.test_minutes / each_test)))
     groups = available(task, "test", groups)
-    return groups, groups * each
+    seconds = {PREFLIGHT: before, **schedule.seconds(rates), TEST: groups * each_test}
+    return Plan(schedule, seconds, groups, longest.max_tokens, tokens)
 
 
 def _looked(
-    scorer: Scorer,
-    task: Task,
-    settings: SearchSettings,
-    schedule: Schedule,
-    folder: Path | None,
-    audience: SearchProgress,
+    ready: _Prepared, task: Task, settings: SearchSettings, folder: Path | None, audience: SearchProgress
 ) -> Preflight | None:
     """What the unscaled model writes; of a search that goes on in a folder, what it wrote then."""
     if not isinstance(task, PromptTask):
@@ -271,13 +260,14 @@ def _looked(
         audience.advance()
         audience.note(text.removeprefix("preflight: "))
 
+    schedule = ready.plan.schedule
     wanted = {
         "search": contexts_to_ask(task, schedule.search_contexts),
         "validation": available(task, "validation", schedule.validation_contexts),
         "test": settings.test_groups,
     }
     audience.stage(PREFLIGHT, len(wanted))
-    found = preflight(scorer, task, num_groups=settings.preflight_groups, wanted=wanted, tell=tell, kept=folder)
+    found = preflight(ready.scorer, task, num_groups=settings.preflight_groups, wanted=wanted, tell=tell, kept=folder)
     if not settings.anyway:
         found.check(task)
     return found

@@ -166,9 +166,8 @@ class Stages:
 
     def _part(self, start: int, count: int) -> Split:
         """Contexts number `start` and on, each once."""
-        numbers = set(self._contexts[start : start + count])
         members = list(dict.fromkeys(example.group for example in self._search.examples))
-        wanted = {members[number] for number in numbers}
+        wanted = {members[number] for number in self._contexts[start : start + count]}
         return replace(self._search, examples=tuple(e for e in self._search.examples if e.group in wanted))
 
     def _once(self, kind: str, key: str, compute: Callable[[], Any]) -> Any:
@@ -232,11 +231,7 @@ class Stages:
             measured = _RESIZED if name == BOUNDED else 0
             with self._stage(race_of(name), alone + sum(schedule.running(len(vectors))) + measured):
                 if NONE not in results:
-                    starts = np.cumsum([0, *schedule.rounds[:-1]]).tolist()
-                    parts = [
-                        self._by_context([unscaled], *part)[0] for part in zip(starts, schedule.rounds, strict=True)
-                    ]
-                    results[NONE] = MethodResult(unscaled, float(np.mean(np.concatenate(parts))), 1)
+                    results[NONE] = self._raced([unscaled], schedule)
                 best = self._raced(vectors, schedule)
                 if name == BOUNDED:  # where the bound lies was reckoned from one window of each text
                     kept = self._rounded(self._within_bound(np.log(best.factors), grow=False))
