@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TaskError, UnsupportedModelError
-from ..messages import whole_number
 from ..tasks import Example, Split
 from ..tuner.artifacts import KEY_PREFIX
 from ..tuner.frequencies import is_length_dependent
@@ -58,9 +57,8 @@ def with_halving(attempt: Callable[[int], T], batch_tokens: int) -> tuple[T, int
     the number of tokens that worked.
 
     Raises:
-        TaskError: `batch_tokens` is no whole number of at least 1, or memory does not suffice for a single row.
+        TaskError: memory does not suffice for a single row.
     """
-    whole_number("batch_tokens", batch_tokens, 1)
     while True:
         try:
             return attempt(batch_tokens), batch_tokens

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import TaskError
 from ..tasks import Example, Split
@@ -45,7 +45,11 @@ class AnswerWriter:
 
     def __init__(self, model: nn.Module, split: Split) -> None:
         check_judged(split)
-        self._model = _generating(model)
+        if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
+            model = model.get_base_model()  # whose layers hold the adapter
+        if not hasattr(model, "generate"):
+            raise TaskError(f"{type(model).__name__} has no generate(), which its answers are judged by.")
+        self._model = model
         self._judge = split.judge
         longest = max(len(example.answer_ids) for example in split.examples)
         self.max_new_tokens = split.judge.max_new_tokens if split.judge is not None else longest
@@ -151,12 +155,3 @@ def check_judged(split: Split) -> None:
         raise TaskError(
             f"metric={split.judge.metric!r} needs accepted answers, and split {split.name!r} has examples without."
         )
-
-
-def _generating(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, whose layers hold the adapter."""
-    if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
-        model = model.get_base_model()
-    if not hasattr(model, "generate"):
-        raise TaskError(f"{type(model).__name__} has no generate(), which its answers are judged by.")
-    return model

@@ -131,9 +131,6 @@ paper's order, and close enough to each other that no single position decides.""
 
 _LARGEST_LOSS = 700  # nats
 
-Objective = Literal["log_prob", "accuracy"]
-"""What context utilisation is taken of."""
-
 
 def utilisation(by_position: Sequence[float], weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
     """Returns context utilisation U (arXiv 2503.04355) of one score per gold position, first to last, in their unit:
@@ -259,7 +256,7 @@ class PositionScores:
         return float(self.utilisation_by_group("log_prob", weights).mean())
 
     def utilisation_by_group(
-        self, objective: Objective = "accuracy", weights: Sequence[float] = DEFAULT_WEIGHTS
+        self, objective: Literal["log_prob", "accuracy"] = "accuracy", weights: Sequence[float] = DEFAULT_WEIGHTS
     ) -> np.ndarray:
         """Shape `(groups,)`: each group's share in the utilisation, whose mean over groups is [`utilisation`].
 
