@@ -6,7 +6,7 @@ import os
 import re
 import reprlib
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -23,9 +23,7 @@ _repr.maxstring = _repr.maxother = 80
 
 
 def demo_model_path() -> str:
-    """Returns the folder of the demo model, a small Llama trained by `examples/train_demo_model.py`, for
-    `AutoModelForCausalLM.from_pretrained`.
-    """
+    """Returns the folder to load the demo model from, a small Llama trained by `examples/train_demo_model.py`."""
     return str(Path(__file__).with_name("demo"))
 
 
@@ -55,7 +53,7 @@ def one_line(error: Exception | str) -> str:
 
 def named(value: Any) -> str:
     """Returns a short name of what was passed: plain values as they are written, of others the type."""
-    if value is None or isinstance(value, (bool, int, float, str, bytes, list, tuple, dict, set)):
+    if value is None or isinstance(value, (int, float, str, bytes, list, tuple, dict, set)):
         return shown(value)
     return value.__name__ if isinstance(value, type) else f"<{type(value).__name__}>"
 
@@ -109,17 +107,7 @@ def last_component(path: str) -> str:
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
-    """Returns a whole number as an `int`.
-
-    Args:
-        name: of the setting, for the message.
-        value: what was passed; also a NumPy integer, but no truth value.
-        least: the smallest allowed; None: any.
-        most: the largest allowed; None: any.
-
-    Raises:
-        TaskError: it is anything else.
-    """
+    """Returns a whole number, also NumPy's, as an `int`; raises TaskError of a truth value or any other."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         expected = "a whole number" + ("" if least is None else f" of at least {least}")
     elif least is not None and value < least:
@@ -135,13 +123,3 @@ def check_callable(name: str, value: Any) -> None:
     """Raises TaskError unless `value` is None or can be called."""
     if value is not None and not callable(value):
         raise TaskError(f"{name}={named(value)} must be a function, or None.")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a real number, which a truth value is not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def is_integer(value: Any) -> bool:
-    """Whether a value is a Python `int`, as JSON has them, and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool)

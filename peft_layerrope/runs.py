@@ -13,10 +13,9 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -33,15 +32,11 @@ _SHOWN = 120  # characters of a differing value that a message shows
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes, and other calls in this one, out of a folder. Does not wait.
+    """Keeps other processes, and other calls in this one, out of a folder. Does not wait: raises BlockingIOError, which
+    names the process that is in.
 
-    Args:
-        folder: created if missing; taken away again if nothing was put into it. Its lock file is there while the lock
-            is held; one that a killed process left is in nobody's way, for the lock itself is the system's.
-
-    Raises:
-        BlockingIOError: somebody else is in; the message names the process.
-        OSError: the folder or the file cannot be made.
+    The folder is created if missing, and taken away again if nothing was put into it. Its lock file is there while the
+    lock is held; one that a killed process left is in nobody's way, for the lock itself is the system's.
     """
     path = folder / LOCK_NAME
     new = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
@@ -71,18 +66,13 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Looks whether [`locked`] would let us in, where nothing is to be written yet.
-
-    Raises:
-        BlockingIOError: somebody else is in.
-        OSError: the lock file that is there cannot be opened.
-    """
+    """Raises what [`locked`] would raise, where nothing is to be written yet."""
     if (folder / LOCK_NAME).exists():
         with locked(folder):  # one that a killed process left goes away
             pass
 
 
-class Journal:
+class Journal(AbstractContextManager):
     """What a run has found so far, kept in `folder`. To be used in a `with` statement, which locks the folder.
 
     Nothing is written before the first entry; a journal that is to be overwritten is there until then.
@@ -92,9 +82,6 @@ class Journal:
         identity: what the run depends on: settings, data, model, versions. JSON values.
         resume: go on from what is there; where nothing is, begin.
         overwrite: begin anew, whatever is there.
-
-    Attributes:
-        folder: see above.
 
     Raises:
         InvalidConfigError: there is a journal, and neither `resume` nor `overwrite` was asked for; or it is damaged, or
@@ -124,25 +111,14 @@ class Journal:
                     )
             self._lock = stack.pop_all()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._lock.close()
 
     def append(self, kind: str, key: Any, value: Any) -> None:
-        """Adds an entry; it is on the disk when this returns.
-
-        Args:
-            kind: of entry.
-            key: JSON values: what of this kind it is. An entry takes the place of an earlier one of its kind and key.
-            value: JSON values.
-
-        Raises:
-            OSError: it cannot be written; the entries before are there.
+        """Adds an entry of JSON values, in the place of an earlier one of its kind and key. It is on the disk when this
+        returns; after an OSError the entries before are there.
         """
-        entry = {"kind": kind, "key": key, "value": value, "time": round(time.time(), 3)}
-        line = to_json(entry)
+        line = to_json({"kind": kind, "key": key, "value": value, "time": round(time.time(), 3)})
         if self._path is not None:
             self._write(line + "\n")
         self._keep(json.loads(line))
