@@ -34,11 +34,9 @@ def declared(error: type[LayerRopeError]) -> Callable[[type[T]], type[T]]:
     """Makes a frozen dataclass whose fields are checked by their annotations, such as `Annotated[int, Field(ge=1)]`.
 
     Whole numbers and NumPy's are numbers, truth values are none; lists are taken for tuples; an empty text, such as an
-    unset variable of a shell leaves, stands for nothing. What fields are to each other, `__post_init__` checks, and
-    raises what it likes of our errors.
-
-    Args:
-        error: raised for an unknown name or a value that cannot work, in one line that names it.
+    unset variable of a shell leaves, stands for nothing. `error` is raised for an unknown name or a value that cannot
+    work, in one line that names it. What fields are to each other, `__post_init__` checks, and raises what it likes of
+    our errors.
     """
 
     def declare(cls: type[T]) -> type[T]:
@@ -99,13 +97,9 @@ def default_of(info: FieldInfo) -> Any:
 def converted(
     wrong: ValidationError, kind: type, error: type[LayerRopeError], source: str | None = None
 ) -> LayerRopeError:
-    """Returns our error for pydantic's: one line with the setting's name, its value and what was expected.
-
-    Args:
-        wrong: what pydantic found; an error of ours among it, of a check of our own, is kept, unless there is a source.
-        kind: what was to be made.
-        error: of this class.
-        source: the file that the values are from.
+    """Returns our `error` for what pydantic found when `kind` was to be made, perhaps of a file, the `source`: one line
+    with the setting's name, its value and what was expected. An error of a check of our own keeps its class if there is
+    no source.
     """
     found = wrong.errors(include_url=False)
     first = next((one for one in found if one["type"] == "unexpected_keyword_argument"), found[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -26,11 +27,7 @@ MAX_BYTES = 2**20
 
 
 def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
-    """Reads a file of at most `limit` bytes.
-
-    Raises:
-        ValueError: it is no file, or is larger. Callers say what the file was for.
-    """
+    """Reads a file of at most `limit` bytes; raises ValueError of others. Callers say what the file was for."""
     path = Path(path)
     if not path.is_file():
         raise ValueError("there is no such file")
@@ -42,12 +39,7 @@ def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def read_json_object(path: str | Path, limit: int = MAX_BYTES) -> dict[str, Any]:
-    """Reads a JSON object in which no name occurs twice.
-
-    Raises:
-        ValueError: it cannot be read, is not JSON, or is something else than an object. Callers say what the file was
-            for.
-    """
+    """Reads a JSON object in which no name occurs twice; raises ValueError of anything else, as [`read_bytes`] does."""
     content = read_bytes(path, limit)
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
@@ -68,14 +60,8 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def to_json(content: Any, *, indent: int | None = None) -> str:
-    """Returns plain values as JSON, which knows no NaN and no infinity: such numbers become null.
-
-    Args:
-        content: dicts, lists, tuples, texts, numbers, truth values and None.
-        indent: as of `json.dumps`; None writes one line, in ASCII.
-
-    Raises:
-        TypeError: something else is among them.
+    """Returns plain values as JSON, which knows no NaN and no infinity: such numbers become null. Without `indent` it
+    is one line, in ASCII. Raises TypeError if there is anything but plain values.
     """
     return json.dumps(_finite(content), indent=indent, ensure_ascii=indent is None, allow_nan=False)
 
@@ -124,10 +110,8 @@ _without_base_60("tag:yaml.org,2002:float")
 
 
 def parse_yaml(text: str) -> Any:
-    """Returns the values of a YAML document: plain ones, no objects.
-
-    Raises:
-        yaml.YAMLError: it is not YAML, or holds aliases or deep nesting.
+    """Returns the values of a YAML document: plain ones, no objects. Raises yaml.YAMLError, also of aliases and of deep
+    nesting.
     """
     try:
         return yaml.load(text, Loader=_PlainLoader)
@@ -142,10 +126,8 @@ _UNWRITTEN = "cannot be written: "
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Makes of an `OSError` of a failed write one that names the file, in `filename`, and says so, in `strerror`.
-
-    Args:
-        path: file or folder to name where the system names none.
+    """Makes of an `OSError` of a failed write one that says so, in `strerror`, and names the file, in `filename`; where
+    the system names none, `path`.
     """
     try:
         yield
@@ -157,11 +139,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step: whoever reads it, or resumes after a crash, finds the old text or the new.
-
-    Raises:
-        OSError: it cannot be written; the old text is still there.
-    """
+    """Replaces a file in one step: whoever reads it, after a crash or an OSError too, finds the old text or the new."""
     temporary = path.with_name(path.name + ".partial")
     with writing(path):
         try:
@@ -179,18 +157,9 @@ def write_atomically(path: Path, text: str) -> None:
 def replacing_files(folder: Path, last: str) -> Iterator[Path]:
     """Puts several files into a folder together, so that a half of them is never taken for the whole.
 
-    They are written into an empty folder, and moved when all are there. While they are moved, the file without which
-    the others are nothing is missing.
-
-    Args:
-        folder: where they go; created if missing.
-        last: name of the file that is removed first and moved last.
-
-    Yields:
-        The folder to write them into.
-
-    Raises:
-        OSError: one cannot be written; as long as they are not all there, `folder` is as it was.
+    They are written into an empty folder, which is yielded, and moved when all are there: until then, also after an
+    `OSError`, `folder` is as it was. While they are moved, the file `last`, without which the others are nothing, is
+    missing.
     """
     staging = folder / _STAGING
     with writing(folder):
@@ -202,7 +171,8 @@ def replacing_files(folder: Path, last: str) -> Iterator[Path]:
             yield staging
             names = sorted((path.name for path in staging.iterdir()), key=lambda name: (name == last, name))
             for name in names:
-                _flush(staging / name)
+                with open(staging / name, "rb+") as file:
+                    os.fsync(file.fileno())
             (folder / last).unlink(missing_ok=True)
             for name in names:
                 os.replace(staging / name, folder / name)
@@ -210,47 +180,33 @@ def replacing_files(folder: Path, last: str) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+def digest(path: Path) -> str:
+    """Returns a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter's folder or repository, as PEFT was told of it.
+    """An adapter's folder or repository, as PEFT was told of it."""
 
-    Args:
-        location: folder or Hub id.
-        subfolder: of either.
-        download: further arguments of `hf_hub_download`, such as `revision`.
-        layer_factors: what its `adapter_config.json` says.
-    """
-
-    location: str
-    subfolder: str | None = None
-    download: Mapping[str, Any] = field(default_factory=dict, repr=False)  # may hold a token
-    layer_factors: tuple[float, ...] | None = None
-
-    @property
-    def folder(self) -> Path:
-        """The local folder, which need not exist."""
-        return Path(self.location, self.subfolder or "")
+    location: str  # folder or Hub id
+    subfolder: str | None = None  # of either
+    download: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of `hf_hub_download`; may hold a token
+    layer_factors: tuple[float, ...] | None = None  # as its `adapter_config.json` says
 
     def find(self, name: str, limit: int | None = MAX_BYTES) -> Path:
-        """Returns the local path of a file, fetched from the Hub if need be.
-
-        Args:
-            name: such as `adapter_model.safetensors`.
-            limit: nothing larger is fetched, in bytes; None: whatever its size.
+        """Returns the local path of a file, fetched from the Hub if need be and if it has at most `limit` bytes.
 
         Raises:
             AdapterMismatchError: there is no such file, or it is too large. The Hub client's own errors (no network,
                 no such repository) come through.
         """
-        path, reason = self.folder / name, f"it has no {name}, expected that file and no other format"
+        folder = Path(self.location, self.subfolder or "")
+        path, reason = folder / name, f"it has no {name}, expected that file and no other format"
         if path.is_file():
             return path
-        if not self.folder.is_dir():
+        if not folder.is_dir():
             where = {"repo_id": self.location, "filename": name, "subfolder": self.subfolder, **self.download}
             with suppress(RemoteEntryNotFoundError):
                 size = hf_hub_download(**where, dry_run=True).file_size if limit is not None else 0

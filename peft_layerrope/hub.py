@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from . import __version__, cards
 from .errors import AdapterMismatchError, HubError, InvalidConfigError, LayerRopeError
-from .files import MAX_BYTES, parse_yaml, read_json_object, replacing_files, to_json, write_atomically
+from .files import MAX_BYTES, digest, parse_yaml, read_json_object, replacing_files, to_json, write_atomically
 from .loading import load_adapter_config
 from .messages import DEMO_NAME, is_local_path, is_machine_path, last_component, one_line, public_name, shown
 from .tuner.artifacts import check_no_model, check_weights_file
@@ -171,7 +170,7 @@ def pull(
     with replacing_files(target, last=CONFIG_NAME) as staging:
         for path in found:
             shutil.copyfile(path, staging / path.name)
-        record = {"repo_id": repo_id, "commit": info.sha, "sha256": {path.name: _digest(path) for path in found}}
+        record = {"repo_id": repo_id, "commit": info.sha, "sha256": {path.name: digest(path) for path in found}}
         # a pull that is killed from here on leaves some of these
         _write_record(target, {**record, "replaced": _pulled(target, repo_id)})
         for name in PUBLISHED.keys() - {path.name for path in found}:
@@ -306,7 +305,7 @@ def _check_nothing_is_lost(target: Path, repo_id: str) -> None:
     """Refuses to replace what a pull of this repository could not bring back."""
     known = _pulled(target, repo_id)
     there = [name for name in PUBLISHED if (target / name).exists()]
-    changed = [name for name in there if _digest(target / name) not in known.get(name, ())]
+    changed = [name for name in there if digest(target / name) not in known.get(name, ())]
     if changed:
         raise InvalidConfigError(
             f"{target}: {', '.join(changed)} not from a pull of {repo_id!r}, or changed since; --overwrite "
@@ -315,12 +314,11 @@ def _check_nothing_is_lost(target: Path, repo_id: str) -> None:
 
 
 def _pulled(target: Path, repo_id: str) -> dict[str, list[str]]:
-    """By name, the digests that a folder's files have if they are from this repository: one, but several of a pull that
-    did not end.
-    """
-    record: dict[str, Any] = {}
-    with suppress(ValueError):
+    """By name, the digests that files from this repository may have: several where a pull did not end."""
+    try:
         record = read_json_object(target / PULL_RECORD)
+    except ValueError:
+        return {}
     if record.get("repo_id") != repo_id:
         return {}
     parts = record.get("sha256"), record.get("replaced")
@@ -331,8 +329,3 @@ def _pulled(target: Path, repo_id: str) -> dict[str, list[str]]:
 
 def _write_record(target: Path, record: dict[str, Any]) -> None:
     write_atomically(target / PULL_RECORD, to_json(record, indent=2) + "\n")
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,16 +17,14 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from .errors import LayerRopeError
-from .files import MAX_BYTES, AdapterFiles, read_json_object
+from .files import MAX_BYTES, AdapterFiles, digest, read_json_object
 from .messages import is_machine_path, one_line, shown_names
 from .tuner.config import LAYER_ROPE, LayerRopeConfig
 from .tuner.injection import has_other_tuner_layers
 
 
 def check_present(kind: str, name: str) -> None:
-    """Raises LayerRopeError of a path, which cannot be a Hub id, where there is no folder: the Hub's rules for ids
-    would be said otherwise.
-    """
+    """Raises LayerRopeError of a path without a folder, for which the Hub would only say its rules for ids."""
     path = Path(name)
     is_path = is_machine_path(name) or name.endswith(".gguf") or len(path.parts) > 2
     if path.is_file() or (is_path and not path.is_dir()):
@@ -60,7 +58,7 @@ def load_adapter(
     files = AdapterFiles(str(adapter), download.pop("subfolder", None), download)
     with _adapter_errors(files) as kind:
         if kind is not LAYER_ROPE:
-            _find_weights(files, kind)  # PEFT would fall back to a pickle
+            files.find(SAFETENSORS_WEIGHTS_NAME, limit=None)  # PEFT would fall back to a pickle
         return PeftModel.from_pretrained(model, adapter, adapter_name, **kwargs)
 
 
@@ -91,14 +89,12 @@ def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
 def adapter_identity(adapter: str, config: PeftConfig) -> dict[str, str]:
     """Returns what an adapter does as JSON values: its kind, and a SHA-256 of its settings and of its weights."""
     values = {k: v for k, v in config.to_dict().items() if k not in ("base_model_name_or_path", "inference_mode")}
-    with adapter_weights(adapter).open("rb") as file:
-        weights = hashlib.file_digest(file, "sha256").hexdigest()
 
     def plain(value: Any) -> Any:
         return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
     settings = hashlib.sha256(json.dumps(values, sort_keys=True, default=plain).encode()).hexdigest()
-    return {"kind": config.peft_type.value, "config": settings, "weights": weights}
+    return {"kind": config.peft_type.value, "config": settings, "weights": digest(adapter_weights(adapter))}
 
 
 def load_peft_config(adapter: str) -> PeftConfig:
@@ -108,12 +104,10 @@ def load_peft_config(adapter: str) -> PeftConfig:
 
 
 def adapter_weights(adapter: str) -> Path:
-    """Returns where an adapter's `adapter_model.safetensors` lies, fetched from the Hub if need be; raises
-    LayerRopeError if there is none.
-    """
+    """Returns where an adapter's weights lie, fetched from the Hub if need be; raises LayerRopeError if it has none."""
     files = AdapterFiles(adapter)
     with _adapter_errors(files) as kind:
-        return _find_weights(files, kind)
+        return files.find(SAFETENSORS_WEIGHTS_NAME, MAX_BYTES if kind is LAYER_ROPE else None)
 
 
 def load_adapter_config(adapter: str) -> LayerRopeConfig:
@@ -126,10 +120,6 @@ def load_adapter_config(adapter: str) -> LayerRopeConfig:
 
 # What PEFT's code for any method raises when a file is not what it expects.
 _PEFT_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
-
-
-def _find_weights(files: AdapterFiles, kind: PeftType) -> Path:
-    return files.find(SAFETENSORS_WEIGHTS_NAME, MAX_BYTES if kind is LAYER_ROPE else None)
 
 
 @contextmanager
