@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -121,24 +121,21 @@ def verify(
     with keeping_modes(model), torch.no_grad(), without_memory(model):
         model.eval()
         with _own_rotaries(stack, model) as precise:
-            base = _record(model, arguments, stack, precise=precise)
-        received = _record(model, arguments, stack, base)
+            base = _record(model, arguments, stack, precise)
+        received = _record(model, arguments, stack, {}, base)
     kind, layer_types = text_config(model).model_type, table_types(model, len(factors))
-
-    def rotation_of(table: str) -> _Rotation:
-        return rotation if rope_type_reaches(kind, table) else _PLAIN_ROTATION
-
     checks = []
     for layer, (factor, own, scaled) in enumerate(zip(factors, base, received, strict=True)):
-        tables = [(rotation_of(name or layer_types[layer]), table) for name, table in own.tables]
+        tables = [
+            (rotation if rope_type_reaches(kind, name or layer_types[layer]) else _PLAIN_ROTATION, table)
+            for name, table in own.tables
+        ]
         checks.append(_check(layer, tables, factor, own, scaled))
     return Verification(model_type(model), expected.rope_type, tuple(checks))
 
 
 def expected_config(model: nn.Module) -> LayerRopeConfig:
-    """Returns what the model's active LAYER_ROPE adapter, or its baked factors, say; raises LayerRopeError if there is
-    neither.
-    """
+    """Returns what the active LAYER_ROPE adapter, or the baked factors, say; raises LayerRopeError of neither."""
     wrappers = [module for module in model.modules() if isinstance(module, LayerRopeLayer)]
     active = {name for wrapper in wrappers for name in wrapper.active_adapters}
     configs: dict[str, LayerRopeConfig] = {}
@@ -153,12 +150,9 @@ def expected_config(model: nn.Module) -> LayerRopeConfig:
     raise LayerRopeError("this model has no LAYER_ROPE adapter and none baked in: there is nothing to verify.")
 
 
-def probe_inputs(model: nn.Module, length: int | None = None) -> dict[str, Any]:
-    """Returns keyword arguments for a forward pass on 12 tokens that no model takes for an image or an end.
-
-    Args:
-        model: for its vocabulary and device.
-        length: if given, the last token stands at position `length - 1`, as if the prompt were that long.
+def probe_inputs(model: nn.Module, length: int | None) -> dict[str, Any]:
+    """Returns keyword arguments for a forward pass on 12 tokens that no model takes for an image or an end. With a
+    `length` the last one stands at position `length - 1`, as if the prompt were that long.
     """
     special = set(_special_tokens(model.config.to_dict()))
     candidates = range(min(text_config(model).vocab_size, _PROMPT_TOKENS + 2 * len(special) + 100))
@@ -211,15 +205,14 @@ class _Rotation:
 
     def measured_factor(self, ratios: np.ndarray, depths: np.ndarray) -> float:
         """The global factor times the layer's that explains the measured ratios best (their median)."""
-        if self.rope_type != "dynamic" or self.growth == 0:
+        if self.growth == 0:
             return float(np.median(ratios))
         low = depths >= min(0.5, depths.max())  # the lower frequencies, which grow most
         alpha = np.median(ratios[low] ** (1 / depths[low]))
         return float((alpha - 1) / self.growth)
 
 
-_PLAIN_ROTATION = _Rotation("default", 1.0, 0.0, None)
-"""Of the tables that a rope type does not reach."""
+_PLAIN_ROTATION = _Rotation("default", 1.0, 0.0, None)  # of the tables that a rope type does not reach
 
 
 @dataclass
@@ -237,8 +230,8 @@ def _record(
     model: nn.Module,
     inputs: dict[str, Any],
     stack: DecoderStack,
+    precise: Mapping[int, Any],  # filled while the model runs
     base: list[_Received] | None = None,
-    precise: Mapping[int, Any] = MappingProxyType({}),  # filled while the model runs
 ) -> list[_Received]:
     """Runs the model and returns what each layer received. `base` is an earlier run's, on the model's own rotary;
     `precise` holds, by the `id` of their first tensor, what is to be noted in the place of tables.
@@ -273,27 +266,20 @@ def _record(
             trying = False
         return None
 
-    def on_rotary(layer: int, kwargs: dict, output: Any) -> None:
+    def on_rotary(layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if not trying:
             note(layer, output, kwargs.get("layer_type") or "")
             record[layer].rotates = True
 
-    handles = [
-        layer.register_forward_pre_hook(lambda m, a, k, i=i: on_layer(i, m, a, k), with_kwargs=True)
-        for i, layer in enumerate(stack.layers)
-    ]
-    handles += [
-        site.rotary.register_forward_hook(
-            lambda m, a, kwargs, output, i=site.layer_idx: on_rotary(i, kwargs, output), with_kwargs=True
-        )
-        for site in stack.sites
-        if site.layer_idx is not None
-    ]
-    try:
+    with ExitStack() as hooks:
+        for index, layer in enumerate(stack.layers):
+            hook = partial(on_layer, index)
+            hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for site in stack.sites:
+            if site.layer_idx is not None:
+                hook = partial(on_rotary, site.layer_idx)
+                hooks.enter_context(site.rotary.register_forward_hook(hook, with_kwargs=True))
         model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return record
 
 
@@ -382,10 +368,8 @@ def _check(
 
 @contextmanager
 def _own_rotaries(stack: DecoderStack, model: nn.Module) -> Iterator[dict[int, Any]]:
-    """The model's own rotary embeddings in their places, for a while, with frequencies that no cast has rounded.
-
-    Yields:
-        What they have answered, in float32: by the `id` of the first tensor of each answer.
+    """The model's own rotary embeddings in their places, for a while, with frequencies that no cast has rounded. Yields
+    what they have answered, in float32: by the `id` of the first tensor of each answer.
     """
     precise: dict[int, Any] = {}
     answers = []  # kept, so that no `id` is used twice
@@ -396,16 +380,13 @@ def _own_rotaries(stack: DecoderStack, model: nn.Module) -> Iterator[dict[int, A
         answers.append(output)
         precise[id(_parts(output)[0])] = rotary.forward(*args, **kwargs)
 
-    standing = [site.rotary for site in stack.sites]
-    for site in stack.sites:
-        own = copy.deepcopy(site.original)
-        for name, inv_freq in own_frequencies(site.original, model).items():
-            setattr(own, name, inv_freq)
-            setattr(own, name.removesuffix("inv_freq") + "original_inv_freq", inv_freq.clone())
-        own.register_forward_hook(on_answer, with_kwargs=True)
-        site.replace(own)
-    try:
+    with ExitStack() as afterwards:
+        for site in stack.sites:
+            own = copy.deepcopy(site.original)
+            for name, inv_freq in own_frequencies(site.original, model).items():
+                setattr(own, name, inv_freq)
+                setattr(own, name.removesuffix("inv_freq") + "original_inv_freq", inv_freq.clone())
+            own.register_forward_hook(on_answer, with_kwargs=True)
+            afterwards.callback(site.replace, site.rotary)
+            site.replace(own)
         yield precise
-    finally:
-        for site, module in zip(stack.sites, standing, strict=True):
-            site.replace(module)
