@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +48,6 @@ from .tuner.sites import embedding_table
 _AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM)
 _VOCABULARIES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
 _RECORD = "_layerrope_loading"
-_LM_EVAL_NAMES = {"pretrained": "model"}
 _GGUF_MAGIC = b"GGUF"
 _SAID_ELSEWHERE = ("model", "dtype", "device", "device_map", "peft")  # of a report, or not what a model depends on
 
@@ -57,11 +56,7 @@ _model = partial(option, panel="Model")
 
 @declared(InvalidConfigError)
 class ModelSource:
-    """Which model, and how it is loaded. What is no option of its own is a key of `--model-args`.
-
-    Raises:
-        InvalidConfigError: an unknown name, a value that cannot work, or two that contradict each other.
-    """
+    """Which model, and how it is loaded. What is no option of its own is a key of `--model-args`."""
 
     model: Annotated[str | None, Field(description="Hub id, folder or GGUF file. Default: the demo model.")] = None
     device: Annotated[str | None, _model("cpu, cuda ... Default: a GPU if there is one.")] = None
@@ -134,15 +129,11 @@ def load_model(model: str | None = None, **model_args: Any) -> tuple[PreTrainedM
 
 
 def parse_model_args(text: str) -> dict[str, Any]:
-    """Reads arguments as lm-eval spells them, `key=value,key=value`: fields of [`ModelSource`], not checked yet.
-
-    Raises:
-        InvalidConfigError: a part without a value, or a key that is given twice.
-    """
+    """Reads `key=value,key=value`, as lm-eval spells arguments: fields of [`ModelSource`], not checked yet."""
     values: dict[str, Any] = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, _, value = part.partition("=")
-        name = _LM_EVAL_NAMES.get(name, name)
+        name = "model" if name == "pretrained" else name  # as lm-eval calls it
         if not value or name in values:
             problem = "is given twice" if value else "has no value, expected key=value,key=value"
             raise InvalidConfigError(f"model_args: {shown(part)} {problem}.")
@@ -154,27 +145,24 @@ def format_model_args(source: ModelSource) -> str | None:
     """Returns how a model is loaded as [`parse_model_args`] reads it, without its name, its device, and the folders of
     this machine; None where all is as usual.
     """
-    given = {
-        field.name: getattr(source, field.name)
-        for field in fields(ModelSource)
-        if field.name not in ("model", "device") and getattr(source, field.name) != field.default
-    }
-    texts = {name: public_name(value) if is_machine_path(str(value)) else value for name, value in given.items()}
-    return ",".join(f"{name}={str(value).lower() if value is True else value}" for name, value in texts.items()) or None
+    usual = asdict(ModelSource())
+    parts = []
+    for name, value in asdict(source).items():
+        if name not in ("model", "device") and value != usual[name]:
+            text = "true" if value is True else value
+            parts.append(f"{name}={public_name(text) if is_machine_path(text) else text}")
+    return ",".join(parts) or None
 
 
 def check_source(source: ModelSource) -> None:
-    """Looks whether a model can be loaded, as far as that is known without loading it.
-
-    Raises:
-        InvalidConfigError: there is no such device or dtype here, or a package is missing.
-        LayerRopeError: there is no such file or folder, it is something else, or the fine-tune is no adapter that can
-            be put under a LAYER_ROPE one.
+    """Looks whether a model can be loaded, as far as that is known without loading it; raises LayerRopeError, in one
+    line, also of a fine-tune that cannot be put under a LAYER_ROPE adapter.
     """
     _checked_device(source)
-    _check_dtype("dtype", source.dtype)
-    if source.bnb_4bit_compute_dtype is not None:
-        _check_dtype("bnb_4bit_compute_dtype", source.bnb_4bit_compute_dtype)
+    for name, dtype in (("dtype", source.dtype), ("bnb_4bit_compute_dtype", source.bnb_4bit_compute_dtype or "auto")):
+        known = getattr(torch, dtype, None)
+        if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
+            raise InvalidConfigError(f"{name}={dtype!r} is unknown, expected auto, float32, bfloat16 or float16.")
     if source.is_quantized and find_spec("bitsandbytes") is None:
         raise InvalidConfigError("load_in_4bit, load_in_8bit need bitsandbytes: pip install bitsandbytes.")
     _place(source)
@@ -243,17 +231,15 @@ def load_base(source: ModelSource) -> PreTrainedModel:
         restore_baked(model)  # saved after merge_and_unload(): its weights alone know nothing of the factors
     if "device_map" not in arguments:
         model = model.to(device)
-    fine_tune = {}
+    record = _given(source)
     if source.peft is not None:
-        model, fine_tune = _fine_tuned(model, source.peft, merge=not source.is_quantized)
-    setattr(model, _RECORD, _given(source) | fine_tune)
+        model, record["peft"] = _fine_tuned(model, source.peft, merge=not source.is_quantized)
+    setattr(model, _RECORD, record)
     return model.eval()
 
 
 def describe_loading(model: nn.Module) -> dict[str, Any]:
-    """Returns how a model was loaded as JSON values, for a report: its dtype, and of one that [`load_model`] loaded
-    everything that was asked for. Names are free of this machine's paths.
-    """
+    """Returns how a model was loaded, without this machine's paths: its dtype, and what `load_model` was asked for."""
     dtype = str(embedding_table(model).dtype).removeprefix("torch.")
     return {"dtype": dtype, **getattr(model, _RECORD, {})}
 
@@ -266,11 +252,10 @@ def model_name(model: nn.Module) -> str:
 def _given(source: ModelSource) -> dict[str, Any]:
     """What a model depends on, where it is not the default; not the device."""
     gguf = _place(source)[1].get("gguf_file")
-    names = [field.name for field in fields(ModelSource) if field.name not in _SAID_ELSEWHERE]
-    known = {name: getattr(source, name) for name in names}
+    known = asdict(source)
     known["gguf_file"] = Path(gguf).name if gguf else None
     known["tokenizer"] = public_name(source.tokenizer) if source.tokenizer else None
-    return {name: value for name, value in known.items() if value}
+    return {name: value for name, value in known.items() if value and name not in _SAID_ELSEWHERE}
 
 
 def _fine_tuned(model: PreTrainedModel, adapter: str, merge: bool) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -286,13 +271,12 @@ def _fine_tuned(model: PreTrainedModel, adapter: str, merge: bool) -> tuple[PreT
     else:  # merging would quantise once more
         model = tuned.get_base_model()
     vars(model).pop("peft_config", None)  # else PEFT takes it for a model that has had no adapter of ours
-    known = {
+    return model, {
         "name": public_name(adapter),
         "trained_on": public_name(trained_on) if trained_on else None,
         "merged": merge,
         **adapter_identity(adapter, config),
     }
-    return model, {"peft": known}
 
 
 def _place(source: ModelSource) -> tuple[str, dict[str, Any]]:
@@ -327,7 +311,7 @@ def _why_no_model(folder: Path, gguf: str | None) -> str:
             "it is the folder of an adapter: name its base model as the model, and pass this as an adapter "
             "(--adapter), or as peft (--model-args peft=FOLDER) if it is a fine-tune to be worked on"
         )
-    there = next(iter(sorted(folder.glob("*.gguf"))), None)
+    there = min(folder.glob("*.gguf"), default=None)
     hint = f"; for {there.name} in it, name that file as the model" if there is not None else ""
     return f"the folder has no config.json{hint}"
 
@@ -339,12 +323,6 @@ def _checked_device(source: ModelSource) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch: unknown, absent, not compiled in
         raise InvalidConfigError(f"device={name!r} cannot be used: {one_line(error)}") from error
     return torch.device(name)
-
-
-def _check_dtype(field: str, name: str) -> None:
-    dtype = getattr(torch, name, None)
-    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise InvalidConfigError(f"{field}={name!r} is unknown, expected auto, float32, bfloat16 or float16.")
 
 
 # ImportError: a tokenizer wants a package. RuntimeError: tensors of other shapes, or bitsandbytes on this device.
