@@ -29,7 +29,6 @@ BEGIN, END = "<!-- layerrope:begin -->", "<!-- layerrope:end -->"
 GENERATED = re.compile(rf"{BEGIN}(?:(?!{BEGIN}).)*?{END}", re.DOTALL)
 """The generated part of a card; of a stray marker, the innermost pair."""
 
-TAGS = ["layer-rope", "long-context", "rope-scaling", "peft", "transformers"]
 ADAPTER_PLACEHOLDER = "path/or/hub-id/of/this/adapter"
 MODEL_NAME_PREFIX = "per-layer RoPE scaling for "
 DEMO_LICENSE = "apache-2.0"
@@ -49,11 +48,7 @@ _RESULTS = "## Held-out results"
 
 
 def read_card(path: Path) -> ModelCard | None:
-    """Reads a model card; None if there is no such file.
-
-    Raises:
-        InvalidConfigError: its metadata is no YAML, or not what the Hub knows.
-    """
+    """Reads a model card, if there is one; raises InvalidConfigError of metadata that cannot be read."""
     if not path.is_file():
         return None
     try:
@@ -66,16 +61,7 @@ def read_card(path: Path) -> ModelCard | None:
 
 
 def save_card(card: ModelCard, folder: Path, target: Path | None = None) -> None:
-    """Writes a generated card as `README.md`, into the one that is there if there is one.
-
-    Args:
-        card: the generated one.
-        folder: where the existing one is.
-        target: folder to write into; default: `folder`.
-
-    Raises:
-        InvalidConfigError: the existing card cannot be read. It is left as it is.
-    """
+    """Writes a generated card, merged into the one that is in `folder`, if any, to `target`, by default there too."""
     write_atomically((target or folder) / CARD_NAME, str(merged(read_card(folder / CARD_NAME), card)))
 
 
@@ -127,25 +113,15 @@ def _is_template(text: str) -> bool:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a search found on its test split.
+    """What a search found on its test split."""
 
-    Attributes:
-        scores: of the adapter.
-        task: the task's description.
-        measured: what was measured, in a line.
-        table: the comparison with simpler choices, in Markdown.
-        remarks: sentences that belong to it: result, harm, cost, edges of the range.
-        differences: the adapter's average minus that of others, by their label.
-        base: how the base model was loaded, as `describe_loading` tells it.
-    """
-
-    scores: PositionScores
-    task: Mapping[str, Any]
-    measured: str
-    table: str
-    remarks: Sequence[str] = ()
-    differences: Mapping[str, Interval] = field(default_factory=dict)
-    base: Mapping[str, Any] = field(default_factory=dict)
+    scores: PositionScores  # of the adapter
+    task: Mapping[str, Any]  # the task's description
+    measured: str  # what was measured, in a line
+    table: str  # the comparison with simpler choices, in Markdown
+    remarks: Sequence[str] = ()  # sentences that belong to it: result, harm, cost, edges of the range
+    differences: Mapping[str, Interval] = field(default_factory=dict)  # the adapter's average minus others', by label
+    base: Mapping[str, Any] = field(default_factory=dict)  # how the model was loaded, as `describe_loading` tells it
 
 
 def model_card(
@@ -157,15 +133,11 @@ def model_card(
     adapter: str = ADAPTER_PLACEHOLDER,
     earlier: ModelCard | None = None,
 ) -> ModelCard:
-    """Returns the card of an adapter.
+    """Returns the card of an adapter, which its snippets load by the name `adapter`.
 
-    Args:
-        base_model: Hub id of the base model; of a path only the last component is written.
-        config: the adapter, with its factors.
-        held_out: what its search found; None where that is not known, or stands in `earlier`.
-        files: names in the adapter's folder: plots among them are shown, `search.json` and `search.yaml` explained.
-        adapter: what the snippets load: an id of the Hub.
-        earlier: the card that the search wrote. Its results are taken over, with all that comes after them.
+    What its search found is `held_out`, or stands in `earlier`, the card that the search wrote: its results are taken
+    over, with all that comes after them. Of the `files` in the adapter's folder plots are shown, and `search.json` and
+    `search.yaml` explained. If the base model is a path, only the last component is written.
     """
     # It may be a folder's name, or a stranger's, and stands in code, in HTML and in YAML.
     base_model = re.sub(r"[^\w ./+()-]", "_", public_name(base_model))
@@ -178,7 +150,7 @@ def model_card(
         library_name="peft",
         license=DEMO_LICENSE if base_model == DEMO_NAME else None,
         pipeline_tag="text-generation",
-        tags=list(TAGS),
+        tags=["layer-rope", "long-context", "rope-scaling", "peft", "transformers"],
         model_name=MODEL_NAME_PREFIX + base_model if results else None,
         eval_results=results or None,
         base_model_relation="adapter",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 import numpy as np
@@ -24,21 +24,13 @@ _FIGURES = re.compile(r"[-+±–\d.,%\[\] ]*")  # of which Markdown makes nothin
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
-
-    Attributes:
-        header: one name per column.
-        rows: cells, as many in each row as in the header.
-        title: what it shows.
-        caption: how to read it.
-        text_columns: indices of the columns that hold words, and are aligned left.
-    """
+    """A table of text."""
 
     header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    title: str = ""
-    caption: str = ""
-    text_columns: tuple[int, ...] = (0,)
+    rows: tuple[tuple[str, ...], ...]  # as many cells in each as in the header
+    title: str = ""  # what it shows
+    caption: str = ""  # how to read it
+    text_columns: tuple[int, ...] = (0,)  # indices of those that hold words, and are aligned left
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -46,11 +38,7 @@ class Table:
                 raise ValueError(f"a row has {len(row)} cells, expected {len(self.header)}: {row}.")
 
     def to_rich(self, style: Callable[[str], str] | None = None) -> rich.table.Table:
-        """Returns the table for a terminal of 80 columns. Only words are broken, unless their columns are not enough.
-
-        Args:
-            style: gives the style of a cell with this text; None: all are plain.
-        """
+        """Returns the table for a terminal of 80 columns. Figures are broken only if broken words do not suffice."""
         rendered = rich.table.Table(
             title=Text(printable(self.title), "table.title") if self.title else None,
             caption=Text(printable(self.caption), "table.caption") if self.caption else None,
@@ -133,21 +121,13 @@ def _html(text: str) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """What scores are shown in. Scores themselves are higher where they are better.
+    """What scores are shown in. Scores themselves are higher where they are better."""
 
-    Attributes:
-        name: what is measured.
-        symbol: after a value.
-        step: after a difference.
-        scale: from a score to what is shown; negative where less is better.
-        digits: after the point.
-    """
-
-    name: str
-    symbol: str
-    step: str
-    scale: float
-    digits: int
+    name: str  # of what is measured
+    symbol: str  # after a value
+    step: str  # after a difference
+    scale: float  # from a score to what is shown; negative where less is better
+    digits: int  # after the point
 
     def value(self, score: float) -> str:
         """A single score."""
@@ -160,15 +140,12 @@ class Unit:
 
     def change(self, interval: Interval) -> str:
         """A difference with half the width of its symmetric interval."""
-        return self._difference(interval, self.scale)
+        half = max(interval.high - interval.value, interval.value - interval.low)  # one end may be cut at ±1
+        return f"{self.scale * interval.value:+.{self.digits}f} ± {abs(self.scale) * half:.{self.digits}f}"
 
     def gain(self, interval: Interval) -> str:
         """The same with plus for what is better: nats of loss saved."""
-        return self._difference(interval, abs(self.scale))
-
-    def _difference(self, interval: Interval, scale: float) -> str:
-        half = max(interval.high - interval.value, interval.value - interval.low)  # one end may be cut at ±1
-        return f"{scale * interval.value:+.{self.digits}f} ± {abs(scale) * half:.{self.digits}f}"
+        return replace(self, scale=abs(self.scale)).change(interval)
 
     def change_in_words(self, interval: Interval) -> str:
         """A difference with its interval, for a sentence."""
@@ -201,9 +178,7 @@ def perplexity_of(score: float) -> str:
 
 
 def score_cells(scores: PositionScores, wanted: Iterable[str]) -> dict[str, str]:
-    """Returns the cells of a table's columns that sum up scores, by the column's name: those of `wanted` that there
-    are of such scores.
-    """
+    """Returns cells that sum up scores, by the column's name: those of `wanted` that there are of such scores."""
     unit, average, by_position = unit_of(scores.measure), scores.average(), scores.value_by_position
     cells = {unit.name: unit.mean(average)}
     if scores.measure == "loss":
@@ -241,13 +216,8 @@ def meanings(columns: Iterable[str], right: str = "right answers") -> str:
 
 
 def legend(columns: Iterable[str], measure: Measure, right: str = "right answers", gains: bool = False) -> str:
-    """Says how to read a table of scores.
-
-    Args:
-        columns: names of its columns.
-        measure: of its scores.
-        right: what counts in an accuracy.
-        gains: whether plus is what is better in its differences, also of losses.
+    """Says how to read a table of scores with columns of these names; `right`: see [`meanings`]; `gains`: whether plus
+    is what is better in its differences, also of losses.
     """
     loss = measure == "loss"
     over, better = ("windows", ", in nats of loss saved") if loss else ("contexts", "")
@@ -304,9 +274,7 @@ def written_legend(scores: PositionScores) -> list[str]:
 
 
 def fitness_remark(scores: Mapping[str, PositionScores]) -> list[str]:
-    """Returns a line where other answers are the likeliest, which a search climbs to, than are right the most often:
-    of scores on the same examples, by the name of what was scored.
-    """
+    """Returns a line where the likeliest answers, to which a search climbs, are not those that are most often right."""
     if any(each.written is None or each.written.forced is None for each in scores.values()):
         return []
     likeliest = max(scores, key=lambda name: rank_key(scores[name].log_prob.mean()))
