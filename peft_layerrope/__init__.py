@@ -130,7 +130,7 @@ class _AfterPeft(MetaPathFinder):
         if name != "peft":
             return None
         found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((spec for spec in found if spec is not None), None)
+        spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -48,11 +48,7 @@ def plain(text: str, longest: int = _LONGEST) -> str:
 
 
 def to_png(figure: Figure, title: str, measured: str) -> bytes:
-    """Puts a title over a figure, and a legend that no line can run through below it.
-
-    Returns:
-        The PNG; the same figure gives the same bytes.
-    """
+    """Puts a title over a figure, and a legend below, where no line runs through it; the PNG is always the same."""
     subtitle = textwrap.wrap(plain(measured, 10 * _LINE), _LINE)
     figure.suptitle("\n".join([plain(title), *subtitle]), x=0.01, ha="left", fontsize=9)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -81,13 +77,9 @@ def relative_positions(positions: Sequence[int]) -> np.ndarray:
 
 
 def draw_positions(axes: Axes, curves: Mapping[str, PositionScores], relative: bool = True, band: bool = True) -> None:
-    """Draws scores over the position, one line per label; the one called `UNSCALED` is grey.
+    """Draws scores of one measure over the position, one line per label, the one called `UNSCALED` in grey.
 
-    Args:
-        axes: to draw on.
-        curves: label to scores, all of one measure.
-        relative: from 0, the first position, to 1, the last.
-        band: draw 95 % intervals too.
+    With `relative` positions run from 0, the first, to 1, the last; a `band` is the 95 % intervals.
     """
     alpha = 0.07 if len(curves) > _MANY else 0.15
     styles = ((colour, dash) for dash in cycle(_DASHES) for colour in COLOURS)
@@ -145,12 +137,8 @@ def plot_gain_over_harm(
 ) -> bytes:
     """Draws what choices of factors gain on the task over what they cost on ordinary text, as PNG.
 
-    Args:
-        points: label to harm in nats and gain in steps of `unit`, each with its interval; the one called `UNSCALED` is
-            grey.
-        bound: of the harm, drawn as a line; None: none.
-        subtitle: what was measured, under the title.
-        unit: of the scores.
+    A label's point is its harm in nats and its gain in steps of `unit`, each with its interval; the one called
+    `UNSCALED` is grey. A `bound` of the harm is drawn as a line.
     """
     figure, (axes,) = new_figure()
     axes.axhline(0, color=GREY, linewidth=0.8)
@@ -180,18 +168,14 @@ def plot_factors_by_depth(
     control_points: Sequence[Sequence[float]] | None = None,
     scaled_layers: Sequence[int] | None = None,
 ) -> bytes:
-    """Draws the factor of every layer, and the Bézier curve that they are read off, as PNG.
-
-    Args:
-        factors: one per layer.
-        control_points: four `(x, y)` points; x runs over `scaled_layers`.
-        scaled_layers: layers that the curve spans; default: all.
+    """Draws the factor of every layer, and the Bézier curve that they are read off, as PNG: of four `(x, y)` control
+    points, where x runs over `scaled_layers`, by default all.
     """
     figure, (axes,) = new_figure()
-    layers = list(range(len(factors)))
+    layers = range(len(factors))
     axes.bar(layers, factors, width=0.6, color=COLOURS[0], alpha=0.8, label="factor of the layer")
     if control_points is not None:
-        spanned = list(scaled_layers) if scaled_layers is not None else layers
+        spanned = scaled_layers or layers
         points = [(spanned[0] + x * (spanned[-1] - spanned[0]), y) for x, y in control_points]
         curve = Path(points, [Path.MOVETO, *[Path.CURVE4] * 3])
         axes.add_patch(PathPatch(curve, fill=False, edgecolor=COLOURS[1], label="Bézier curve"))

@@ -33,17 +33,10 @@ class PromptLine(Record):
 
 
 def check_length(prompts: Sequence[str], model_args: dict[str, Any], max_gen_toks: int) -> None:
-    """Checks that no prompt would be cut: lm_eval cuts the beginning off, where some of the answers stand.
+    """Raises TaskError of a prompt that would be cut: lm_eval cuts the beginning off, where some of the answers stand.
 
-    Args:
-        prompts: the prompts.
-        model_args: lm_eval's `--model_args`. A server has to get text: as tokens, lm_eval sends it prompts that are cut
-            to 2,048 and lack the token that text begins with. Nothing else is checked if they name no model, or one
-            that comes with code.
-        max_gen_toks: how many tokens will be generated after each prompt.
-
-    Raises:
-        TaskError: naming the longest prompt, and the `max_length` that it needs; or what a server needs.
+    A server has to get text: as tokens, lm_eval sends it prompts that are cut to 2,048 and lack the token that text
+    begins with. Nothing else is checked if `model_args` name no model, or one that comes with code.
     """
     sends_tokens = model_args.get("tokenized_requests", True) and model_args.get("tokenizer_backend") not in _NO_BACKEND
     if "base_url" in model_args and sends_tokens:
