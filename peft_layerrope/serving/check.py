@@ -56,16 +56,8 @@ def probe_prompts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def check_server(
     url: str, model: PreTrainedModel, config: LayerRopeConfig, prompts: Sequence[Sequence[int]]
 ) -> ServerCheck:
-    """Compares a server's log-probabilities of prompts with those of the scaled and of the unscaled model.
-
-    Args:
-        url: of an OpenAI-compatible server, without `/v1`.
-        model: the base model, without an adapter.
-        config: the adapter's.
-        prompts: token ids.
-
-    Raises:
-        LayerRopeError: the server cannot be asked, or gives no log-probabilities of a prompt.
+    """Compares a server's log-probabilities of prompts, as token ids, with those of the scaled and of the unscaled
+    model. The server speaks as OpenAI's does; raises LayerRopeError of one that gives no log-probabilities.
     """
     served = np.concatenate(server_log_probs(url, prompts))
     unscaled = _log_probs(model, prompts)

@@ -35,49 +35,42 @@ _Checkpoint = tuple[PretrainedConfig, dict[str, torch.Tensor]]  # a config, and 
 def export(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: LayerRopeConfig, form: str, folder: str | Path
 ) -> float:
-    """Writes a checkpoint of the scaled model that transformers loads on its own, and compares it with the adapter.
-
-    Args:
-        model: the base model, without an adapter; it is in float32 afterwards.
-        tokenizer: goes beside it.
-        config: the adapter's.
-        form: one of `FORMATS`.
-        folder: where it goes, once it is checked; created if missing.
+    """Writes a checkpoint of the scaled model that transformers loads on its own, in one of `FORMATS`, and compares it
+    with the adapter. The base model is in float32 afterwards.
 
     Returns:
         The largest difference of a logit between the checkpoint and the adapter, on 256 tokens, in float32.
 
     Raises:
-        AdapterMismatchError: the form cannot say this; the message names the layers.
-        UnsupportedModelError: the model cannot be scaled, or a layer has several tables.
-        LayerRopeError: what was written does not answer as the adapter does; nothing is left of it.
+        LayerRopeError: the form cannot say this, or the model cannot be scaled; the message names the layers. Or what
+            was written does not answer as the adapter does; nothing is left of it.
     """
     made, tensors = FORMATS[form](model, config)
     written = empty_model(made)
     written.load_state_dict({**model.state_dict(), **tensors}, assign=True)
     written.generation_config = model.generation_config
     is_remote = form == "remote-code"
-    if is_remote:
-        classes = {
-            "AutoConfig": modeling_layer_rope.ScaledConfig,
-            "AutoModelForCausalLM": modeling_layer_rope.ScaledForCausalLM,
-        }
-        written.config.auto_map = {auto: f"{_CODE.stem}.{own.__name__}" for auto, own in classes.items()}
     with replacing_files(Path(folder), "config.json") as staging:
         written.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         if is_remote:
-            code = _CODE.read_text(encoding="utf-8").replace("LlamaForCausalLM", type(model).__name__)
-            code = code.replace("LlamaConfig", type(model.config).__name__)
-            (staging / _CODE.name).write_text(code, encoding="utf-8")
-            _name(staging / "config.json")
+            _add_code(staging, model)
         return _difference(model, config, _reopened(staging, type(model) if is_remote else None))
 
 
-def _name(path: Path) -> None:
-    """Has programs that go by the names in a config refuse what they do not know, instead of loading it unscaled."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content |= {"model_type": modeling_layer_rope.ScaledConfig.model_type, "architectures": [_SCALED]}
+def _add_code(folder: Path, model: PreTrainedModel) -> None:
+    """Puts the code into a checkpoint. Programs that go by the names in a config refuse these, instead of loading it
+    unscaled.
+    """
+    code = _CODE.read_text(encoding="utf-8").replace("LlamaForCausalLM", type(model).__name__)
+    code = code.replace("LlamaConfig", type(model.config).__name__)
+    (folder / _CODE.name).write_text(code, encoding="utf-8")
+    path = folder / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8")) | {
+        "model_type": modeling_layer_rope.ScaledConfig.model_type,
+        "architectures": [_SCALED],
+        "auto_map": {"AutoConfig": f"{_CODE.stem}.ScaledConfig", "AutoModelForCausalLM": f"{_CODE.stem}.{_SCALED}"},
+    }
     path.write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -85,14 +78,8 @@ def _name(path: Path) -> None:
 def divergence_between(
     model: PreTrainedModel, config: LayerRopeConfig, other: LayerRopeConfig, prompts: Sequence[Sequence[int]]
 ) -> float:
-    """Returns the Kullback-Leibler divergence in nats, a mean over tokens, of what a model expects with an adapter's
-    factors from what it expects with another's.
-
-    Args:
-        model: the base model, without an adapter.
-        config: of the one adapter.
-        other: of the other.
-        prompts: token ids.
+    """Returns the Kullback-Leibler divergence in nats, a mean over the tokens of prompts, of what a model expects with
+    an adapter's factors from what it expects with another's.
     """
     logits: list[list[torch.Tensor]] = []
     for one in (config, other):
@@ -184,11 +171,9 @@ def _layer_types(model: PreTrainedModel, config: LayerRopeConfig) -> _Checkpoint
     differ = [not torch.equal(f[1], frequencies[first][1]) for f, first in zip(frequencies, firsts, strict=True)]
     _check_layers("layer-types", differ, "one factor for all layers of a type")
     scaled = [layer for layer in set(firsts) if not torch.equal(*frequencies[layer])]
-    _stated("layer-types", frequencies, scaled)
-    for layer in scaled:
-        rope = _parameters(plain_rope(frequencies[layer][1]))
+    for layer, rope in zip(scaled, _stated("layer-types", frequencies, scaled), strict=True):
         kept = text.rope_parameters[kinds[layer]] if kinds[layer] else text.rope_parameters
-        changed = {**kept, **rope}
+        changed = {**kept, **_parameters(rope)}
         text.rope_parameters = {**text.rope_parameters, kinds[layer]: changed} if kinds[layer] else changed
     return made, {}
 
@@ -221,19 +206,15 @@ FORMATS: dict[str, Callable[[PreTrainedModel, LayerRopeConfig], _Checkpoint]] = 
 
 def _parameters(rope: tuple[float, float]) -> dict[str, Any]:
     base, factor = rope
-    return {
-        "rope_theta": base,
-        **({"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}),
-    }
+    kind = {"rope_type": "default"} if factor == 1 else {"rope_type": "linear", "factor": factor}
+    return {"rope_theta": base, **kind}
 
 
 def _stated(form: str, frequencies: _Frequencies, layers: list[int] | None = None) -> list[tuple[float, float]]:
     """What a config can say of the layers' ropes, before and after scaling; refuses those of which it cannot."""
-    asked = range(len(frequencies)) if layers is None else layers
-    both = {layer: [plain_rope(f) for f in frequencies[layer]] for layer in asked}
-    _check_layers(
-        form, [None in both.get(layer, ()) for layer in range(len(frequencies))], "a base and a linear factor"
-    )
+    every = range(len(frequencies))
+    both = {layer: [plain_rope(f) for f in frequencies[layer]] for layer in (every if layers is None else layers)}
+    _check_layers(form, [None in both.get(layer, ()) for layer in every], "a base and a linear factor")
     return [stated for _, stated in both.values()]
 
 

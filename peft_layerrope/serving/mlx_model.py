@@ -20,12 +20,8 @@ _PROBE = 100  # the position at which frequencies are compared
 
 
 class ScaledRope(nn.Module):
-    """Rotates by frequencies of its own.
-
-    Args:
-        rope: mlx-lm's module that it stands for.
-        inv_freq: shape `(r / 2,)`.
-        size: by which the family multiplies what it rotates (YaRN).
+    """Stands for a `rope` of mlx-lm and rotates by frequencies of its own, `(r / 2,)`. By `size` the family multiplies
+    what it rotates (YaRN).
     """
 
     def __init__(self, rope: nn.Module, inv_freq: Any, size: float) -> None:
@@ -61,16 +57,9 @@ def load(model: str, adapter: str) -> tuple[nn.Module, Any]:
 
 
 def scale(model: nn.Module, config: PretrainedConfig, adapter: LayerRopeConfig) -> None:
-    """Gives each layer of a model of mlx-lm a rotary embedding with frequencies of its own.
-
-    Args:
-        model: changed in place; a forward pass of two tokens is run on it.
-        config: transformers' of the same model.
-        adapter: the factors; `dynamic` needs a `target_length`.
-
-    Raises:
-        AdapterMismatchError: the model's layers cannot bear the factors.
-        UnsupportedModelError: a layer cannot be scaled; the message names it.
+    """Gives each layer of a model of mlx-lm, in place, a rotary embedding with frequencies of its own, and runs it on
+    two tokens. `config` is transformers' of the same model; a `dynamic` adapter needs a `target_length`. Raises
+    LayerRopeError, which names a layer that cannot be scaled.
     """
     frequencies, made = layer_frequencies(adapter, empty_model(config)), {}
     for index, (layer, (own, scaled)) in enumerate(zip(model.layers, frequencies, strict=True)):

@@ -62,16 +62,8 @@ def _then_scaled(load: Any) -> Any:
 
 
 def scale_model(model: nn.Module, vllm_config: VllmConfig, model_config: ModelConfig) -> None:
-    """Scales a loaded model in place, if factors are given; proves of each layer that it now rotates by its own.
-
-    Args:
-        model: as vLLM's loaders return it, or a part of it (tensor and pipeline parallel).
-        vllm_config: its `additional_config` also gets the factors, by which vLLM tells compiled graphs apart.
-        model_config: the model's.
-
-    Raises:
-        LayerRopeError: the adapter cannot be read, does not fit the model, or a layer cannot be scaled; the message
-            names the layer.
+    """Scales a loaded model, or the part of it that this process has, in place, if factors are given; proves of each
+    layer that it now rotates by its own. Raises LayerRopeError, which names a layer that cannot be scaled.
     """
     settings = vllm_config.additional_config
     adapter = settings.get(KEY) if isinstance(settings, dict) else None
@@ -82,7 +74,8 @@ def scale_model(model: nn.Module, vllm_config: VllmConfig, model_config: ModelCo
     from vllm.config import set_current_vllm_config
 
     from ..base_model import empty_model
-    from ..tuner.injection import baked_config, layer_frequencies
+    from ..tuner.injection import bake, baked_config, layer_frequencies, scaling_for
+    from ..tuner.sites import find_stack
 
     if adapter is not None and is_baked:
         raise LayerRopeError(f"{KEY}={adapter!r}: this checkpoint has factors baked in already.")
@@ -94,10 +87,13 @@ def scale_model(model: nn.Module, vllm_config: VllmConfig, model_config: ModelCo
     empty = empty_model(model_config.hf_config)
     config = baked_config(empty) if is_baked else _adapter_config(str(adapter), model_config)
     frequencies = layer_frequencies(config, empty)
+    # by which vLLM tells compiled graphs apart
     vllm_config.additional_config = {**settings, f"{KEY}_factors": config.to_dict()}
     with set_current_vllm_config(vllm_config), torch.no_grad():
         if isinstance(getattr(model, "model", None), PreTrainedModel):
-            _bake(model.model, config)
+            stack = find_stack(model.model)
+            bake(model.model, stack, scaling_for(config, model.model, stack))
+            _logger.info("layer_rope: %d layers scaled, in transformers' own code", len(stack.layers))
             return
         tables = scale_layers(model, frequencies, model_config, vllm_config.parallel_config)
     size = sum(table.numel() * table.element_size() for table in tables)
@@ -113,26 +109,13 @@ def _adapter_config(adapter: str, model_config: ModelConfig) -> LayerRopeConfig:
     config = load_adapter_config(adapter)
     check_weights_file(adapter_weights(adapter), config.layer_factors)
     overrides = model_config.hf_overrides if isinstance(model_config.hf_overrides, dict) else {}
-    if (
-        config.rope_type == "dynamic"
-        and config.original_max_position_embeddings is None
-        and "max_position_embeddings" in overrides
-    ):
+    needs_window = config.rope_type == "dynamic" and config.original_max_position_embeddings is None
+    if needs_window and "max_position_embeddings" in overrides:
         raise AdapterMismatchError(
             f"{KEY}={adapter!r}: rope_type='dynamic' needs the trained window, which --hf-overrides has replaced: set "
             "original_max_position_embeddings in the adapter's config."
         )
     return config
-
-
-def _bake(model: nn.Module, config: LayerRopeConfig) -> None:
-    """Bakes the factors into a model that runs by transformers' own code."""
-    from ..tuner.injection import bake, scaling_for
-    from ..tuner.sites import find_stack
-
-    stack = find_stack(model)
-    bake(model, stack, scaling_for(config, model, stack))
-    _logger.info("layer_rope: %d layers scaled, in transformers' own code", len(stack.layers))
 
 
 def scale_layers(
@@ -141,19 +124,11 @@ def scale_layers(
     model_config: ModelConfig,
     parallel_config: ParallelConfig,
 ) -> list[torch.Tensor]:
-    """Gives the layers that this process has rotary modules of their own, and proves that they rotate by them.
-
-    Args:
-        model: vLLM's; changed in place.
-        frequencies: of all layers, see `layer_frequencies`.
-        model_config: for `max_model_len`, at which new tables end, the hidden size and the dtype.
-        parallel_config: for the layers of this process.
+    """Gives the layers that this process has rotary modules of their own, and proves that they rotate by them; raises
+    UnsupportedModelError, which names the layer.
 
     Returns:
         The tables in use, `(positions, r)` each, without repetitions: layers that rotate alike share one.
-
-    Raises:
-        UnsupportedModelError: a layer cannot be scaled; the message names it.
     """
     model = model.get_language_model() if hasattr(model, "get_language_model") else model
     made: dict[Any, nn.Module] = {}  # layers that rotate alike share a module, as in vLLM
@@ -187,14 +162,9 @@ def _rotaries(model: nn.Module, layer: int) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _scaled(rotary: nn.Module, own: torch.Tensor, scaled: torch.Tensor, length: int, layer: int) -> nn.Module:
-    """Returns a copy of a rotary module with the table of other frequencies, or the module itself if it has them.
-
-    Args:
-        rotary: vLLM's; not changed, for layers share it.
-        own: the layer's frequencies as transformers has them, by which vLLM's table must have been made.
-        scaled: those it is to have.
-        length: of the new table, at least: with pictures positions go beyond the prompt's length.
-        layer: for the message.
+    """Returns a copy of a rotary module, for layers share it, with the table of other frequencies, or the module itself
+    if it has them. Its table must have been made by `own`, the layer's frequencies as transformers has them. The new
+    one has at least this length: with pictures positions go beyond the prompt's.
     """
     from ..tuner.scaling import rotation_table
 
@@ -238,18 +208,13 @@ def _prove(layer: int, owner: nn.Module, rotary: nn.Module, scaled: torch.Tensor
         seen["rotated"] = output
         raise LayerRopeError("the rotation is known: what follows would need an engine that runs")
 
-    handles = [
-        rotary.register_forward_pre_hook(before, with_kwargs=True),
-        rotary.register_forward_hook(after, with_kwargs=True),
-    ]
+    before_hook = rotary.register_forward_pre_hook(before, with_kwargs=True)
     reason = "does not call its rotary module"
-    try:
-        owner(**arguments)
-    except (LayerRopeError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"cannot be run for a proof that it rotates by its factor ({error})"
-    finally:
-        for handle in handles:
-            handle.remove()
+    with before_hook, rotary.register_forward_hook(after, with_kwargs=True):
+        try:
+            owner(**arguments)
+        except (LayerRopeError, TypeError, ValueError, RuntimeError) as error:
+            reason = f"cannot be run for a proof that it rotates by its factor ({error})"
     if "rotated" not in seen:
         _refuse(layer, f"{type(owner).__name__} {reason}")
     table = getattr(rotary, _TABLE)
