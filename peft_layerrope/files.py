@@ -110,9 +110,7 @@ _without_base_60("tag:yaml.org,2002:float")
 
 
 def parse_yaml(text: str) -> Any:
-    """Returns the values of a YAML document: plain ones, no objects. Raises yaml.YAMLError, also of aliases and of deep
-    nesting.
-    """
+    """Returns the plain values of a YAML document; raises yaml.YAMLError, also of aliases and of deep nesting."""
     try:
         return yaml.load(text, Loader=_PlainLoader)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -126,9 +124,7 @@ _UNWRITTEN = "cannot be written: "
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Makes of an `OSError` of a failed write one that says so, in `strerror`, and names the file, in `filename`; where
-    the system names none, `path`.
-    """
+    """Makes of an `OSError` of a failed write one that says so and names the file, `path` if the system names none."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # the writer of safetensors has no OSError

@@ -44,7 +44,6 @@ PUBLISHED = {
 PULL_RECORD = ".layerrope-pull.json"
 """In a pulled folder: where it is from, and what was in it, so that a later pull knows what it may replace."""
 
-_ADAPTER_FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
 _MODELS = ("model", "tokenizer", "peft", "base_model_name_or_path")  # fields with a name of the Hub, or a path
 _FILES, _DATASETS = ("data", "text"), "datasets:"  # fields with a path, relative perhaps, or `datasets:NAME`
 
@@ -196,7 +195,7 @@ def _api(token: str | bool | None) -> HfApi:
 def _fetch(api: HfApi, info: ModelInfo, name: str) -> Path | None:
     """Where a file of a commit lies in the client's cache, downloaded if need be; None where the commit has none."""
     size = {file.rfilename: file.size for file in info.siblings}.get(name)
-    if size is None and name not in _ADAPTER_FILES:
+    if size is None and name not in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
         return None
     if size is None or size > PUBLISHED[name]:
         raise HubError(f"{info.id!r} has no {name} of at most {PUBLISHED[name]:,} bytes.")

@@ -81,9 +81,8 @@ def is_local_path(name: str) -> bool:
 def is_machine_path(text: str) -> bool:
     """Whether a text begins as a path does: `/`, `./`, `../`, `~`, `$HOME/`, `file:/`, or Windows' kinds."""
     is_absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
-    return (
-        is_absolute or re.match(r"(~[\w.-]*|\.|\.\.|\$\w+|\$\{\w+\}|%\w+%|file:)([/\\]|$)", text, re.ASCII) is not None
-    )
+    other = re.match(r"(~[\w.-]*|\.|\.\.|\$\w+|\$\{\w+\}|%\w+%|file:)([/\\]|$)", text, re.ASCII)
+    return is_absolute or other is not None
 
 
 def public_name(name: str) -> str:

@@ -87,7 +87,6 @@ class Journal(AbstractContextManager):
         InvalidConfigError: there is a journal, and neither `resume` nor `overwrite` was asked for; or it is damaged, or
             of another run, and the message names the first difference.
         BlockingIOError: another run is at work in `folder`.
-        OSError: the folder cannot be made.
     """
 
     def __init__(
@@ -174,11 +173,9 @@ class Journal(AbstractContextManager):
 def first_difference(before: Any, now: Any, name: str = "") -> str | None:
     """Returns where two trees of JSON values first differ, and how, in words; None if they are equal."""
     if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
-            found = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-            if found is not None:
-                return found
-        return None
+        above = f"{name}." if name else ""
+        found = (first_difference(before.get(key), now.get(key), above + key) for key in before | now)
+        return next(filter(None, found), None)
     if before == now:
         return None
     was, is_now = (json.dumps(value)[:_SHOWN] for value in (before, now))
