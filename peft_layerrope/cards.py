@@ -298,7 +298,7 @@ def _results(held_out: HeldOut | None) -> str:
         )
     differences = []
     for label, gap in held_out.differences.items():
-        value, low, high = (_signed(scale * number, digits) for number in (gap.value, gap.low, gap.high))
+        value, low, high = (f"{scale * number:+z.{digits}f}" for number in (gap.value, gap.low, gap.high))
         differences.append(f"{value} {gained} against {label} ({low} to {high})")
     paired = f" Paired differences with 95 % intervals: {'; '.join(differences)}." if differences else ""
     remarks = "\n".join(f"- {remark}" for remark in held_out.remarks)
@@ -336,10 +336,6 @@ def _code(value: Any) -> str:
     """A value inside backticks and a table's cell."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return " ".join(text.replace("`", "'").replace("|", "/").split())
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{round(value, digits) + 0.0:+.{digits}f}"  # never -0.0
 
 
 def _plots(held_out: HeldOut | None, files: Collection[str]) -> str:

@@ -66,10 +66,8 @@ _CACHED_SNAPSHOT = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]
 
 
 def is_local_path(name: str) -> bool:
-    """Whether a model's name is a path rather than an id of the Hub.
-
-    `owner/name` could be either; it counts as a path where it holds a model or an adapter, as it does for
-    transformers and PEFT.
+    """Whether a model's name is a path rather than an id of the Hub. `owner/name` counts as a path where it holds a
+    model or an adapter, as it does for transformers and PEFT.
     """
     if name == DEMO_NAME:  # in this project's own folder it would look like a path
         return False

@@ -48,7 +48,7 @@ def plain(text: str, longest: int = _LONGEST) -> str:
 
 
 def to_png(figure: Figure, title: str, measured: str) -> bytes:
-    """Puts a title over a figure, and a legend below, where no line runs through it; the PNG is always the same."""
+    """Adds a title, and a legend below the panels, to a figure that always gives the same bytes as PNG."""
     subtitle = textwrap.wrap(plain(measured, 10 * _LINE), _LINE)
     figure.suptitle("\n".join([plain(title), *subtitle]), x=0.01, ha="left", fontsize=9)
     handles, labels = figure.axes[0].get_legend_handles_labels()
