@@ -228,7 +228,7 @@ def check_task(task: Task) -> None:
 
 def split_stream(seed: int, name: SplitName) -> np.random.Generator:
     """Returns the random stream of a split: independent of the others', told apart by the split's number."""
-    return np.random.default_rng(np.random.SeedSequence([seed, SPLIT_NAMES.index(name)]))
+    return np.random.default_rng([seed, SPLIT_NAMES.index(name)])
 
 
 def check_disjoint(splits: Sequence[Split]) -> None:
@@ -266,16 +266,11 @@ def spread_positions(num_items: int, num_positions: int) -> tuple[int, ...]:
 def cut_into_splits(
     shared: Sequence[Hashable], seed: int, source: str, fractions: Sequence[float] = FRACTIONS
 ) -> dict[SplitName, list[int]]:
-    """Shuffles records by the seed and cuts them into splits: returns the records' numbers by split.
+    """Shuffles records by the seed and cuts them into splits: returns the records' numbers by split; TaskError, if one
+    would be empty.
 
-    Args:
-        shared: for each record what no two splits may share; records that agree in it go to one split together.
-        seed: of the shuffling.
-        source: where the records come from, for messages.
-        fractions: of the records; what they leave is in no split.
-
-    Raises:
-        TaskError: a split would be empty.
+    `shared` has for each record what no two splits may share: those that agree in it go to one split together. What the
+    fractions leave is in no split. `source`, for messages, is where the records come from.
     """
     units: dict[Hashable, list[int]] = {}
     for number, unit in enumerate(shared):
@@ -318,7 +313,7 @@ class TokenTask:
         positions: Sequence[int] | None = None,
         *,
         seed: int = 0,
-        fractions: tuple[float, float, float] = (0.4, 0.2, 0.4),
+        fractions: Sequence[float] = FRACTIONS,
         name: str = "token_task",
     ) -> None:
         self.name = name

@@ -44,6 +44,7 @@ from .prompts import (
 
 _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"
+_SYLLABLES = tuple(map("".join, product(_CONSONANTS, _VOWELS, _CONSONANTS)))  # 980
 
 NUM_KEYS = 256
 NUM_VALUES = 256
@@ -52,20 +53,13 @@ NUM_VALUES = 256
 @cache
 def key_words(count: int = NUM_KEYS) -> tuple[str, ...]:
     """Returns `count` keys, 4900 at most: two consonant-vowel syllables each ("baba", "bake", ...)."""
-    syllables = [c + v for c, v in product(_CONSONANTS, _VOWELS)]
-    return _evenly([first + second for first, second in product(syllables, syllables)], count)
+    return _evenly([*map("".join, product(_CONSONANTS, _VOWELS, _CONSONANTS, _VOWELS))], count)
 
 
 @cache
 def value_words() -> tuple[str, ...]:
     """Returns the 256 values: consonant-vowel-consonant ("bab", "bad", ...)."""
-    return _evenly(_syllables(), NUM_VALUES)
-
-
-@cache
-def _syllables() -> tuple[str, ...]:
-    """All 980 of three letters: consonant-vowel-consonant."""
-    return tuple(a + v + b for a, v, b in product(_CONSONANTS, _VOWELS, _CONSONANTS))
+    return _evenly(_SYLLABLES, NUM_VALUES)
 
 
 def _evenly(words: Sequence[str], count: int) -> tuple[str, ...]:
@@ -164,10 +158,8 @@ class KeyValueRetrieval(PromptTask):
     ) -> None:
         super().__init__(tokenizer, data, **settings)
         if keys is not None and (data is not None or keys not in _MOST_KEYS):
-            known = f"one of {', '.join(_MOST_KEYS)}"
-            raise TaskError(
-                f"keys={keys!r}, expected {known if data is None else 'nothing: data has keys of its own'}."
-            )
+            expected = f"one of {', '.join(_MOST_KEYS)}" if data is None else "nothing: data has keys of its own"
+            raise TaskError(f"keys={keys!r}, expected {expected}.")
         self.keys = keys or "uuid"
         if num_keys is not None:
             whole_number("num_keys", num_keys, 2, min(self.length or MAX_LENGTH, _MOST_KEYS[self.keys]))
@@ -189,8 +181,7 @@ class KeyValueRetrieval(PromptTask):
             rng = split_stream(self.seed, name)
             return [_random_record(rng, self.keys, self.num_items) for _ in range(num_groups)]
         found = self._splits[name][:num_groups]
-        told = f"{self.name}, split {name!r}: the file has {len(found)} contexts for it"
-        check_enough(len(found), num_groups, told)
+        check_enough(len(found), num_groups, f"{self.name}, split {name!r}: the file has {len(found)} contexts for it")
         return found
 
     def available(self, split_name: SplitName, most: int) -> int:
@@ -200,8 +191,7 @@ class KeyValueRetrieval(PromptTask):
         return ASKED_EVERYWHERE if self.data is None else GOLD_MOVES  # as the public protocol has it
 
     def _written(self, source: KeyValueRecord, position: int, group: int) -> Prompt:
-        in_place = self.protocol("test") == ASKED_EVERYWHERE
-        record = replace(source, gold=position) if in_place else source.moved(position, self.num_items)
+        record = replace(source, gold=position) if self.data is None else source.moved(position, self.num_items)
         return record.prompt(group)
 
     def describe(self) -> dict[str, Any]:
@@ -213,8 +203,7 @@ class KeyValueRetrieval(PromptTask):
         Contexts differ in length, so that room is left for six standard deviations: the seed of the examples does not
         decide on whether they fit.
         """
-        stream = np.random.SeedSequence([self.seed, len(SPLIT_NAMES)])  # that no split draws from
-        rng = np.random.default_rng(stream)
+        rng = np.random.default_rng([self.seed, len(SPLIT_NAMES)])  # a stream that no split draws from
 
         def tokens(record: KeyValueRecord) -> int:
             encoded = self.encoder.encode(record.prompt().text, record.pairs[record.gold][1], None)
@@ -323,9 +312,9 @@ def _random_record(rng: np.random.Generator, keys: KeyStyle, num_keys: int) -> K
     if keys == "uuid":
         texts = [str(UUID(bytes=rng.bytes(16), version=4)) for _ in range(2 * num_keys)]
     else:
-        syllables = _syllables()
-        drawn = rng.choice(len(syllables) ** 2, 2 * num_keys, replace=False).tolist()
-        texts = [syllables[i // len(syllables)] + syllables[i % len(syllables)] for i in drawn]
+        count = len(_SYLLABLES)
+        drawn = rng.choice(count**2, 2 * num_keys, replace=False).tolist()
+        texts = [_SYLLABLES[i // count] + _SYLLABLES[i % count] for i in drawn]
     return KeyValueRecord(tuple(zip(texts[::2], texts[1::2], strict=True)), gold)
 
 

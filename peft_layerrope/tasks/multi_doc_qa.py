@@ -236,7 +236,7 @@ class MultiDocumentQA(PromptTask):
 
     def _draw(self, asked: Sequence[Question], *stream: int) -> Iterator[Passage]:
         """Gold passages of other questions in the order of a stream of their own, without those that answer these."""
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, *stream]))
+        rng = np.random.default_rng([self.seed, *stream])
         golden = {question.gold for question in asked}
         for index in rng.permutation(len(self._golden)).tolist():
             if self._golden[index] not in golden and not self._golden[index].answers(asked):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, TypedDict, TypeVar, Unpack
 
@@ -344,15 +345,11 @@ class PromptTask(ABC):
         return split
 
     def _encoded(self, name: SplitName, positions: tuple[int, ...], prompts: Sequence[Prompt], protocol: str) -> Split:
-        groups: dict[int, list[tuple[Prompt, EncodedPrompt]]] = {}
-        for prompt in prompts:
-            encoded = self.encoder.encode(prompt.text, prompt.answers[0], prompt.gold)
-            groups.setdefault(prompt.group, []).append((prompt, encoded))
         examples = []
-        for members in groups.values():
-            first = members[0][1].prompt_ids
-            shared = min(common_prefix(first, encoded.prompt_ids) for _, encoded in members)
-            for prompt, (ids, answer_ids, gold_span) in members:
+        for _, members in groupby(prompts, key=operator.attrgetter("group")):
+            encoded = [(p, self.encoder.encode(p.text, p.answers[0], p.gold)) for p in members]
+            shared = min(common_prefix(encoded[0][1].prompt_ids, other.prompt_ids) for _, other in encoded)
+            for prompt, (ids, answer_ids, gold_span) in encoded:
                 cut = len(ids) - 1  # the question has a token at least
                 if protocol == ASKED_EVERYWHERE:
                     cut = min(cut, shared)
