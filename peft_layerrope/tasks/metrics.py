@@ -49,9 +49,7 @@ def best_subspan_em(prediction: str, answers: Sequence[str]) -> bool:
 
 def contains_value(prediction: str, answers: Sequence[str]) -> bool:
     """Whether what was written contains an accepted value, both in lower case; an empty one is found in nothing.
-
-    Raises:
-        TaskError: as for [`best_subspan_em`].
+    TaskError as for [`best_subspan_em`].
     """
     return _first_value(prediction, answers) is not None
 
@@ -61,10 +59,7 @@ def first_value(prediction: str, answers: Sequence[str], key: str) -> bool:
     recites the whole object.
 
     Another value is any text in double quotes that is no key: neither `key`, which was asked for, nor one that a colon
-    or "is" leads on from, such as the same key with a letter wrong.
-
-    Raises:
-        TaskError: as for [`best_subspan_em`].
+    or "is" leads on from, such as the same key with a letter wrong. TaskError as for [`best_subspan_em`].
     """
     start = _first_value(prediction, answers)
     if start is None:

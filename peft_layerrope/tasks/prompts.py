@@ -130,9 +130,7 @@ class PromptEncoder:
 
     def encode(self, text: str, answer: str, gold: tuple[int, int] | None) -> EncodedPrompt:
         """Encodes a prompt and the answer that follows it; `gold` are the characters that it can be read from.
-
-        Raises:
-            TaskError: the tokenizer has no tokens for the answer, or its chat template fails.
+        TaskError, if the tokenizer has no tokens for the answer, or its chat template fails.
         """
         full = self.in_template(text) if self.uses_chat else text
         start = full.find(text)  # a template may change the text, which then is not found
@@ -316,11 +314,7 @@ class PromptTask(ABC):
         """Returns how many contexts of a split there are, but no more than `most`."""
 
     def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
-        """Returns a split's prompts as text, in the order of [`split`]'s examples, and with its arguments.
-
-        Raises:
-            TaskError: the split is unknown or has fewer contexts, or a position is out of range.
-        """
+        """Returns a split's prompts as text, in the order of [`split`]'s examples, with its arguments and errors."""
         check_request(split_name, num_groups)
         wanted = self.positions if positions is None else check_positions(positions, self.num_items, self.item)
         sources = self._sources(split_name, num_groups, elsewhere=positions is not None)
@@ -378,10 +372,8 @@ class PromptTask(ABC):
         return task
 
     def shortened(self, length: int) -> PromptTask:
-        """Returns the same task with fewer items, so that its first prompts have at most `length` tokens.
-
-        Raises:
-            TaskError: the length has no room for the positions.
+        """Returns the same task with fewer items, so that its first prompts have at most `length` tokens; TaskError, if
+        that has no room for the positions.
         """
         sample = self.prompts("search", 1)
         tokens = max(len(self.encoder.encode(p.text, p.answers[0], None).prompt_ids) for p in sample)
@@ -443,11 +435,8 @@ R = TypeVar("R", bound=Record)
 
 
 def read_records(path: str | Path, kind: type[R]) -> Iterator[R]:
-    """Yields the records of a file, plain or gzipped: one JSON object a line; empty lines are skipped.
-
-    Raises:
-        TaskError: the file cannot be read, or a line is no such record; it names the file, the line and what was
-            expected.
+    """Yields the records of a file, plain or gzipped: one JSON object a line; empty lines are skipped. TaskError, if
+    the file cannot be read, or a line is no such record: it names the file, the line and what was expected.
     """
     path, first = Path(path), None
     try:

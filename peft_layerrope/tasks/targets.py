@@ -107,12 +107,9 @@ class Targets:
 def common_opening(
     examples: Sequence[Example], targets: Sequence[Target | None], tokenizer: PreTrainedTokenizerBase
 ) -> Targets | None:
-    """Learns one opening from what [`target_of`] found in a few answers.
-
-    Returns:
-        The most common opening, and the others, where opening and answer are written by just the tokens that
-        [`rendered`] gives. None: there are fewer than `MIN_SAMPLES` right answers, or less than `MIN_SHARE` of them are
-        so written with the most common one.
+    """Learns the most common opening, and the others, from what [`target_of`] found in a few answers: those where
+    opening and answer are written by just the tokens that [`rendered`] gives. None: there are fewer than `MIN_SAMPLES`
+    right answers, or less than `MIN_SHARE` of them are so written with the most common one.
     """
     right = [(example, target) for example, target in zip(examples, targets, strict=True) if target is not None]
     if len(right) < MIN_SAMPLES:
