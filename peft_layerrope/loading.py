@@ -20,7 +20,7 @@ from .errors import LayerRopeError
 from .files import MAX_BYTES, AdapterFiles, digest, read_json_object
 from .messages import is_machine_path, one_line, shown_names
 from .tuner.config import LAYER_ROPE, LayerRopeConfig
-from .tuner.injection import has_other_tuner_layers
+from .tuner.injection import other_tuner_layers
 
 
 def check_present(kind: str, name: str) -> None:
@@ -64,7 +64,7 @@ def load_adapter(
 
 def put_on(model: PreTrainedModel, adapter: str) -> PeftModel:
     """Does what [`load_adapter`] does, and raises LayerRopeError of weights that are not this model's layers'."""
-    if has_other_tuner_layers(model):
+    if other_tuner_layers(model):
         raise LayerRopeError(
             f"cannot load adapter {adapter!r}: it would take the place of the fine-tune that this model has beside its "
             "quantised weights."

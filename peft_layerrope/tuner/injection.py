@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -106,14 +105,8 @@ def _why_not(scaling: LayerScaling, model: nn.Module, stack: DecoderStack) -> st
 
 
 def layer_frequencies(config: LayerRopeConfig, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns the frequencies of each layer, for programs that keep one table per layer whatever the prompt's length.
-
-    Args:
-        config: the factors.
-        model: a transformers model, which may be on the `meta` device; not changed.
-
-    Returns:
-        For each layer its own frequencies and the scaled ones, both of shape `(r / 2,)`, float32.
+    """Returns each layer's own frequencies and the scaled ones, both of shape `(r / 2,)`, float32, for programs that
+    keep one table per layer whatever the prompt's length. The model may be on the `meta` device.
 
     Raises:
         AdapterMismatchError: the model's layers cannot bear the factors, or these follow the length of a prompt.
@@ -145,14 +138,13 @@ def layer_frequencies(config: LayerRopeConfig, model: nn.Module) -> list[tuple[t
 def wrap(stack: DecoderStack, model: nn.Module) -> None:
     """Puts the wrappers and the layers' hooks in place, unless UnsupportedModelError says that it would be no use."""
     traits = [rotary_traits(site, model) for site in stack.sites]
-    other_tuner = has_other_tuner_layers(model)
     for site, found in zip(stack.sites, traits, strict=True):
         site.replace(LayerRopeLayer(site.rotary, site.layer_idx, found))
     keeper = stack.wrappers()[0]
     keeper.hook_handles = register_hooks(stack)
     keeper.record = partial(record_baked, model.config)
     # As every PEFT tuner, freeze the base model; but not the weights of a LoRA that is already there.
-    keeper.frozen_by_injection = [] if other_tuner else [p for p in model.parameters() if p.requires_grad]
+    keeper.frozen_by_injection = [] if other_tuner_layers(model) else [p for p in model.parameters() if p.requires_grad]
     for parameter in keeper.frozen_by_injection:
         parameter.requires_grad_(False)
 
@@ -181,14 +173,9 @@ def register_hooks(stack: DecoderStack) -> list[Any]:
     ]
 
 
-def has_other_tuner_layers(model: nn.Module) -> bool:
-    """Whether another method, such as LoRA, has layers in the model."""
-    return next(other_tuner_layers(model), None) is not None
-
-
-def other_tuner_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
-    """The layers that another method has in the model."""
-    return (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, LayerRopeLayer))
+def other_tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    """Returns the layers that another method, such as LoRA, has in the model."""
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, LayerRopeLayer)]
 
 
 def bake(model: nn.Module, stack: DecoderStack, scaling: LayerScaling) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import AdapterMismatchError, LayerRopeError
 from .artifacts import FACTORS_KEY, KEY_PREFIX, check_factors, check_weights_file
 from .config import PREFIX, LayerRopeConfig
-from .injection import BAKED_CONFIG_KEY, bake, has_other_tuner_layers, other_tuner_layers, scaling_for, wrap
+from .injection import BAKED_CONFIG_KEY, bake, other_tuner_layers, scaling_for, wrap
 from .rotary import LayerRopeLayer
 from .sites import DecoderStack, find_stack
 
@@ -170,10 +170,6 @@ class LayerRopeModel(BaseTuner):
     def reload_adapter(self, adapter_name: str, config: LayerRopeConfig) -> None:
         """Puts what was read from a folder in an adapter's place, validated as on construction.
 
-        Args:
-            adapter_name: an adapter of this model.
-            config: the folder's.
-
         Raises:
             AdapterMismatchError: the factors do not fit the model or the folder's other file, or the adapter was made
                 in Python and rotates otherwise.
@@ -234,27 +230,24 @@ class LayerRopeModel(BaseTuner):
         for wrapper in self._stack().wrappers():
             wrapper.switch(enabled)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """PEFT's way of telling which adapter each row of the batch wants. A LoRA inside may know; we do not."""
         inner = getattr(self.model, "_enable_peft_forward_hooks", None)
         if inner is not None:
-            with inner(*args, **kwargs):
-                yield
-            return
+            return inner(*args, **kwargs)
         if kwargs.get("adapter_names") is not None:
             raise LayerRopeError(
                 f"adapter_names={kwargs['adapter_names']!r}: LAYER_ROPE cannot use a different adapter for each row, "
                 "since a batch shares one rotation. Use model.set_adapter(name) for a batch of one adapter."
             )
-        yield
+        return nullcontext()
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, *, adapter_names: list[str] | None = None, **_: Any
     ) -> nn.Module:
         stack = self._stack()
         wrappers = stack.wrappers()
-        if has_other_tuner_layers(self.model):  # the LoRA wants the base model as frozen as it is
+        if other_tuner_layers(self.model):  # the LoRA wants the base model as frozen as it is
             wrappers[0].frozen_by_injection.clear()
         if merge:
             names = adapter_names if adapter_names is not None else wrappers[0].active_adapters
