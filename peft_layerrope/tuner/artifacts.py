@@ -20,16 +20,10 @@ KEY_PREFIX = "base_model.model."
 FACTORS_KEY = f"{KEY_PREFIX}layer_factors"
 """The one tensor of `adapter_model.safetensors`: float32, shape `(num_hidden_layers,)`."""
 
-# The last three come from safetensors' code for PyTorch: dtypes that it does not know, shapes of too many axes.
-_UNREADABLE = (ValueError, SafetensorError, KeyError, RuntimeError, AssertionError)
-
 
 def save_adapter(config: LayerRopeConfig, directory: str | Path) -> None:
-    """Writes `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.save_pretrained` would.
-
-    Args:
-        config: must hold `layer_factors`.
-        directory: an existing folder.
+    """Writes `adapter_config.json` and `adapter_model.safetensors` into a folder, as `PeftModel.save_pretrained` would.
+    The config must hold `layer_factors`.
     """
     config.save_pretrained(str(directory))
     factors = torch.tensor(config.layer_factors, dtype=torch.float32)
@@ -43,11 +37,8 @@ def check_no_model(directory: str | Path) -> None:
 
 
 def check_weights_file(path: str | Path, layer_factors: Sequence[float] | None) -> None:
-    """Checks `adapter_model.safetensors` against `adapter_config.json`, before PEFT reads it.
-
-    Args:
-        path: the file, which may hold anything.
-        layer_factors: what the config says; None: 1.0 for every layer, however many.
+    """Checks `adapter_model.safetensors` against the factors of `adapter_config.json`, before PEFT reads it; None are
+    1.0 for every layer, however many.
 
     Raises:
         AdapterMismatchError: it is too large, no safetensors file, or holds anything but one float32 tensor of the
@@ -55,7 +46,8 @@ def check_weights_file(path: str | Path, layer_factors: Sequence[float] | None) 
     """
     try:
         tensors = load(read_bytes(path))
-    except _UNREADABLE as error:
+    # The last three come from safetensors' code for PyTorch: dtypes that it does not know, shapes of too many axes.
+    except (ValueError, SafetensorError, KeyError, RuntimeError, AssertionError) as error:
         raise AdapterMismatchError(
             f"{path} is not a safetensors file ({one_line(error)}), expected the one tensor {FACTORS_KEY}."
         ) from error

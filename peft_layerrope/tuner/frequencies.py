@@ -55,11 +55,8 @@ def _follows_length(rope_type: object) -> bool:
 
 def rope_type_reaches(model_type: str, table: str) -> bool:
     """Whether transformers' `rope_scaling` reaches a table of a family with several: that of its full-attention
-    layers, and not that of its sliding ones, but for a few families.
-
-    Args:
-        model_type: of the text decoder's config.
-        table: a layer type, or the dotted name of a rotary embedding; empty where there is only one table.
+    layers, and not that of its sliding ones, but for a few families. `table` is a layer type, or the dotted name of a
+    rotary embedding; empty where there is only one table.
     """
     last = table.rpartition(".")[2]
     unscaled = last in _UNSCALED_LAYER_TYPES.get(model_type, ()) or any(word in last for word in _UNSCALED_TABLES)
@@ -67,17 +64,11 @@ def rope_type_reaches(model_type: str, table: str) -> bool:
 
 
 def own_frequencies(rotary: nn.Module, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns a rotary module's frequencies as its config states them, before any length was seen.
+    """Returns the frequencies of a model's rotary module as its config states them, before any length was seen: by
+    name, each of shape `(r / 2,)`, float32, on the module's device, or on the CPU if that is `meta`.
 
-    A module that was cast to bfloat16 or float16 holds rounded ones; these are computed again. Frequencies that are no
-    rounding of the config's were put there by somebody, and are taken as they stand.
-
-    Args:
-        rotary: a rotary module of `model`; not changed.
-        model: whose code makes frequencies from a config.
-
-    Returns:
-        By name, each of shape `(r / 2,)`, float32, on the module's device, or on the CPU if that is `meta`.
+    A module that was cast to bfloat16 or float16 holds rounded ones; these are computed again, by the model's own code.
+    Frequencies that are no rounding of the config's were put there by somebody, and are taken as they stand.
     """
     with torch.inference_mode(False):
         stated = _stated_frequencies(rotary, model)
@@ -129,11 +120,8 @@ def frequencies_at(
     """Returns the frequencies that transformers' `dynamic_rope_update` gives a fresh model for these positions.
 
     transformers' own depend on the calls before: they are kept until a longer prompt comes, or one inside the window.
-
-    Args:
-        rotary: for its config; neither its state is read nor changed.
-        own: see [`own_frequencies`], on the device of `position_ids`.
-        position_ids: int64 of any shape.
+    Here the module's state is neither read nor changed. `own` is what [`own_frequencies`] returns, on the device of
+    `position_ids`.
     """
     seq_len = position_ids.max() + 1
     found = {}
@@ -150,7 +138,7 @@ def frequencies_at(
         else:
             window, asked = rotary.original_max_seq_len, seq_len
         beyond, _ = ROPE_INIT_FUNCTIONS[rope_type](
-            rotary.config, inv_freq.device, seq_len=asked, **({"layer_type": layer_type} if layer_type else {})
+            rotary.config, inv_freq.device, seq_len=asked, layer_type=layer_type or None
         )
         found[name] = torch.where(seq_len > window, beyond, inv_freq)
     return found

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from ..errors import UnsupportedModelError
 from .frequencies import inv_freq_names, layer_type_of
 from .rotary import BakedLayerRope, LayerRopeLayer, RotaryShell
-from .tables import family_table, map_table, split_tables, stacked_tables
+from .tables import family_table, split_tables, stacked_tables
 
 _UNSCALABLE = {
     "diffusion_gemma": "its decoder attends to keys that an encoder with a rotary embedding of its own has rotated, so "
@@ -112,15 +112,11 @@ def find_stack(model: nn.Module) -> DecoderStack:
     """Returns the decoder layers and their rotary embeddings: modules with `inv_freq` vectors, or our wrappers.
 
     A rotary serves the layers if the module that holds the list of `num_hidden_layers` layers holds it too,
-    beside them or inside one of them. In a vision-language model only the language model is looked at.
-
-    Raises:
-        UnsupportedModelError: there is none, or it is not clear which; the message names the model type and why.
+    beside them or inside one of them. In a vision-language model only the language model is looked at. Raises
+    UnsupportedModelError if there is none, or it is not clear which; the message names the model type and why.
     """
     kind, config = model_type(model), text_config(model)
     depths = {getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")} - {None}
-    found: list[tuple[str, nn.Module, str, nn.ModuleList]] = []
-    stacks: list[DecoderStack] = []
     for root, prefix in _roots(model):
         found = [
             (f"{prefix}{name}".strip("."), owner, list_name, layers)
@@ -216,14 +212,12 @@ _CALL_ERRORS = (TypeError, AttributeError, RuntimeError, ValueError, KeyError, I
 
 
 def prove_rotary_scales(rotary: nn.Module, kind: str) -> None:
-    """Proves that the rotary's tables follow the frequencies that it is given, for each of its layer types.
+    """Proves that the rotary's tables follow the frequencies that it is given, for each of its layer types; raises
+    UnsupportedModelError if the family recomputes them, so that scaling would silently do nothing.
 
     The table for `inv_freq / 2` at positions `2p` must equal the one for `inv_freq` at `p` (halving and doubling
     are exact in floating point), and differ from the one for `inv_freq` at `2p`. Runs on the CPU with
     frequencies of its own, so it needs neither the model's device nor its weights. The module is not changed.
-
-    Raises:
-        UnsupportedModelError: the family recomputes its frequencies, so scaling would silently do nothing.
     """
     x = torch.zeros(1, 8, 1)
     for arguments in _layer_types(rotary):
@@ -267,11 +261,9 @@ def tables_can_be_stacked(rotary: nn.Module) -> bool:
                 split = split_tables(table, positions.shape[-2])
             except _CALL_ERRORS:
                 return False
-            if len(split) != len(single):
+            same = [all(map(torch.equal, _parts(table), parts)) for table, parts in zip(split, single, strict=False)]
+            if len(split) != len(single) or not all(same):
                 return False
-            for table, parts in zip(split, single, strict=True):
-                if not all(map(torch.equal, _parts(table), parts)):
-                    return False
     return True
 
 
@@ -303,6 +295,5 @@ def _table(
 
 
 def _parts(table: Any) -> list[torch.Tensor]:
-    parts: list[torch.Tensor] = []
-    map_table(lambda part: parts.append(torch.view_as_real(part) if part.is_complex() else part), table)
-    return parts
+    parts = (table,) if isinstance(table, torch.Tensor) else table
+    return [torch.view_as_real(part) if part.is_complex() else part for part in parts]
