@@ -178,10 +178,8 @@ class LayerRopeConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """Reads `adapter_config.json` as plain values. Names of a newer version are left out, with a warning.
-
-        Raises:
-            ValueError: not a JSON object of reasonable size, or another method's.
+        """Reads `adapter_config.json` as plain values. Names of a newer version are left out, with a warning. Raises
+        ValueError if it is no JSON object of reasonable size, or another method's.
         """
         values = read_json_object(path_json_file)
         if values.get("peft_type") != PEFT_TYPE_NAME:
@@ -209,14 +207,8 @@ class LayerRopeConfig(PeftConfig):
             self.scaled_layers = list(checked.scaled_layers)
 
     def resolved_layer_factors(self, num_hidden_layers: int, owner: str = "the model") -> list[float]:
-        """Returns one factor for each layer of a model, all 1.0 where none were given.
-
-        Args:
-            num_hidden_layers: how many layers it has.
-            owner: whose they are, for the message.
-
-        Raises:
-            AdapterMismatchError: the factors are for another number of layers.
+        """Returns one factor for each layer of a model, all 1.0 where none were given; raises AdapterMismatchError if
+        they are for another number of layers. `owner`, for the message, is whose layers they are.
         """
         factors = [1.0] * num_hidden_layers if self.layer_factors is None else list(self.layer_factors)
         if len(factors) != num_hidden_layers:

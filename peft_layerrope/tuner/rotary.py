@@ -120,12 +120,8 @@ class RotaryTraits:
 
 
 class RotaryShell(nn.Module):
-    """What the tuner layer and the baked module share: a rotary module, its frequencies in float32, and its tables.
-
-    Args:
-        original: the model's own rotary, unwrapped.
-        layer_idx: the decoder layer that the rotary sits in; None when the decoder layers share it.
-        traits: what injection found out about the rotary.
+    """What the tuner layer and the baked module share: the model's own rotary, its frequencies in float32, its tables,
+    and the index of the decoder layer that it sits in, None when the decoder layers share it.
     """
 
     _place: str  # the attribute that holds the model's own rotary
@@ -252,10 +248,8 @@ class LayerRopeLayer(RotaryShell, BaseTunerLayer):
         return None if self.disable_adapters or not active else self.scalings[active[0]]
 
     def active_scaling(self) -> LayerScaling | None:
-        """Returns the scaling in force for the caller, or None while disabled or without an active adapter.
-
-        Raises:
-            LayerRopeError: the adapter that the caller has chosen by `use_adapter` was deleted.
+        """Returns the scaling in force for the caller, or None while disabled or without an active adapter; raises
+        LayerRopeError if the adapter that the caller has chosen by `use_adapter` was deleted.
         """
         name = _look_up(self) if _any_in_force else _NO_CHOICE
         if name is _NO_CHOICE:

@@ -26,28 +26,17 @@ def scale_inv_freq(
     seq_len: int | torch.Tensor | None = None,
     original_max_position_embeddings: int | None = None,
 ) -> torch.Tensor:
-    """Returns the inverse frequencies of every layer.
+    """Returns the inverse frequencies of every layer, shape `(L, r / 2)`, from base ones of shape `(r / 2,)`, float32.
 
-    With `s` a layer's factor, `n` the current length and `N` the trained window:
+    With `s > 0` a layer's factor (or a distinct one), `n` the current length `seq_len` and `N` the trained
+    window, both in tokens and needed for `dynamic` alone:
 
     - `default`: `inv_freq / s` (arXiv 2503.04355: positions divided by `s`).
     - `linear`: `inv_freq / (factor * s)`; `s = 1` is transformers' `_compute_linear_scaling_rope_parameters`.
     - `dynamic`: `inv_freq * alpha ** (-2i / (r - 2))`, `alpha = f * n / N - (f - 1)`, `f = factor * s`, for
       `n > N`, unchanged otherwise; `s = 1` is transformers' `_compute_dynamic_ntk_parameters`.
 
-    Args:
-        inv_freq: base inverse frequencies, shape `(r / 2,)`, float32.
-        layer_factors: one factor per layer (or per distinct factor), shape `(L,)`, all > 0.
-        rope_type: one of `ROPE_TYPES`.
-        factor: the global factor of `linear` and `dynamic`.
-        seq_len: `n` in tokens, needed for `dynamic`; an int or a 0-dim tensor.
-        original_max_position_embeddings: `N` in tokens, needed for `dynamic`.
-
-    Returns:
-        Tensor of shape `(L, r / 2)`, in `inv_freq`'s dtype and on its device.
-
-    Raises:
-        ValueError: unknown `rope_type`, or `dynamic` without its two lengths.
+    ValueError, if `rope_type` is unknown, or `dynamic` lacks one of its two lengths.
     """
     factors = layer_factors.to(device=inv_freq.device, dtype=inv_freq.dtype)[:, None]
     if rope_type == "default":
@@ -80,13 +69,8 @@ def dynamic_alpha(
 
 
 def plain_rope(inv_freq: torch.Tensor) -> tuple[float, float] | None:
-    """Returns the base and the linear factor by which a config can state frequencies, `base ** (-2i / r) / factor`.
-
-    Args:
-        inv_freq: a layer's frequencies, shape `(r / 2,)` with r > 2.
-
-    Returns:
-        None if no such two numbers give them.
+    """Returns the base and the linear factor by which a config can state frequencies, `base ** (-2i / r) / factor`;
+    None if no such two numbers give them. They have shape `(r / 2,)` with r > 2.
     """
     exact, pairs = inv_freq.double(), len(inv_freq)
     if not exact[-1] > 0:
@@ -99,14 +83,8 @@ def plain_rope(inv_freq: torch.Tensor) -> tuple[float, float] | None:
 
 
 def rotation_table(inv_freq: torch.Tensor, length: int) -> torch.Tensor:
-    """Returns the cosines and sines of positions 0 to `length - 1`, in the form that servers keep.
-
-    Args:
-        inv_freq: a layer's frequencies, shape `(r / 2,)`; in float64 the angles of large positions lose no digits.
-        length: number of positions.
-
-    Returns:
-        Shape `(length, r)`, the cosines first, in `inv_freq`'s dtype and on its device.
+    """Returns the cosines and sines of positions 0 to `length - 1`, in the form that servers keep: shape `(length, r)`,
+    the cosines first. Of frequencies in float64, shape `(r / 2,)`, the angles of large positions lose no digits.
     """
     angles = torch.outer(torch.arange(length, dtype=inv_freq.dtype, device=inv_freq.device), inv_freq)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -116,13 +94,8 @@ def merged_factors(layer_factors: Sequence[float], most: int, weights: Sequence[
     """Returns factors of which at most some are distinct, and which are nearest to those given: the weighted sum of
     squares by which logarithms move is least. The groups are exact, by dynamic programming over the sorted factors.
 
-    Args:
-        layer_factors: all > 0.
-        most: distinct factors, at least 1.
-        weights: of each layer's square, > 0; None: all alike.
-
-    Returns:
-        For each layer the weighted geometric mean of its group; what was given, where that has few enough.
+    Each layer gets the weighted geometric mean of its group, or what was given where that has few enough. All factors
+    and weights are > 0, `most` is at least 1.
     """
     logs, place = np.unique(np.log(layer_factors), return_inverse=True)
     count = len(logs)

@@ -68,10 +68,8 @@ class LayerScaling:
     def scale(self, inv_freq: torch.Tensor, position_ids: torch.Tensor | None, reached: bool = True) -> torch.Tensor:
         """Returns the frequencies for each distinct factor, shape `(U, r / 2)`; see [`scale_inv_freq`].
 
-        Args:
-            inv_freq: shape `(r / 2,)`, float32.
-            position_ids: int64; may be None where [`depends_on_length`] is false.
-            reached: whether the rope type concerns this table; on any other a layer's factor acts as in `default`.
+        `position_ids` may be None where [`depends_on_length`] is false. `reached` says whether the rope type concerns
+        this table; on any other a layer's factor acts as in `default`.
         """
         return scale_inv_freq(
             inv_freq,
@@ -107,18 +105,12 @@ def family_table(
     """Returns the table that the family's own rotary code makes from scaled frequencies.
 
     Calls the undecorated `forward` (below `torch.no_grad` and transformers' `dynamic_rope_update`), so it is
-    differentiable in the frequencies and keeps `attention_scaling`, partial rotary and layout.
+    differentiable in the frequencies and keeps `attention_scaling`, partial rotary and layout. The table is mostly
+    `(cos, sin)`, each `(B, S, r)` in `x.dtype`. The rotary module is not changed.
 
-    Args:
-        rotary: a transformers rotary module; not changed.
-        scale: given the name and the tensor of an `inv_freq`, shape `(r / 2,)`, float32, returns the one to use.
-        x: any tensor with the wanted device and output dtype, as the model passes it.
-        position_ids: shape `(B, S)`, or `(3, B, S)` for mrope, int64.
-        *args: what else the family passes (a layer type).
-        **kwargs: likewise.
-
-    Returns:
-        What the family's `forward` returns: mostly `(cos, sin)`, each `(B, S, r)` in `x.dtype`.
+    `scale`, given the name and the tensor of an `inv_freq`, shape `(r / 2,)`, float32, returns the one to use. All else
+    is as the model passes it: `x` of the wanted device and dtype, `position_ids` of shape `(B, S)`, or `(3, B, S)` for
+    mrope, and perhaps a layer type.
     """
     forward: Callable = inspect.unwrap(type(rotary).forward)
     return forward(_ScaledView(rotary, scale), x, position_ids, *args, **kwargs)
@@ -151,11 +143,8 @@ def stacked_tables(
 
 
 def split_tables(stacked: Any, batch: int) -> tuple[Any, ...]:
-    """Returns the U tables of [`stacked_tables`], each in the family's form.
-
-    Args:
-        stacked: `(U * B, S, r)` each, with any of mrope's axes before the rows.
-        batch: B.
+    """Returns the U tables of [`stacked_tables`], each in the family's form; `batch` is B. Any axes of mrope's stand
+    before the rows.
     """
     if isinstance(stacked, torch.Tensor):
         return stacked.unflatten(-3, (-1, batch)).unbind(-4)
