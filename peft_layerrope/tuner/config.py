@@ -40,9 +40,7 @@ def extend_enum(enum_class: type[Enum], name: str) -> Enum:
     enum_class._member_names_.append(name)
     enum_class._member_map_[name] = member
     enum_class._value2member_map_[name] = member
-    hashable_values = getattr(enum_class, "_hashable_values_", None)  # Python 3.12 and newer
-    if hashable_values is not None:
-        hashable_values.append(name)
+    getattr(enum_class, "_hashable_values_", []).append(name)  # Python 3.12 and newer have one
     return member
 
 

@@ -160,13 +160,10 @@ def _rotary_sites(prefix: str, owner: nn.Module, list_name: str) -> Iterator[Rot
             continue
         path = name.split(".")
         layer_idx = int(path[1]) if path[0] == list_name else None
-        if (
-            layer_idx is None
-            and len(path) > 1
-            and not (len(path) == 2 and isinstance(owner.get_submodule(path[0]), nn.ModuleList))
-        ):
-            continue  # in another part of the model (an image encoder), which has a rotary of its own
         parent = owner.get_submodule(".".join(path[:-1]))
+        is_beside = len(path) == 1 or (len(path) == 2 and isinstance(parent, nn.ModuleList))
+        if layer_idx is None and not is_beside:
+            continue  # in another part of the model (an image encoder), which has a rotary of its own
         yield RotarySite(parent, path[-1], f"{prefix}.{name}".strip("."), layer_idx)
 
 

@@ -24,11 +24,6 @@ from .scaling import scale_inv_freq
 BANK_BYTES = 32 * 2**20
 """Tables of all distinct factors are kept together up to this size; above, a layer's is made when it is needed."""
 
-UNOPENED = (
-    "a decoder layer received the position tables of all layers unopened: its forward pre-hook was removed or "
-    "bypassed, so its factor cannot be applied. Load the adapter again on a fresh model."
-)
-
 
 @dataclass(frozen=True, eq=False)
 class LayerScaling:
@@ -175,7 +170,10 @@ class LayerTables:
         return self._index_tensor.index_select(0, layer.number.to(self._index_tensor.device))
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise LayerRopeError(UNOPENED)
+        raise LayerRopeError(
+            "a decoder layer received the position tables of all layers unopened: its forward pre-hook was removed or "
+            "bypassed, so its factor cannot be applied. Load the adapter again on a fresh model."
+        )
 
     __iter__ = __getitem__ = _refuse  # what attention does first with (cos, sin)
 
