@@ -209,23 +209,14 @@ _SHORTENED_GROUPS = 8  # contexts by which it is found how many items fit
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as text.
+    """One prompt as text; `gold` are the characters that the answer can be read from, first and one after the last."""
 
-    Attributes:
-        text: the prompt, without special tokens and chat template.
-        answers: accepted answers; the first one is what teacher-forced scoring expects.
-        position: index of the gold item, in the task's own unit (a pair, a document).
-        group: number of the context within its split.
-        gold: the characters of `text` that the answer can be read from, first and one after the last; None if unknown.
-        question: what is asked: a key, a question.
-    """
-
-    text: str
-    answers: tuple[str, ...]
-    position: int
-    group: int
-    gold: tuple[int, int] | None = None
-    question: str = ""
+    text: str  # without special tokens and chat template
+    answers: tuple[str, ...]  # those accepted; the first one is what teacher-forced scoring expects
+    position: int  # index of the gold item, in the task's own unit (a pair, a document)
+    group: int  # number of the context within its split
+    gold: tuple[int, int] | None = None  # None if unknown
+    question: str = ""  # what is asked: a key, a question
 
 
 GOLD_MOVES = "the gold item moves, all else stays"
@@ -333,8 +324,7 @@ class PromptTask(ABC):
         if self.length is not None and split.max_tokens > self.length:
             raise TaskError(
                 f"{self.name}, split {name!r}: its longest prompt has {split.max_tokens} tokens with its answer, more "
-                f"than length={self.length}. Use a larger length or a smaller {self.size_setting} than "
-                f"{self.size}."
+                f"than length={self.length}. Use a larger length or a smaller {self.size_setting} than {self.size}."
             )
         return split
 

@@ -48,22 +48,15 @@ def target_of(written: Sequence[int], answers: Sequence[str], judge: Judge) -> T
 
 @dataclass(frozen=True)
 class Targets:
-    """What is known of how a model answers.
-
-    Attributes:
-        opening: text that stands before every answer, `{question}` in it for what is asked; None where each question
-            has an opening of its own.
-        own: by question, its target.
-        num_samples: right answers that the opening was learnt from, or questions that were tried.
-        num_agreeing: how many of them the opening fits, or have a target.
-        others: further openings that some right answers had.
+    """What is known of how a model answers: the text that stands before every answer, `{question}` in it for what is
+    asked, or where there is none each question's own target.
     """
 
     opening: str | None = None
-    own: Mapping[str, Target] = field(default_factory=dict)
-    num_samples: int = 0
-    num_agreeing: int = 0
-    others: tuple[str, ...] = ()
+    own: Mapping[str, Target] = field(default_factory=dict)  # by question
+    num_samples: int = 0  # right answers that the opening was learnt from, or questions that were tried
+    num_agreeing: int = 0  # how many of them the opening fits, or have a target
+    others: tuple[str, ...] = ()  # further openings that some right answers had
 
     def applied(self, split: Split, tokenizer: PreTrainedTokenizerBase) -> Split:
         """Returns the split with its targets. A common opening is given and not scored; a question's own is scored with
