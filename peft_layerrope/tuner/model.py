@@ -168,11 +168,9 @@ class LayerRopeModel(BaseTuner):
         return super().train(mode)
 
     def reload_adapter(self, adapter_name: str, config: LayerRopeConfig) -> None:
-        """Puts what was read from a folder in an adapter's place, validated as on construction.
-
-        Raises:
-            AdapterMismatchError: the factors do not fit the model or the folder's other file, or the adapter was made
-                in Python and rotates otherwise.
+        """Puts what was read from a folder in an adapter's place, validated as on construction; raises
+        AdapterMismatchError if the factors do not fit the model or the folder's other file, or the adapter was made in
+        Python and rotates otherwise.
         """
         present, stack = self.peft_config[adapter_name], self._stack()
         wrappers, scaling = stack.wrappers(), scaling_for(config, self.model, stack)
