@@ -134,7 +134,7 @@ class KeyValueRetrieval(PromptTask):
         keys: generated keys and values: `"uuid"` (the default); `"words"`, short ones with values of two words; or
             `"syllables"`, both of two syllables, consonant, vowel, consonant each.
         num_positions: gold positions, spread evenly from the first pair to the last; default: 5.
-        settings: `seed`, `length`, `max_new_tokens` and those of the chat template, as for [`PromptTask`].
+        settings: `seed`, `length`, `max_new_tokens` and those of the chat template, as for [`PromptSettings`].
 
     Raises:
         TaskError: the file holds something else, settings that exclude each other, or positions that a context does
@@ -243,7 +243,7 @@ class KeyValueMix(PromptTask):
         tokenizer: any transformers tokenizer.
         length: the most tokens of a prompt with its answer; others have half and a quarter of it.
         num_positions: gold positions, spread evenly from the first pair to the last; default: 5.
-        settings: `seed`, `max_new_tokens` and those of the chat template, as for [`PromptTask`].
+        settings: `seed`, `max_new_tokens` and those of the chat template, as for [`PromptSettings`].
 
     Raises:
         TaskError: a quarter of the length has no room for the positions.

@@ -130,7 +130,7 @@ class MultiDocumentQA(PromptTask):
             smaller number than the file's keeps the gold document and the first others.
         num_positions: gold positions, spread evenly from the first document to the last. Default: as published for
             10, 20 and 30 documents (3, 5 and 7), else up to 5.
-        settings: `seed`, `length`, `max_new_tokens` and those of the chat template, as for [`PromptTask`].
+        settings: `seed`, `length`, `max_new_tokens` and those of the chat template, as for [`PromptSettings`].
 
     Raises:
         TaskError: the file holds something else, more documents than it gives, or positions that a context does not

@@ -41,33 +41,26 @@ class EncodedPrompt(NamedTuple):
 
 
 class ChatSettings(TypedDict, total=False):
-    """How prompts are put into a chat template; see [`PromptEncoder`]."""
+    """How prompts are put into the tokenizer's chat template, as one message of the user."""
 
-    chat_template: bool | None
-    chat_template_args: Mapping[str, Any] | None
-    system_prompt: str | None
-    chat_date: str | None
+    chat_template: bool | None  # whether they are; None: where the tokenizer has one
+    chat_template_args: Mapping[str, Any] | None  # variables of the template, such as {"enable_thinking": False}
+    system_prompt: str | None  # a message of the system before the user's
+    chat_date: str | None  # YYYY-MM-DD, which the template writes as today's date; None: today, when the task is made
 
 
 class PromptSettings(ChatSettings, total=False):
-    """Of all tasks with written prompts; see [`PromptTask`]."""
+    """Of all tasks with written prompts."""
 
     seed: int
-    length: int | None
-    max_new_tokens: int | None
+    length: int | None  # the most tokens that a prompt with its answer may have; None: no limit
+    max_new_tokens: int | None  # tokens that a written answer may have; None: 100
 
 
 class PromptEncoder:
-    """Tokenises prompts as the model expects them.
-
-    Args:
-        tokenizer: any transformers tokenizer; the gold's tokens are known for fast ones only.
-        chat_template: put the prompt into the tokenizer's chat template, as one message of the user; None: where it has
-            one. Otherwise the tokenizer adds its special tokens; an end token is left out, since the answer goes on
-            from there.
-        chat_template_args: variables of the template, such as `{"enable_thinking": False}`.
-        system_prompt: a message of the system before the user's.
-        chat_date: `YYYY-MM-DD`, what the template writes as today's date; None: today, as it is when this is made.
+    """Tokenises prompts as the model expects them: in a chat template, see [`ChatSettings`], or with the tokenizer's
+    special tokens; an end token is left out, since the answer goes on from there. The gold's tokens are known for fast
+    tokenizers only.
 
     Raises:
         TaskError: a chat template was asked for, or arguments of one, and there is none; the template fails, knows no
@@ -230,19 +223,8 @@ class PromptTask(ABC):
 
     Where one context is asked at every position (see [`protocol`]), its examples share their `context_ids`: what their
     prompts have in common at the beginning. Where the gold item moves, `context_ids` are all of the prompt but its
-    last token.
-
-    Args:
-        tokenizer: any transformers tokenizer.
-        data: the file that contexts come from; None: they are generated.
-        seed: base seed.
-        length: the most tokens that a prompt with its answer may have; None: no limit.
-        max_new_tokens: tokens that a written answer may have; None: 100.
-        chat: how prompts are put into the tokenizer's chat template: `chat_template`, `chat_template_args`,
-            `system_prompt` and `chat_date`, as for [`PromptEncoder`].
-
-    Raises:
-        TaskError: a number that cannot work, or a chat template that does not.
+    last token. Without `data`, a file, contexts are generated. The other settings are those of [`PromptSettings`];
+    TaskError, if a number or the chat template cannot work.
     """
 
     name: ClassVar[str]

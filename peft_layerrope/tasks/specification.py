@@ -174,8 +174,7 @@ def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBa
             "datasets:NAME[:SPLIT]."
         )
     resolved = replace(specification, name=name, length=length)  # checks what belongs to the task
-    given = {setting: getattr(resolved, setting) for setting in _SETTINGS[name] if setting != "difficulty"}
-    settings = {setting: value for setting, value in given.items() if value is not None}
+    settings = {setting: value for setting in _SETTINGS[name] if (value := getattr(resolved, setting)) is not None}
     return _MAKERS[name](tokenizer=tokenizer, length=length, seed=resolved.task_seed, **settings)
 
 
