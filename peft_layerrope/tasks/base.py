@@ -250,10 +250,8 @@ def _context(example: Example, measure: Measure) -> tuple[int, ...]:
 
 
 def spread_positions(num_items: int, num_positions: int) -> tuple[int, ...]:
-    """Returns `num_positions` indices spread evenly over `num_items`, first and last included.
-
-    Raises:
-        TaskError: fewer than 3 positions (first, middle, last), or more positions than items.
+    """Returns `num_positions` indices spread evenly over `num_items`, first and last included; TaskError, if they are
+    fewer than 3 (first, middle, last), or more than the items.
     """
     if not 3 <= num_positions <= num_items:
         raise TaskError(

@@ -237,16 +237,10 @@ _PERCENT = 101  # places in a context of whatever length
 
 class KeyValueMix(PromptTask):
     """Generated key-value retrieval of three lengths and three kinds of keys, by turns: factors that are searched on it
-    are not those of one length. Positions are in percent of a context's depth.
+    are not those of one length. There are 5 positions by default, in percent of a context's depth.
 
-    Args:
-        tokenizer: any transformers tokenizer.
-        length: the most tokens of a prompt with its answer; others have half and a quarter of it.
-        num_positions: gold positions, spread evenly from the first pair to the last; default: 5.
-        settings: `seed`, `max_new_tokens` and those of the chat template, as for [`PromptSettings`].
-
-    Raises:
-        TaskError: a quarter of the length has no room for the positions.
+    The longest prompts have at most `length` tokens with their answers, the others half and a quarter of it; TaskError,
+    if a quarter has no room for the positions.
     """
 
     name = "kv_mix"
