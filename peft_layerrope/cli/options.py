@@ -27,8 +27,6 @@ from ..tasks import Task
 from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task, with_chat
 from . import app, err, plain_errors
 
-_PLOTS = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
-
 
 def check_output(output: Path | None, resume: bool | None, overwrite: bool, in_use: bool = False) -> None:
     """Refuses a folder that cannot be used for results; of no folder, what needs one. `resume` is None where nobody can
@@ -65,8 +63,8 @@ def remove_results(folder: Path, names: Iterable[str]) -> None:
 def check_plot(path: Path | None) -> None:
     """Raises TaskError if a plot, where one is wanted, could not be written."""
     check_file(path, "--plot")
-    if path is not None and path.suffix.lower() not in _PLOTS:
-        raise TaskError(f"--plot {path} must end in one of {', '.join(_PLOTS)}.")
+    if path is not None and path.suffix.lower() != ".png":
+        raise TaskError(f"--plot {path} must end in .png, the format that is written.")
 
 
 def check_file(path: Path | None, option: str) -> None:

@@ -257,6 +257,7 @@ def test_resume_begins_where_there_is_nothing_yet(tmp_path):
         (["--output", "{full}/new", "--resume", "--overwrite"], "pass one of them"),
         (["--json", "{full}/nowhere/e.json"], "--json {full}/nowhere/e.json cannot be written: no such folder."),
         (["--plot", "{full}"], "--plot {full} cannot be written: a folder."),
+        (["--plot", "{full}/e.svg"], "--plot {full}/e.svg must end in .png"),
         (["--buckets", "4"], "--buckets 4 is for perplexity; kv_words has gold positions."),
         (["--length", "16"], "too few for num_pairs or gold positions, 3 were asked for"),
         (["--task", "kv_words", "--stride", "3"], "stride=3 is no setting of kv_words"),
