@@ -250,8 +250,8 @@ def _context(example: Example, measure: Measure) -> tuple[int, ...]:
 
 
 def spread_positions(num_items: int, num_positions: int) -> tuple[int, ...]:
-    """Returns `num_positions` indices spread evenly over `num_items`, first and last included; TaskError, if they are
-    fewer than 3 (first, middle, last), or more than the items.
+    """Returns `num_positions` indices spread evenly over `num_items`, first and last included; raises TaskError if they
+    are fewer than 3 (first, middle, last), or more than the items.
     """
     if not 3 <= num_positions <= num_items:
         raise TaskError(
@@ -264,8 +264,8 @@ def spread_positions(num_items: int, num_positions: int) -> tuple[int, ...]:
 def cut_into_splits(
     shared: Sequence[Hashable], seed: int, source: str, fractions: Sequence[float] = FRACTIONS
 ) -> dict[SplitName, list[int]]:
-    """Shuffles records by the seed and cuts them into splits: returns the records' numbers by split; TaskError, if one
-    would be empty.
+    """Shuffles records by the seed and cuts them into splits: returns the records' numbers by split; raises TaskError
+    if one would be empty.
 
     `shared` has for each record what no two splits may share: those that agree in it go to one split together. What the
     fractions leave is in no split. `source`, for messages, is where the records come from.

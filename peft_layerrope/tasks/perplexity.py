@@ -25,7 +25,7 @@ class _Line(Record):
 
 
 def read_source(source: str | Path) -> list[str] | np.ndarray:
-    """Returns the texts or token ids of a source; TaskError, if it cannot be read or is not what its name says.
+    """Returns the texts or token ids of a source; raises TaskError if it cannot be read or is not what its name says.
 
     It is a text file; a `.jsonl` or `.jsonl.gz` with `"text"` in every record; a `.json` or `.npy` list of token ids;
     or `datasets:NAME[@CONFIG][:SPLIT]`, whose column `text` is read (split `test` unless named).
@@ -48,7 +48,7 @@ def read_source(source: str | Path) -> list[str] | np.ndarray:
 
 
 def token_ids(values: Any, source: str) -> np.ndarray:
-    """Returns token ids as a vector; TaskError, if they are not a flat list of whole numbers from 0."""
+    """Returns token ids as a vector; raises TaskError if they are not a flat list of whole numbers from 0."""
     try:
         ids = np.asarray(values)
     except (ValueError, OverflowError):  # a ragged list
@@ -59,8 +59,8 @@ def token_ids(values: Any, source: str) -> np.ndarray:
 
 
 def tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, source: str) -> np.ndarray:
-    """Returns the texts as one stream, an empty line between them, without special tokens; TaskError, if there is no
-    text in them, or something else.
+    """Returns the texts as one stream, an empty line between them, without special tokens; raises TaskError if there is
+    no text in them, or something else.
     """
     if not all(isinstance(text, str) for text in texts) or not any(map(str.strip, texts)):
         raise TaskError(f"{source} must hold text, and nothing but text.")

@@ -123,7 +123,7 @@ class PromptEncoder:
 
     def encode(self, text: str, answer: str, gold: tuple[int, int] | None) -> EncodedPrompt:
         """Encodes a prompt and the answer that follows it; `gold` are the characters that it can be read from.
-        TaskError, if the tokenizer has no tokens for the answer, or its chat template fails.
+        Raises TaskError if the tokenizer has no tokens for the answer, or its chat template fails.
         """
         full = self.in_template(text) if self.uses_chat else text
         start = full.find(text)  # a template may change the text, which then is not found
@@ -149,7 +149,7 @@ class PromptEncoder:
         return ids[: len(ids) - self._num_end]
 
     def in_template(self, text: str) -> str:
-        """Returns the prompt as the tokenizer's chat template writes it; TaskError, if that fails."""
+        """Returns the prompt as the tokenizer's chat template writes it; raises TaskError if that fails."""
         messages = [{"role": "system", "content": self._system}] if self._system is not None else []
         messages.append({"role": "user", "content": text})
         with _template_errors():
@@ -184,7 +184,7 @@ def _template_errors() -> Iterator[None]:
 
 
 def known_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> Sequence[int]:
-    """Returns the token ids of a text; TaskError, if the tokenizer has none for it."""
+    """Returns the token ids of a text; raises TaskError if the tokenizer has none for it."""
     if not ids or tokenizer.unk_token_id in ids:
         raise TaskError(f"the tokenizer cannot encode {text!r}.")
     return ids
@@ -224,7 +224,7 @@ class PromptTask(ABC):
     Where one context is asked at every position (see [`protocol`]), its examples share their `context_ids`: what their
     prompts have in common at the beginning. Where the gold item moves, `context_ids` are all of the prompt but its
     last token. Without `data`, a file, contexts are generated. The other settings are those of [`PromptSettings`];
-    TaskError, if a number or the chat template cannot work.
+    raises TaskError if a number or the chat template cannot work.
     """
 
     name: ClassVar[str]
@@ -312,7 +312,8 @@ class PromptTask(ABC):
 
     def _encoded(self, name: SplitName, positions: tuple[int, ...], prompts: Sequence[Prompt], protocol: str) -> Split:
         examples = []
-        for _, members in groupby(prompts, key=operator.attrgetter("group")):
+        of_group = operator.attrgetter("group")
+        for _, members in groupby(sorted(prompts, key=of_group), key=of_group):
             encoded = [(p, self.encoder.encode(p.text, p.answers[0], p.gold)) for p in members]
             shared = min(common_prefix(encoded[0][1].prompt_ids, other.prompt_ids) for _, other in encoded)
             for prompt, (ids, answer_ids, gold_span) in encoded:
@@ -336,7 +337,7 @@ class PromptTask(ABC):
 
     def resized(self, num_items: int, length: int | None = None) -> PromptTask:
         """Returns the same task with another number of items and another limit of a prompt's tokens (None: none);
-        TaskError, if its data do not have so many, or there are more gold positions.
+        raises TaskError if its data do not have so many, or there are more gold positions.
         """
         task = copy.copy(self)
         task.length = length
@@ -344,8 +345,8 @@ class PromptTask(ABC):
         return task
 
     def shortened(self, length: int) -> PromptTask:
-        """Returns the same task with fewer items, so that its first prompts have at most `length` tokens; TaskError, if
-        that has no room for the positions.
+        """Returns the same task with fewer items, so that its first prompts have at most `length` tokens; raises
+        TaskError if that has no room for the positions.
         """
         sample = self.prompts("search", 1)
         tokens = max(len(self.encoder.encode(p.text, p.answers[0], None).prompt_ids) for p in sample)
@@ -407,8 +408,8 @@ R = TypeVar("R", bound=Record)
 
 
 def read_records(path: str | Path, kind: type[R]) -> Iterator[R]:
-    """Yields the records of a file, plain or gzipped: one JSON object a line; empty lines are skipped. TaskError, if
-    the file cannot be read, or a line is no such record: it names the file, the line and what was expected.
+    """Yields the records of a file, plain or gzipped: one JSON object a line; empty lines are skipped. Raises TaskError
+    if the file cannot be read, or a line is no such record: it names the file, the line and what was expected.
     """
     path, first = Path(path), None
     try:

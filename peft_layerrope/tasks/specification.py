@@ -57,8 +57,8 @@ def _from_json(value: Any) -> Any:
 
 @declared(TaskError)
 class TaskSpecification:
-    """Which task, and its settings. None, or false, leaves a setting to the task. TaskError, if a value cannot work or
-    the named task has no such setting.
+    """Which task, and its settings. None, or false, leaves a setting to the task. Raises TaskError if a value cannot
+    work or the named task has no such setting.
     """
 
     name: Annotated[
@@ -157,7 +157,7 @@ class TaskSpecification:
 
 def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBase, window: int | None) -> Task:
     """Makes the task that a specification describes, for a model with this tokenizer and trained window, which is the
-    default length; TaskError, if the settings do not work, the data cannot be read, or there is no length.
+    default length; raises TaskError if the settings do not work, the data cannot be read, or there is no length.
     """
     if specification.difficulty is not None:
         raise TaskError(
@@ -180,8 +180,8 @@ def make_task(specification: TaskSpecification, tokenizer: PreTrainedTokenizerBa
 
 def with_chat(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> TaskSpecification:
     """Returns the specification with everything about the chat template filled in for a tokenizer, the date too: it
-    gives the same prompts on any day. Of a task without written prompts it is returned as it is. TaskError, if the chat
-    template is missing or fails, or its arguments cannot work.
+    gives the same prompts on any day. Of a task without written prompts it is returned as it is. Raises TaskError if
+    the chat template is missing or fails, or its arguments cannot work.
     """
     if "chat_template" not in _SETTINGS[task.name or DEFAULT_TASK]:
         return task

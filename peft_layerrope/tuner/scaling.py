@@ -36,7 +36,7 @@ def scale_inv_freq(
     - `dynamic`: `inv_freq * alpha ** (-2i / (r - 2))`, `alpha = f * n / N - (f - 1)`, `f = factor * s`, for
       `n > N`, unchanged otherwise; `s = 1` is transformers' `_compute_dynamic_ntk_parameters`.
 
-    ValueError, if `rope_type` is unknown, or `dynamic` lacks one of its two lengths.
+    Raises ValueError if `rope_type` is unknown, or `dynamic` lacks one of its two lengths.
     """
     factors = layer_factors.to(device=inv_freq.device, dtype=inv_freq.dtype)[:, None]
     if rope_type == "default":

@@ -15,6 +15,7 @@ from tiny_tokenizer import tiny_bpe
 from peft_layerrope import KeyValueWords, LayerRopeConfig
 from peft_layerrope.cli import evaluate as command
 from peft_layerrope.comparison.candidates import Candidate
+from peft_layerrope.scoring import preflight
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tuner.artifacts import save_adapter
 
@@ -234,7 +235,7 @@ def test_what_the_unscaled_model_wrote_is_kept_for_resuming(tmp_path, monkeypatc
         interrupted_at(1, patched)
         assert run(*arguments).exit_code == 130
     with monkeypatch.context() as patched:
-        patched.setattr(command.Scorer, "write", lambda *_, **__: pytest.fail("asked again"))
+        patched.setattr(preflight, "judge_written", lambda *_, **__: pytest.fail("asked again"))
         assert run(*arguments, "--resume").exit_code == 0
     assert loaded(tmp_path / "out" / "evaluation.json")["preflight"]
 
