@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -145,12 +145,12 @@ def format_model_args(source: ModelSource) -> str | None:
     """Returns how a model is loaded as [`parse_model_args`] reads it, without its name, its device, and the folders of
     this machine; None where all is as usual.
     """
-    usual = asdict(ModelSource())
     parts = []
-    for name, value in asdict(source).items():
-        if name not in ("model", "device") and value != usual[name]:
-            text = "true" if value is True else value
-            parts.append(f"{name}={public_name(text) if is_machine_path(text) else text}")
+    for field in fields(ModelSource):
+        value = getattr(source, field.name)
+        if field.name not in ("model", "device") and value != field.default:
+            text = str(value).lower() if value is True else str(value)
+            parts.append(f"{field.name}={public_name(text) if is_machine_path(text) else text}")
     return ",".join(parts) or None
 
 
@@ -252,7 +252,7 @@ def model_name(model: nn.Module) -> str:
 def _given(source: ModelSource) -> dict[str, Any]:
     """What a model depends on, where it is not the default; not the device."""
     gguf = _place(source)[1].get("gguf_file")
-    known = asdict(source)
+    known = {field.name: getattr(source, field.name) for field in fields(ModelSource)}  # a source may have more
     known["gguf_file"] = Path(gguf).name if gguf else None
     known["tokenizer"] = public_name(source.tokenizer) if source.tokenizer else None
     return {name: value for name, value in known.items() if value and name not in _SAID_ELSEWHERE}

@@ -87,12 +87,13 @@ class AnswerWriter:
             eos_token_id=sorted(self._ends) or None,
             pad_token_id=min(self._ends, default=0),
         )
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device), **cache}
+        inputs = {"attention_mask": mask.to(device), **cache}
         # passed to `generate()`, they would be mixed with the model's own, such as a repetition penalty
         own, self._model.generation_config = self._model.generation_config, settings
         try:
             with whole_rows(self._model):
-                return until.written(self._model.generate(**inputs, stopping_criteria=StoppingCriteriaList([until])))
+                criteria = StoppingCriteriaList([until])
+                return until.written(self._model.generate(ids.to(device), stopping_criteria=criteria, **inputs))
         finally:
             self._model.generation_config = own
 

@@ -120,6 +120,11 @@ class RichProgress(SearchProgress):
         self._name = ""
 
 
+def since(started: float) -> float:
+    """Seconds since a reading of `time.perf_counter()`, which no step of the clock makes negative."""
+    return max(0.0, time.perf_counter() - started)
+
+
 # Stages of a search.
 PREFLIGHT = "preflight"
 WRITTEN = "text that the model writes"

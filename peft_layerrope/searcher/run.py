@@ -38,6 +38,7 @@ from .plan import (
     SearchProgress,
     check_length,
     schedule_for,
+    since,
 )
 from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .settings import MIN_STEPS, SearchSettings
@@ -234,7 +235,7 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 def _plan(
     scorer: Scorer, task: Task, settings: SearchSettings, space: FactorSpace, windows: Windows, started: float
 ) -> Plan:
-    spent, (longest, typical) = time.perf_counter() - started, probes(scorer.model, task)
+    spent, (longest, typical) = since(started), probes(scorer.model, task)
     tokens = len(windows[0]) if windows else _text_tokens(scorer.model, longest)
     rates = measured_rates(scorer, typical, tokens)
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))

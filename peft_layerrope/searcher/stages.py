@@ -48,6 +48,7 @@ from .plan import (
     compared_on,
     contexts_of,
     race_of,
+    since,
     steps_of,
 )
 from .result import BOUNDED, NONE, PER_LAYER, UNIFORM
@@ -206,7 +207,7 @@ class Stages:
         started = time.perf_counter()
         self.audience.stage(name, total)
         yield
-        self.seconds[name] = time.perf_counter() - started
+        self.seconds[name] = since(started)
 
     @cached_property
     def _log_limits(self) -> tuple[float, float]:
