@@ -87,7 +87,7 @@ def test_a_pipeline_takes_the_adapter_s_folder(base, adapter):
     pipe = pipeline("text-generation", model=str(adapter), tokenizer=str(base), dtype=torch.float32)
     asked = {"max_new_tokens": NUM_TOKENS, "min_new_tokens": NUM_TOKENS, "do_sample": False, "return_full_text": False}
     found = pipe(prompt_of(base), **asked)[0]["generated_text"]
-    assert found == scaled
+    assert found.strip() == scaled.strip()  # transformers 5.0's pipeline keeps the space before the first word
 
 
 @needs_adapter_methods
