@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from peft.utils import CONFIG_NAME
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import __version__
@@ -129,6 +130,10 @@ def evaluate_command(
     specification = TaskSpecification(**asked)
     candidates = _candidates(adapter or [], baseline or [])
     check_output(output, resume, overwrite)
+    if output is not None and (output / CONFIG_NAME).exists():
+        raise TaskError(
+            f"--output {output} holds an adapter, whose files would be mixed with these: use another folder."
+        )
     check_file(json_output, "--json")
     check_plot(plot)
     compute = Compute.of(model, computing)

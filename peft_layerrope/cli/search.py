@@ -75,7 +75,7 @@ def search(
     With a MODEL and nothing else, prompts have up to 4,096 tokens and as many key-value pairs as leave the unscaled
     model between 40 and 90 % right answers.
 
-    Example: `layerrope search --output demo-adapter` searches the shipped demo model in about two minutes.
+    Example: `layerrope search --output demo-adapter` searches the shipped demo model in two to three minutes.
 
     Example: `layerrope search meta-llama/Llama-3.1-8B-Instruct --length 8192 --output my-adapter --dry-run`
 
@@ -185,7 +185,7 @@ def _first_interrupt() -> Iterator[Callable[[], bool]]:
         pressed.append(number)
         err.print(
             "Enough: no other generation begins. What there is is compared, chosen from and tested, which takes "
-            "minutes; once more stops at once, and --resume goes on."
+            "minutes; once more stops at once, and --resume goes on with that."
         )
 
     before = signal.signal(signal.SIGINT, handle)

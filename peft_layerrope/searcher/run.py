@@ -357,7 +357,9 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
         first, last = map(ACCURACY.change_in_words, ends)
         text += f" Held-out accuracy at the first position {first}, at the last {last}."
     schedule, taken = ready.plan.schedule, len(outcome.found[PER_LAYER].generations)
-    early = f" (ended early: {schedule.steps} were planned)" if taken < schedule.steps else ""
+    early = ""
+    if taken < schedule.steps:
+        early = f" (ended early: {schedule.steps} were planned, and a repetition has them)"
     cost = (
         f"cost: {taken} generations of {schedule.population} vectors for a factor for each layer{early}, "
         f"{schedule.control_steps} for each of {len(CONTROLS)} choices of two numbers, "

@@ -275,6 +275,16 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(arguments, message, tm
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("given", ["--resume", "--overwrite"])
+def test_a_search_s_folder_is_no_place_for_an_evaluation(given, tmp_path):
+    save_adapter(LayerRopeConfig(layer_factors=[1.0] * 6), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    done = run("evaluate", *TINY, "--output", str(tmp_path), given)
+    assert done.exit_code == 2
+    assert "holds an adapter" in done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_adapters_are_looked_at_before_the_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load", lambda *_: pytest.fail("the model was loaded"))
     done = run("evaluate", *TINY, "--adapter", str(tmp_path))
