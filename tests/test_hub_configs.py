@@ -86,6 +86,12 @@ def test_card_holds_the_held_out_figure_and_no_path_of_a_machine(folder):
 
 
 @each_adapter
+def test_the_verdict_names_no_bound_where_there_was_none(folder):
+    verdict = next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith("- result: "))
+    assert ("with no bound" in verdict) != ("within bound" in verdict or "under a bound" in verdict)
+
+
+@each_adapter
 def test_the_results_show_the_cards_own_table(folder):
     rows = [line for line in (folder / "README.md").read_text().splitlines() if " ± " in line and line.startswith("| ")]
     assert len(rows) == 6

@@ -40,7 +40,7 @@ from .plan import (
     schedule_for,
     since,
 )
-from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
+from .result import BOUNDED, LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .settings import MIN_STEPS, SearchSettings
 from .space import FactorSpace
 from .stages import SIMPLEST_FIRST, Outcome, Stages, end_changes
@@ -347,7 +347,8 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
     why = "the simplest choice that no other clearly beats, by an interval that excludes 0,"
     if chosen == PER_LAYER:
         why = "better than every simpler choice"
-    verdict = f'result: "{LABELS[chosen]}". On the validation split it is {why} {bound} on ordinary text.'
+    label = LABELS[UNIFORM if chosen == BOUNDED and settings.max_harm is None else chosen]  # without a bound, the same
+    verdict = f'result: "{label}". On the validation split it is {why} {bound} on ordinary text.'
     text = f"harm: divergence on text that the unscaled model wrote {_HARM.mean(harm.divergence)} nats"
     if harm.loss_rise is not None:
         text += f", rise of the loss on people's text ({_source(settings)}) {_HARM.mean(harm.loss_rise)} nats"

@@ -113,9 +113,9 @@ def test_what_another_process_writes_is_left_alone(tmp_path, monkeypatch, comman
         assert files(where) == before | {lock_file: str(pid).encode()}
 
 
-@pytest.mark.parametrize("command", [SEARCH, EVALUATE])
-def test_overwriting_what_a_call_from_python_writes_is_refused(tmp_path, command):
-    precious = [tmp_path / "run" / JOURNAL_NAME, tmp_path / "adapter_config.json", tmp_path / "evaluation.json"]
+@pytest.mark.parametrize(("command", "result"), [(SEARCH, "adapter_config.json"), (EVALUATE, "evaluation.json")])
+def test_overwriting_what_a_call_from_python_writes_is_refused(tmp_path, command, result):
+    precious = [tmp_path / "run" / JOURNAL_NAME, tmp_path / result]
     (tmp_path / "run").mkdir()
     for path in precious:
         path.write_text("{}")
