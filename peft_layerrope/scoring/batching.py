@@ -116,7 +116,9 @@ def make_batches(
         packed = can_pack(model)
     same_length = rotation_depends_on_length(model)
     rows = _packed_rows(examples, same_length) if packed else [[i] for i in range(len(examples))]
-    groups = batched_by_length(rows, lambda row: _row_length(row, examples), batch_tokens, same_length=same_length)
+    groups = batched_by_length(
+        rows, lambda row: row_length([examples[i] for i in row]), batch_tokens, same_length=same_length
+    )
     embeddings, windows = embedding_table(model), _windows(model) or {}
     return [_batch(examples, group, embeddings.dtype, embeddings.device, windows) for group in groups]
 
@@ -242,9 +244,9 @@ def _packed_rows(examples: Sequence[Example], same_length: bool) -> list[list[in
     return list(rows.values())
 
 
-def _row_length(row: Sequence[int], examples: Sequence[Example]) -> int:
-    context = len(examples[row[0]].context_ids)
-    return context + sum(len(tokens) for tokens, _ in {_after_context(examples[i]) for i in row})
+def row_length(row: Sequence[Example]) -> int:
+    """Returns the tokens of a row that packs examples of one context."""
+    return len(row[0].context_ids) + sum(len(tokens) for tokens, _ in set(map(_after_context, row)))
 
 
 def _after_context(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:

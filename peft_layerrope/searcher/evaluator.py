@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from torch import nn
 
-from ..scoring.batching import can_pack, make_batches
+from ..scoring.batching import can_pack, row_length
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
 from ..tasks import KeyValueMix, KeyValueRetrieval, PromptTask, Split, SplitName, Task
@@ -79,16 +78,14 @@ def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
     return task.split(name, contexts, sorted(positions))
 
 
-def probes(model: nn.Module, task: Task) -> tuple[Split, Split]:
+def probes(task: Task) -> tuple[Split, Split]:
     """Returns two contexts to plan by, as they are asked: the longest, and one that takes about as long as most. They
     are the same where all contexts are about as long.
     """
     turns = task.num_turns if isinstance(task, KeyValueMix) else 1
     asked = densely_asked(task, "search", turns)
-    if turns == 1:
-        return asked, asked
     ones = [asked.part(number, number + 1) for number in range(turns)]
-    tokens = np.array([sum(b.num_tokens for b in make_batches(model, one.examples, 1)) for one in ones])
+    tokens = np.array([row_length(one.examples) for one in ones])
     return max(ones, key=lambda one: one.max_tokens), ones[int(np.argmin(abs(tokens - tokens.mean())))]
 
 

@@ -235,7 +235,7 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 def _plan(
     scorer: Scorer, task: Task, settings: SearchSettings, space: FactorSpace, windows: Windows, started: float
 ) -> Plan:
-    spent, (longest, typical) = since(started), probes(scorer.model, task)
+    spent, (longest, typical) = since(started), probes(task)
     tokens = len(windows[0]) if windows else _text_tokens(scorer.model, longest)
     rates = measured_rates(scorer, typical, tokens)
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
