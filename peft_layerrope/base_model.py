@@ -38,7 +38,7 @@ from transformers.utils import quantization_config as quantizations
 from . import __version__
 from .declaration import declared, option
 from .errors import InvalidConfigError, LayerRopeError
-from .loading import adapter_identity, adapter_weights, check_present, load_peft_config, put_on
+from .loading import adapter_identity, adapter_weights, check_present, load_peft_config, put_on, why_not_loaded
 from .messages import demo_model_path, is_machine_path, one_line, public_name, shown
 from .tuner.config import LayerRopeConfig
 from .tuner.frequencies import inv_freq_names, is_length_dependent
@@ -341,7 +341,7 @@ def _loading(source: ModelSource) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as error:  # of a damaged GGUF the reader raises what it likes
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or not (is_gguf or isinstance(error, _EXPECTED)):
             raise
-        reason = f"{one_line(error)}{' (damaged, or a kind of GGUF that transformers does not read)' * is_gguf}"
+        reason = why_not_loaded(name, error) + " (damaged, or a kind of GGUF that transformers does not read)" * is_gguf
         raise LayerRopeError(f"cannot load model {source.model or name!r}: {reason}.") from error
 
 

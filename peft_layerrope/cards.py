@@ -364,7 +364,7 @@ def _limits(config: LayerRopeConfig, held_out: HeldOut | None) -> str:
 def _reproduce(files: Collection[str]) -> str:
     if REPORT_NAME not in files:
         return ""
-    record = "`search.json` holds splits, seeds, settings, every method's factors and the scores by position."
+    record = "`search.json` holds splits, seeds, settings, every candidate's factors and the scores by position."
     if SPECIFICATION_NAME not in files:
         return f"## Reproduce\n\n{record}"
     return f"""## Reproduce
@@ -378,8 +378,8 @@ repeats the search with the `search.yaml` of this repository. {record}"""
 
 _CITATION = """## Citation
 
-The method, one RoPE scaling factor per layer found by a genetic search over Bézier curves, is from \
-arXiv [2503.04355](https://arxiv.org/abs/2503.04355) and arXiv [2606.27705](https://arxiv.org/abs/2606.27705).
+The idea, one RoPE scaling factor per layer, is from arXiv [2503.04355](https://arxiv.org/abs/2503.04355) and \
+arXiv [2606.27705](https://arxiv.org/abs/2606.27705), which search for them by a genetic algorithm over Bézier curves.
 
 ```bibtex
 @misc{arxiv:2503.04355,

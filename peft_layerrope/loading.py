@@ -33,6 +33,14 @@ def check_present(kind: str, name: str) -> None:
         raise LayerRopeError(f"cannot load {kind} {name!r}: {reason}.")
 
 
+def why_not_loaded(name: str, error: Exception) -> str:
+    """Returns in one line, without its full stop, what a library said of a model or an adapter; what it says of a name
+    that no folder has is of the Hub.
+    """
+    here = "" if Path(name).exists() else "there is no such folder here, and of the Hub: "
+    return here + one_line(error).removesuffix(".")
+
+
 def load_adapter(
     model: PreTrainedModel, adapter: str | Path, adapter_name: str = "default", **kwargs: Any
 ) -> PeftModel:
@@ -131,7 +139,8 @@ def _adapter_errors(files: AdapterFiles) -> Iterator[PeftType]:
     except LayerRopeError:
         raise
     except _PEFT_ERRORS as error:
-        raise LayerRopeError(f"cannot load adapter {files.location!r}: {one_line(error)}") from error
+        reason = why_not_loaded(files.location, error)
+        raise LayerRopeError(f"cannot load adapter {files.location!r}: {reason}.") from error
 
 
 def _peft_type(files: AdapterFiles) -> PeftType:

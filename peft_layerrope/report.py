@@ -297,6 +297,11 @@ def times_window(tokens: int, window: int | None) -> str:
     return f" = {share:{'.1f' if share >= 0.1 else '.1g'}}× the trained window"
 
 
+def times(count: int, what: str) -> str:
+    """Writes how many there are of something, such as `"1 generation"`."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def duration(seconds: float) -> str:
     """Writes a time for people."""
     minutes = seconds / 60

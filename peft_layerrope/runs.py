@@ -97,6 +97,7 @@ class Journal(AbstractContextManager):
         self._head = json.loads(to_json({"format": _FORMAT, "identity": identity}))
         self._values: dict[str, dict[str, Any]] = {}
         self._size: int | None = None  # in bytes, without what is left of an entry that was being written
+        self.resumed = False  # whether there was something to go on with
         if resume and (overwrite or folder is None):
             raise InvalidConfigError("resume=True needs the folder of the run to go on with, and no overwrite=True.")
         with ExitStack() as stack:
@@ -168,6 +169,7 @@ class Journal(AbstractContextManager):
         difference = first_difference(*runs)
         if difference is not None:
             raise InvalidConfigError(f"{self._path} is of another run: {difference}.")
+        self.resumed = True
 
 
 def first_difference(before: Any, now: Any, name: str = "") -> str | None:

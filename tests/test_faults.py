@@ -364,7 +364,7 @@ def closed_pipe() -> Iterator[int]:
     os.close(write)
 
 
-EVALUATE = ("evaluate", "--length", "128", "--positions", "3", "--groups", "1", "--output")
+EVALUATE = ("evaluate", "--quiet", "--length", "128", "--positions", "3", "--groups", "1", "--output")
 
 
 @pytest.mark.parametrize("arguments", [("prompts", "--limit", "400"), EVALUATE], ids=lambda arguments: arguments[0])

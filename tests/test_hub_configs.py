@@ -164,7 +164,7 @@ def test_the_dry_run_of_a_recipe(folder, tmp_path):
     arguments = ["search", str(base), "--config", str(folder / "search.yaml"), *fewer, "--device", "cpu", "--dry-run"]
     done = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out")], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    assert "generations of 14 vectors" in done.stdout or "generations of 13 vectors" in done.stdout
+    assert "generations of 14 candidates" in done.stdout or "generations of 13 candidates" in done.stdout
     assert not (tmp_path / "out").exists()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def table() -> ResultTable:
 
 def test_markdown_table(table):
     lines = Held(table).held_out_table().to_markdown().splitlines()
-    head = "| method | accuracy | worst | U | vs none | vs uniform | tried | KL | text loss | factors |"
+    head = "| candidate | accuracy | worst | U | vs none | vs uniform | tried | KL | text loss | factors |"
     assert lines[0] == head
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:5]]
     assert [row[0] for row in cells] == ["no scaling", "uniform within bound", "per layer"]
@@ -72,9 +73,18 @@ def test_markdown_table(table):
     assert [row[5].split(" ")[0] for row in cells] == ["-8.3", "", "+25.0"]
 
 
+def test_candidates_of_the_same_factors_have_no_difference(table):
+    same = replace(table["uniform_bounded"], name="uniform")
+    lines = Held(ResultTable((*table, same))).held_out_table().to_markdown().splitlines()
+    cells = [cell.strip() for cell in lines[5].strip("|").split("|")]
+    assert cells[0] == "best uniform factor"
+    assert cells[4].startswith("+8.3")
+    assert cells[5] == ""
+
+
 def test_a_table_without_the_baselines_compares_with_nothing(table):
     text = Held(ResultTable(table.rows[2:])).held_out_table().to_markdown()
-    assert text.startswith("| method | accuracy | worst | U | tried | KL |")
+    assert text.startswith("| candidate | accuracy | worst | U | tried | KL |")
 
 
 def test_terminal_tables_fit_80_columns(table):
@@ -118,20 +128,20 @@ SAVED_HALF = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)
 def losses() -> ResultTable:
     """Three windows in two buckets; the factors per layer save 0.4 to 0.6 nats in each."""
     before = np.array([[-2.0, -1.0], [-3.0, -2.0], [-2.5, -1.0]])
-    rows = (("none", before), ("per_layer", before + SAVED[:, None]))
+    rows = (("none", (1.0, 1.0), before), ("per_layer", (1.0, 1.5), before + SAVED[:, None]))
     harm = Harm(Interval(0.0, 0.0, 0.0))
     nothing = np.zeros(before.shape, dtype=bool)
     return ResultTable(
         tuple(
-            TableRow(name, (1.0, 1.5), -1.0, 9, PositionScores((1, 64), nothing, values, "loss"), harm)
-            for name, values in rows
+            TableRow(name, factors, -1.0, 9, PositionScores((1, 64), nothing, values, "loss"), harm)
+            for name, factors, values in rows
         )
     )
 
 
 def test_a_search_by_loss_has_a_table_of_losses(losses):
     lines = Held(losses).held_out_table().to_markdown().splitlines()
-    assert lines[0] == "| method | loss | perplexity | vs none | tried | KL | text loss | factors |"
+    assert lines[0] == "| candidate | loss | perplexity | vs none | tried | KL | text loss | factors |"
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:4]]
     mean = (2 + 1 + 3 + 2 + 2.5 + 1) / 6
     assert [row[1].split(" ")[0] for row in cells] == [f"{mean:.3f}", f"{mean - 0.5:.3f}"]

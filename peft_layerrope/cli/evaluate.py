@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -10,12 +12,12 @@ from typing import Annotated
 
 import typer
 from peft.utils import CONFIG_NAME
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import __version__
 from ..base_model import describe_loading, load_tokenizer
 from ..comparison import (
     Comparison,
+    Progress,
     by_position_tables,
     check_candidates,
     compare,
@@ -34,6 +36,7 @@ from ..report import fitness_remark, position_table
 from ..runs import RUN_FOLDER, locked
 from ..scoring.preflight import PREFLIGHT_NAME, preflight, with_targets
 from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
+from ..searcher.plan import RichProgress, SearchProgress, since
 from ..tasks import MEASURES, PromptTask, SplitName
 from ..tasks.specification import TaskSpecification
 from . import err, out, resumable
@@ -156,8 +159,9 @@ def evaluate_command(
         # What the unscaled model writes, by which the answers' likelihood is measured. A run that goes on has the
         # same targets, however this machine rounds.
         scorer, kept = Scorer(loaded, batch_tokens=compute.batch_tokens), output if resume else None
-        with err.status("preflight") as status:
-            found = preflight(scorer, built, wanted={split: groups}, tell=status.update, kept=kept)
+        with RichProgress(err) as audience:
+            audience.stage("preflight", 1)
+            found = preflight(scorer, built, wanted={split: groups}, tell=audience.note, kept=kept)
         examples = with_targets(examples, found, built)
     if teacher_forced:
         examples = replace(examples, judge=None)
@@ -174,15 +178,7 @@ def evaluate_command(
                 if found is not None:
                     found.save(output)
 
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=30), TimeElapsedColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=err, transient=True) as bar:
-
-            def tell(label: str, done: int, total: int) -> None:
-                if not bar.tasks:  # what an earlier run did says nothing of the speed
-                    begun()
-                    bar.add_task(label, total=total, completed=done)
-                bar.update(bar.task_ids[0], description=label, completed=done)
-
+        with RichProgress(err) as audience:
             comparison = compare(
                 loaded,
                 examples,
@@ -193,7 +189,7 @@ def evaluate_command(
                 folder=output / RUN_FOLDER if output is not None else None,
                 resume=resume,
                 overwrite=overwrite,
-                progress=tell,
+                progress=_told_to(audience, [candidate.label for candidate in candidates], begun),
             )
         try:
             _print(comparison, source.model or "demo model", found.remarks() if found is not None else [])
@@ -212,6 +208,29 @@ def evaluate_command(
                 write_atomically(output / _MARKDOWN_NAME, f"# {name}\n\n{comparison_markdown(comparison)}")
                 write_atomically(output / _JSON_NAME, to_json(content, indent=2) + "\n")
                 out.print(f"report, plot and scores: {output}", soft_wrap=True)
+
+
+def _told_to(audience: SearchProgress, labels: list[str], begun: Callable[[], None]) -> Progress:
+    """What tells an audience how far a comparison is, with the candidates as its stages."""
+    first, started, current = None, 0.0, None
+
+    def tell(label: str, done: int, total: int) -> None:
+        nonlocal first, started, current
+        parts = total // len(labels)
+        if first is None:
+            begun()
+            first, started = done, time.perf_counter()
+        if done == first + 1:  # candidates take about as long as each other; what an earlier run did took no time
+            audience.expect(dict.fromkeys(labels[first // parts :], parts * since(started)))
+        if label == current or done == total:
+            audience.advance()
+            return
+        current = label
+        audience.stage(label, parts)
+        for _ in range(done % parts):
+            audience.advance()
+
+    return tell
 
 
 def _draw(comparison: Comparison, name: str, image: Path) -> None:

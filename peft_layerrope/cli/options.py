@@ -8,7 +8,7 @@ from dataclasses import field, replace
 from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import Field
@@ -169,6 +169,8 @@ def build_task(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> T
     return make_task(task, tokenizer, task.length)
 
 
+_CHOICES_WIDTH = 16  # characters
+
 Typed = dict[str, Any]
 """What was typed of a command's options, by the names of the fields that they are made of."""
 
@@ -201,9 +203,12 @@ def options_of(
             spelled = info.json_schema_extra["spellings"]
             if name in also:
                 spelled = (*spellings(kind, name), also[name])
+            choices = _choices(hints[name])
+            many = len("|".join(choices)) > _CHOICES_WIDTH  # in their own column they would be broken anywhere
             shown = typer.Option(
                 *spelled,
-                help=info.description,
+                help=f"{', '.join(choices)}. {info.description}" if many else info.description,
+                metavar="<name>" if many else None,
                 rich_help_panel=info.json_schema_extra["panel"],
                 show_default=default or True,
                 **limits,
@@ -212,6 +217,12 @@ def options_of(
             value = None if default else default_of(info)
             options.append(Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=annotation))
     return tuple(options)
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The names that an option takes, if it takes some only."""
+    parts = get_args(annotation)
+    return parts if get_origin(annotation) is Literal else tuple(name for part in parts for name in _choices(part))
 
 
 def _typed_as(annotation: Any) -> Any:

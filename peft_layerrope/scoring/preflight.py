@@ -144,7 +144,7 @@ def preflight(
         except (ValueError, KeyError, TypeError) as error:
             raise TaskError(f"{path} cannot be read ({error!r}): start again with --overwrite.") from error
     say = tell or (lambda text: None)
-    say("preflight: the unscaled model's answers")
+    say("the unscaled model's answers")
     split = task.split("search", max(1, task.available("search", num_groups)))
     written = scorer.write(split)
     blank = np.zeros((split.num_groups, len(split.positions)))
@@ -155,9 +155,9 @@ def preflight(
         targets = common_opening(split.examples, found, task.tokenizer)
     else:
         wanted = dict(wanted or {"search": num_groups})
-        say("preflight: the gold item alone")
+        say("the gold item alone")
         targets, gold_alone, answerable = _own_targets(scorer, task, wanted)
-        say("preflight: closed-book")
+        say("closed-book")
         asked = task.without_distractors(next(iter(wanted)), 0, gold_alone[1], gold=False)
         closed_book = _accuracy(scorer, asked), len(asked.examples)
     window = trained_window(scorer.model)

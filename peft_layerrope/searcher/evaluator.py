@@ -78,15 +78,17 @@ def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
     return task.split(name, contexts, sorted(positions))
 
 
-def probes(task: Task) -> tuple[Split, Split]:
-    """Returns two contexts to plan by, as they are asked: the longest, and one that takes about as long as most. They
-    are the same where all contexts are about as long.
+def probes(task: Task) -> tuple[Split, Split, Split]:
+    """Returns contexts to plan by: the longest and one that takes about as long as most, as a search asks them, and the
+    latter as a test does.
     """
     turns = task.num_turns if isinstance(task, KeyValueMix) else 1
     asked = densely_asked(task, "search", turns)
     ones = [asked.part(number, number + 1) for number in range(turns)]
     tokens = np.array([row_length(one.examples) for one in ones])
-    return max(ones, key=lambda one: one.max_tokens), ones[int(np.argmin(abs(tokens - tokens.mean())))]
+    typical = int(np.argmin(abs(tokens - tokens.mean())))
+    tested = task.split("search", turns).part(typical, typical + 1)
+    return max(ones, key=lambda one: one.max_tokens), ones[typical], tested
 
 
 def available(task: Task, split: SplitName, wanted: int) -> int:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from ..errors import SearchError
-from ..report import duration
+from ..report import duration, printable, times
 from .algorithms import population_of
 from .harm import NUM_WINDOWS, NUM_WRITTEN
 from .result import BOUNDED, DECAY, FIRST_REST, LABELS, PER_LAYER, UNIFORM
@@ -56,7 +56,11 @@ class RichProgress(SearchProgress):
             TextColumn("{task.percentage:3.0f} %"),
             BarColumn(bar_width=12, table_column=Column(min_width=12)),
             TextColumn("{task.fields[left]:>11}", table_column=Column(min_width=11, no_wrap=True)),
-            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            TextColumn(
+                "{task.description}",
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+                markup=False,
+            ),
             console=self._console,
             transient=True,
             expand=True,
@@ -103,7 +107,7 @@ class RichProgress(SearchProgress):
             total, done = 1.0, share
             left = (time.perf_counter() - self._began) * (1 - share) / share if share > 0 else None
         count = f" {self._done}/{self._total}" if self._total > 1 else ""
-        text = f"{self._name}{count}" + (f" · {self._note}" if self._note else "")
+        text = printable(f"{self._name}{count}" + (f" · {self._note}" if self._note else ""))
         told = f"{duration(left)} left" if left is not None else ""
         self._bar.update(self._task, total=total, completed=done, description=text, left=told)
 
@@ -115,7 +119,7 @@ class RichProgress(SearchProgress):
             self._paced += took, expected
         self._over += expected
         note = f"  {self._note}" if self._note else ""
-        line = f"{self._name:<34} {duration(took):>6}{note}"
+        line = printable(f"{self._name:<34} {duration(took):>6}{note}")
         self._console.print(line, highlight=False, no_wrap=True, overflow="ellipsis", markup=False)
         self._name = ""
 
@@ -189,6 +193,7 @@ class Rates:
 
     context: float  # scoring the questions of one context
     window: float  # a pass over a window of text
+    written: float  # a context of the held-out test
 
 
 @dataclass(frozen=True)
@@ -314,7 +319,7 @@ class Plan:
         """Says it to people."""
         schedule = self.schedule
         return (
-            f"{schedule.steps} generations of {schedule.population} vectors for a factor for each layer, "
+            f"{times(schedule.steps, 'generation')} of {schedule.population} candidates for a factor for each layer, "
             f"{schedule.control_steps} for each of {len(CONTROLS)} choices of two numbers, "
             f"{schedule.validation_contexts} contexts of {self.prompt_tokens:,} tokens to choose by: "
             f"about {duration(self.search_seconds)}. The held-out test on {self.test_groups} contexts: about "

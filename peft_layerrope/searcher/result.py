@@ -111,14 +111,17 @@ class HeldOutTables:
         return tuple(name for name in _AGAINST if self.row(name) is not None)
 
     def scores_table(self, title: str = "") -> Table:
-        """Returns the held-out scores of every method, and their paired differences to the simpler ones."""
+        """Returns the held-out scores of every candidate, and their paired differences to the simpler ones, where the
+        factors differ.
+        """
         rows = []
         for row in self.table:
             cells = score_cells(row.scores, ("accuracy", "worst", "U", "loss", "perplexity"))
-            gaps = [self.difference(row.name, name) if name != row.name else None for name in self.against]
+            others = [name if self.row(name).factors != row.factors else None for name in self.against]
+            gaps = [self.difference(row.name, name) if name is not None else None for name in others]
             gains = ["" if gap is None else unit_of(row.scores.measure).gain(gap) for gap in gaps]
             rows.append((row.label, *cells.values(), *gains))
-        header = ("method", *cells, *(_AGAINST[name] for name in self.against))
+        header = ("candidate", *cells, *(_AGAINST[name] for name in self.against))
         return Table(header, tuple(rows), title, self._legend(header))
 
     def choice_table(self) -> Table:
@@ -131,14 +134,14 @@ class HeldOutTables:
                 rise = row.harm.loss_rise
                 line += [f"{row.harm.divergence.value:.4f}", f"{rise.value:+.4f}" if rise is not None else "–"]
             rows.append((*line, format_factors(row.factors)))
-        header = ("method", "tried", "fitness", *(("KL", "text loss") if harmed else ()), "factors")
+        header = ("candidate", "tried", "fitness", *(("KL", "text loss") if harmed else ()), "factors")
         title = "Found on the search split"
         return Table(header, tuple(rows), title, meanings(header), (0, len(header) - 1))
 
     def held_out_table(self) -> Table:
         """Returns both side by side, for a model card or a report."""
         scores, choice = self.scores_table(), self.choice_table()
-        kept = [i for i, name in enumerate(choice.header) if name not in ("method", "fitness")]
+        kept = [i for i, name in enumerate(choice.header) if name not in ("candidate", "fitness")]
         header, *rows = (
             (*left, *(right[i] for i in kept))
             for left, right in zip((scores.header, *scores.rows), (choice.header, *choice.rows), strict=True)
@@ -310,7 +313,8 @@ class SearchResult(HeldOutTables):
             *self.notes[1:],
         ]
         if with_time:
-            lines.append(f"time: {sum(self.timing['seconds'].values()):.0f} s.")
+            since = " since it was resumed" if self.timing.get("resumed") else ""
+            lines.append(f"time: {sum(self.timing['seconds'].values()):.0f} s{since}.")
         if self.edge_layers:
             lines.append(
                 f"note: the factors of layers {format_layers(self.edge_layers)} are at the edge of the range, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..base_model import adapted, describe_loading, library_versions, model_fing
 from ..errors import SearchError
 from ..files import writing
 from ..messages import DEMO_NAME, named
-from ..report import ACCURACY, Unit
+from ..report import ACCURACY, Unit, times
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, prepared, with_targets
@@ -45,9 +45,8 @@ from .settings import MIN_STEPS, SearchSettings
 from .space import FactorSpace
 from .stages import SIMPLEST_FIRST, Outcome, Stages, end_changes
 
-_PREFLIGHT_COST = 1.5  # of a context whose questions are answered in writing, in times of scoring it
-_WRITING_COST = 1.2  # the same of the held-out test
 _MIN_TEST_GROUPS = 20
+_FIRST_TOKENS = 64  # of the pass that nobody times
 _HARM = Unit("harm", "nats", "nats", 1, 4)
 
 Distribute = Callable[[ModelEvaluator, Split], Evaluator]
@@ -164,7 +163,7 @@ def search(
                 enough or (lambda: False),
             )
             outcome = stages.run(schedule, search, *others)
-        return _result(ready, task, settings, outcome, stages.seconds, found, splits)
+        return _result(ready, task, settings, outcome, stages, found, splits)
 
 
 def plan_search(model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any) -> Plan:
@@ -235,13 +234,13 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 def _plan(
     scorer: Scorer, task: Task, settings: SearchSettings, space: FactorSpace, windows: Windows, started: float
 ) -> Plan:
-    spent, (longest, typical) = since(started), probes(task)
+    spent, (longest, typical, tested) = since(started), probes(task)
     tokens = len(windows[0]) if windows else _text_tokens(scorer.model, longest)
-    rates = measured_rates(scorer, typical, tokens)
+    rates = measured_rates(scorer, typical, tested, tokens)
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
-    before = spent + settings.preflight_groups * rates.context * _PREFLIGHT_COST
+    before = spent + settings.preflight_groups * rates.written
     schedule = shortest if settings.steps else schedule_for(60 * settings.minutes - before, rates, shortest)
-    each_test = (len(SIMPLEST_FIRST) + 1) * rates.context * _WRITING_COST
+    each_test = (len(SIMPLEST_FIRST) + 1) * rates.written
     groups = settings.test_groups
     if settings.steps is None:  # otherwise everything is settled
         groups = min(groups, max(_MIN_TEST_GROUPS, int(60 * settings.test_minutes / each_test)))
@@ -259,7 +258,7 @@ def _looked(
 
     def tell(text: str) -> None:
         audience.advance()
-        audience.note(text.removeprefix("preflight: "))
+        audience.note(text)
 
     schedule = ready.plan.schedule
     wanted = {
@@ -296,7 +295,7 @@ def _result(
     task: Task,
     settings: SearchSettings,
     outcome: Outcome,
-    seconds: Mapping[str, float],
+    stages: Stages,
     found: Preflight | None,
     splits: Sequence[Split],
 ) -> SearchResult:
@@ -334,7 +333,11 @@ def _result(
             "windows": len(ready.windows),
             "tokens_per_window": plan.text_tokens,
         },
-        timing={"seconds": {k: round(v, 2) for k, v in seconds.items()}, "plan": plan.to_dict()},
+        timing={
+            "seconds": {k: round(v, 2) for k, v in stages.seconds.items()},
+            "resumed": stages.journal.resumed,
+            "plan": plan.to_dict(),
+        },
         preflight=found,
         notes=_notes(ready, settings, outcome),
     )
@@ -362,7 +365,7 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
     if taken < schedule.steps:
         early = f" (ended early: {schedule.steps} were planned, and a repetition has them)"
     cost = (
-        f"cost: {taken} generations of {schedule.population} vectors for a factor for each layer{early}, "
+        f"cost: {times(taken, 'generation')} of {schedule.population} candidates for a factor for each layer{early}, "
         f"{schedule.control_steps} for each of {len(CONTROLS)} choices of two numbers, "
         f"{outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
     )
@@ -374,16 +377,24 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
     return verdict, text, cost
 
 
-def measured_rates(scorer: Scorer, one: Split, text_tokens: int) -> Rates:
-    """Times the unscaled model on one context and on as many tokens as a window of text has, after a first pass that
-    makes everything ready.
+def measured_rates(scorer: Scorer, one: Split, tested: Split, text_tokens: int) -> Rates:
+    """Times the unscaled model on one context that is scored, on one that is tested, and on as many tokens as a window
+    of text has, after a short pass that makes everything ready.
     """
-    window = (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
-    densely_scored(scorer, one)
-    positions = scored_positions(len(window), most=len(window))
-    started = time.perf_counter()
-    densely_scored(scorer, one)
-    scored = time.perf_counter()
-    with torch.no_grad():
-        window_logits(scorer.model, window, positions)
-    return Rates(max(1e-6, scored - started), max(1e-6, time.perf_counter() - scored))
+    text = (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
+
+    @torch.no_grad()
+    def read(window: Sequence[int]) -> None:
+        window_logits(scorer.model, window, scored_positions(len(window), most=len(window)))
+
+    def seconds(run: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        run()
+        return max(1e-6, since(started))
+
+    read(text[:_FIRST_TOKENS])
+    return Rates(
+        context=seconds(lambda: densely_scored(scorer, one)),
+        window=seconds(lambda: read(text)),
+        written=seconds(lambda: scorer.measure(tested)),
+    )

@@ -311,7 +311,7 @@ class Stages:
                 ratio = _MEMORY * ratio + (1 - _MEMORY) * (seen_here if np.isfinite(seen_here) else _MOST_RATIO)
             seen.append(([family.nearest(member) for member in members], fitness))
             generations.append({"fitness": float(np.mean(fitness)), "divergence": divergence})
-            self.audience.note(f"fitness {np.mean(fitness):.3f}, harm {divergence:.4f}")
+            self.audience.note(f"last: fitness {np.mean(fitness):.3f}, harm {divergence:.4f}")
             harms = [price * ratio * harm_of(member, curvature) for member in members]
             return [value - harm for value, harm in zip(fitness, harms, strict=True)]
 

@@ -35,7 +35,8 @@ def main() -> None:
     print("| ---: | ---: | ---: | ---: | ---: |")
     for length in (4096, 16384):
         row = length + QUESTIONS * QUESTION_TOKENS
-        rates = Rates(*(operations(tokens) / (1e12 * args.tflops) for tokens in (row, length)))
+        context, window = (operations(tokens) / (1e12 * args.tflops) for tokens in (row, length))
+        rates = Rates(context, window, written=context)
         shortest = Schedule.of(SearchSettings(), MIN_STEPS, SEARCHED)
         schedule = schedule_for(60 * args.minutes, rates, shortest)
         generation = schedule.population * rates.context + rates.window

@@ -85,6 +85,8 @@ def test_adapters_and_baselines_side_by_side(adapter, lora, tmp_path):
     }
     for words in ("vs first", "no scaling", "mine", "lora", "By position", "kv_words (length: 300;", str(output)):
         assert words in done.stdout
+    said = [line.split("  ")[0] for line in done.stderr.splitlines()]  # also where nobody sees a bar
+    assert [line for line in said if line in report["scores"]] == ["no scaling", "mine", "lora"]
     assert str(tmp_path) not in (output / "evaluation.json").read_text() + (output / "evaluation.md").read_text()
 
 

@@ -40,6 +40,7 @@ class Shape:
     middle: Annotated[tuple[Annotated[float, Field(gt=0)], float], _looks("Where.")] = (0.5, 0.5)
     sides: Annotated[tuple[str, ...] | None, _looks("Which.")] = None
     hidden: Annotated[int, Field(description="No option.")] = 7
+    pattern: Annotated[Literal["checkered", "striped", "dotted"], _looks("Of what is filled.")] = "dotted"
 
 
 @takes_settings
@@ -75,7 +76,7 @@ def refusal(command: Any, *arguments: str) -> str:
 
 def test_options_stand_where_their_parameter_stands():
     names = list(signature(draw).parameters)
-    own = ["colour", "width", "corners", "filled", "open", "scale", "middle", "sides"]
+    own = ["colour", "width", "corners", "filled", "open", "scale", "middle", "sides", "pattern"]
     assert names == ["context", "first", *own, "times", "verbose", "quiet"]
 
 
@@ -135,6 +136,7 @@ def test_help_says_what_the_declaration_says():
 
     assert "Of the surface." in line("colour")
     assert "red|blue" in line("colour")
+    assert "checkered, striped, dotted. Of what is filled." in line("pattern")
     assert "1<=x<=9" in line("width")
     panels = [text for text in lines if text.startswith("╭")]
     assert [name for name in ("Looks", "Edges") if any(f" {name} " in panel for panel in panels)] == ["Looks", "Edges"]

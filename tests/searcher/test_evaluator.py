@@ -93,7 +93,7 @@ def test_contexts_of_a_mix_are_asked_at_many_more_positions():
 def test_a_plan_knows_that_contexts_of_a_mix_differ_in_length():
     tokenizer = tiny_bpe()
     task = KeyValueMix(tokenizer, length=2600, num_positions=3)
-    longest, typical = probes(task)
+    longest, typical, tested = probes(task)
     contexts = [densely_asked(task, "search", 9).part(number, number + 1) for number in range(9)]
 
     def tokens(one):  # a context and its different questions
@@ -102,4 +102,6 @@ def test_a_plan_knows_that_contexts_of_a_mix_differ_in_length():
     assert longest.max_tokens == max(one.max_tokens for one in contexts)
     distances = [abs(tokens(one) - np.mean([tokens(one) for one in contexts])) for one in contexts]
     assert abs(tokens(typical) - np.mean([tokens(one) for one in contexts])) == min(distances)
-    assert probes(token_task())[0] == probes(token_task())[1] == densely_asked(token_task(), "search", 1)
+    assert tested.positions == tuple(task.positions)
+    assert {example.group for example in tested.examples} == {example.group for example in typical.examples}
+    assert probes(token_task()) == 3 * (densely_asked(token_task(), "search", 1),)

@@ -80,7 +80,10 @@ def test_killed_and_resumed(whole, tmp_path, share):
     fields, _, _, calls = whole
     with pytest.raises(Killed):
         run(tmp_path, Bomb(max(1, round(share * calls))), **fields)
-    assert_same(run(tmp_path, resume=True, **fields), tmp_path, whole)
+    was_begun = (tmp_path / "journal.jsonl").exists()
+    result = run(tmp_path, resume=True, **fields)
+    assert_same(result, tmp_path, whole)
+    assert result.timing["resumed"] == was_begun  # its seconds are those since then
 
 
 def test_killed_again_and_again(whole, tmp_path):

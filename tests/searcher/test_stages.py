@@ -147,7 +147,7 @@ def test_no_direction_gains_more_for_its_harm_than_the_steepest(family):
 
 
 def test_a_schedule_fits_into_the_time_that_there_is():
-    rates = Rates(2.7, 1.5)
+    rates = Rates(2.7, 1.5, 3.2)
     for algorithm, each in (("cma-es", 13), ("paper", 16 * 16)):
         settings = SearchSettings(algorithm=algorithm)
         shortest = Schedule.of(settings, MIN_STEPS, 24)
