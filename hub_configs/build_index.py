@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peft_layerrope.messages import DEMO_NAME
 from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tasks.specification import TaskSpecification
 
@@ -27,7 +28,8 @@ Written by `python hub_configs/build_index.py` from the folders; a test fails if
 Each folder is shaped as on the Hub: in the clone, `PeftModel.from_pretrained(base, "hub_configs/<folder>")` loads it
 after `import peft_layerrope`. It holds its card, plots, `search.json` with every figure and where it comes from, and
 `search.yaml`, with which the command beside it repeats the search. Accuracy is held out, in %, at the mean over gold
-positions, with its 95 % interval.
+positions, with its 95 % interval. MODEL stands for the folder that `python tests/real_models.py NAME` makes of the base
+model's name: its weights are of four bits (Q4_K_M), in bfloat16.
 
 | folder | base model | `rope_type` | no scaling | best uniform factor | adapter | command |
 | --- | --- | --- | ---: | ---: | ---: | --- |
@@ -105,7 +107,9 @@ def _chat(task: TaskSpecification) -> str:
 
 
 def _command(folder: Path) -> str:
-    return f"`layerrope search --config hub_configs/{folder.name}/search.yaml --output my-adapter`"
+    recipe = (folder / "base_model.json").exists()
+    model = "" if recipe or _json(folder / "search.json")["model"] == DEMO_NAME else "MODEL "
+    return f"`layerrope search {model}--config hub_configs/{folder.name}/search.yaml --output my-adapter`"
 
 
 def _row(*cells: str) -> str:

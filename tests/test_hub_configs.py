@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import real_model
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from peft_layerrope import KeyValueWords, verify
+from peft_layerrope import KeyValueWords, load_model, verify
 from peft_layerrope.base_model import adapted
 from peft_layerrope.cli import app
 from peft_layerrope.messages import DEMO_NAME
 from peft_layerrope.scoring.scorer import Scorer
+from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tasks.specification import make_task
 from peft_layerrope.tuner.sites import find_stack, trained_window
 
@@ -35,6 +37,14 @@ def _load_script(path: Path):
 
 build_index = _load_script(ROOT / "hub_configs" / "build_index.py")
 each_adapter = pytest.mark.parametrize("folder", build_index.adapter_folders(), ids=lambda folder: folder.name)
+of_the_demo = pytest.mark.parametrize(
+    "folder", sorted((ROOT / "hub_configs").glob("demo-*")), ids=lambda folder: folder.name
+)
+of_real_models = pytest.mark.parametrize(
+    "folder",
+    [folder for folder in build_index.adapter_folders() if not folder.name.startswith("demo-")],
+    ids=lambda folder: folder.name,
+)
 each_recipe = pytest.mark.parametrize("folder", build_index.recipe_folders(), ids=lambda folder: folder.name)
 
 
@@ -57,7 +67,7 @@ def test_the_index_shows_the_held_out_figures(folder):
     assert shown[2] == pytest.approx(100 * card, abs=0.051)
 
 
-@each_adapter
+@of_the_demo
 def test_adapter_loads_and_reproduces_its_report(folder, demo_model, demo_tokenizer):
     report = json.loads((folder / "search.json").read_text())
     assert report["model"] == DEMO_NAME
@@ -73,6 +83,23 @@ def test_adapter_loads_and_reproduces_its_report(folder, demo_model, demo_tokeni
     assert found == pytest.approx(chosen["test"]["average_accuracy"], abs=1e-3)
 
 
+@of_real_models
+def test_adapter_of_a_real_model_is_of_the_contexts_that_its_report_names(folder):
+    report = json.loads((folder / "search.json").read_text())
+    path = real_model(report["model"])
+    assert folder.name == report["model"]
+    specification = SearchSpecification.of(read_specification(folder / "search.yaml"), folder.name)
+    assert specification.model == report["model"]  # no folder of a machine
+    model, tokenizer = load_model(str(path))
+    task = make_task(specification.task, tokenizer, trained_window(model))
+    for split in report["splits"]:
+        if split["name"] == "test":
+            assert task.split("test", split["groups"]).fingerprint() == split["fingerprint"]
+    tuned = PeftModel.from_pretrained(model, folder)
+    assert tuned.peft_config["default"].layer_factors == report["layer_factors"]
+    assert verify(tuned).ok
+
+
 @each_adapter
 def test_card_holds_the_held_out_figure_and_no_path_of_a_machine(folder):
     card = ModelCard.load(folder / "README.md")
@@ -80,7 +107,7 @@ def test_card_holds_the_held_out_figure_and_no_path_of_a_machine(folder):
     chosen = next(row for row in report["table"] if row["name"] == report["chosen"])
     assert card.data.eval_results[0].metric_value == pytest.approx(chosen["test"]["average_accuracy"], abs=1e-4)
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == DEMO_NAME
+    assert config["base_model_name_or_path"] == report["model"]
     for text in (card.content, json.dumps(report), json.dumps(config)):
         assert not re.search(r"/(home|root|Users|work|tmp)/", text)
 
