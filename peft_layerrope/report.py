@@ -204,7 +204,7 @@ _MEANINGS = {
     "strict": "strict: the first value written is the gold",
     "forced": "forced: every token of the target, as the answer was opened, the most probable one in one forced pass",
     "vs control": 'control: of "first k at 1, rest b" and "first a, rest b" the one that is better on the search split',
-    "tried": "tried: distinct factor vectors evaluated on the search split",
+    "tried": "tried: distinct candidates scored on the search split",
     "KL": "KL: divergence of next-token distributions from the unscaled model's on text that it wrote, in nats",
     "text loss": "text loss: rise of the loss on people's text, in nats",
 }

@@ -50,7 +50,7 @@ def facts(record: SearchRecord, config: LayerRopeConfig) -> Pairs:
     ]
     tried = record.evaluations.get("all_methods")
     if tried is not None:
-        found.append(("evaluated", f"{tried} distinct factor vectors, all methods together"))
+        found.append(("evaluated", f"{tried} distinct candidates in all"))
     if record.searcher_version is not None:
         found.append(("searched with", f"peft_layerrope {record.searcher_version}"))
     return found
@@ -76,7 +76,7 @@ def held_out_section(record: SearchRecord) -> Section:
     return Section(
         name="held-out",
         title="Held-out comparison of the search",
-        question="What did each method find on the search split, and how does it do on examples it has not seen?",
+        question="What did the search find, and how do its candidates do on examples it has not seen?",
         measured=record.subtitle(),
         findings=tuple(findings),
         tables=(record.held_out_table(),),
