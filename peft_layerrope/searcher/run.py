@@ -17,7 +17,7 @@ from ..base_model import adapted, describe_loading, library_versions, model_fing
 from ..errors import SearchError
 from ..files import writing
 from ..messages import DEMO_NAME, named
-from ..report import ACCURACY, Unit, times
+from ..report import ACCURACY, Unit, times, unit_of
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, prepared, with_targets
@@ -346,19 +346,23 @@ def _result(
 def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tuple[str, ...]:
     """What came out, its harm, and what it took, in sentences."""
     chosen, harm = outcome.chosen, outcome.harm[outcome.chosen]
+    scores, before = outcome.test[chosen], outcome.test[NONE]
     bound = "with no bound" if settings.max_harm is None else f"under a bound of {settings.max_harm:g} nats"
     why = "the simplest choice that no other clearly beats, by an interval that excludes 0,"
     if chosen == PER_LAYER:
         why = "better than every simpler choice"
     label = LABELS[UNIFORM if chosen == BOUNDED and settings.max_harm is None else chosen]  # without a bound, the same
     verdict = f'result: "{label}". On the validation split it is {why} {bound} on ordinary text.'
+    if chosen != NONE:
+        unit, change = unit_of(scores.measure), scores.paired_difference(before)
+        shown = ", not told from 0 by its interval" if change.low <= 0 <= change.high else ""
+        verdict += f" Held out, it changes the {unit.name} by {unit.change_in_words(change)} against no scaling{shown}."
     text = f"harm: divergence on text that the unscaled model wrote {_HARM.mean(harm.divergence)} nats"
     if harm.loss_rise is not None:
         text += f", rise of the loss on people's text ({_source(settings)}) {_HARM.mean(harm.loss_rise)} nats"
     text += "."
-    if chosen != NONE and outcome.test[chosen].measure != "loss":
-        ends = end_changes(outcome.test[chosen], outcome.test[NONE])
-        first, last = map(ACCURACY.change_in_words, ends)
+    if chosen != NONE and scores.measure != "loss":
+        first, last = map(ACCURACY.change_in_words, end_changes(scores, before))
         text += f" Held-out accuracy at the first position {first}, at the last {last}."
     schedule, taken = ready.plan.schedule, len(outcome.found[PER_LAYER].generations)
     early = ""

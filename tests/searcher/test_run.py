@@ -98,6 +98,9 @@ def test_a_control_that_beats_the_search_is_what_the_folder_holds(task, monkeypa
     assert best > 2 * own
     saved = json.loads((tmp_path / "adapter_config.json").read_text())["layer_factors"]
     assert worth(saved) == best
+    gain = found.difference(found.chosen, "none")  # the first sentence says what it is worth held out
+    assert "{:+.1f} points [{:+.1f}, {:+.1f}]".format(*(100 * end for end in gain.to_list())) in found.remarks()[0]
+    assert ("not told from 0" in found.remarks()[0]) == (gain.low <= 0 <= gain.high)
     chosen = json.loads((tmp_path / "search.json").read_text())["chosen"]
     assert chosen != "per_layer"
     assert saved == list(found.table[chosen].factors)
