@@ -162,7 +162,8 @@ class Stages:
         harm = self._harm(results, scores)
         fitness = {name: fitness_by_context(score) for name, score in scores.items()}
         chosen = choose(fitness, harm, SIMPLEST_FIRST, self.settings.max_harm)
-        held_out = self._scored(TEST, results, test, written=True)
+        first = {name: results[name] for name in (NONE, chosen)}  # a test that is interrupted has these
+        held_out = self._scored(TEST, first | results, test, written=True)
         return Outcome(results, harm, chosen, held_out)
 
     def _part(self, start: int, count: int) -> Split:
