@@ -80,6 +80,8 @@ def test_candidates_of_the_same_factors_have_no_difference(table):
     assert cells[0] == "best uniform factor"
     assert cells[4].startswith("+8.3")
     assert cells[5] == ""
+    held = Held(ResultTable((table["none"], same, *table.rows[1:])))
+    assert [held.label(row.name) for row in held.table] == ["no scaling", *2 * ["best uniform factor"], "per layer"]
 
 
 def test_a_table_without_the_baselines_compares_with_nothing(table):

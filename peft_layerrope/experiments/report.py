@@ -45,7 +45,7 @@ def facts(record: SearchRecord, config: LayerRopeConfig) -> Pairs:
         ("task", task),
         ("rope type", scaling),
         ("factors by layer", format_factors(config.layer_factors or record.layer_factors)),
-        ("chosen", record.row(record.chosen).label),
+        ("chosen", record.label(record.chosen)),
         ("range", "{:g} to {:g}".format(*record.grid.limits)),
     ]
     tried = record.evaluations.get("all_methods")
@@ -59,11 +59,11 @@ def facts(record: SearchRecord, config: LayerRopeConfig) -> Pairs:
 def held_out_section(record: SearchRecord) -> Section:
     """The held-out table, as the search wrote it."""
     unit = unit_of(record.table[0].scores.measure)
-    chosen, findings = record.row(record.chosen).label, []
+    chosen, findings = record.label(record.chosen), []
     for name in record.against:
         gap = record.difference(record.chosen, name)
         if gap is not None:
-            findings.append(verdict(f'"{chosen}"', f'"{record.row(name).label}"', gap, unit))
+            findings.append(verdict(f'"{chosen}"', f'"{record.label(name)}"', gap, unit))
     curves = {
         label: scores
         for label, scores in record.curves_to_plot().items()
@@ -78,7 +78,7 @@ def held_out_section(record: SearchRecord) -> Section:
         title="Held-out comparison of the search",
         question="What did the search find, and how do its candidates do on examples it has not seen?",
         measured=record.subtitle(),
-        findings=tuple(findings),
+        findings=tuple(dict.fromkeys(findings)),
         tables=(record.held_out_table(),),
         figures=figures,
     )

@@ -105,6 +105,10 @@ class HeldOutTables:
         """Returns the row of a method, or None."""
         return next((row for row in self.table if row.name == name), None)
 
+    def label(self, name: str) -> str:
+        """Returns how a row is called in sentences: as the first that has its factors."""
+        return next(row.label for row in self.table if row.factors == self.row(name).factors)
+
     @property
     def against(self) -> tuple[str, ...]:
         """The rows that others are compared with in tables."""
@@ -300,7 +304,7 @@ class SearchResult(HeldOutTables):
             self.subtitle(),
             self.held_out_table().to_markdown(),
             self.remarks(with_time=False),
-            {f'"{self.table[name].label}"': self.difference(self.chosen, name) for name in others},
+            {f'"{self.label(name)}"': self.difference(self.chosen, name) for name in others},
             self.base,
         )
 
