@@ -40,7 +40,7 @@ from .plan import (
     schedule_for,
     since,
 )
-from .result import BOUNDED, LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
+from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .settings import MIN_STEPS, SearchSettings
 from .space import FactorSpace
 from .stages import SIMPLEST_FIRST, Outcome, Stages, end_changes
@@ -351,7 +351,7 @@ def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tupl
     why = "the simplest choice that no other clearly beats, by an interval that excludes 0,"
     if chosen == PER_LAYER:
         why = "better than every simpler choice"
-    label = LABELS[UNIFORM if chosen == BOUNDED and settings.max_harm is None else chosen]  # without a bound, the same
+    label = next(LABELS[name] for name in LABELS if outcome.found[name].factors == outcome.found[chosen].factors)
     verdict = f'result: "{label}". On the validation split it is {why} {bound} on ordinary text.'
     if chosen != NONE:
         unit, change = unit_of(scores.measure), scores.paired_difference(before)
