@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .errors import InvalidConfigError
 from .files import write_atomically
@@ -142,9 +143,6 @@ def model_card(
     # It may be a folder's name, or a stranger's, and stands in code, in HTML and in YAML.
     base_model = re.sub(r"[^\w ./+()-]", "_", public_name(base_model))
     rest, results = _of_earlier_search(earlier) if held_out is None else ("", _eval_results(held_out))
-    if not rest:
-        parts = _plots(held_out, files), _limits(config, held_out), _reproduce(files), _CITATION
-        rest = _joined(_results(held_out), *parts)
     data = ModelCardData(
         base_model=base_model,
         library_name="peft",
@@ -155,12 +153,28 @@ def model_card(
         eval_results=results or None,
         base_model_relation="adapter",
     )
-    body = _joined(_head(base_model, config), _use(base_model, adapter), rest)
+    templates = Environment(
+        loader=PackageLoader("peft_layerrope", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {"code": _code, "repr": repr, "perplexity": perplexity}
+    what = "loss" if held_out is not None and held_out.scores.measure == "loss" else "accuracy"
+    plots = {ACCURACY_PLOT: f"{what} by position", FACTORS_PLOT: "factor by depth", HARM_PLOT: "gain over harm"}
+    demo, quoted = "peft_layerrope.demo_model_path()", json.dumps(base_model, ensure_ascii=False)
+    body = templates.get_template("card.md.j2").render(
+        base_model=base_model,
+        base=demo if base_model == DEMO_NAME else quoted,
+        adapter=adapter,
+        config=config,
+        factors=format_factors(config.layer_factors),
+        results=_RESULTS,
+        found=held_out,
+        rest=rest,
+        plots={name: caption for name, caption in plots.items() if name in files},
+        recorded=REPORT_NAME in files,
+        repeatable=SPECIFICATION_NAME in files,
+    )
+    body = re.sub(r"\n{3,}", "\n\n", body).strip()  # of parts that are not there
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{BEGIN}\n\n{body}\n\n{END}\n")
-
-
-def _joined(*sections: str) -> str:
-    return "\n\n".join(section for section in sections if section)
 
 
 def _of_earlier_search(card: ModelCard | None) -> tuple[str, list[EvalResult]]:
@@ -197,200 +211,7 @@ def _eval_results(held_out: HeldOut) -> list[EvalResult]:
     ]
 
 
-_ON_TOP = (
-    "on top of the model's own rotary embedding; sliding layers that have a table of their own are scaled by their "
-    "factors alone"
-)
-_ROPE_TYPES = {
-    "default": "on top of the model's own rotary embedding",
-    "linear": f"Position Interpolation {_ON_TOP}",
-    "dynamic": f"Dynamic-NTK {_ON_TOP}",
-}
-
-
-def _head(base_model: str, config: LayerRopeConfig) -> str:
-    factors = config.layer_factors or []
-    table = _table(
-        {
-            "base model": f"`{base_model}`",
-            "`rope_type`": f"`{config.rope_type}`: {_ROPE_TYPES[config.rope_type]}",
-            "`factor`": f"{config.factor:g}" if config.rope_type != "default" else "",
-            "`layer_factors`": format_factors(factors) + (" for every layer" if len(set(factors)) == 1 else ""),
-            "trained window": _tokens(config.original_max_position_embeddings),
-            "`target_length`": _tokens(config.target_length),
-        }
-    )
-    return f"""# Per-layer RoPE scaling for {base_model}
-
-A [PEFT](https://huggingface.co/docs/peft) adapter for long prompts. It divides the rotary positions that decoder layer
-*l* sees by a factor *s_l* of that layer. It holds {len(factors)} numbers and no trained weights, so it can be put on,
-switched and taken off at any time, also beside a LoRA.
-
-{table}"""
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    """What is known of names and their values; empty where that is nothing."""
-    lines = [f"| {name} | {value} |" for name, value in rows.items() if value]
-    return "\n".join(["| | |", "| --- | --- |", *lines]) if lines else ""
-
-
-def _tokens(number: int | None) -> str:
-    return "" if number is None else f"{number:,} tokens"
-
-
-def _use(base_model: str, adapter: str) -> str:
-    base = "peft_layerrope.demo_model_path()" if base_model == DEMO_NAME else json.dumps(base_model, ensure_ascii=False)
-
-    def snippet(imports: Sequence[str], *lines: str) -> str:
-        given = [f"base = {base}", f'adapter = "{adapter}"']
-        return "\n".join(["```py", "import peft_layerrope", *imports, "", *given, *lines, "```"])
-
-    auto, peft = "from transformers import AutoModelForCausalLM", "from peft import PeftModel"
-    load_base = "model = AutoModelForCausalLM.from_pretrained(base)"
-    load_adapter = "model = PeftModel.from_pretrained(model, adapter)"
-    plain = snippet([peft, auto], load_base, load_adapter)
-    pipe = 'pipe = pipeline("text-generation", model=base)'
-    pipeline = snippet(["from transformers import pipeline"], pipe, "pipe.model.load_adapter(adapter)")
-    load_lora = 'lora = "path/or/hub-id/of/a/lora"', load_base, "model = PeftModel.from_pretrained(model, lora)"
-    beside_lora = snippet([peft, auto], *load_lora, load_adapter)
-    train_lora = snippet(
-        ["from peft import LoraConfig, PeftModel, get_peft_model", auto],
-        load_base,
-        f"{load_adapter}.merge_and_unload()",
-        'model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))',
-    )
-    return f"""## Use
-
-It needs the package `peft-layerrope`. `import peft_layerrope`, once per process, tells PEFT about this adapter
-type.
-
-{plain}
-
-In a pipeline:
-
-{pipeline}
-
-With a trained LoRA, each switched on its own: first the LoRA, then this adapter.
-
-{beside_lora}
-
-To train a LoRA on the scaled model, bake the factors in first:
-
-{train_lora}"""
-
-
-def _results(held_out: HeldOut | None) -> str:
-    if held_out is None:
-        return ""
-    scores, average = held_out.scores, held_out.scores.average()
-    if scores.measure == "loss":
-        scale, digits, gained = 1, 4, "nats saved"
-        sentence = (
-            f"**Loss {-average.value:.4f} nats per token** (95 % interval {-average.high:.4f} to {-average.low:.4f}), "
-            f"perplexity {perplexity(-average.value):.3f}."
-        )
-    else:
-        scale, digits, gained = 100, 1, "points"
-        sentence = (
-            f"**Accuracy {100 * average.value:.1f} %** (95 % interval {100 * average.low:.1f} to "
-            f"{100 * average.high:.1f}), context utilisation U {100 * scores.utilisation():.1f} %."
-        )
-    differences = []
-    for label, gap in held_out.differences.items():
-        value, low, high = (f"{scale * number:+z.{digits}f}" for number in (gap.value, gap.low, gap.high))
-        differences.append(f"{value} {gained} against {label} ({low} to {high})")
-    paired = f" Paired differences with 95 % intervals: {'; '.join(differences)}." if differences else ""
-    remarks = "\n".join(f"- {remark}" for remark in held_out.remarks)
-    return _joined(
-        f"{_RESULTS}\n\nTask: {held_out.measured}. Every method chose its factors on a search split; these are the "
-        "scores on a disjoint test split.",
-        _searched_on(held_out.base, held_out.task),
-        sentence + paired,
-        held_out.table,
-        f"### Result, harm and cost of the search\n\n{remarks}" if remarks else "",
-    )
-
-
-def _searched_on(base: Mapping[str, Any], task: Mapping[str, Any]) -> str:
-    """How the base was loaded and prompted when the factors were chosen."""
-    tune = base.get("peft")
-    rows = {"loaded as": ", ".join(f"`{name}={_code(value)}`" for name, value in base.items() if name != "peft")}
-    if tune is not None:
-        how = "merged" if tune["merged"] else "active beside quantised weights"
-        rows["fine-tune"] = f"{tune['kind']} `{_code(tune['name'])}`, {how}, SHA-256 `{tune['weights'][:16]}`"
-    if task.get("chat_template"):
-        names = {"chat_template_args": "with", "system_prompt": "system prompt", "chat_date": "date"}
-        parts = [f"{text} `{_code(task[name])}`" for name, text in names.items() if task.get(name)]
-        rows["prompts"] = ", ".join(["chat template", *parts])
-    note = ""
-    if set(base) - {"dtype"}:
-        given = {name: value["name"] if name == "peft" else value for name, value in base.items()}
-        arguments = ", ".join(f"{name}={_code(repr(value))}" for name, value in given.items())
-        note = f"""The factors were searched on `model, tokenizer = peft_layerrope.load_model(base, {arguments})`: take
-that in place of `AutoModelForCausalLM.from_pretrained(base)` above."""
-    return _joined(_table(rows), note)
-
-
 def _code(value: Any) -> str:
     """A value inside backticks and a table's cell."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return " ".join(text.replace("`", "'").replace("|", "/").split())
-
-
-def _plots(held_out: HeldOut | None, files: Collection[str]) -> str:
-    what = "loss" if held_out is not None and held_out.scores.measure == "loss" else "accuracy"
-    plots = {ACCURACY_PLOT: f"{what} by position", FACTORS_PLOT: "factor by depth", HARM_PLOT: "gain over harm"}
-    return "\n\n".join(f"![{caption}]({name})" for name, caption in plots.items() if name in files)
-
-
-def _limits(config: LayerRopeConfig, held_out: HeldOut | None) -> str:
-    lines = [
-        "No held-out results are recorded here: measure it on your own task with `layerrope evaluate`."
-        if held_out is None
-        else "Chosen for one task and one length, those above; what it does to others was not measured, apart from "
-        "ordinary text. `layerrope evaluate` measures it on yours.",
-        "For the base model named above; another model needs factors of its own. `layerrope verify` proves for each "
-        "layer that its rotation is scaled as this adapter says.",
-    ]
-    if config.rope_type == "dynamic" and config.target_length is None:
-        lines.append(
-            "Dynamic-NTK frequencies follow the current length, while a KV cache keeps keys that were rotated at an "
-            "earlier one, as in transformers itself; `target_length` in `adapter_config.json` fixes the length."
-        )
-    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
-
-
-def _reproduce(files: Collection[str]) -> str:
-    if REPORT_NAME not in files:
-        return ""
-    record = "`search.json` holds splits, seeds, settings, every candidate's factors and the scores by position."
-    if SPECIFICATION_NAME not in files:
-        return f"## Reproduce\n\n{record}"
-    return f"""## Reproduce
-
-```bash
-layerrope search --config search.yaml --output my-adapter
-```
-
-repeats the search with the `search.yaml` of this repository. {record}"""
-
-
-_CITATION = """## Citation
-
-The idea, one RoPE scaling factor per layer, is from arXiv [2503.04355](https://arxiv.org/abs/2503.04355) and \
-arXiv [2606.27705](https://arxiv.org/abs/2606.27705), which search for them by a genetic algorithm over Bézier curves.
-
-```bibtex
-@misc{arxiv:2503.04355,
-  eprint = {2503.04355},
-  archivePrefix = {arXiv},
-  url = {https://arxiv.org/abs/2503.04355}
-}
-
-@misc{arxiv:2606.27705,
-  eprint = {2606.27705},
-  archivePrefix = {arXiv},
-  url = {https://arxiv.org/abs/2606.27705}
-}
-```"""
