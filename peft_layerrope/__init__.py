@@ -31,19 +31,15 @@ if TYPE_CHECKING:
     from .loading import load_adapter
     from .scoring.scorer import evaluate
     from .scoring.scores import PositionScores
-    from .searcher import SearchResult, SearchSettings, plan_search, search
     from .searcher.ray_workers import RayWorkers
-    from .tasks import (
-        Example,
-        KeyValueRetrieval,
-        KeyValueWords,
-        MultiDocumentQA,
-        Perplexity,
-        Split,
-        Task,
-        TokenTask,
-        best_subspan_em,
-    )
+    from .searcher.result import SearchResult
+    from .searcher.run import plan_search, search
+    from .searcher.settings import SearchSettings
+    from .tasks.base import Example, Split, Task, TokenTask
+    from .tasks.kv import KeyValueRetrieval, KeyValueWords
+    from .tasks.metrics import best_subspan_em
+    from .tasks.multi_doc_qa import MultiDocumentQA
+    from .tasks.perplexity import Perplexity
     from .tuner import LayerRopeConfig, LayerRopeModel
     from .tuner.injection import restore_baked
     from .tuner.rotary import use_adapter
@@ -58,12 +54,15 @@ _LAZY = {
     ".loading": ("load_adapter",),
     ".scoring.scorer": ("evaluate",),
     ".scoring.scores": ("PositionScores",),
-    ".searcher": ("SearchResult", "SearchSettings", "plan_search", "search"),
     ".searcher.ray_workers": ("RayWorkers",),
-    ".tasks": (
-        *("Example", "KeyValueRetrieval", "KeyValueWords", "MultiDocumentQA", "Perplexity", "Split", "Task"),
-        *("TokenTask", "best_subspan_em"),
-    ),
+    ".searcher.result": ("SearchResult",),
+    ".searcher.run": ("plan_search", "search"),
+    ".searcher.settings": ("SearchSettings",),
+    ".tasks.base": ("Example", "Split", "Task", "TokenTask"),
+    ".tasks.kv": ("KeyValueRetrieval", "KeyValueWords"),
+    ".tasks.metrics": ("best_subspan_em",),
+    ".tasks.multi_doc_qa": ("MultiDocumentQA",),
+    ".tasks.perplexity": ("Perplexity",),
     ".tuner": ("LayerRopeConfig", "LayerRopeModel"),
     ".tuner.injection": ("restore_baked",),
     ".tuner.rotary": ("use_adapter",),

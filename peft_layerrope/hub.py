@@ -27,7 +27,7 @@ from .tuner.artifacts import check_no_model, check_weights_file
 from .tuner.config import LayerRopeConfig
 
 if TYPE_CHECKING:
-    from .searcher import SearchResult
+    from .searcher.result import SearchResult
 
 PUBLISHED = {
     CONFIG_NAME: MAX_BYTES,

@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from .scoring.scores import DEFAULT_WEIGHTS, Interval, PositionScores, perplexity, rank_key
-from .tasks import Measure
+from .tasks.base import Measure
 
 _WIDEST, _GAP = 80, 2  # columns of a terminal: of a table, between two of its columns
 _WORD, _PART = 20, 8  # of a word that is not broken, and of what it is broken into where the table is wide

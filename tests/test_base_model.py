@@ -39,7 +39,7 @@ from peft_layerrope.base_model import (
 )
 from peft_layerrope.cli import app
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.tasks import KeyValueRetrieval
+from peft_layerrope.tasks.kv import KeyValueRetrieval
 from peft_layerrope.tuner.artifacts import save_adapter
 
 FACTORS = [1.0, 1.5, 1.2, 2.0]

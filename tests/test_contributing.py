@@ -9,7 +9,7 @@ import pytest
 from fakes import LEAST_SEARCH
 
 from peft_layerrope import Task, evaluate, search
-from peft_layerrope.tasks import SPLIT_NAMES, check_disjoint
+from peft_layerrope.tasks.base import SPLIT_NAMES, check_disjoint
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()

@@ -12,7 +12,7 @@ import yaml
 
 from peft_layerrope import KeyValueRetrieval, MultiDocumentQA
 from peft_layerrope.cli import app
-from peft_layerrope.tasks import METRICS
+from peft_layerrope.tasks.metrics import METRICS
 from peft_layerrope.tasks.specification import TASK_NAMES
 
 ROOT = Path(__file__).parent.parent

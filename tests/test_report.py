@@ -15,9 +15,9 @@ from scipy import stats
 from peft_layerrope import PositionScores, plots, report
 from peft_layerrope.report import Table
 from peft_layerrope.scoring.scores import Interval
-from peft_layerrope.searcher import ResultTable, SearchSettings, TableRow
 from peft_layerrope.searcher.harm import Harm
-from peft_layerrope.searcher.result import HeldOutTables
+from peft_layerrope.searcher.result import HeldOutTables, ResultTable, TableRow
+from peft_layerrope.searcher.settings import SearchSettings
 
 
 class Held(HeldOutTables):

@@ -37,7 +37,8 @@ from ..runs import RUN_FOLDER, locked
 from ..scoring.preflight import PREFLIGHT_NAME, preflight, with_targets
 from ..scoring.scorer import DEFAULT_BUCKETS, Scorer
 from ..searcher.plan import RichProgress, SearchProgress, since
-from ..tasks import MEASURES, PromptTask, SplitName
+from ..tasks.base import MEASURES, SplitName
+from ..tasks.prompts import PromptTask
 from ..tasks.specification import TaskSpecification
 from . import err, out, resumable
 from .options import (

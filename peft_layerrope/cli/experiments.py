@@ -22,10 +22,11 @@ from ..experiments.measuring import DEFAULT_GROUPS, Measuring, default_lengths, 
 from ..experiments.section import Section, command_line, kept_section, to_rich, work_folder
 from ..loading import load_adapter_config
 from ..runs import check_free
-from ..searcher import FactorGrid, SearchSettings
 from ..searcher.plan import RichProgress
 from ..searcher.result import read_record
-from ..tasks import Task
+from ..searcher.settings import SearchSettings
+from ..searcher.space import FactorGrid
+from ..tasks.base import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window

@@ -23,7 +23,7 @@ from ..runs import LOCK_NAME, check_free
 from ..scoring.preflight import find_difficulty
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
 from ..searcher.settings import BatchTokens
-from ..tasks import Task
+from ..tasks.base import Task
 from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task, with_chat
 from . import app, err, plain_errors
 

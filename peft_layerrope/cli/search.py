@@ -20,10 +20,10 @@ from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, SPECIFI
 from ..declaration import changed
 from ..errors import SearchError
 from ..runs import RUN_FOLDER, locked
-from ..searcher import SearchResult, plan_search
-from ..searcher import search as run_search
 from ..searcher.plan import Plan
-from ..searcher.result import TIMING_NAME
+from ..searcher.result import TIMING_NAME, SearchResult
+from ..searcher.run import plan_search
+from ..searcher.run import search as run_search
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..tasks.specification import TaskSpecification
 from ..tuner.artifacts import check_no_model

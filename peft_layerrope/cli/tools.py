@@ -31,11 +31,12 @@ from ..messages import DEMO_NAME, public_name, shown
 from ..report import Table
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import Scorer
-from ..searcher import SearchSettings
 from ..searcher.plan import RichProgress
+from ..searcher.settings import SearchSettings
 from ..serving.check import check_server, probe_prompts
 from ..serving.export import FORMATS, divergence_between, export
-from ..tasks import PromptTask, SplitName
+from ..tasks.base import SplitName
+from ..tasks.prompts import PromptTask
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.scaling import merged_factors

@@ -31,7 +31,7 @@ from ..scoring.batching import check_vocabulary
 from ..scoring.generation import check_judged
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, DEFAULT_BUCKETS, Scorer, aligned_windows, check_buckets
 from ..scoring.scores import Interval, PositionScores
-from ..tasks import Split
+from ..tasks.base import Split
 from ..tuner.sites import embedding_table, find_stack
 from .candidates import ROPE_TYPES, Candidate, candidate_on, describe_scaling
 

@@ -19,7 +19,7 @@ from ..scoring.batching import rotation_depends_on_length, whole_rows
 from ..scoring.scorer import Scorer
 from ..scoring.scores import mean_interval
 from ..searcher.space import format_layers
-from ..tasks import Split, Task
+from ..tasks.base import Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import without_memory
 from ..tuner.sites import find_stack, model_type, text_config

@@ -13,7 +13,7 @@ from ..report import NATS, Table, Unit, legend, unit_of
 from ..scoring.scores import Interval
 from ..searcher.settings import SearchSettings
 from ..searcher.space import BezierGenome, FactorGrid, Factors
-from ..tasks import Task
+from ..tasks.base import Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
 from .measuring import (

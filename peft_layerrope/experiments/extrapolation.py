@@ -10,7 +10,7 @@ from ..errors import TaskError
 from ..plots import COLOURS, GREY, draw_line, new_figure, to_png, unit_axis
 from ..report import Table, Unit, legend, perplexity_of, unit_of
 from ..scoring.scores import Interval, PositionScores, rank_key
-from ..tasks import Task
+from ..tasks.base import Task
 from .measuring import Measuring, json_data, verdict
 from .section import Section, SectionFigure
 

@@ -18,7 +18,8 @@ from ..scoring.scores import DEFAULT_WEIGHTS, Interval, PositionScores, rank_key
 from ..searcher.evaluator import densely_scored
 from ..searcher.settings import SearchSettings
 from ..searcher.space import format_layers
-from ..tasks import Measure, PromptTask, Task
+from ..tasks.base import Measure, Task
+from ..tasks.prompts import PromptTask
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
 from .measuring import (

@@ -18,7 +18,7 @@ from ..report import Unit, times_window
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import Interval, PositionScores, mean_interval, paired_interval
 from ..searcher.plan import SearchProgress
-from ..tasks import Measure, Split, SplitName, Task
+from ..tasks.base import Measure, Split, SplitName, Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window

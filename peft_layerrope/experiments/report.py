@@ -21,7 +21,7 @@ from ..plots import plot_by_position, plot_factors_by_depth
 from ..report import escape_markdown, format_factors, times_window, unit_of
 from ..searcher.plan import SearchProgress
 from ..searcher.result import SearchRecord
-from ..tasks import Task
+from ..tasks.base import Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window

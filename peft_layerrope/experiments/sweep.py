@@ -14,7 +14,7 @@ from ..comparison.candidates import NO_SCALING, Candidate
 from ..plots import COLOURS, draw_line, draw_positions, new_figure, relative_positions, to_png, unit_axis
 from ..report import ACCURACY, Table, legend, score_cells, unit_of
 from ..scoring.scores import Interval, PositionScores, difference_interval, proportion_interval, rank_key
-from ..tasks import Task
+from ..tasks.base import Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
 from .measuring import (

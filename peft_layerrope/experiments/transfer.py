@@ -10,7 +10,7 @@ from ..comparison.candidates import NO_SCALING, Candidate
 from ..plots import new_figure, plain, to_png
 from ..report import Table, Unit, legend, times_window, unit_of
 from ..scoring.scores import Interval, PositionScores
-from ..tasks import Task
+from ..tasks.base import Task
 from .measuring import Measuring, json_data
 from .section import Section, SectionFigure
 

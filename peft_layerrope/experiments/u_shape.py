@@ -8,7 +8,7 @@ from ..comparison.candidates import NO_SCALING, Candidate
 from ..plots import draw_positions, new_figure, to_png
 from ..report import ACCURACY, Table, legend, position_table, score_cells, times_window
 from ..scoring.scores import Interval, PositionScores, difference_interval
-from ..tasks import Task
+from ..tasks.base import Task
 from .measuring import Measuring, by_place, json_data, score_header
 from .section import Section, SectionFigure
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import TaskError, UnsupportedModelError
-from ..tasks import Example, Split
+from ..tasks.base import Example, Split
 from ..tuner.artifacts import KEY_PREFIX
 from ..tuner.frequencies import is_length_dependent
 from ..tuner.rotary import BakedLayerRope, LayerRopeLayer

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..tasks import Example, Split
+from ..tasks.base import Example, Split
 from ..tuner.sites import embedding_table
 from .batching import agrees, batched_by_length, padded, rotation_depends_on_length, whole_rows
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..errors import TaskError
-from ..tasks import Example, Split
+from ..tasks.base import Example, Split
 from ..tasks.metrics import METRICS, Judge
 from ..tuner.sites import embedding_table
 from .batching import cells, padded, whole_rows

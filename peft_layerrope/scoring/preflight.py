@@ -15,8 +15,8 @@ import numpy as np
 from ..errors import TaskError
 from ..files import to_json, write_atomically
 from ..messages import shown
-from ..tasks import Example, PromptTask, Split, SplitName, Task
-from ..tasks.prompts import ASKED_EVERYWHERE
+from ..tasks.base import Example, Split, SplitName, Task
+from ..tasks.prompts import ASKED_EVERYWHERE, PromptTask
 from ..tasks.targets import Target, Targets, common_opening, target_of
 from ..tuner.sites import trained_window
 from .generation import Written, judge_written

@@ -17,8 +17,7 @@ from torch import nn
 from ..base_model import keeping_modes
 from ..errors import TaskError
 from ..messages import check_callable, whole_number
-from ..tasks import Example, Split, SplitName, Task
-from ..tasks.base import check_task
+from ..tasks.base import Example, Split, SplitName, Task, check_task
 from ..tasks.targets import target_of
 from ..tuner.frequencies import without_memory
 from .batching import (

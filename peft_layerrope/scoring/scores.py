@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from ..errors import TaskError
-from ..tasks import MEASURES, Measure
+from ..tasks.base import MEASURES, Measure
 
 _CONFIDENCE = 0.95  # of every interval
 _PRIOR_CONTEXTS = 0.1

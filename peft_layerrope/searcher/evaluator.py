@@ -10,9 +10,9 @@ import numpy as np
 from ..scoring.batching import can_pack, row_length
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
-from ..tasks import KeyValueMix, KeyValueRetrieval, PromptTask, Split, SplitName, Task
-from ..tasks.base import spread_positions
-from ..tasks.prompts import ASKED_EVERYWHERE
+from ..tasks.base import Split, SplitName, Task, spread_positions
+from ..tasks.kv import KeyValueMix, KeyValueRetrieval
+from ..tasks.prompts import ASKED_EVERYWHERE, PromptTask
 from .space import Factors
 
 _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questions are each asked for their targets

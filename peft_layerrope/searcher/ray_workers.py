@@ -25,7 +25,7 @@ from ..errors import LayerRopeError, SearchError
 from ..messages import one_line
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
-from ..tasks import Split
+from ..tasks.base import Split
 from ..tuner.sites import embedding_table, find_stack
 from .evaluator import ModelEvaluator
 from .space import Factors

@@ -32,7 +32,7 @@ from ..report import (
 )
 from ..scoring.preflight import Preflight
 from ..scoring.scores import Interval, PositionScores
-from ..tasks import Measure
+from ..tasks.base import Measure
 from ..tuner.artifacts import check_no_model, save_adapter
 from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from .harm import Harm

@@ -22,8 +22,8 @@ from ..runs import Journal
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
-from ..tasks import PromptTask, Split, Task, check_disjoint
-from ..tasks.base import check_task
+from ..tasks.base import Split, Task, check_disjoint, check_task
+from ..tasks.prompts import PromptTask
 from ..tuner.sites import embedding_table, find_stack, trained_window
 from .evaluator import Evaluator, ModelEvaluator, available, contexts_to_ask, densely_asked, densely_scored, probes
 from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits

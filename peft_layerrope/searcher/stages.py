@@ -19,7 +19,7 @@ from peft import PeftModel
 from ..files import to_float
 from ..runs import Journal
 from ..scoring.scores import Interval, PositionScores, difference_interval, mean_interval, rank_key
-from ..tasks import Split
+from ..tasks.base import Split
 from ..tuner.scaling import merged_factors
 from .algorithms import adapt, evolve, fitted_parabola, population_of
 from .evaluator import Evaluator, fitness_by_context

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from peft_layerrope import KeyValueRetrieval
 from peft_layerrope.cli import app
 from peft_layerrope.cli.options import with_defaults
-from peft_layerrope.tasks import TaskSpecification
+from peft_layerrope.tasks.specification import TaskSpecification
 
 
 def run(*arguments: str):

@@ -7,7 +7,7 @@ import numpy as np
 from peft_layerrope import LayerRopeConfig, PositionScores
 from peft_layerrope.base_model import adapted
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.tasks import KeyValueWords
+from peft_layerrope.tasks.kv import KeyValueWords
 
 LENGTH, GROUPS = 320, 3  # beyond the demo model's window of 256, so that factors matter
 FACTORS = [1.5, 1.9, 1.6, 1.7, 1.4, 1.3]

@@ -15,7 +15,7 @@ from peft_layerrope.experiments.extrapolation import NTK, PI, run_extrapolation
 from peft_layerrope.experiments.measuring import Measuring, default_lengths, task_of_length, window_and_task
 from peft_layerrope.experiments.transfer import run_transfer
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.tasks import Perplexity
+from peft_layerrope.tasks.perplexity import Perplexity
 from peft_layerrope.tasks.specification import TaskSpecification, make_task
 from peft_layerrope.tuner.artifacts import save_adapter
 

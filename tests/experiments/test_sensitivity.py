@@ -29,7 +29,7 @@ from peft_layerrope.experiments.measuring import Measuring
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval, difference_interval, utilisation
 from peft_layerrope.searcher.space import format_layers, parse_layers
-from peft_layerrope.tasks import Split
+from peft_layerrope.tasks.base import Split
 
 GROUPS = 5
 

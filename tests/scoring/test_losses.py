@@ -12,7 +12,7 @@ from peft import get_peft_model
 
 from peft_layerrope import Example, LayerRopeConfig, PositionScores, Split, TaskError
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.tasks import KeyValueWords
+from peft_layerrope.tasks.kv import KeyValueWords
 
 IGNORED = -100
 

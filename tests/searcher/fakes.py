@@ -12,8 +12,7 @@ from torch import nn
 
 from peft_layerrope import Example, TokenTask
 from peft_layerrope.runs import JOURNAL_NAME
-from peft_layerrope.searcher import FactorGrid
-from peft_layerrope.searcher.space import FactorSpace
+from peft_layerrope.searcher.space import FactorGrid, FactorSpace
 
 SMALL_SEARCH = {"steps": 4, "test_groups": 4, "progress": False}
 """Of `search`: every stage, on a task of a few tokens."""

@@ -16,7 +16,7 @@ from peft_layerrope import LayerRopeConfig, Split, TaskError
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.evaluator import ModelEvaluator, densely_asked, fitness_by_context, probes
 from peft_layerrope.searcher.space import Factors
-from peft_layerrope.tasks import KeyValueMix
+from peft_layerrope.tasks.kv import KeyValueMix
 
 ROPE = {
     "default": {},

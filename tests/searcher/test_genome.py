@@ -9,8 +9,7 @@ import pytest
 from fakes import space_of
 
 from peft_layerrope import SearchError
-from peft_layerrope.searcher import FactorGrid, default_scaled_layers
-from peft_layerrope.searcher.space import BezierGenome
+from peft_layerrope.searcher.space import BezierGenome, FactorGrid, default_scaled_layers
 
 
 def test_grid_is_the_papers():

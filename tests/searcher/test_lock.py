@@ -23,7 +23,7 @@ from peft_layerrope.experiments.measuring import Measuring
 from peft_layerrope.experiments.report import Step
 from peft_layerrope.experiments.section import Section, kept_section
 from peft_layerrope.runs import JOURNAL_NAME, LOCK_NAME
-from peft_layerrope.searcher import plan_search
+from peft_layerrope.searcher.run import plan_search
 
 SEARCHED = Path(__file__).parents[2] / "hub_configs" / "demo-plain"
 

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from peft_layerrope import InvalidConfigError, SearchError, SearchResult, UnsupportedModelError, search
 from peft_layerrope.runs import JOURNAL_NAME
-from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.plan import SearchProgress
+from peft_layerrope.searcher.space import FactorGrid
 
 SMALL = {"steps": 4, "test_groups": 4, "seed": 3}
 SEARCHES = {"cma-es": {}, "paper": {"algorithm": "paper", "population": 4, "search_groups": 4}}

@@ -31,12 +31,11 @@ from peft_layerrope import (
 )
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval
-from peft_layerrope.searcher import FactorGrid, ResultTable
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.harm import Harm
 from peft_layerrope.searcher.plan import SearchProgress
-from peft_layerrope.searcher.result import read_record
-from peft_layerrope.searcher.space import sample_curve
+from peft_layerrope.searcher.result import ResultTable, read_record
+from peft_layerrope.searcher.space import FactorGrid, sample_curve
 from peft_layerrope.tuner.sites import find_stack
 
 SMALL = SMALL_SEARCH

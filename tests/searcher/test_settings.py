@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from peft_layerrope import SearchError, SearchSettings
-from peft_layerrope.searcher import FactorGrid
 from peft_layerrope.searcher.plan import check_length
+from peft_layerrope.searcher.space import FactorGrid
 
 OWN = (0, 1, 2, 3)
 

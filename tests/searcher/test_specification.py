@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from peft_layerrope import LayerRopeError, SearchError
-from peft_layerrope.searcher import FactorGrid, SearchSettings
-from peft_layerrope.searcher.settings import SearchSpecification, read_specification
-from peft_layerrope.tasks import TaskSpecification
+from peft_layerrope.searcher.settings import SearchSettings, SearchSpecification, read_specification
+from peft_layerrope.searcher.space import FactorGrid
+from peft_layerrope.tasks.specification import TaskSpecification
 
 FULL = SearchSpecification(
     model="some/model",

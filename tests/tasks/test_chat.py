@@ -14,9 +14,8 @@ from transformers.utils import chat_template_utils
 
 from peft_layerrope import KeyValueRetrieval, TaskError
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.tasks import TaskSpecification
 from peft_layerrope.tasks.prompts import PromptEncoder
-from peft_layerrope.tasks.specification import with_chat
+from peft_layerrope.tasks.specification import TaskSpecification, with_chat
 
 QWEN3 = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}

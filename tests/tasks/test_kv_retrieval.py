@@ -11,7 +11,9 @@ import pytest
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import KeyValueRetrieval, TaskError
-from peft_layerrope.tasks import SPLIT_NAMES, KeyValueMix, Task, check_disjoint, contains_value
+from peft_layerrope.tasks.base import SPLIT_NAMES, Task, check_disjoint
+from peft_layerrope.tasks.kv import KeyValueMix
+from peft_layerrope.tasks.metrics import contains_value
 from peft_layerrope.tasks.prompts import ASKED_EVERYWHERE, GOLD_MOVES
 
 PUBLIC = Path(__file__).parents[2] / "../shared/data/kv-retrieval-75_keys.jsonl.gz"

@@ -9,8 +9,7 @@ import pytest
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import TaskError, best_subspan_em
-from peft_layerrope.tasks import METRICS, contains_value
-from peft_layerrope.tasks.metrics import Judge, first_value, normalised
+from peft_layerrope.tasks.metrics import METRICS, Judge, contains_value, first_value, normalised
 
 
 @pytest.mark.parametrize(

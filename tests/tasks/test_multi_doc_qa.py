@@ -11,7 +11,7 @@ import pytest
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import MultiDocumentQA, TaskError, best_subspan_em
-from peft_layerrope.tasks import SPLIT_NAMES, Task, check_disjoint
+from peft_layerrope.tasks.base import SPLIT_NAMES, Task, check_disjoint
 from peft_layerrope.tasks.prompts import ASKED_EVERYWHERE, GOLD_MOVES
 
 PUBLIC = Path(__file__).parents[2] / "../shared/data/nq-open-oracle.jsonl.gz"

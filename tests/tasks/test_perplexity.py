@@ -16,7 +16,7 @@ from conftest import VOCAB, build_model
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import Perplexity, SearchError, TaskError, evaluate, plan_search, search
-from peft_layerrope.tasks import SPLIT_NAMES, Example, Split, Task, check_disjoint
+from peft_layerrope.tasks.base import SPLIT_NAMES, Example, Split, Task, check_disjoint
 from peft_layerrope.tasks.perplexity import read_source
 
 STREAM = np.arange(1000)

@@ -11,8 +11,8 @@ import pytest
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import KeyValueRetrieval, KeyValueWords, MultiDocumentQA, Perplexity, TaskError
-from peft_layerrope.tasks import SPLIT_NAMES, Task, TaskSpecification, make_task
-from peft_layerrope.tasks.specification import TASK_NAMES
+from peft_layerrope.tasks.base import SPLIT_NAMES, Task
+from peft_layerrope.tasks.specification import TASK_NAMES, TaskSpecification, make_task
 
 OTHER_VALUES = {
     "num_positions": 3,

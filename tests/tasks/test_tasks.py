@@ -6,7 +6,7 @@ import pytest
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import Example, KeyValueWords, Split, Task, TaskError, TokenTask
-from peft_layerrope.tasks import SPLIT_NAMES, check_disjoint, spread_positions
+from peft_layerrope.tasks.base import SPLIT_NAMES, check_disjoint, spread_positions
 from peft_layerrope.tasks.kv import NUM_KEYS, NUM_VALUES, key_words, value_words
 
 TOO_FEW = "of 256 pairs, too few for num_pairs or gold positions"
