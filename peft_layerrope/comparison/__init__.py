@@ -153,7 +153,7 @@ def compare(
 
     count = min(MAX_PARTS, windows.num_groups)
     bounds = [part * windows.num_groups // count for part in range(count + 1)]
-    parts = [windows.part(start, stop) for start, stop in pairwise(bounds)]
+    parts = [windows.part(range(start, stop)) for start, stop in pairwise(bounds)]
     total = len(parts) * len(candidates)
     scores = {}
     with Journal(Path(folder) if folder is not None else None, identity, resume, overwrite) as journal:

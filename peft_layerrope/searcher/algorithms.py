@@ -10,7 +10,7 @@ import numpy as np
 from deap import algorithms, base, cma, tools
 
 from ..scoring.scores import rank_key
-from .space import BezierGenome, Factors, Family
+from .space import BezierGenome, Factors
 
 
 class _Fitness(base.Fitness):
@@ -93,29 +93,13 @@ def _toolbox(genome: BezierGenome) -> base.Toolbox:
     return toolbox
 
 
-FIRST_SIGMA = 1.0
-"""First step size of CMA-ES, in parameters of which a standard draw does as much harm as is allowed."""
-
-
 def population_of(num_parameters: int) -> int:
     """Returns how many vectors a generation of CMA-ES has: Hansen's default."""
     return 4 + int(3 * np.log(num_parameters))
 
 
-class _Strategy(cma.Strategy):
-    """DEAP's strategy drawing from its own generator: DEAP itself uses NumPy's global one."""
-
-    def __init__(self, centroid: Sequence[float], sigma: float, rng: np.random.Generator, lambda_: int) -> None:
-        super().__init__(centroid=centroid, sigma=sigma, lambda_=lambda_)
-        self._rng = rng
-
-    def generate(self, ind_init: type[Individual]) -> list[Individual]:
-        steps = self._rng.standard_normal((self.lambda_, self.dim))
-        return [ind_init(point) for point in self.centroid + self.sigma * np.dot(steps, self.BD.T)]
-
-
 def adapt(
-    family: Family,
+    family: np.ndarray,
     generations: int,
     score: Callable[[int, np.ndarray, Sequence[np.ndarray]], Sequence[float]],
     seed: int,
@@ -127,14 +111,16 @@ def adapt(
     `score` is given the number of a generation, the centroid's log-factors and those of each member, and returns what
     is to be large; where it is not finite, a member is last. A log-factor stays within `limits`.
     """
-    count = family.num_parameters
-    strategy = _Strategy([0.0] * count, FIRST_SIGMA, np.random.default_rng(seed), population_of(count))
+    count, rng = family.shape[1], np.random.default_rng(seed)
+    strategy = cma.Strategy([0.0] * count, 1.0, lambda_=population_of(count))
 
     def log_factors(parameters: Sequence[float]) -> np.ndarray:
-        return np.clip(family.log_factors(np.asarray(parameters)), *limits)
+        return np.clip(family @ np.asarray(parameters), *limits)
 
     for number in range(generations):
-        people = strategy.generate(Individual)
+        # as DEAP's own `generate`, which draws from NumPy's global generator
+        steps = rng.standard_normal((strategy.lambda_, count))
+        people = [Individual(point) for point in strategy.centroid + strategy.sigma * np.dot(steps, strategy.BD.T)]
         values = score(number, log_factors(strategy.centroid), [log_factors(person) for person in people])
         for person, value in zip(people, values, strict=True):
             person.fitness.values = (rank_key(value),)

@@ -84,10 +84,10 @@ def probes(task: Task) -> tuple[Split, Split, Split]:
     """
     turns = task.num_turns if isinstance(task, KeyValueMix) else 1
     asked = densely_asked(task, "search", turns)
-    ones = [asked.part(number, number + 1) for number in range(turns)]
+    ones = [asked.part([number]) for number in range(turns)]
     tokens = np.array([row_length(one.examples) for one in ones])
     typical = int(np.argmin(abs(tokens - tokens.mean())))
-    tested = task.split("search", turns).part(typical, typical + 1)
+    tested = task.split("search", turns).part([typical])
     return max(ones, key=lambda one: one.max_tokens), ones[typical], tested
 
 

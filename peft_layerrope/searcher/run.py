@@ -150,7 +150,7 @@ def search(
             if on_begin is not None:
                 on_begin(settings)
             local = ModelEvaluator(ready.scorer)
-            evaluator = distribute(local, search.part(0, 1)) if distribute is not None else local
+            evaluator = distribute(local, search.part([0])) if distribute is not None else local
             stages = Stages(
                 ready.scorer.model,
                 settings,

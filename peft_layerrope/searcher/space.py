@@ -8,7 +8,7 @@ import math
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Annotated
@@ -151,6 +151,13 @@ class FactorSpace:
         """Returns `factors` with those of layers that borrow keys replaced by their sources'."""
         return tuple(factors[source] for source in self.key_sources)
 
+    def family(self, rows: np.ndarray) -> np.ndarray:
+        """Returns a family: the matrix, shape `(num_layers, num_parameters)`, that makes log-factors of a few numbers.
+        These are `rows`, but zeros where a layer stays at 1, and its source's row where it borrows keys.
+        """
+        free = np.isin(np.arange(self.num_layers), self.scaled_layers)
+        return (rows * free[:, None])[list(self.key_sources)]
+
 
 _BISECTION_STEPS = 60  # halves [0, 1] to below a float64's resolution
 
@@ -165,18 +172,8 @@ def sample_curve(control_points: Sequence[Sequence[float]], num_samples: int) ->
 
     Solves `x(t) = depth` by bisection (inner abscissae within [0, 1] make x(t) monotone) and returns `y(t)`, float64 of
     shape `(num_samples,)`. Depths go from 0 to 1 inclusive; a single sample is taken at depth 0.5.
-
-    Raises:
-        ValueError: the control points are not four pairs, not finite, or x(t) would not be monotone.
     """
-    points = np.asarray(control_points, dtype=np.float64)
-    if points.shape != (4, 2) or not np.isfinite(points).all():
-        raise ValueError(f"control_points must be four finite (x, y) pairs, got {control_points!r}.")
-    x, y = points[:, 0], points[:, 1]
-    if x[0] != 0 or x[3] != 1 or x.min() < 0 or x.max() > 1:
-        raise ValueError(f"control points' x must start at 0, end at 1 and stay in [0, 1], got {x.tolist()}.")
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 1.")
+    x, y = np.transpose(np.asarray(control_points, dtype=np.float64))
     depths = np.linspace(0.0, 1.0, num_samples) if num_samples > 1 else np.array([0.5])
     low, high = np.zeros_like(depths), np.ones_like(depths)
     for _ in range(_BISECTION_STEPS):
@@ -228,29 +225,6 @@ _MOST_GROWN = 1.25  # of log-factors that do less harm than they may: farther ou
 _SIDES_TRIED = 10  # times that it is looked up on which side of 1 each layer comes to lie
 
 
-@dataclass(frozen=True)
-class Family:
-    """Factor vectors whose logarithms are a linear function of a few numbers."""
-
-    basis: np.ndarray  # shape `(num_layers, num_parameters)`; a row of zeros keeps a layer at 1
-
-    @property
-    def num_parameters(self) -> int:
-        return self.basis.shape[1]
-
-    def log_factors(self, parameters: np.ndarray) -> np.ndarray:
-        """Returns the log-factor of each layer."""
-        return self.basis @ parameters
-
-    def scaled(self, units: np.ndarray) -> Family:
-        """Returns the same family with parameters in other units, shape `(num_parameters,)`."""
-        return replace(self, basis=self.basis * units)
-
-    def nearest(self, log_factors: np.ndarray) -> np.ndarray:
-        """Returns the parameters whose vector comes nearest to another one."""
-        return np.linalg.lstsq(self.basis, log_factors, rcond=None)[0]
-
-
 def harm_of(log_factors: np.ndarray, curvature: np.ndarray) -> float:
     """Returns the divergence that log-factors are to cause by what each layer causes alone, which grows with the square
     of its log-factor and is another below a factor of 1 than above: the two rows of `curvature`, `(2, num_layers)`.
@@ -258,14 +232,14 @@ def harm_of(log_factors: np.ndarray, curvature: np.ndarray) -> float:
     return float(_on_its_side(log_factors, curvature) @ log_factors**2) / 2
 
 
-def steepest(family: Family, slope: np.ndarray, curvature: np.ndarray) -> np.ndarray:
+def steepest(family: np.ndarray, slope: np.ndarray, curvature: np.ndarray) -> np.ndarray:
     """Returns the direction, of length 1, in which a value rises most for the harm that it does (see [`harm_of`]), by
     its slope along the family's parameters, shape `(num_parameters,)`.
     """
     direction = slope
     for _ in range(_SIDES_TRIED):
-        sides = _on_its_side(family.log_factors(direction), curvature)
-        direction = np.linalg.solve(family.basis.T @ (sides[:, None] * family.basis), slope)
+        sides = _on_its_side(family @ direction, curvature)
+        direction = np.linalg.solve(family.T @ (sides[:, None] * family), slope)
     return direction / np.linalg.norm(direction)
 
 
@@ -274,36 +248,21 @@ def _on_its_side(log_factors: np.ndarray, curvature: np.ndarray) -> np.ndarray:
     return np.where(log_factors < 0, below, above)
 
 
-def uniform_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
-    """One factor for all layers."""
-    return Family(_tied(np.ones((len(key_sources), 1)), key_sources, layers))
-
-
-def first_and_rest_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
+def first_and_rest_family(space: FactorSpace) -> np.ndarray:
     """The first layer has a factor of its own, all others share one."""
-    first = np.arange(len(key_sources)) == min(layers)
-    return Family(_tied(np.stack([first, ~first], axis=1).astype(float), key_sources, layers))
+    first = np.arange(space.num_layers) == space.scaled_layers[0]
+    return space.family(np.stack([first, ~first], axis=1))
 
 
-def decay_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
+def decay_family(space: FactorSpace) -> np.ndarray:
     """Factors that rise or fall exponentially with depth, as in LASP: two numbers."""
-    depth = np.linspace(0.0, 1.0, len(key_sources))
-    return Family(_tied(np.stack([np.ones_like(depth), depth], axis=1), key_sources, layers))
+    depth = np.linspace(0.0, 1.0, space.num_layers)
+    return space.family(np.stack([np.ones_like(depth), depth], axis=1))
 
 
-def per_layer_family(key_sources: Sequence[int], layers: Sequence[int]) -> Family:
-    """A factor for each layer that rotates keys of its own."""
-    own = [layer for layer in layers if key_sources[layer] == layer]
-    basis = np.zeros((len(key_sources), len(own)))
-    for column, layer in enumerate(own):
-        basis[[i for i, source in enumerate(key_sources) if source == layer], column] = 1.0
-    return Family(basis)
-
-
-def _tied(basis: np.ndarray, key_sources: Sequence[int], layers: Sequence[int]) -> np.ndarray:
-    """Rows of layers that stay at 1 are zeros, and a layer that borrows keys has its source's row."""
-    free = np.isin(np.arange(len(key_sources)), layers)
-    return (basis * free[:, None])[list(key_sources)]
+def per_layer_family(space: FactorSpace) -> np.ndarray:
+    """A factor for each free layer, all of which rotate keys of their own."""
+    return space.family(np.eye(space.num_layers)[:, list(space.scaled_layers)])
 
 
 def farthest(probe: float, divergence: float, rise: float, rise_beyond: float, bound: float) -> float:

@@ -58,7 +58,6 @@ from .space import (
     BezierGenome,
     Factors,
     FactorSpace,
-    Family,
     allowed_share,
     between,
     decay_family,
@@ -67,7 +66,6 @@ from .space import (
     harm_of,
     per_layer_family,
     steepest,
-    uniform_family,
 )
 
 T = TypeVar("T")
@@ -134,7 +132,9 @@ class Stages:
 
     def __post_init__(self) -> None:
         self._written: Windows = ()
-        self._unscaled = cache(self._unscaled_on)
+        self._ones: Factors = (1.0,) * self.space.num_layers
+        # logits or losses of the unscaled model, by which those of every vector are judged
+        self._unscaled = cache(lambda measured, *of: measured(self._ones, *of))
 
     def run(self, schedule: Schedule, search: Split, validation: Split, test: Split) -> Outcome:
         """Searches, measures, chooses, and has each vector tested. Contexts to search on are drawn with replacement
@@ -148,14 +148,13 @@ class Stages:
             self._written = tuple(map(tuple, self._once("text", "written", self._write)))
         results = self._uniform(schedule)
         start = sum(schedule.rounds)
-        layers = self.space.key_sources, self.space.scaled_layers
         if schedule.shared_contexts is None:
-            per_layer = self._evolved(PER_LAYER, per_layer_family(*layers), schedule.steps, start)
+            per_layer = self._evolved(PER_LAYER, per_layer_family(self.space), schedule.steps, start)
         else:
             per_layer = self._curve(schedule, start)
         start += schedule.own_contexts
         for name, family in _FAMILIES.items():
-            results[name] = self._evolved(name, family(*layers), schedule.control_steps, start)
+            results[name] = self._evolved(name, family(self.space), schedule.control_steps, start)
             start += contexts_of(schedule.control_steps)
         results[PER_LAYER] = per_layer
         scores = self._scored(VALIDATION, {name: results[name] for name in SIMPLEST_FIRST}, validation)
@@ -168,9 +167,7 @@ class Stages:
 
     def _part(self, start: int, count: int) -> Split:
         """Contexts number `start` and on, each once."""
-        members = list(dict.fromkeys(example.group for example in self._search.examples))
-        wanted = {members[number] for number in self._contexts[start : start + count]}
-        return replace(self._search, examples=tuple(e for e in self._search.examples if e.group in wanted))
+        return self._search.part(self._contexts[start : start + count])
 
     def _once(self, kind: str, key: str, compute: Callable[[], Any]) -> Any:
         """What is in the record, or is computed and put there."""
@@ -214,26 +211,25 @@ class Stages:
     def _log_limits(self) -> tuple[float, float]:
         return tuple(np.log(self.settings.factor_limits))
 
-    def _rounded(self, log_factors: np.ndarray) -> Factors:
-        """Factors as they are kept: rounded, and those of layers that are not free exactly 1."""
-        factors = np.round(np.exp(np.clip(log_factors, *self._log_limits)), _DIGITS)
+    def _rounded(self, log_factors: np.ndarray | float) -> Factors:
+        """Factors as they are kept: rounded, and those of layers that are not free exactly 1. A number: of all."""
+        rounded = np.round(np.exp(np.clip(log_factors, *self._log_limits)), _DIGITS)
+        factors = np.broadcast_to(rounded, self.space.num_layers)
         return self.space.spread([float(factors[layer]) for layer in self.space.scaled_layers])
 
     def _uniform(self, schedule: Schedule) -> dict[str, MethodResult]:
         """The best uniform factor of a wide range, and the best of those that keep to the bound."""
-        family = uniform_family(self.space.key_sources, self.space.scaled_layers)
         races = {UNIFORM: np.linspace(*np.log(UNIFORM_RANGE), schedule.uniform_values)}
         if self.settings.max_harm is not None:
-            races[BOUNDED] = self._bounded_values(family, self.settings.max_harm)
-        unscaled = self._rounded(np.zeros(self.space.num_layers))
+            races[BOUNDED] = self._bounded_values(self.settings.max_harm)
         results: dict[str, MethodResult] = {}
         for name, values in races.items():
-            vectors = list(dict.fromkeys(self._rounded(family.log_factors(np.array([value]))) for value in values))
+            vectors = list(dict.fromkeys(map(self._rounded, values)))
             alone = len(schedule.rounds) if NONE not in results else 0
             measured = _RESIZED if name == BOUNDED else 0
             with self._stage(race_of(name), alone + sum(schedule.running(len(vectors))) + measured):
                 if NONE not in results:
-                    results[NONE] = self._raced([unscaled], schedule)
+                    results[NONE] = self._raced([self._ones], schedule)
                 best = self._raced(vectors, schedule)
                 if name == BOUNDED:  # where the bound lies was reckoned from one window of each text
                     kept = self._rounded(self._within_bound(np.log(best.factors), grow=False))
@@ -243,16 +239,13 @@ class Stages:
         return {BOUNDED: results[UNIFORM], **results}
 
     def _write(self) -> Windows:
-        self.model.base_model.set_layer_factors(self._rounded(np.zeros(self.space.num_layers)))
+        self.model.base_model.set_layer_factors(self._ones)
         return sample_windows(self.model, NUM_WRITTEN, self.text_tokens, seed=self.settings.seed, read=self.read)
 
-    def _bounded_values(self, family: Family, bound: float) -> list[float]:
+    def _bounded_values(self, bound: float) -> list[float]:
         """Log-factors from one end of the bound to the other."""
         with self._stage(UNIFORM_HARM, 2):
-            low, high = (
-                self._harm_on_text(self._rounded(family.log_factors(np.array([v]))), windows=1)
-                for v in (-_PROBE, _PROBE)
-            )
+            low, high = (self._harm_on_text(self._rounded(far), windows=1) for far in (-_PROBE, _PROBE))
         below, above = (harm.loss_rise.value if harm.loss_rise is not None else 0.0 for harm in (low, high))
         ends = [
             -farthest(_PROBE, low.divergence.value, below, above, bound),
@@ -281,16 +274,16 @@ class Stages:
         )
         return [[to_float(value) for value in values] for values in fitness]
 
-    def _evolved(self, name: str, family: Family, count: int, start: int) -> MethodResult:
+    def _evolved(self, name: str, family: np.ndarray, count: int, start: int) -> MethodResult:
         """Searches a family by CMA-ES, each generation on contexts of its own, and ends with the mean of the last
         centroids, or where a parabola through all that was seen rises most for the harm that it does, whichever is
         better on contexts that neither knows, as far as the bound. Harm is what the curvature of each layer alone makes
         of a vector, in the measure of what was seen at the centroids.
         """
         curvature, bound = self._curvature, self.settings.max_harm
-        least = curvature.min(axis=0) @ family.basis**2  # where more is to be gained, a layer is to be seen far out
-        wide = np.sqrt(2 * (bound or _USUAL_HARM) / least / family.num_parameters)
-        family = family.scaled(np.minimum(wide, _WIDEST / np.abs(family.basis).max(axis=0)))
+        least = curvature.min(axis=0) @ family**2  # where more is to be gained, a layer is to be seen far out
+        wide = np.sqrt(2 * (bound or _USUAL_HARM) / least / family.shape[1])
+        family = family * np.minimum(wide, _WIDEST / np.abs(family).max(axis=0))
         price = 0.0 if bound is None else _PRICE_OF_BOUND / bound
         generations: list[dict[str, float | None]] = []
         seen: list[tuple[list[np.ndarray], list[float]]] = []
@@ -310,7 +303,7 @@ class Stages:
             if (expected := harm_of(centroid, curvature)) > 0:
                 seen_here = float(np.clip(divergence / expected, 1 / _MOST_RATIO, _MOST_RATIO))
                 ratio = _MEMORY * ratio + (1 - _MEMORY) * (seen_here if np.isfinite(seen_here) else _MOST_RATIO)
-            seen.append(([family.nearest(member) for member in members], fitness))
+            seen.append(([np.linalg.lstsq(family, member, rcond=None)[0] for member in members], fitness))
             generations.append({"fitness": float(np.mean(fitness)), "divergence": divergence})
             self.audience.note(f"last: fitness {np.mean(fitness):.3f}, harm {divergence:.4f}")
             harms = [price * ratio * harm_of(member, curvature) for member in members]
@@ -334,7 +327,7 @@ class Stages:
                 direction = steepest(family, slope, curvature)
                 reach = max(float(np.linalg.norm(member)) for members, _ in seen for member in members)
                 top = slope @ direction / (-2 * bend) if bend < 0 else reach
-                finalists.append(as_far_as_allowed(family.log_factors(direction), min(top, reach)))
+                finalists.append(as_far_as_allowed(family @ direction, min(top, reach)))
             split = start + count, compared_on(count)
             values = [rank_key(np.mean(seen)) for seen in self._by_context(finalists, *split)]
             best, fitness, unmerged = finalists[int(np.argmax(values))], max(values), None
@@ -343,7 +336,7 @@ class Stages:
                 self.audience.note(f"{len(set(best))} factors {unmerged:.3f}, {len(set(merged))} {fitness:.3f}")
                 best = merged
             found = self._rounded(self._within_bound(np.log(best)))
-        evaluations = len(centroids) * population_of(family.num_parameters)
+        evaluations = len(centroids) * population_of(family.shape[1])
         return MethodResult(found, fitness, evaluations, tuple(generations), unmerged=unmerged)
 
     def _merged(self, factors: Factors) -> Factors:
@@ -422,8 +415,8 @@ class Stages:
         """On one of the windows that are searched by, or its first tokens."""
         windows = self.read or self._written
         window = windows[number % len(windows)][:tokens]
-        unscaled = self._unscaled(self._few_logits, window)
-        return float(divergences(unscaled, self._few_logits(factors, window)).mean())
+        unscaled = self._unscaled(self._logits, window, _FEW)
+        return float(divergences(unscaled, self._logits(factors, window, _FEW)).mean())
 
     def _within_bound(self, log_factors: np.ndarray, grow: bool = True) -> np.ndarray:
         """Log-factors made smaller together until the harm to text is about within its bound, and as large as is found
@@ -482,16 +475,9 @@ class Stages:
         measured = [torch.cat(parts).double().cpu().numpy() for parts in (divergence, rises) if parts]
         return [[each.value, each.low, each.high] for each in map(mean_interval, measured)]
 
-    def _unscaled_on(self, what: Callable[[Factors, tuple[int, ...]], torch.Tensor], window: tuple[int, ...]) -> Any:
-        """Logits or losses of the unscaled model, by which those of every vector are judged."""
-        return what(self._rounded(np.zeros(self.space.num_layers)), window)
-
     def _logits(self, factors: Factors, window: tuple[int, ...], most: int = _COMPARED) -> torch.Tensor:
         self.model.base_model.set_layer_factors(factors)
         return window_logits(self.model, window, scored_positions(len(window), most=most))
-
-    def _few_logits(self, factors: Factors, window: tuple[int, ...]) -> torch.Tensor:
-        return self._logits(factors, window, _FEW)
 
     def _losses(self, factors: Factors, window: tuple[int, ...]) -> torch.Tensor:
         positions = scored_positions(len(window), most=_LOSSES)

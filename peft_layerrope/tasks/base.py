@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -150,9 +150,10 @@ class Split:
         """Number of independent draws."""
         return len(self.examples) // len(self.positions)
 
-    def part(self, start: int, stop: int) -> Split:
-        """Returns the split's groups from number `start` to before `stop`, in their order."""
-        wanted = set(list(dict.fromkeys(example.group for example in self.examples))[start:stop])
+    def part(self, numbers: Iterable[int]) -> Split:
+        """Returns the split's groups of these numbers, counted from 0: each once, in the split's order."""
+        groups = list(dict.fromkeys(example.group for example in self.examples))
+        wanted = {groups[number] for number in numbers}
         return replace(self, examples=tuple(e for e in self.examples if e.group in wanted))
 
     @property

@@ -52,7 +52,7 @@ def throughput(rounds: int) -> None:
     model = get_peft_model(demo_model(), SearchSettings().adapter_config([1.0] * num_layers)).eval()
     local, split = ModelEvaluator(Scorer(model)), task().split("search", 4)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    pools = {number: RayWorkers(number, threads_per_worker=1)(local, split.part(0, 1)) for number in (1, 2)}
+    pools = {number: RayWorkers(number, threads_per_worker=1)(local, split.part([0])) for number in (1, 2)}
     for number, pool in pools.items():
         pool.wait_for(number)
     rng = random.Random(0)

@@ -138,7 +138,7 @@ def test_the_report_says_all_of_it(model, split, candidates):
 
 
 def test_a_single_context_says_nothing(model, split, candidates):
-    gap = compare(model, split.part(0, 1), candidates).to_dict()["differences"]["per layer"]["no scaling"]
+    gap = compare(model, split.part([0]), candidates).to_dict()["differences"]["per layer"]["no scaling"]
     assert (gap["low"], gap["high"]) == (-1, 1)
 
 
@@ -176,7 +176,7 @@ def test_another_comparison_is_not_resumed(model, split, candidates, tmp_path):
     for message, attempt in (
         ("model was", (other, split, candidates)),
         ("dtype was", (build_model("llama").to(torch.bfloat16), split, candidates)),
-        ("split.groups was 23 there and is 22 now", (model, split.part(0, 22), candidates)),
+        ("split.groups was 23 there and is 22 now", (model, split.part(range(22)), candidates)),
         (r"candidates.per layer.layer_factors was \[1.0,", (model, split, [*rest[0], changed, *rest[1]])),
         ("answers was", (model, replace(split, examples=answered), candidates)),
         ("candidates.yarn:2 was", (model, split, candidates[:2])),

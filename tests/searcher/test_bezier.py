@@ -36,17 +36,3 @@ def test_ends_are_exact():
 
 def test_single_sample_is_the_middle():
     assert sample_curve([(0, 1.0), (1 / 3, 4 / 3), (2 / 3, 5 / 3), (1, 2.0)], 1) == pytest.approx([1.5])
-
-
-@pytest.mark.parametrize(
-    ("points", "message"),
-    [
-        ([(0, 1), (1, 1)], "four finite"),
-        ([(0, 1), (0.3, float("nan")), (0.6, 1), (1, 1)], "four finite"),
-        ([(0.1, 1), (0.3, 1), (0.6, 1), (1, 1)], "start at 0, end at 1"),
-        ([(0, 1), (1.3, 1), (0.6, 1), (1, 1)], "stay in"),
-    ],
-)
-def test_bad_control_points(points, message):
-    with pytest.raises(ValueError, match=message):
-        sample_curve(points, 4)

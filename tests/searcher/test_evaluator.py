@@ -94,7 +94,7 @@ def test_a_plan_knows_that_contexts_of_a_mix_differ_in_length():
     tokenizer = tiny_bpe()
     task = KeyValueMix(tokenizer, length=2600, num_positions=3)
     longest, typical, tested = probes(task)
-    contexts = [densely_asked(task, "search", 9).part(number, number + 1) for number in range(9)]
+    contexts = [densely_asked(task, "search", 9).part([number]) for number in range(9)]
 
     def tokens(one):  # a context and its different questions
         return len(one.examples[0].context_ids) + sum(map(len, {e.asked_ids + e.answer_ids[:-1] for e in one.examples}))

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_LAYERS, build_model
-from fakes import SMALL_SEARCH, token_task
+from conftest import build_model
+from fakes import SMALL_SEARCH, space_of, token_task
 from scipy.special import rel_entr, softmax
 from tiny_tokenizer import tiny_bpe
 
-from peft_layerrope import SearchSettings, TaskError, search
+from peft_layerrope import SearchSettings, TaskError, evaluate, search
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher.harm import (
     NUM_WINDOWS,
@@ -29,6 +29,7 @@ from peft_layerrope.searcher.harm import (
 from peft_layerrope.searcher.plan import Rates, Schedule, schedule_for
 from peft_layerrope.searcher.settings import MIN_STEPS
 from peft_layerrope.searcher.space import (
+    FactorGrid,
     allowed_share,
     between,
     decay_family,
@@ -37,11 +38,9 @@ from peft_layerrope.searcher.space import (
     harm_of,
     per_layer_family,
     steepest,
-    uniform_family,
 )
 from peft_layerrope.searcher.stages import SIMPLEST_FIRST, Stages
 
-LAYERS = range(NUM_LAYERS)
 SMALL = SMALL_SEARCH
 
 
@@ -111,20 +110,15 @@ def test_what_a_model_writes_goes_on_from_what_people_wrote():
 @pytest.mark.parametrize(
     ("family", "parameters", "expected"),
     [
-        (uniform_family, [0.5], [0.5] * 4),
         (first_and_rest_family, [0.1, 0.4], [0.1, 0.4, 0.4, 0.4]),
         (decay_family, [0.1, 0.3], [0.1, 0.2, 0.3, 0.4]),
         (per_layer_family, [1, 2, 3, 4], [1, 2, 3, 4]),
     ],
 )
 def test_families_make_the_vectors_that_they_are_named_after(family, parameters, expected):
-    made = family(LAYERS, LAYERS)
-    found = made.log_factors(np.array(parameters))
-    np.testing.assert_allclose(found, expected)
-    np.testing.assert_allclose(made.nearest(found), parameters)
-    some = family((0, 1, 0, 3), (0, 3))  # layer 2 borrows keys, layer 1 is not free
-    parameters = np.linspace(0.2, 0.5, some.basis.shape[1])
-    vector = some.log_factors(parameters)
+    np.testing.assert_allclose(family(space_of(4)) @ parameters, expected)
+    some = family(space_of(4, scaled=(0, 3), sources=(0, 1, 0, 3)))  # layer 2 borrows keys, layer 1 is not free
+    vector = some @ np.linspace(0.2, 0.5, some.shape[1])
     assert vector[1] == 0.0
     assert vector[2] == vector[0] != 0.0
 
@@ -133,15 +127,15 @@ def test_families_make_the_vectors_that_they_are_named_after(family, parameters,
 def test_no_direction_gains_more_for_its_harm_than_the_steepest(family):
     """Though a layer may bear a smaller factor much better than a larger one."""
     rng = np.random.default_rng(0)
-    made, curvature = family(LAYERS, LAYERS), np.exp(rng.normal(0, 1, (2, 4)))
-    slope = rng.normal(size=made.num_parameters)
+    made, curvature = family(space_of(4)), np.exp(rng.normal(0, 1, (2, 4)))
+    slope = rng.normal(size=made.shape[1])
 
     def gain(direction):
-        return slope @ direction / np.sqrt(harm_of(made.log_factors(direction), curvature))
+        return slope @ direction / np.sqrt(harm_of(made @ direction, curvature))
 
     found = steepest(made, slope, curvature)
     assert np.linalg.norm(found) == pytest.approx(1)
-    assert gain(found) >= max(gain(direction) for direction in rng.normal(size=(2000, made.num_parameters))) - 1e-9
+    assert gain(found) >= max(gain(direction) for direction in rng.normal(size=(2000, made.shape[1]))) - 1e-9
     below, above = (harm_of(np.array([far, 0, 0, 0]), curvature) for far in (-0.2, 0.2))
     assert (below, above) == pytest.approx((0.02 * curvature[0, 0], 0.02 * curvature[1, 0]))
 
@@ -321,3 +315,13 @@ def test_layers_that_are_not_searched_count_among_the_different_factors():
     factors = found.table["per_layer"].factors
     assert factors[0] == 1.0
     assert len(set(factors)) == 2
+
+
+def test_no_scaling_is_the_unscaled_model_where_the_range_does_not_hold_1():
+    fields = {**SMALL, "max_harm": None, "test_groups": 4, "grid": FactorGrid(min_factor=1.2)}
+    model, task = build_model("llama"), token_task(length=14)
+    found = search(model, task, **fields).table
+    assert set(found["none"].factors) == {1.0}
+    assert min(found["per_layer"].factors) >= 1.2
+    expected = evaluate(build_model("llama"), task, num_groups=4)
+    np.testing.assert_allclose(found["none"].scores.log_prob, expected.log_prob, atol=1e-5)
