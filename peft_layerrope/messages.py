@@ -114,9 +114,3 @@ def whole_number(name: str, value: Any, least: int | None = None, most: int | No
     else:
         return int(value)
     raise TaskError(f"{name}={named(value)} must be {expected}.")
-
-
-def check_callable(name: str, value: Any) -> None:
-    """Raises TaskError unless `value` is None or can be called."""
-    if value is not None and not callable(value):
-        raise TaskError(f"{name}={named(value)} must be a function, or None.")

@@ -127,10 +127,6 @@ class Journal(AbstractContextManager):
         """Returns the value of an entry, as JSON has it; None if there is none."""
         return self._values.get(kind, {}).get(to_json(key))
 
-    def values(self, kind: str) -> list[Any]:
-        """Returns the values of all entries of a kind, in the order in which their keys first came."""
-        return list(self._values.get(kind, {}).values())
-
     @contextmanager
     def reading(self) -> Iterator[None]:
         """In its block, values that are not what they should be count as damage of the journal."""

@@ -103,6 +103,7 @@ def test_a_model_that_never_answers_is_refused_with_what_it_wrote(smollm2_model,
 
 def test_the_difficulty_that_is_found_leaves_something_to_mend(smollm2_model, smollm2_tokenizer):
     task = task_of(smollm2_tokenizer, num_keys=12, max_new_tokens=8)
-    found, curve = find_difficulty(Scorer(smollm2_model), task, num_groups=3)
-    assert 0.4 <= dict(curve)[found.num_items] <= 0.9
+    curve: dict[int, float] = {}
+    found = find_difficulty(Scorer(smollm2_model), task, num_groups=3, tell=curve.__setitem__)
+    assert 0.4 <= curve[found.num_items] <= 0.9
     assert 3 <= found.num_items <= 12

@@ -57,9 +57,9 @@ def test_an_entry_is_found_by_kind_and_key_and_the_last_one_counts(tmp_path, mon
         assert not (tmp_path / "run" / JOURNAL_NAME).exists()  # before the first entry
         fill(journal, ENTRIES)
         assert journal.get("measured", (1.0, 1 / 3)) == ENTRIES[3][2]
-        assert journal.values("measured") == [ENTRIES[3][2], ENTRIES[2][2]]
-        assert journal.values("stage") == [ENTRIES[4][2]]
-        assert (journal.get("measured", [2.0]), journal.values("scored")) == (None, [])
+        assert journal.get(*ENTRIES[2][:2]) == ENTRIES[2][2]
+        assert journal.get(*ENTRIES[4][:2]) == ENTRIES[4][2]
+        assert (journal.get("measured", [2.0]), journal.get("scored", (1.0, 1 / 3))) == (None, None)
     assert any(tmp_path.iterdir()) == on_disk
 
 
@@ -103,7 +103,8 @@ def test_one_that_cannot_begin_leaves_what_it_would_overwrite(tmp_path, monkeypa
             journal.append("x", 1, 1)
     assert (tmp_path / JOURNAL_NAME).read_bytes() == before
     with Journal(tmp_path, IDENTITY, resume=True) as journal:
-        assert (journal.values("x"), len(journal.values("measured"))) == ([], 2)
+        assert journal.get("x", 1) is None
+        assert [journal.get(*entry[:2]) for entry in ENTRIES[2:4]] == [entry[2] for entry in ENTRIES[2:4]]
 
 
 @contextmanager
@@ -142,10 +143,10 @@ def test_a_journal_is_begun_once_unless_it_is_to_be_overwritten(tmp_path):
     assert (tmp_path / JOURNAL_NAME).read_bytes() == before
     with Journal(tmp_path, {"other": 1}, overwrite=True) as journal:
         assert (tmp_path / JOURNAL_NAME).read_bytes() == before
-        assert not journal.values("measured")
+        assert journal.get(*ENTRIES[3][:2]) is None
         journal.append("x", 1, 1)
     with Journal(tmp_path, {"other": 1}, resume=True) as journal:
-        assert (journal.values("x"), journal.values("measured")) == ([1], [])
+        assert (journal.get("x", 1), journal.get(*ENTRIES[3][:2])) == (1, None)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def with_difficulty(
     def tell(count: int, accuracy: float) -> None:
         err.print(f"difficulty: {count} {easy.item}s, {100 * accuracy:.1f} % right answers")
 
-    found, _ = find_difficulty(Scorer(model, batch_tokens=batch_tokens), easy, tell=tell)
+    found = find_difficulty(Scorer(model, batch_tokens=batch_tokens), easy, tell=tell)
     err.print(f"difficulty: {found.size_setting}={found.num_items} is chosen.")
     return replace(task, difficulty=None, **{found.size_setting: found.num_items})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -87,7 +86,7 @@ class Comparison:
             "scores": {label: scores.to_dict() for label, scores in self.scores.items()},
             "difference_of": "minus the loss, in nats" if self.measure == "loss" else "average accuracy",
             "differences": {
-                label: {other: _plain(self.difference(label, other)) for other in self.scores if other != label}
+                label: {other: self.difference(label, other).to_dict() for other in self.scores if other != label}
                 for label in self.scores
             },
         }
@@ -215,12 +214,6 @@ def check_candidates(model: nn.Module, candidates: Sequence[Candidate]) -> dict[
     return described
 
 
-def _plain(interval: Interval) -> dict[str, float | None]:
-    """JSON knows no infinity, which is how wide the interval of a single group is."""
-    values = {"value": interval.value, "low": interval.low, "high": interval.high}
-    return {name: round(value, 6) if math.isfinite(value) else None for name, value in values.items()}
-
-
 _ROOM, _GAP = 70, 2  # of 80 columns beside the positions; between two columns
 _MIDDLE_NEEDS = 3  # positions
 
@@ -303,18 +296,11 @@ def by_position_tables(comparison: Comparison, title: str) -> list[Table]:
     """
     whole = _position_table(comparison)
     positions, *columns = zip(whole.header, *whole.rows, strict=True)
-    groups: list[list[tuple[str, ...]]] = [[]]
-    room = _ROOM
-    for column in columns:
-        width = max(map(len, column[1:])) + _GAP
-        if width > room and groups[-1]:
-            groups.append([])
-            room = _ROOM
-        groups[-1].append(column)
-        room -= width
+    widest = max(len(cell) for row in whole.rows for cell in row[1:])
+    beside = max(1, _ROOM // (widest + _GAP))
     tables: list[Table] = []
-    for group in groups:
-        header, *rows = zip(positions, *group, strict=True)
+    for start in range(0, len(columns), beside):
+        header, *rows = zip(positions, *columns[start : start + beside], strict=True)
         title, caption = ("", "") if tables else (title, whole.caption)
         tables.append(Table(header, tuple(rows), title, caption, text_columns=()))
     return tables

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +203,7 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(one) for one in value]
-    if isinstance(value, Interval):
-        return {name: round(end, 6) if math.isfinite(end) else None for name, end in asdict(value).items()}
-    if isinstance(value, PositionScores):
+    if isinstance(value, (Interval, PositionScores)):
         return value.to_dict()
     if hasattr(value, "describe"):
         return value.describe()

@@ -95,11 +95,6 @@ class Batch:
     owner: torch.Tensor  # which of `examples` it belongs to, as an index into them
     examples: tuple[int, ...]  # indices into the split's examples
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the forward pass runs, padding included."""
-        return self.inputs["input_ids"].numel()
-
 
 def make_batches(
     model: nn.Module, examples: Sequence[Example], batch_tokens: int, packed: bool | None = None

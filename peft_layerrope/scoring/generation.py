@@ -6,7 +6,6 @@ length, a forward pass over everything does not.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,13 +36,14 @@ class Written:
 
 class AnswerWriter:
     """Has a model write at most `max_new_tokens` tokens after examples of a split: as many as its judge says, or as the
-    longest answer has. Without a judge, right is what begins with an example's own `answer_ids`.
+    longest answer has, but no more than `most`. Without a judge, right is what begins with an example's own
+    `answer_ids`.
 
     Raises:
         TaskError: what is written could not be judged, or the model cannot write.
     """
 
-    def __init__(self, model: nn.Module, split: Split) -> None:
+    def __init__(self, model: nn.Module, split: Split, most: int | None = None) -> None:
         check_judged(split)
         if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
             model = model.get_base_model()  # whose layers hold the adapter
@@ -52,18 +52,13 @@ class AnswerWriter:
         self._model = model
         self._judge = split.judge
         longest = max(len(example.answer_ids) for example in split.examples)
-        self.max_new_tokens = split.judge.max_new_tokens if split.judge is not None else longest
+        wanted = split.judge.max_new_tokens if split.judge is not None else longest
+        self.max_new_tokens = wanted if most is None else min(most, wanted)
         self._ends: set[int] = set()
         if split.judge is not None:  # otherwise the answer's own tokens may hold an end of text
             ends = self._model.generation_config.eos_token_id
             listed = ends if isinstance(ends, (list, tuple)) else [ends]
             self._ends = {token for token in (*listed, split.judge.tokenizer.eos_token_id) if token is not None}
-
-    def limited(self, max_new_tokens: int) -> AnswerWriter:
-        """Returns a writer of the same answers that stops after so many tokens, or earlier."""
-        other = copy.copy(self)
-        other.max_new_tokens = min(max_new_tokens, self.max_new_tokens)
-        return other
 
     def after_prompts(self, examples: Sequence[Example]) -> list[Written]:
         """Writes after whole prompts, padded on the left to one length."""

@@ -221,13 +221,11 @@ def find_difficulty(
     task: PromptTask,
     *,
     num_groups: int = PREFLIGHT_GROUPS,
-    tell: Callable[[int, float], Any] | None = None,
-) -> tuple[PromptTask, list[tuple[int, float]]]:
-    """Finds, by bisection, how many items make the unscaled model's accuracy, averaged over the positions, lie between
-    `AUTO_LOW` and `AUTO_HIGH`; the task's own `num_items` is the most that may be taken.
-
-    Returns:
-        The task with the number found, and every number that was tried with its accuracy; `tell` is told each of them.
+    tell: Callable[[int, float], Any],
+) -> PromptTask:
+    """Returns the task with so many items, found by bisection, that the unscaled model's accuracy, averaged over the
+    positions, lies between `AUTO_LOW` and `AUTO_HIGH`; its own `num_items` is the most that may be taken. `tell` is
+    told each number that is tried, and its accuracy.
 
     Raises:
         TaskError: no number reaches `AUTO_LOW`, or even the most items leave it above `AUTO_HIGH`; the message
@@ -240,10 +238,9 @@ def find_difficulty(
         sized = task.resized(size, task.length)
         value = _accuracy(scorer, sized.split("search", max(1, sized.available("search", num_groups))))
         curve.append((size, value))
-        if tell is not None:
-            tell(size, value)
+        tell(size, value)
         if AUTO_LOW <= value <= AUTO_HIGH:
-            return sized, curve
+            return sized
         if value > AUTO_HIGH:
             low = size + 1
             # nothing harder is known to be too hard yet: double rather than halve the distance

@@ -6,7 +6,7 @@ metric, is what figures are made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..base_model import keeping_modes
 from ..errors import TaskError
-from ..messages import check_callable, whole_number
+from ..messages import named, whole_number
 from ..tasks.base import Example, Split, SplitName, Task, check_task
 from ..tasks.targets import target_of
 from ..tuner.frequencies import without_memory
@@ -73,7 +73,6 @@ class Scorer:
     ) -> None:
         self.model = model
         self.batch_tokens = whole_number("batch_tokens", batch_tokens, 1)  # halved for good whenever memory runs out
-        self.num_tokens = 0  # that forward passes have run so far, padding included
         self._cache_contexts = cache_contexts
         self._shown = progress or (lambda batches: batches)
         self._is_checked = False
@@ -147,7 +146,7 @@ class Scorer:
         if sheet is not None and not cached:
             self._halving(lambda: self._score_rows(dict(enumerate(split.examples)), sheet))
         sheets = {"sheet": sheet} if cached else {}
-        short = writer.limited(_USUAL_NEW_TOKENS)
+        short = AnswerWriter(self.model, split, _USUAL_NEW_TOKENS)
         written = answers(short, split.examples, **sheets)
         long = [index for index, answer in enumerate(written) if answer.cut_off]
         if long and writer.max_new_tokens > short.max_new_tokens:
@@ -213,7 +212,6 @@ class Scorer:
         for batch in self._shown(batches):
             members = [indices[index] for index in batch.examples]
             sheet.add(members, answer_logits(self.model, batch), batch.gold, batch.owner, again)
-            self.num_tokens += batch.num_tokens
 
     def _write_rows(self, examples: Sequence[Example], *, writer: AnswerWriter) -> list[Written]:
         found: dict[int, Written] = {}
@@ -221,10 +219,7 @@ class Scorer:
         alike = rotation_depends_on_length(self.model)
         batches = batched_by_length(range(len(examples)), lengths.__getitem__, self.batch_tokens, same_length=alike)
         for batch in self._shown(list(batches)):
-            asked = [examples[index] for index in batch]
-            found |= zip(batch, writer.after_prompts(asked), strict=True)
-            self.num_tokens += len(batch) * max(len(example.prompt_ids) for example in asked)
-            self.num_tokens += sum(len(found[index].ids) for index in batch)
+            found |= zip(batch, writer.after_prompts([examples[index] for index in batch]), strict=True)
         return [found[index] for index in range(len(examples))]
 
     @torch.no_grad()
@@ -240,7 +235,6 @@ class Scorer:
         batches = list(context_batches(examples, writer.max_new_tokens if writer is not None else 0, self.batch_tokens))
         for batch in self._shown(batches):
             contexts = run_contexts(self.model, [context for context, _ in batch])
-            self.num_tokens += contexts.ids.numel()
             rows = [(row, index) for row, (_, members) in enumerate(batch) for index in members]
             if sheet is not None:
                 self._score_questions(sheet, contexts, rows, examples)
@@ -260,11 +254,10 @@ class Scorer:
         examples: Sequence[Example] | Mapping[int, Example],
         again: bool = False,
     ) -> None:
-        for part in self._chunks(rows, contexts.ids.shape[1]):
+        for part in batched_by_length(rows, lambda row: contexts.ids.shape[1], self.batch_tokens):
             asked = [examples[index] for _, index in part]
             ids = [example.asked_ids + example.answer_ids[:-1] for example in asked]
             logits = question_logits(self.model, contexts.rows([row for row, _ in part]), ids)
-            self.num_tokens += logits.shape[0] * logits.shape[1]
             answers = [
                 (row, len(example.asked_ids) - 1 + place, token)
                 for row, example in enumerate(asked)
@@ -277,24 +270,14 @@ class Scorer:
         self, writer: AnswerWriter, contexts: ContextBatch, rows: list[tuple[int, int]], examples: Sequence[Example]
     ) -> dict[int, Written]:
         found: dict[int, Written] = {}
-        by_length = not attends_fully(self.model)  # a window counts the padding before a shorter question
-        groups: dict[int, list[tuple[int, int]]] = {}
-        for row, index in rows:
-            groups.setdefault(len(examples[index].query_ids) if by_length else 0, []).append((row, index))
-        for group in groups.values():
-            length = max(len(examples[index].query_ids) for _, index in group)
-            for part in self._chunks(group, contexts.ids.shape[1] + length + writer.max_new_tokens):
-                copied, members = contexts.rows([row for row, _ in part]), [index for _, index in part]
-                answers = writer.after_contexts(copied, [examples[index] for index in members])
-                found |= zip(members, answers, strict=True)
-                self.num_tokens += length * len(part) + sum(len(answer.ids) for answer in answers)
+        width = contexts.ids.shape[1] + writer.max_new_tokens
+        alike = not attends_fully(self.model)  # a window counts the padding before a shorter question
+        for part in batched_by_length(
+            rows, lambda row: width + len(examples[row[1]].query_ids), self.batch_tokens, same_length=alike
+        ):
+            copied, members = contexts.rows([row for row, _ in part]), [index for _, index in part]
+            found |= zip(members, writer.after_contexts(copied, [examples[index] for index in members]), strict=True)
         return found
-
-    def _chunks(self, rows: list[tuple[int, int]], length: int) -> Iterator[list[tuple[int, int]]]:
-        """Cuts rows of so many tokens into pieces that fit."""
-        at_once = max(1, self.batch_tokens // length)
-        for start in range(0, len(rows), at_once):
-            yield rows[start : start + at_once]
 
     @torch.no_grad()
     def _token_log_probs(self, split: Split, scored: int) -> np.ndarray:
@@ -304,7 +287,6 @@ class Scorer:
         for batch in self._shown(batches):
             log_probs, _ = judge_tokens(answer_logits(self.model, batch), batch.gold)
             found[list(batch.examples)] = log_probs.view(len(batch.examples), scored).double().cpu().numpy()
-            self.num_tokens += batch.num_tokens
         return found
 
 
@@ -355,7 +337,8 @@ def evaluate(
         TaskError: no task, the split cannot be made, or a token id is outside the model's vocabulary.
     """
     check_task(task)
-    check_callable("progress", progress)
+    if progress is not None and not callable(progress):
+        raise TaskError(f"progress={named(progress)} must be a function, or None.")
     examples, scorer = task.split(split, num_groups), Scorer(model, batch_tokens=batch_tokens, progress=progress)
     return scorer.score(examples) if examples.measure == "loss" else scorer.measure(examples)
 

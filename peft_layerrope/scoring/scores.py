@@ -39,6 +39,10 @@ class Interval:
         """Returns value, low and high for a report, rounded."""
         return [_short(value) for value in (self.value, self.low, self.high)]
 
+    def to_dict(self) -> dict[str, float | None]:
+        """Returns value, low and high by name, rounded; None for what is not finite."""
+        return {name: _short(end) if math.isfinite(end) else None for name, end in vars(self).items()}
+
     @classmethod
     def from_list(cls, values: Sequence[float | None]) -> Interval:
         """Makes one of a file's value, low and high, where null stands for what is not finite."""
@@ -283,25 +287,21 @@ class PositionScores:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain numbers for a JSON report."""
-        average = self.average()
-        if self.measure == "loss":
-            return {
-                "positions": list(self.positions),
-                "loss_by_position": [-_short(v) for v in self.value_by_position],
-                "loss_intervals": [[-_short(i.high), -_short(i.low)] for i in self.intervals()],
-                "average_loss": -_short(average.value),
-                "average_loss_interval": [-_short(average.high), -_short(average.low)],
-                "perplexity": _short(perplexity(-average.value)),
-            }
+        average, intervals = self.average(), self.intervals()
+        if self.measure == "loss":  # in the loss itself
+            average, intervals = average.negated(), [interval.negated() for interval in intervals]
+        by_position = [interval.to_list() for interval in intervals]
         plain = {
             "positions": list(self.positions),
-            "accuracy_by_position": [_short(v) for v in self.accuracy_by_position],
-            "accuracy_intervals": [[_short(i.low), _short(i.high)] for i in self.intervals()],
-            "average_accuracy": _short(average.value),
-            "average_accuracy_interval": [_short(average.low), _short(average.high)],
-            "utilisation": _short(self.utilisation()),
-            "log_prob_by_position": [_short(v) for v in self.log_prob_by_position],
+            f"{self.measure}_by_position": [value for value, *_ in by_position],
+            f"{self.measure}_intervals": [ends for _, *ends in by_position],
+            f"average_{self.measure}": _short(average.value),
+            f"average_{self.measure}_interval": average.to_list()[1:],
         }
+        if self.measure == "loss":
+            return plain | {"perplexity": _short(perplexity(average.value))}
+        plain["utilisation"] = _short(self.utilisation())
+        plain["log_prob_by_position"] = [_short(v) for v in self.log_prob_by_position]
         if self.written is not None:
             columns = {"teacher_forced": self.written.forced, "strict_accuracy": self.written.strict}
             plain |= {

@@ -21,7 +21,7 @@ from ..errors import TaskError
 from ..messages import one_line
 from ..scoring.batching import judge_tokens, logits_at, whole_rows, with_halving
 from ..scoring.scores import Interval, mean_interval, rank_key
-from ..tasks.perplexity import tokenised
+from ..tasks.perplexity import beginning, tokenised
 from ..tuner.sites import embedding_table
 
 Windows = tuple[tuple[int, ...], ...]
@@ -53,8 +53,7 @@ def read_windows(tokenizer: PreTrainedTokenizerBase | None, text: Path | None, l
     size = min(length, len(ids) // NUM_WINDOWS)
     if unknown <= _MAX_UNKNOWN and size >= _SCORED:
         # of a document, only the first window would begin as texts do
-        bos = tokenizer.bos_token_id
-        begin = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        begin = beginning(tokenizer)
         starts = [i * (len(ids) // NUM_WINDOWS) for i in range(NUM_WINDOWS)]
         return tuple(tuple([*begin, *ids[start : start + size - len(begin)]]) for start in starts)
     if text is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -20,11 +21,8 @@ from .result import BOUNDED, DECAY, FIRST_REST, LABELS, PER_LAYER, UNIFORM
 from .settings import SearchSettings
 
 
-class SearchProgress:
+class SearchProgress(AbstractContextManager):
     """What a search tells its audience. This one hears and says nothing."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         return None

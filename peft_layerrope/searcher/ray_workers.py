@@ -90,16 +90,12 @@ class WorkerPool:
         self._sent_probe = ray.put(_sendable(probe))
         self._recipe = [ray.put(part) for part in recipe]  # kept, for workers that are made anew
         actor = ray.remote(Worker).options(**options)
+        self.at_once = settings.num_workers
         self._workers = [actor.remote(self._recipe) for _ in range(settings.num_workers)]
         self._idle: list[Any] = []
         self._pending: dict[Any, tuple[Any, int | None]] = {}  # of every call its worker, and its vector's number
         for worker in self._workers:
             self._check(worker)
-
-    @property
-    def at_once(self) -> int:
-        """How many vectors are worked on at the same time."""
-        return len(self._workers)
 
     def scores(self, vectors: Sequence[Factors], split: Split, written: bool = False) -> list[PositionScores]:
         """See [`Evaluator`].

@@ -161,10 +161,7 @@ class HeldOutTables:
 
     def curves_to_plot(self) -> dict[str, PositionScores]:
         """Returns the rows of the accuracy plot: all, but for those whose factors a row before them has."""
-        rows: dict[Factors, TableRow] = {}
-        for row in self.table:
-            rows.setdefault(tuple(row.factors), row)
-        return {row.label: row.scores for row in rows.values()}
+        return {row.label: row.scores for row in self.table if row.label == self.label(row.name)}
 
 
 @dataclass(frozen=True)

@@ -122,13 +122,12 @@ def search(
         raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
     kept = Path(folder) if folder is not None else None
     with _prepared(model, task, settings) as ready, progress as audience:
-        plan, schedule = ready.plan, ready.plan.schedule
-        settings = replace(settings, steps=schedule.steps, test_groups=plan.test_groups)
+        plan, settings = ready.plan, ready.settings
         if on_plan is not None:
             on_plan(plan)
         audience.expect(plan.seconds)
-        found = _looked(ready, task, settings, kept if resume else None, audience)
-        search, *others = splits = _splits(model, task, settings, schedule, found)
+        found = _looked(ready, kept if resume else None, audience)
+        search, *others = splits = _splits(ready, found)
         identity = {
             "settings": {name: value for name, value in asdict(settings).items() if name != "minutes"},
             "task": task.describe(),
@@ -162,8 +161,8 @@ def search(
                 audience,
                 enough or (lambda: False),
             )
-            outcome = stages.run(schedule, search, *others)
-        return _result(ready, task, settings, outcome, stages, found, splits)
+            outcome = stages.run(plan.schedule, search, *others)
+        return _result(ready, outcome, stages, found, splits)
 
 
 def plan_search(model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any) -> Plan:
@@ -189,6 +188,8 @@ def _settings(settings: SearchSettings | None, overrides: dict[str, Any]) -> Sea
 class _Prepared:
     """A model with an adapter whose factors are all 1, and what is known of the search before the first look."""
 
+    task: Task
+    settings: SearchSettings  # with the plan's steps and contexts
     scorer: Scorer
     space: FactorSpace
     windows: Windows
@@ -205,7 +206,8 @@ def _prepared(model: nn.Module, task: Task, settings: SearchSettings) -> Iterato
         scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
         windows = _windows(scorer, task, settings)
         plan = _plan(scorer, task, settings, space, windows, started)
-        yield _Prepared(scorer, space, windows, plan)
+        settled = replace(settings, steps=plan.schedule.steps, test_groups=plan.test_groups)
+        yield _Prepared(task, settled, scorer, space, windows, plan)
 
 
 def _source(settings: SearchSettings) -> str:
@@ -249,10 +251,9 @@ def _plan(
     return Plan(schedule, seconds, groups, longest.max_tokens, tokens)
 
 
-def _looked(
-    ready: _Prepared, task: Task, settings: SearchSettings, folder: Path | None, audience: SearchProgress
-) -> Preflight | None:
+def _looked(ready: _Prepared, folder: Path | None, audience: SearchProgress) -> Preflight | None:
     """What the unscaled model writes; of a search that goes on in a folder, what it wrote then."""
+    task, settings, schedule = ready.task, ready.settings, ready.plan.schedule
     if not isinstance(task, PromptTask):
         return None
 
@@ -260,7 +261,6 @@ def _looked(
         audience.advance()
         audience.note(text)
 
-    schedule = ready.plan.schedule
     wanted = {
         "search": contexts_to_ask(task, schedule.search_contexts),
         "validation": available(task, "validation", schedule.validation_contexts),
@@ -273,33 +273,26 @@ def _looked(
     return found
 
 
-def _splits(
-    model: nn.Module, task: Task, settings: SearchSettings, schedule: Schedule, found: Preflight | None
-) -> tuple[Split, Split, Split]:
+def _splits(ready: _Prepared, found: Preflight | None) -> tuple[Split, Split, Split]:
     """The search, the validation and the test split, which share no context."""
+    task, schedule = ready.task, ready.plan.schedule
     searched = prepared(task, found) if found is not None else task
     made = (
         densely_asked(searched, "search", contexts_to_ask(searched, schedule.search_contexts)),
         densely_asked(task, "validation", available(task, "validation", schedule.validation_contexts)),
-        task.split("test", settings.test_groups),
+        task.split("test", ready.settings.test_groups),
     )
     check_disjoint(made)
     for split in made:
-        check_vocabulary(model, split.examples)
+        check_vocabulary(ready.scorer.model, split.examples)
     search, validation, test = (with_targets(split, found, task) for split in made)
     return search, validation, test
 
 
 def _result(
-    ready: _Prepared,
-    task: Task,
-    settings: SearchSettings,
-    outcome: Outcome,
-    stages: Stages,
-    found: Preflight | None,
-    splits: Sequence[Split],
+    ready: _Prepared, outcome: Outcome, stages: Stages, found: Preflight | None, splits: Sequence[Split]
 ) -> SearchResult:
-    plan, base = ready.plan, ready.scorer.model.get_base_model()
+    plan, settings, base = ready.plan, ready.settings, ready.scorer.model.get_base_model()
     name = model_name(base)
     rows = [
         TableRow(key, f.factors, f.fitness, f.evaluations, outcome.test[key], outcome.harm[key])
@@ -324,7 +317,7 @@ def _result(
         model_name=name,
         base=describe_loading(base),
         model_window=trained_window(base),
-        task=task.describe(),
+        task=ready.task.describe(),
         splits=[split.describe() for split in splits],
         history=[{"generation": number, **generation} for number, generation in enumerate(generations)],
         bound={
@@ -339,12 +332,13 @@ def _result(
             "plan": plan.to_dict(),
         },
         preflight=found,
-        notes=_notes(ready, settings, outcome),
+        notes=_notes(ready, outcome),
     )
 
 
-def _notes(ready: _Prepared, settings: SearchSettings, outcome: Outcome) -> tuple[str, ...]:
+def _notes(ready: _Prepared, outcome: Outcome) -> tuple[str, ...]:
     """What came out, its harm, and what it took, in sentences."""
+    settings = ready.settings
     chosen, harm = outcome.chosen, outcome.harm[outcome.chosen]
     scores, before = outcome.test[chosen], outcome.test[NONE]
     bound = "with no bound" if settings.max_harm is None else f"under a bound of {settings.max_harm:g} nats"

@@ -127,7 +127,7 @@ class Perplexity:
             raise TaskError("text needs a tokenizer; without one pass token ids.")
         else:
             self._ids = tokenised(texts, tokenizer, source)
-        self._beginning = _beginning(tokenizer)
+        self._beginning = beginning(tokenizer)
         self._body = length - len(self._beginning)
         self._step = self.stride or self._body
 
@@ -182,8 +182,8 @@ class Perplexity:
         }
 
 
-def _beginning(tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """The BOS token, if the tokenizer puts it before a text by itself."""
+def beginning(tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """Returns the BOS token, if the tokenizer puts it before a text by itself."""
     if tokenizer is None or tokenizer.bos_token_id is None:
         return ()
     ids = tokenizer("a")["input_ids"]

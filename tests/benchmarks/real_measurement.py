@@ -18,7 +18,8 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_layerrope import Example, KeyValueRetrieval, LayerRopeConfig, MultiDocumentQA, Split
@@ -71,9 +73,22 @@ def rank_correlation(one: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple
 
 def timed(scorer: Scorer, split: Split, **options: bool) -> tuple[float, int]:
     """Seconds and tokens of one likelihood evaluation."""
-    before, start = scorer.num_tokens, time.perf_counter()
-    scorer.score(split, **options)
-    return time.perf_counter() - start, scorer.num_tokens - before
+    with counted(scorer.model) as passes:
+        start = time.perf_counter()
+        scorer.score(split, **options)
+        return time.perf_counter() - start, sum(passes)
+
+
+@contextmanager
+def counted(model: nn.Module) -> Iterator[list[int]]:
+    """Lists the tokens of every forward pass of its block, padding included."""
+    passes: list[int] = []
+
+    def count(module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
+        passes.append((args[0] if args else kwargs["input_ids"]).numel())
+
+    with model.register_forward_pre_hook(count, with_kwargs=True):
+        yield passes
 
 
 def main() -> None:
@@ -98,9 +113,10 @@ def main() -> None:
         task = MultiDocumentQA(tokenizer, data=arguments.data, num_documents=arguments.num_documents, **shape)
 
     scorer, console = Scorer(base), Console()
-    start = time.perf_counter()
-    found = preflight(scorer, task, wanted={"search": arguments.groups})
-    learnt = time.perf_counter() - start, scorer.num_tokens
+    with counted(base) as passes:
+        start = time.perf_counter()
+        found = preflight(scorer, task, wanted={"search": arguments.groups})
+        learnt = time.perf_counter() - start, sum(passes)
     for line in found.remarks():
         console.print(line)
     split = with_targets(prepared(task, found).split("search", arguments.groups), found, task)

@@ -42,9 +42,10 @@ def test_the_difficulty_leaves_something_to_mend(share, most):
     def bounded(pairs: int) -> float:
         return min(max(share(pairs), 0.0), 1.0)
 
-    found, curve = find_difficulty(Formula(bounded), task_of(most), num_groups=GROUPS)
-    assert 0.4 <= dict(curve)[found.num_items] <= 0.9
-    assert dict(curve)[found.num_items] == pytest.approx(bounded(found.num_items), abs=0.5 / (3 * GROUPS) + 1e-9)
+    curve: dict[int, float] = {}
+    found = find_difficulty(Formula(bounded), task_of(most), num_groups=GROUPS, tell=curve.__setitem__)
+    assert 0.4 <= curve[found.num_items] <= 0.9
+    assert curve[found.num_items] == pytest.approx(bounded(found.num_items), abs=0.5 / (3 * GROUPS) + 1e-9)
     assert len(curve) <= 12
 
 
