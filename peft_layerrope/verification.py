@@ -27,7 +27,7 @@ from .tuner.injection import BAKED_CONFIG_KEY, baked_config
 from .tuner.model import LayerRopeModel
 from .tuner.rotary import LayerRopeLayer
 from .tuner.sites import DecoderStack, find_stack, model_type, table_types, text_config
-from .tuner.tables import holds_tables
+from .tuner.tables import holds_tables, table_parts
 
 OK, MISMATCH, NO_ROTATION = "ok", "mismatch", "no rotation"
 
@@ -240,7 +240,7 @@ def _record(
     trying = False  # while a layer is run again to see whether it minds its table
 
     def note(layer: int, value: Any, name: str = "") -> None:
-        record[layer].tables += [(name, precise.get(id(_parts(t)[0]), t)) for name, t in _tables_in(value, name)]
+        record[layer].tables += [(name, precise.get(id(table_parts(t)[0]), t)) for name, t in _tables_in(value, name)]
 
     def on_layer(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         nonlocal trying
@@ -306,7 +306,7 @@ def _turned_back(value: Any) -> Any:
 
 def _angles(table: Any) -> np.ndarray:
     """The angles of each row and dimension, `(S, r)`, float64, from -pi to pi."""
-    rows = [part.reshape(-1, *part.shape[-2:])[0].cpu() for part in _parts(table)]
+    rows = [part.reshape(-1, *part.shape[-2:])[0].cpu() for part in table_parts(table)]
     if len(rows) == 1:
         return rows[0].to(torch.complex128).angle().numpy()
     cos, sin = (part.double().numpy() for part in rows)
@@ -315,10 +315,6 @@ def _angles(table: Any) -> np.ndarray:
 
 def _wrapped(angles: np.ndarray) -> np.ndarray:
     return np.abs((angles + np.pi) % (2 * np.pi) - np.pi)
-
-
-def _parts(table: Any) -> list[torch.Tensor]:
-    return [table] if isinstance(table, torch.Tensor) else list(table)
 
 
 def _check(
@@ -335,14 +331,14 @@ def _check(
         return result(NO_ROTATION, note="" if received.ran else "the layer does not run on text alone")
     measured, close = [], []
     for (rotation, own), (_, scaled) in zip(tables, received.tables, strict=True):
-        if _parts(own)[0].shape[-2] < 2:
+        if table_parts(own)[0].shape[-2] < 2:
             continue  # a table of one position says nothing
         own_angles, all_scaled_angles = _angles(own), _angles(scaled)
         angles, scaled_angles = own_angles[1], all_scaled_angles[1]
         distinct, times = np.unique(angles.round(12), return_counts=True)
         distinct, pairs = distinct[::-1], len(angles) // times[-1]  # a part of them may have no rotation at all
         depths = np.searchsorted(-distinct, -angles.round(12)) / max(pairs - 1, 1)
-        is_half = _parts(scaled)[0].element_size() < 4
+        is_half = table_parts(scaled)[0].element_size() < 4
         expected_angles = angles / rotation.expected_ratios(factor, depths)
         usable = (np.minimum(angles, expected_angles) > (_SMALLEST_HALF if is_half else _SMALLEST)) & (
             (angles < 0.5) | (len(distinct) == 1)
@@ -378,7 +374,7 @@ def _own_rotaries(stack: DecoderStack, model: nn.Module) -> Iterator[dict[int, A
         kwargs = {name: value.float() if name == "x" else value for name, value in kwargs.items()}
         args = (args[0].float(), *args[1:]) if args else args
         answers.append(output)
-        precise[id(_parts(output)[0])] = rotary.forward(*args, **kwargs)
+        precise[id(table_parts(output)[0])] = rotary.forward(*args, **kwargs)
 
     with ExitStack() as afterwards:
         for site in stack.sites:

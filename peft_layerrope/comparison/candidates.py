@@ -22,6 +22,7 @@ from ..messages import last_component, one_line, shown
 from ..tuner.artifacts import check_weights_file
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import frequencies_at, inv_freq_names, own_frequencies, rope_type_reaches
+from ..tuner.injection import SCALING_FIELDS
 from ..tuner.sites import RotarySite, find_stack, model_type, prove_rotary_scales, text_config, trained_window
 
 _KEPT = ("_modules", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks")
@@ -172,7 +173,6 @@ BASELINES = {
 _NUMBERS = {"none": 0, "first_and_rest": 2}  # all others take one
 ROPE_TYPES = ("linear", "dynamic", "yarn")
 """Baselines that are transformers' own scalings."""
-_SCALING_FIELDS = ("rope_type", "factor", "layer_factors", "original_max_position_embeddings", "target_length")
 
 
 @dataclass(frozen=True)
@@ -301,4 +301,4 @@ def candidate_on(model: nn.Module, candidate: Candidate) -> Iterator[nn.Module]:
 
 
 def _scaling(config: LayerRopeConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _SCALING_FIELDS}
+    return {name: getattr(config, name) for name in SCALING_FIELDS}

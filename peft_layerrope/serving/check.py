@@ -22,6 +22,7 @@ from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table
 
 _TOKENS, _PROMPTS = 256, 4
+_ECHOED = {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
 _MAX_ANSWER = 2**24  # bytes
 _TIMEOUT = 600  # seconds, for a server that is busy
 _NEARER = 0.2  # of the way between the two models; half precision moves log-probabilities too
@@ -76,15 +77,8 @@ def server_log_probs(url: str, prompts: Sequence[Sequence[int]]) -> list[np.ndar
         name = _ask(f"{base}/models")["data"][0]["id"]
         found = []
         for ids in prompts:
-            wanted = {
-                "model": name,
-                "prompt": list(ids),
-                "max_tokens": 1,
-                "temperature": 0,
-                "echo": True,
-                "logprobs": 1,
-            }
-            values = _ask(f"{base}/completions", wanted)["choices"][0]["logprobs"]["token_logprobs"]
+            answer = _ask(f"{base}/completions", {"model": name, "prompt": list(ids), **_ECHOED})
+            values = answer["choices"][0]["logprobs"]["token_logprobs"]
             found.append(np.array(values[1 : len(ids)], dtype=np.float64))
     except HTTPError as error:
         told = one_line(error.read(1000).decode(errors="replace"))

@@ -185,13 +185,7 @@ def _remote_code(model: PreTrainedModel, config: LayerRopeConfig) -> _Checkpoint
     if len(stack.sites) > 1 or any(table_types(model, len(stack.layers))):
         raise AdapterMismatchError("remote-code takes models whose layers share one rotary table.")
     made = copy.deepcopy(model.config)
-    made.layer_rope_scaling = {
-        "rope_type": scaling.rope_type,
-        "factor": scaling.factor,
-        "layer_factors": list(scaling.layer_factors),
-        "window": scaling.original_max_position_embeddings,
-        "target_length": scaling.target_length,
-    }
+    made.layer_rope_scaling = scaling.to_plain()
     return made, {}
 
 

@@ -30,8 +30,8 @@ class ScaledLayers:
         if rope["rope_type"] != "dynamic":
             return frequencies / factor
         # Dynamic-NTK: the lower a frequency, the more it is divided; nothing inside the trained window
-        length = rope["target_length"] or position_ids.max() + 1
-        excess = torch.as_tensor(length - rope["window"], device=frequencies.device).clamp(min=0) / rope["window"]
+        length, window = rope["target_length"] or position_ids.max() + 1, rope["original_max_position_embeddings"]
+        excess = torch.as_tensor(length - window, device=frequencies.device).clamp(min=0) / window
         exponents = torch.arange(len(frequencies), device=frequencies.device) / (len(frequencies) - 1)
         return frequencies * (1 + factor * excess) ** -exponents
 

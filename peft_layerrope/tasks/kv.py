@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -30,8 +30,6 @@ from .base import (
     spread_positions,
 )
 from .prompts import (
-    ASKED_EVERYWHERE,
-    GOLD_MOVES,
     Prompt,
     PromptSettings,
     PromptTask,
@@ -78,18 +76,15 @@ _MARGIN = 6  # standard deviations of a context's length that are left free
 class _Line(Record):
     """A record of the public format."""
 
+    items = "ordered_kv_records"
     ordered_kv_records: Annotated[tuple[tuple[Text, Text], ...], Field(min_length=2)]
     key: Text
     value: Text
 
-    @property
-    def num_items(self) -> int:
-        return len(self.ordered_kv_records)
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         values = dict(self.ordered_kv_records)
-        if len(values) < self.num_items or values.get(self.key) != self.value:
+        if len(values) < len(self.ordered_kv_records) or values.get(self.key) != self.value:
             raise TaskError(
                 f"ordered_kv_records must have distinct keys, and hold key={shown(self.key)} with "
                 f"value={shown(self.value)}."
@@ -168,7 +163,7 @@ class KeyValueRetrieval(PromptTask):
             records = [KeyValueRecord(r.ordered_kv_records, [*dict(r.ordered_kv_records)].index(r.key)) for r in lines]
             splits = cut_into_splits([record.pairs for record in records], self.seed, str(self.data))
             self._splits = {name: [records[i] for i in numbers] for name, numbers in splits.items()}
-            self._most_items = lines[0].num_items
+            self._most_items = len(lines[0].ordered_kv_records)
             num_keys = num_keys or self._most_items
         elif num_keys is None:
             if self.length is None:
@@ -183,12 +178,6 @@ class KeyValueRetrieval(PromptTask):
         found = self._splits[name][:num_groups]
         check_enough(len(found), num_groups, f"{self.name}, split {name!r}: the file has {len(found)} contexts for it")
         return found
-
-    def available(self, split_name: SplitName, most: int) -> int:
-        return most if self.data is None else min(most, len(self._splits[split_name]))
-
-    def protocol(self, split_name: SplitName) -> str:
-        return ASKED_EVERYWHERE if self.data is None else GOLD_MOVES  # as the public protocol has it
 
     def _written(self, source: KeyValueRecord, position: int, group: int) -> Prompt:
         record = replace(source, gold=position) if self.data is None else source.moved(position, self.num_items)
@@ -247,6 +236,7 @@ class KeyValueMix(PromptTask):
     metric = KeyValueRetrieval.metric
     item = "token"
     size_setting = "length"
+    num_turns = len(_SHARES) * len(_MOST_KEYS)  # contexts after which lengths and kinds come again
 
     def __init__(
         self,
@@ -261,7 +251,7 @@ class KeyValueMix(PromptTask):
         self._parts: list[KeyValueRetrieval] = []
         for number, (turn, keys) in enumerate(product(range(len(_SHARES)), _MOST_KEYS)):
             share = _SHARES[(turn + number) % len(_SHARES)]  # another length with each turn of a kind
-            own = {**settings, "seed": len(_SHARES) * len(_MOST_KEYS) * self.seed + number, "length": length // share}
+            own = {**settings, "seed": self.num_turns * self.seed + number, "length": length // share}
             try:
                 part = KeyValueRetrieval(tokenizer, keys=keys, num_positions=len(self.positions), **own)
             except TaskError as error:
@@ -273,21 +263,10 @@ class KeyValueMix(PromptTask):
     def size(self) -> int:
         return self.length
 
-    @property
-    def num_turns(self) -> int:
-        """After how many contexts lengths and kinds come again."""
-        return len(self._parts)
-
     def _sources(self, name: SplitName, num_groups: int, elsewhere: bool) -> list[KeyValueRecord]:
         count = self.num_turns
         drawn = [part._sources(name, -(-num_groups // count), elsewhere) for part in self._parts]
         return [drawn[number % count][number // count] for number in range(num_groups)]
-
-    def available(self, split_name: SplitName, most: int) -> int:
-        return most
-
-    def protocol(self, split_name: SplitName) -> str:
-        return ASKED_EVERYWHERE
 
     def _written(self, source: KeyValueRecord, position: int, group: int) -> Prompt:
         place = position * (len(source.pairs) - 1) // (_PERCENT - 1)
@@ -366,12 +345,7 @@ class KeyValueWords:
         Raises:
             TaskError: the split is unknown, or `num_groups` is below 1.
         """
-        examples = [
-            self._example(pairs, gold, index, group)
-            for group, pairs in enumerate(self._contexts(name, num_groups))
-            for index, gold in enumerate(self.positions)
-        ]
-        return Split(name, self.seed, self.positions, tuple(examples))
+        return Split(name, self.seed, self.positions, tuple(self._examples(name, num_groups, self.positions)))
 
     def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
         """Returns the prompts of a split as text that the tokenizer turns into exactly the examples' token ids;
@@ -381,21 +355,17 @@ class KeyValueWords:
             TaskError: the split is unknown, a position is out of range, or no text gives these token ids.
         """
         wanted = self.positions if positions is None else check_positions(positions, self.num_pairs, "pair")
-        return [
-            self._prompt(self._example(pairs, gold, 0, group), gold)
-            for group, pairs in enumerate(self._contexts(split_name, num_groups))
-            for gold in wanted
-        ]
+        return [self._prompt(e, wanted[e.position]) for e in self._examples(split_name, num_groups, wanted)]
 
-    def _contexts(self, name: SplitName, num_groups: int) -> list[list[_Pair]]:
+    def _examples(self, name: SplitName, num_groups: int, positions: Sequence[int]) -> Iterator[Example]:
         check_request(name, num_groups)
         rng, keys, values = split_stream(self.seed, name), key_words(), value_words()
-        contexts = []
-        for _ in range(num_groups):
+        for group in range(num_groups):
             drawn = rng.permutation(NUM_KEYS)[: self.num_pairs].tolist()
-            pairs = _draw_evenly(rng, NUM_VALUES, 2 * self.num_pairs).reshape(-1, 2).tolist()
-            contexts.append([(keys[k], values[a], values[b]) for k, (a, b) in zip(drawn, pairs, strict=True)])
-        return contexts
+            taken = _draw_evenly(rng, NUM_VALUES, 2 * self.num_pairs).reshape(-1, 2).tolist()
+            pairs = [(keys[k], values[a], values[b]) for k, (a, b) in zip(drawn, taken, strict=True)]
+            for index, gold in enumerate(positions):
+                yield self._example(pairs, gold, index, group)
 
     def _encoded(self, words: Sequence[str]) -> list[int]:
         return [token for word in words for token in self._ids[word]]

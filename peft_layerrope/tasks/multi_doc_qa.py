@@ -53,13 +53,10 @@ class Passage:
 class _Line(Record):
     """A record of the public format."""
 
+    items = "ctxs"
     question: Text
     answers: Annotated[tuple[Text, ...], Field(min_length=1)]
     ctxs: tuple[Passage, ...]
-
-    @property
-    def num_items(self) -> int:
-        return len(self.ctxs)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

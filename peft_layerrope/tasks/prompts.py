@@ -250,6 +250,7 @@ class PromptTask(ABC):
         self.length = whole_number("length", length, 1, MAX_LENGTH) if length is not None else None
         self.num_items = 0
         self.positions: tuple[int, ...] = ()
+        self._splits: Mapping[SplitName, Sequence[Any]] = {}  # what a file has for each
         self._most_items: int | None = None  # as the file has them; None: any number
 
     def _arrange(self, num_items: int, num_positions: int | None) -> None:
@@ -278,13 +279,15 @@ class PromptTask(ABC):
     def _written(self, source: Any, position: int, group: int) -> Prompt:
         """The prompt of a context with the gold item at `position`."""
 
-    @abstractmethod
     def protocol(self, split_name: SplitName) -> str:
-        """How the contexts of a split are asked: [`GOLD_MOVES`] or [`ASKED_EVERYWHERE`]."""
+        """Returns how the contexts of a split are asked: [`ASKED_EVERYWHERE`] where they are generated, else
+        [`GOLD_MOVES`], as the public protocol has it.
+        """
+        return ASKED_EVERYWHERE if self.data is None else GOLD_MOVES
 
-    @abstractmethod
     def available(self, split_name: SplitName, most: int) -> int:
         """Returns how many contexts of a split there are, but no more than `most`."""
+        return most if self.data is None else min(most, len(self._splits[split_name]))
 
     def prompts(self, split_name: SplitName, num_groups: int, positions: Sequence[int] | None = None) -> list[Prompt]:
         """Returns a split's prompts as text, in the order of [`split`]'s examples, with its arguments and errors."""
@@ -397,11 +400,7 @@ class Record(BaseModel):
     """A line of a data file. What else it holds than the fields is not looked at."""
 
     model_config = ConfigDict(strict=True, frozen=True)
-
-    @property
-    def num_items(self) -> int:
-        """Items of a context: as many in all records of a file; 0 where it is no context."""
-        return 0
+    items: ClassVar[str] = ""  # the field with a context's items, as many in all records; empty: it is no context
 
 
 R = TypeVar("R", bound=Record)
@@ -434,8 +433,7 @@ def _record(line: bytes, kind: type[R], where: str, first: R | None) -> R:
         record = kind.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         raise converted(error, kind, TaskError, where) from error
-    if first is not None and record.num_items != first.num_items:
-        raise TaskError(
-            f"{where}: a context of {record.num_items} items, expected {first.num_items} as in the first record."
-        )
+    count, expected = (len(getattr(one, kind.items, ())) for one in (record, first or record))
+    if count != expected:
+        raise TaskError(f"{where}: a context of {count} items, expected {expected} as in the first record.")
     return record

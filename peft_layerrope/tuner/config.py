@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Optional
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 from pydantic import Field
+from pydantic_core import to_jsonable_python
 
 from ..declaration import declared
 from ..errors import AdapterMismatchError, InvalidConfigError
@@ -196,13 +197,7 @@ class LayerRopeConfig(PeftConfig):
         checked = _Values(**{one.name: getattr(self, one.name) for one in fields(_Values)})
         super().__post_init__()
         self.peft_type = LAYER_ROPE
-        self.factor = checked.factor
-        if checked.layer_factors is not None:
-            self.layer_factors = list(checked.layer_factors)
-        if checked.control_points is not None:
-            self.control_points = [list(point) for point in checked.control_points]
-        if checked.scaled_layers is not None:
-            self.scaled_layers = list(checked.scaled_layers)
+        vars(self).update(to_jsonable_python(checked))  # whole numbers as floats where these are meant, tuples as lists
 
     def resolved_layer_factors(self, num_hidden_layers: int, owner: str = "the model") -> list[float]:
         """Returns one factor for each layer of a model, all 1.0 where none were given; raises AdapterMismatchError if

@@ -32,14 +32,13 @@ from .tables import LayerScaling, LayerTableHook
 BAKED_CONFIG_KEY = "layer_rope"
 """Entry of a baked model's `config.json` that remembers what was baked in."""
 
-_SCALING_FIELDS = tuple(field.name for field in fields(LayerScaling) if field.init)
+SCALING_FIELDS = tuple(field.name for field in fields(LayerScaling) if field.init)
 
 
 def record_baked(config: PretrainedConfig, scaling: LayerScaling | None) -> None:
     """Writes the scaling in force into a model's config, or with None removes what is there."""
     if scaling is not None:
-        values = {name: getattr(scaling, name) for name in _SCALING_FIELDS}
-        setattr(config, BAKED_CONFIG_KEY, {**values, "layer_factors": list(scaling.layer_factors)})
+        setattr(config, BAKED_CONFIG_KEY, scaling.to_plain())
     elif hasattr(config, BAKED_CONFIG_KEY):
         delattr(config, BAKED_CONFIG_KEY)
 
@@ -53,7 +52,7 @@ def baked_config(model: nn.Module) -> LayerRopeConfig:
             "saved from a baked one."
         )
     try:
-        return LayerRopeConfig(**{name: baked.get(name) for name in _SCALING_FIELDS})
+        return LayerRopeConfig(**{name: baked.get(name) for name in SCALING_FIELDS})
     except InvalidConfigError as error:
         raise InvalidConfigError(f"config.json: {BAKED_CONFIG_KEY}: {error}") from error
 
@@ -63,45 +62,42 @@ def scaling_for(config: LayerRopeConfig, model: nn.Module, stack: DecoderStack) 
     factors = config.resolved_layer_factors(len(stack.layers), model_type(model))
     window = config.original_max_position_embeddings or trained_window(model)
     scaling = LayerScaling(config.rope_type, config.factor, tuple(factors), window, config.target_length)
-    reason = _why_not(scaling, model, stack)
-    if reason:
-        raise AdapterMismatchError(reason)
+    _check_bearable(scaling, model, stack)
     return scaling
 
 
-def _why_not(scaling: LayerScaling, model: nn.Module, stack: DecoderStack) -> str:
-    """Why the model's layers cannot bear it; empty if they can."""
+def _check_bearable(scaling: LayerScaling, model: nn.Module, stack: DecoderStack) -> None:
+    """Raises AdapterMismatchError if the model's layers cannot bear a scaling."""
     name, factors = model_type(model), scaling.layer_factors
     for layer, source in enumerate(stack.key_sources):
         if factors[layer] != factors[source]:
-            return (
+            raise AdapterMismatchError(
                 f"layer {layer} of {name} attends to keys that layer {source} has rotated (a shared KV cache), so both "
                 f"need the same factor: got {factors[layer]} and {factors[source]}."
             )
     if scaling.rope_type != "default" and not any(reached_tables(site, model) for site in stack.sites):
-        return (
+        raise AdapterMismatchError(
             f"rope_type={scaling.rope_type!r} scales what full-attention layers rotate by, and those of {name} do not "
             "rotate: use rope_type='default'."
         )
     if scaling.rope_type != "dynamic":
-        return ""
+        return
     if any(is_length_dependent(site.original) for site in stack.sites):
-        return (
+        raise AdapterMismatchError(
             "rope_type='dynamic' on a model whose own rope_type is 'dynamic' or 'longrope': both depend on the length. "
             "Use rope_type='default', or set the model's own rope_parameters to 'default'."
         )
     own = [inv_freq for site in stack.sites for inv_freq in own_frequencies(site.original, model).values()]
     if not all((inv_freq.diff() <= 0).all() for inv_freq in own):
-        return (
+        raise AdapterMismatchError(
             f"rope_type='dynamic' stretches frequencies by their place, and {name} keeps them in another order: use "
             "rope_type='default' or 'linear'."
         )
     if scaling.original_max_position_embeddings is None:
-        return (
+        raise AdapterMismatchError(
             f"rope_type='dynamic' needs the trained window, and {name}'s config has no max_position_embeddings: set "
             "original_max_position_embeddings."
         )
-    return ""
 
 
 def layer_frequencies(config: LayerRopeConfig, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -165,12 +161,8 @@ def rotary_traits(site: RotarySite, model: nn.Module) -> RotaryTraits:
 
 def register_hooks(stack: DecoderStack) -> list[Any]:
     """Hooks the decoder layers where they share a rotary; returns the handles."""
-    if not stack.has_shared:
-        return []
-    return [
-        layer.register_forward_pre_hook(LayerTableHook(index), with_kwargs=True)
-        for index, layer in enumerate(stack.layers)
-    ]
+    hooked = stack.layers if stack.has_shared else ()
+    return [layer.register_forward_pre_hook(LayerTableHook(i), with_kwargs=True) for i, layer in enumerate(hooked)]
 
 
 def other_tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:

@@ -126,8 +126,10 @@ class LayerRopeModel(BaseTuner):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._add_config_to_model(adapter_name, config)
 
-    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        """Never called: `inject_adapter` replaces PEFT's walk over target modules."""
+    def _without_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: there are no weights to train, cast or unmerge, and `inject_adapter` replaces PEFT's walk."""
+
+    _create_and_replace = _cast_adapter_dtype = set_requires_grad = unmerge_adapter = _without_weights
 
     def _stack(self) -> DecoderStack:
         stack = find_stack(self.model)
@@ -175,7 +177,7 @@ class LayerRopeModel(BaseTuner):
         present, stack = self.peft_config[adapter_name], self._stack()
         wrappers, scaling = stack.wrappers(), scaling_for(config, self.model, stack)
         config.layer_factors = list(scaling.layer_factors)
-        if scaling.same_as(wrappers[0].scalings[adapter_name]):
+        if scaling.to_plain() == wrappers[0].scalings[adapter_name].to_plain():
             return
         if present.origin is None:
             raise AdapterMismatchError(
@@ -212,17 +214,11 @@ class LayerRopeModel(BaseTuner):
         self._unread.pop(adapter_name, None)
         self._drop_configs_of_model([adapter_name])
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Nothing to do: there are no weights."""
-
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Leaves the output as it is, which is all that an in-place merge promises: there are no weights."""
         active = self._stack().wrappers()[0].active_adapters
         if adapter_names is not None and list(adapter_names) != list(active):
             raise ValueError(f"only the active adapter {active} can be merged, got {adapter_names}: set_adapter first.")
-
-    def unmerge_adapter(self) -> None:
-        """Counterpart of [`merge_adapter`]."""
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for wrapper in self._stack().wrappers():
@@ -272,9 +268,6 @@ class LayerRopeModel(BaseTuner):
                 del configs[name]
         if configs is not None and not configs:
             del self.model.peft_config
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Nothing to cast: there are no weights."""
 
     # Saving and loading. PEFT calls these as class methods; `model` is the PeftModel (or an injected base model).
 

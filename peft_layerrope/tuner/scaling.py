@@ -47,25 +47,16 @@ def scale_inv_freq(
         raise ValueError(f"rope_type={rope_type!r} is unknown, expected one of {', '.join(ROPE_TYPES)}.")
     if seq_len is None or original_max_position_embeddings is None:
         raise ValueError("rope_type='dynamic' needs seq_len and original_max_position_embeddings.")
-    alpha = dynamic_alpha(factor * factors, seq_len, original_max_position_embeddings)
+    # Dynamic-NTK's growth of the base, as 1 + f * (n - N) / N with n - N in integers: a length inside the window gives
+    # exactly 1 and leaves the base frequencies bit for bit, and one just beyond it loses no digits. A length that is a
+    # tensor stays one: no device synchronisation.
+    beyond = torch.as_tensor(seq_len, device=inv_freq.device) - original_max_position_embeddings
+    excess = beyond.clamp(min=0).to(inv_freq.dtype) / original_max_position_embeddings
+    alpha = 1 + factor * factors * excess
     pairs = inv_freq.shape[0]
     # 2i / (r - 2) with r = 2 * pairs; a single pair has i = 0 only and keeps its frequency.
     exponents = torch.arange(pairs, device=inv_freq.device, dtype=inv_freq.dtype) / max(pairs - 1, 1)
     return inv_freq * alpha**-exponents
-
-
-def dynamic_alpha(
-    factors: torch.Tensor, seq_len: int | torch.Tensor, original_max_position_embeddings: int
-) -> torch.Tensor:
-    """Returns Dynamic-NTK's growth of the base, `f * n / N - (f - 1)`, and 1 for `n <= N`.
-
-    Written as `1 + f * (n - N) / N`, with `n - N` in integers, so that a length inside the window gives exactly 1 and
-    leaves the base frequencies bit for bit, and one just beyond it loses no digits. A tensor `seq_len` stays a
-    tensor: no device synchronisation.
-    """
-    beyond = torch.as_tensor(seq_len, device=factors.device) - original_max_position_embeddings
-    excess = beyond.clamp(min=0).to(factors.dtype) / original_max_position_embeddings
-    return 1 + factors * excess
 
 
 def plain_rope(inv_freq: torch.Tensor) -> tuple[float, float] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +13,7 @@ from transformers import PretrainedConfig
 from ..errors import UnsupportedModelError
 from .frequencies import inv_freq_names, layer_type_of
 from .rotary import BakedLayerRope, LayerRopeLayer, RotaryShell
-from .tables import family_table, split_tables, stacked_tables
+from .tables import family_table, split_tables, stacked_tables, table_parts
 
 _UNSCALABLE = {
     "diffusion_gemma": "its decoder attends to keys that an encoder with a rotary embedding of its own has rotated, so "
@@ -258,7 +257,7 @@ def tables_can_be_stacked(rotary: nn.Module) -> bool:
                 split = split_tables(table, positions.shape[-2])
             except _CALL_ERRORS:
                 return False
-            same = [all(map(torch.equal, _parts(table), parts)) for table, parts in zip(split, single, strict=False)]
+            same = [all(map(torch.equal, table_parts(one), parts)) for one, parts in zip(split, single, strict=False)]
             if len(split) != len(single) or not all(same):
                 return False
     return True
@@ -287,10 +286,5 @@ def _frequencies(like: torch.Tensor) -> torch.Tensor:
 
 def _table(
     rotary: nn.Module, divisor: float | torch.Tensor, x: torch.Tensor, positions: torch.Tensor, arguments: tuple
-) -> list[torch.Tensor]:
-    return _parts(family_table(rotary, lambda _, v: _frequencies(v) / divisor, x, positions, *arguments))
-
-
-def _parts(table: Any) -> list[torch.Tensor]:
-    parts = (table,) if isinstance(table, torch.Tensor) else table
-    return [torch.view_as_real(part) if part.is_complex() else part for part in parts]
+) -> tuple[torch.Tensor, ...]:
+    return table_parts(family_table(rotary, lambda _, v: _frequencies(v) / divisor, x, positions, *arguments))

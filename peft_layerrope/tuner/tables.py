@@ -43,9 +43,10 @@ class LayerScaling:
         object.__setattr__(self, "distinct", distinct)
         object.__setattr__(self, "index", tuple(distinct.index(factor) for factor in self.layer_factors))
 
-    def same_as(self, other: LayerScaling) -> bool:
-        """Whether both rotate alike."""
-        return all(getattr(self, one.name) == getattr(other, one.name) for one in fields(self) if one.init)
+    def to_plain(self) -> dict[str, Any]:
+        """Returns what makes it, as JSON values."""
+        values = {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+        return {**values, "layer_factors": list(self.layer_factors)}
 
     def tensor_on(self, device: torch.device, values: tuple, dtype: torch.dtype) -> torch.Tensor:
         """Returns `distinct` or `index` as a tensor, made once for each device."""
@@ -146,9 +147,9 @@ def split_tables(stacked: Any, batch: int) -> tuple[Any, ...]:
     return tuple(zip(*[split_tables(part, batch) for part in stacked], strict=True))
 
 
-def map_table(function: Callable[[torch.Tensor], Any], table: Any) -> Any:
-    """Applies `function` to each tensor of a table: to `cos` and `sin`, or to a complex `freqs_cis`."""
-    return function(table) if isinstance(table, torch.Tensor) else tuple(function(part) for part in table)
+def table_parts(table: Any) -> tuple[torch.Tensor, ...]:
+    """Returns the tensors of a table: `cos` and `sin`, or a complex `freqs_cis`."""
+    return (table,) if isinstance(table, torch.Tensor) else tuple(table)
 
 
 class LayerTables:
@@ -197,7 +198,9 @@ class TableBank(LayerTables):
         if row is None:
             return self._tables[self._index[layer.layer_idx]]
         rows = row * self._batch + torch.arange(self._batch, device=row.device)
-        return map_table(lambda part: part.index_select(-3, rows), self._stacked)
+        if isinstance(self._stacked, torch.Tensor):
+            return self._stacked.index_select(-3, rows)
+        return tuple(part.index_select(-3, rows) for part in self._stacked)
 
 
 class TablesOnDemand(LayerTables):

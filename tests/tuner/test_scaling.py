@@ -10,7 +10,7 @@ import torch
 from conftest import build_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from peft_layerrope.tuner.scaling import dynamic_alpha, merged_factors, scale_inv_freq
+from peft_layerrope.tuner.scaling import merged_factors, scale_inv_freq
 
 FACTORS = [1.0, 1.3, 1.7, 2.0]
 
@@ -71,9 +71,11 @@ def test_dynamic_leaves_the_window_bit_equal(seq_len):
     assert all(torch.equal(row, inv_freq) for row in scaled)
 
 
-def test_alpha_of_a_tensor_length_stays_a_tensor():
-    alpha = dynamic_alpha(torch.tensor([1.0, 2.0]), torch.tensor(128), 64)
-    assert alpha.tolist() == [2.0, 3.0]
+def test_a_length_may_be_a_tensor():
+    inv_freq, window = base_inv_freq(), {"rope_type": "dynamic", "original_max_position_embeddings": 64}
+    scaled = scale_inv_freq(inv_freq, torch.tensor([1.0, 2.0]), seq_len=torch.tensor(128), **window)
+    # the last pair's frequency is divided by alpha itself: 1 + f * (n - N) / N
+    torch.testing.assert_close(inv_freq[-1] / scaled[:, -1], torch.tensor([2.0, 3.0]))
 
 
 @pytest.mark.parametrize("rope_type", ["default", "linear", "dynamic"])
