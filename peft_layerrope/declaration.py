@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, field, fields, is_dataclass, replace
+from dataclasses import field, fields, is_dataclass, replace
 from functools import wraps
 from typing import Any, TypeVar, dataclass_transform
 
@@ -87,11 +87,6 @@ def as_options(settings: Any) -> list[tuple[str, Any]]:
 def declarations(kind: type) -> dict[str, FieldInfo]:
     """Returns the fields of a class that [`declared`] made, or of a pydantic model; of any other type none."""
     return getattr(kind, "__pydantic_fields__", {}) if isinstance(kind, type) else {}
-
-
-def default_of(info: FieldInfo) -> Any:
-    """Returns a field's default; `MISSING` where it is made anew each time."""
-    return MISSING if info.default_factory is not None else info.default
 
 
 def converted(

@@ -72,8 +72,7 @@ def unit_axis(axes: Axes, unit: Unit) -> None:
 
 def relative_positions(positions: Sequence[int]) -> np.ndarray:
     """Positions from 0, the first, to 1, the last."""
-    values = np.asarray(positions, dtype=np.float64)
-    return (values - values[0]) / (values[-1] - values[0])
+    return np.interp(positions, (positions[0], positions[-1]), (0, 1))
 
 
 def draw_positions(axes: Axes, curves: Mapping[str, PositionScores], relative: bool = True, band: bool = True) -> None:

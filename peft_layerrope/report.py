@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 
 import numpy as np
 import rich.table
@@ -82,27 +81,6 @@ class Table:
         title = f"**{escape_markdown(self.title)}**" if self.title else ""
         return "\n\n".join(part for part in (title, body, escape_markdown(self.caption)) if part)
 
-    def to_html(self) -> str:
-        """Returns the table as HTML, in a `figure` with its title and its caption."""
-
-        def line(cells: Sequence[str], tag: str, attributes: str = "") -> str:
-            kinds = [' class="text"' if i in self.text_columns else "" for i in range(len(cells))]
-            parts = [f"<{tag}{attributes}{k}>{_html(c)}</{tag}>" for c, k in zip(cells, kinds, strict=True)]
-            return f"<tr>{''.join(parts)}</tr>"
-
-        head = line(self.header, "th", ' scope="col"')
-        parts = [
-            '<figure class="table">',
-            f'<figcaption class="name">{_html(self.title)}</figcaption>' if self.title else "",
-            f'<div class="scroll" role="region" tabindex="0" aria-label="{_html(self.title or "table")}">',
-            f"<table>\n<thead>{head}</thead>\n<tbody>",
-            *(line(row, "td") for row in self.rows),
-            "</tbody>\n</table>\n</div>",
-            f"<figcaption>{_html(self.caption)}</figcaption>" if self.caption else "",
-            "</figure>",
-        ]
-        return "\n".join(part for part in parts if part)
-
 
 def printable(text: str) -> str:
     """Returns text without control characters, which could move a terminal's cursor or turn the direction of text."""
@@ -113,10 +91,6 @@ def escape_markdown(text: str) -> str:
     """Returns text that Markdown shows as it is: in one line, and free of markup and HTML."""
     text = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
     return _MARKDOWN_SPECIAL.sub(lambda found: found[0] + "\\" if found[0].isdigit() else f"\\{found[0]}", text)
-
-
-def _html(text: str) -> str:
-    return escape(printable(text))
 
 
 @dataclass(frozen=True)

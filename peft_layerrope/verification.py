@@ -77,12 +77,7 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, for JSON."""
-        return {
-            "model_type": self.model_type,
-            "rope_type": self.rope_type,
-            "ok": self.ok,
-            "layers": [asdict(check) for check in self.layers],
-        }
+        return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
         lines = [f"{'layer':>5}  {'expected':>8}  {'measured':>8}  status"]

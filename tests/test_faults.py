@@ -22,7 +22,7 @@ from test_cli import TINY_SEARCH
 from test_cli import run as run_command
 
 from peft_layerrope import LayerRopeConfig, SearchResult, search
-from peft_layerrope.cli import report as report_command
+from peft_layerrope.cli import experiments as experiments_command
 from peft_layerrope.cli import search as search_command
 from peft_layerrope.files import write_atomically
 from peft_layerrope.runs import JOURNAL_NAME
@@ -425,7 +425,7 @@ def test_a_folder_that_is_read_only_is_noticed_before_any_work(arguments, exists
 
 
 def test_a_report_on_a_full_disk_ends_in_one_line(small_disk, monkeypatch):
-    monkeypatch.setattr(report_command, "load", lambda *_: build_model("llama", num_hidden_layers=6))
+    monkeypatch.setattr(experiments_command, "load", lambda *_: build_model("llama", num_hidden_layers=6))
     adapter = Path(__file__).parents[1] / "hub_configs" / "demo-plain"
     fill(small_disk)
     done = run_command("report", str(adapter), "--length", "192", "--output", str(small_disk / "it.html"))

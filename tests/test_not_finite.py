@@ -20,10 +20,10 @@ from peft_layerrope import LayerRopeConfig, PositionScores, TaskError, compare, 
 from peft_layerrope.cli import app
 from peft_layerrope.comparison import Comparison, comparison_markdown, summary_table
 from peft_layerrope.comparison.candidates import Candidate, parse_baseline
+from peft_layerrope.experiments import Measuring, utilisation_difference
+from peft_layerrope.experiments.by_position import sweep_findings
 from peft_layerrope.experiments.layer_sensitivity import sensitivity
-from peft_layerrope.experiments.measuring import Measuring, utilisation_difference
 from peft_layerrope.experiments.report import held_out_section
-from peft_layerrope.experiments.sweep import sweep_findings
 from peft_layerrope.files import to_json
 from peft_layerrope.report import fitness_remark
 from peft_layerrope.scoring.batching import judge

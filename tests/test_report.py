@@ -13,6 +13,7 @@ from rich.console import Console
 from scipy import stats
 
 from peft_layerrope import PositionScores, plots, report
+from peft_layerrope.experiments.section import Section, to_html
 from peft_layerrope.report import Table
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.searcher.harm import Harm
@@ -167,11 +168,17 @@ def test_loss_tables_of_the_terminal(losses):
     assert "U" not in text.replace("Uniform", "")
 
 
+def page_of(table: Table) -> str:
+    section = Section("one", "A section", "", "", (), (table,))
+    return to_html("A page", [], [section], [], "")
+
+
 @pytest.mark.parametrize("title", ["", "What it shows"])
 @pytest.mark.parametrize("form", ["rich", "markdown", "html"])
 def test_a_table_has_its_cells_in_every_form(form, title):
     table = Table(("name", "accuracy"), (("a_b <c>", "50.0 [40.1, 59.9]"), ("d", "-1.0 ± 2.0")), title, "How to read.")
-    text = rendered(table) if form == "rich" else getattr(table, f"to_{form}")()
+    of_form = {"rich": lambda: rendered(table), "markdown": table.to_markdown, "html": lambda: page_of(table)}
+    text = of_form[form]()
     for words in (*table.header, *table.rows[1], title, table.caption, "50.0 [40.1, 59.9]"):
         assert words in text
     assert {"rich": "a_b <c>", "markdown": r"a\_b &lt;c>", "html": "a_b &lt;c&gt;"}[form] in text

@@ -57,7 +57,7 @@ class Commands(TyperGroup):
         if args[0] not in SUMMARIES:  # a slip, for which the nearest command is told
             self.commands = {name: self.get_command(ctx, name) for name in SUMMARIES}
         elif len(self.commands) < len(SUMMARIES):
-            for name in ("evaluate", "report", "search", "tools", "experiments"):
+            for name in ("evaluate", "search", "tools", "experiments"):
                 import_module(f".{name}", __package__)
             self.commands = typer.main.get_command(app).commands
         return super().resolve_command(ctx, args)

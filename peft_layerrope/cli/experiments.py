@@ -1,30 +1,42 @@
-"""`layerrope experiment`: one command for each experiment, and what they have in common."""
+"""`layerrope experiment`, with one command for each experiment, and `layerrope report`, which runs them all."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base_model import load_tokenizer, model_fingerprint
-from ..cards import REPORT_NAME
+from ..base_model import ModelSource, load_tokenizer, model_fingerprint
+from ..cards import REPORT_NAME, SPECIFICATION_NAME
 from ..comparison.candidates import Candidate, parse_baseline
 from ..declaration import changed, declared, option
 from ..errors import SearchError, TaskError
-from ..experiments import attention, control_points, extrapolation, sweep, transfer, u_shape
-from ..experiments.measuring import DEFAULT_GROUPS, Measuring, default_lengths, task_of_length, window_and_task
+from ..experiments import (
+    DEFAULT_GROUPS,
+    Measuring,
+    attention,
+    by_position,
+    control_points,
+    default_lengths,
+    elsewhere,
+    factor_vector,
+    task_of_length,
+    window_and_task,
+)
+from ..experiments.report import ReportRequest, run_steps, write_report
 from ..experiments.section import Section, command_line, kept_section, to_rich, work_folder
 from ..loading import load_adapter_config
-from ..runs import check_free
+from ..messages import DEMO_NAME
+from ..runs import check_free, locked
 from ..searcher.plan import RichProgress
-from ..searcher.result import read_record
-from ..searcher.settings import SearchSettings
+from ..searcher.result import SearchRecord, read_record
+from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..searcher.space import FactorGrid
 from ..tasks.base import Task
 from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
@@ -40,6 +52,7 @@ from .options import (
     Typed,
     build_task,
     check_output,
+    command,
     keep_date,
     load,
     options_of,
@@ -196,7 +209,7 @@ def repeated(context: typer.Context, words: Sequence[str], left_out: Sequence[st
     return command_line(words, options)
 
 
-@experiment(u_shape.NAME)
+@experiment(by_position.U_SHAPE)
 def u_shape_command(run: Run) -> None:
     """Is there a dip in the middle? Accuracy by position of the unscaled model, in its window and at --length.
 
@@ -205,10 +218,10 @@ def u_shape_command(run: Run) -> None:
     Example: `layerrope experiment u-shape meta-llama/Llama-3.1-8B-Instruct --length 16384 --output results`
     """
     tasks = window_and_task(run.make_task, run.specification, run.window)
-    run.finish(lambda measuring: u_shape.run_u_shape(measuring, tasks))
+    run.finish(lambda measuring: by_position.run_u_shape(measuring, tasks))
 
 
-@experiment(sweep.SWEEP)
+@experiment(by_position.SWEEP)
 def sweep_command(
     run: Run,
     *,
@@ -223,18 +236,18 @@ def sweep_command(
 
     Example: `layerrope experiment sweep --try 1.25 --try 1.5 --try 3`
     """
-    config, tried = LayerRopeConfig(**rope), factors or sweep.DEFAULT_FACTORS
-    run.finish(lambda measuring: sweep.run_sweep(measuring, run.task, config, tried))
+    config, tried = LayerRopeConfig(**rope), factors or by_position.DEFAULT_FACTORS
+    run.finish(lambda measuring: by_position.run_sweep(measuring, run.task, config, tried))
 
 
-@experiment(sweep.HALVES)
+@experiment(by_position.HALVES)
 def halves_command(run: Run, adapter: AdapterOption) -> None:
     """Apply an adapter's factors to the first half of the layers, the last half, all, and none.
 
     Example: `layerrope experiment halves --adapter demo-adapter`
     """
     config = load_adapter_config(adapter)
-    run.finish(lambda measuring: sweep.run_halves(measuring, run.task, config))
+    run.finish(lambda measuring: by_position.run_halves(measuring, run.task, config))
 
 
 @experiment(control_points.NAME)
@@ -268,7 +281,7 @@ def attention_command(run: Run, adapter: AdapterOption) -> None:
     run.finish(lambda measuring: attention.run_attention(measuring, run.task, config))
 
 
-@experiment(extrapolation.NAME)
+@experiment(elsewhere.EXTRAPOLATION)
 def extrapolation_command(
     run: Run,
     adapters: AdaptersOption,
@@ -295,10 +308,10 @@ def extrapolation_command(
         tasks, refused = default_lengths(run.make_task, run.specification, run.window)
         for length, reason in refused.items():
             err.print(f"left out {length} tokens: {reason}")
-    run.finish(lambda measuring: extrapolation.run_extrapolation(measuring, tasks, tested, further))
+    run.finish(lambda measuring: elsewhere.run_extrapolation(measuring, tasks, tested, further))
 
 
-@experiment(transfer.NAME)
+@experiment(elsewhere.TRANSFER)
 def transfer_command(
     run: Run,
     adapters: AdaptersOption,
@@ -316,7 +329,7 @@ def transfer_command(
     cells = {cell: _cell_task(run, *parts) for cell, parts in asked.items()}
     if not cells:
         cells = {f"{run.specification.name}:{run.specification.length}": run.task}
-    run.finish(lambda measuring: transfer.run_transfer(measuring, cells, candidates))
+    run.finish(lambda measuring: elsewhere.run_transfer(measuring, cells, candidates))
 
 
 def _lengths(text: str | None) -> list[int]:
@@ -339,3 +352,94 @@ def _parse_cell(text: str) -> tuple[TaskName, int | None]:
 def _cell_task(run: Run, name: TaskName, length: int | None) -> Task:
     specification = run.specification.of_task(name)
     return run.make_task(specification) if length is None else task_of_length(run.make_task, specification, length)
+
+
+_NOT_TAKEN = ("device", "trust_remote_code")  # of a file, which may be a stranger's: that code may run has to be typed
+_LONGEST = 64  # times the trained window: more is a damaged or hostile file
+
+
+@command("report")
+def report_command(
+    *,
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="Folder of an adapter that was searched.")],
+    model: Annotated[str | None, typer.Option(help="Hub id or folder. Default: as in search.json.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write. Default: FOLDER/report.html.")] = None,
+    kind: Annotated[
+        Literal["html", "md"], typer.Option("--format", help="html: one file; md: with a folder of plots.")
+    ] = "html",
+    also: Annotated[list[str] | None, typer.Option(help="A further adapter to compare with; may be repeated.")] = None,
+    groups: Annotated[
+        int | None, typer.Option(help="Contexts of every experiment. Default: each has its own.", min=2)
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer contexts and factors.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what an earlier call has finished.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure all of it anew.")] = False,
+    asked: Annotated[Typed, options_of(TaskSpecification, "name", "data", "length")],
+    computing: ComputeOptions,
+) -> None:
+    """Run every experiment that applies to a searched adapter, and write one report.
+
+    Model, task and length are those of the search unless options say otherwise. Finished sections are kept in a folder
+    beside the report.
+
+    Example: `layerrope report demo-adapter`
+
+    Example: `layerrope report demo-adapter --quick --format md --output demo.md`
+    """
+    output = output or folder / f"report.{kind}"
+    record, config = read_record(folder), load_adapter_config(str(folder))
+    if config.layer_factors != record.layer_factors:
+        raise SearchError(f"{folder}: adapter_config.json and search.json have different layer_factors.")
+    if not output.suffix or output.is_dir():
+        raise SearchError(f"--output {output} must be a file such as report.html.")
+    sections = output.with_suffix("")
+    check_output(sections, resume, overwrite)
+    searched = _searched(folder, record)
+    known = {f.name: getattr(searched, f.name) for f in fields(ModelSource) if f.name not in _NOT_TAKEN}
+    compute = Compute.of(model, computing, known)
+    # another task has few of the settings of the one that was searched on
+    task = searched.task.of_task(asked["name"]) if "name" in asked else searched.task
+    tokenizer, loaded = load_tokenizer(compute.source), load(compute.source)
+    factor_vector(loaded, config)
+    window = trained_window(loaded)
+    specification = resolve_task(replace(task, **asked), window, compute.source.model is None, tokenizer)
+    if window is not None and specification.length > _LONGEST * window:
+        raise SearchError(
+            f"{folder}: prompts of {specification.length} tokens are more than {_LONGEST}× the model's window of "
+            f"{window}; pass --length."
+        )
+    build_task(specification, tokenizer)  # one that cannot be made stops here
+    request = ReportRequest(
+        model=loaded,
+        source=compute.source,
+        adapter=str(folder),
+        config=config,
+        record=record,
+        specification=specification,
+        make_task=lambda wanted: build_task(wanted, tokenizer),
+        others=also or [],
+        num_groups=groups,
+        quick=quick,
+    )
+    again = repeated(context, ["report", str(folder)], ("folder", "kind"))
+    with resumable("the same command and --resume."), locked(sections):
+        with RichProgress(err) as audience:
+            ran, skipped = run_steps(request, sections, compute.batch_tokens, resume, audience)
+        write_report(output, request, ran, skipped, again, markdown=kind == "md")
+    for section_name, reason in skipped:
+        err.print(f"not run: {section_name}: {reason}")
+    out.print(f"report: {output}", soft_wrap=True)
+
+
+def _searched(folder: Path, record: SearchRecord) -> SearchSpecification:
+    """The search that is reported on; a file that its task read is named by whoever asks for the report."""
+    path, known = folder / SPECIFICATION_NAME, record.task
+    if path.is_file():
+        found = SearchSpecification.of(read_specification(path), str(path))
+        task = replace(found.task, length=found.task.length or known.length, data=None)
+    else:
+        found = SearchSpecification()
+        positions = len(known.positions) if known.name != "perplexity" else 0
+        task = TaskSpecification(known.name, known.length, positions or None, known.seed)
+    return replace(found, model=None if record.model == DEMO_NAME else record.model, task=task)

@@ -15,7 +15,7 @@ from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import ModelSource, check_source, describe_loading, load_base, load_config, parse_model_args
-from ..declaration import changed, declarations, declared, default_of, option, spellings
+from ..declaration import changed, declarations, declared, option, spellings
 from ..errors import InvalidConfigError, SearchError, TaskError
 from ..files import to_json, write_atomically, writing
 from ..messages import demo_model_path, public_name, shown
@@ -214,7 +214,7 @@ def options_of(
                 **limits,
             )
             annotation = Annotated[_typed_as(hints[name]), shown]
-            value = None if default else default_of(info)
+            value = None if default else info.default
             options.append(Parameter(name, Parameter.KEYWORD_ONLY, default=value, annotation=annotation))
     return tuple(options)
 

@@ -15,6 +15,7 @@ import typer
 from .. import hub
 from ..base_model import ModelSource, load_tokenizer
 from ..errors import InvalidConfigError, LayerRopeError, TaskError
+from ..experiments import DEFAULT_GROUPS, Measuring
 from ..experiments.layer_sensitivity import (
     DEFAULT_FACTORS,
     NAME,
@@ -23,7 +24,6 @@ from ..experiments.layer_sensitivity import (
     sensitivity,
     sensitivity_table,
 )
-from ..experiments.measuring import DEFAULT_GROUPS, Measuring
 from ..files import to_json, writing
 from ..lm_eval_tasks import lm_eval_tasks_path
 from ..loading import load_adapter, load_adapter_config

@@ -20,6 +20,7 @@ from ..report import (
     Table,
     fitness_remark,
     legend,
+    right_answers,
     score_cells,
     unit_of,
     written_columns,
@@ -258,8 +259,7 @@ def summary_table(comparison: Comparison, title: str = "") -> Table:
         gain = "" if label == base else unit.gain(comparison.difference(label, base))
         rows.append((label, *score_cells(scores, wanted).values(), *([gain] if several else [])))
     header = ("", *score_cells(first, wanted), *(["vs first"] if several else []))
-    right = "right answers written" if comparison.judged["by"] == "generate()" else "exact match"
-    return Table(header, tuple(rows), title, legend(header, comparison.measure, right, gains=True))
+    return Table(header, tuple(rows), title, legend(header, comparison.measure, right_answers(first), gains=True))
 
 
 def written_table(comparison: Comparison) -> Table | None:

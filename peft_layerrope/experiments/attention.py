@@ -23,7 +23,7 @@ from ..tasks.base import Split, Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import without_memory
 from ..tuner.sites import find_stack, model_type, text_config
-from .measuring import Measuring, factor_vector, json_data
+from . import Measuring, factor_vector, json_data
 from .section import Section, SectionFigure
 
 EAGER = "eager"

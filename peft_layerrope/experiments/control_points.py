@@ -9,14 +9,14 @@ from torch import nn
 from ..comparison.candidates import Candidate
 from ..errors import SearchError
 from ..plots import COLOURS, new_figure, to_png
-from ..report import NATS, Table, Unit, legend, unit_of
+from ..report import NATS, Table, Unit, format_factors, legend, unit_of
 from ..scoring.scores import Interval
 from ..searcher.settings import SearchSettings
 from ..searcher.space import BezierGenome, FactorGrid, Factors
 from ..tasks.base import Task
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
-from .measuring import (
+from . import (
     Measuring,
     factor_vector,
     in_force,
@@ -105,17 +105,17 @@ def run_control_points(
     curve, tried = genome.decode(genes), moves(genome, genes, step)
     split = measuring.split(task)
     vectors = (curve, final, *(move.factors for move in tried))
-    configs = {_label(vector): with_factors(model, config, vector) for vector in vectors}
+    configs = {format_factors(vector): with_factors(model, config, vector) for vector in vectors}
     by_label = measuring.scores(split, list(map(Candidate.of_config, configs, configs.values())), NAME)
-    scores = {vector: by_label[_label(vector)] for vector in vectors}
+    scores = {vector: by_label[format_factors(vector)] for vector in vectors}
     changes = {vector: utilisation_difference(of_one, scores[curve]) for vector, of_one in scores.items()}
     unit, measured = unit_of(split.measure), measuring.described(task, split)
-    rows = [("the curve itself", _label(curve), unit.value(scores[curve].utilisation()), "", "")]
+    rows = [("the curve itself", format_factors(curve), unit.value(scores[curve].utilisation()), "", "")]
     for label, vector in [("the adapter's factors", final), *((move.label, move.factors) for move in tried)]:
         factors, gaps = "as the curve", ("0", "0")
         if vector != curve:
             nats = log_prob_difference(scores[vector], scores[curve])
-            factors, gaps = _label(vector), (unit.change(changes[vector]), NATS.change(nats))
+            factors, gaps = format_factors(vector), (unit.change(changes[vector]), NATS.change(nats))
         rows.append((label, factors, unit.value(scores[vector].utilisation()), *gaps))
     header = ("moved", "factors", "U" if split.measure == "accuracy" else unit.name, "Δ", "Δ gold log-prob's U")
     caption = (
@@ -197,7 +197,3 @@ def _tornado(tried: list[Move], changes: dict[Factors, Interval], unit: Unit, me
     axes.barh(0, 0, color=COLOURS[0], label="moved down")
     caption = "Change of U when one coordinate of the curve is moved; lines: paired 95 % intervals over contexts."
     return SectionFigure("tornado", caption, to_png(figure, "Each control point, moved", measured))
-
-
-def _label(factors: Factors) -> str:
-    return " ".join(f"{factor:g}" for factor in factors)

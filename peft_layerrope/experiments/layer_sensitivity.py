@@ -22,7 +22,7 @@ from ..tasks.base import Measure, Task
 from ..tasks.prompts import PromptTask
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack
-from .measuring import (
+from . import (
     Measuring,
     in_force,
     json_data,

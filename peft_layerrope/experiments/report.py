@@ -25,8 +25,19 @@ from ..tasks.base import Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
-from . import attention, control_points, extrapolation, layer_sensitivity, sweep, transfer, u_shape
-from .measuring import DEFAULT_GROUPS, MakeTask, Measuring, default_lengths, verdict, window_and_task
+from . import (
+    DEFAULT_GROUPS,
+    MakeTask,
+    Measuring,
+    attention,
+    by_position,
+    control_points,
+    default_lengths,
+    elsewhere,
+    layer_sensitivity,
+    verdict,
+    window_and_task,
+)
 from .section import Section, SectionFigure, command_line, kept_section, to_html, to_markdown
 
 Pairs = list[tuple[str, str]]
@@ -199,33 +210,35 @@ def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
     window, task, grid = trained_window(request.model), make(specification), request.record.grid
     adapter = (("--adapter", request.adapter),)
     rope = (("--rope-type", config.rope_type), ("--factor", config.factor)) if config.rope_type != "default" else ()
-    factors = _QUICK_SWEEP if request.quick else sweep.DEFAULT_FACTORS
+    factors = _QUICK_SWEEP if request.quick else by_position.DEFAULT_FACTORS
     tried = (*rope, ("--try", list(factors) if request.quick else None))
     steps = [
-        Step(u_shape.NAME, lambda m: u_shape.run_u_shape(m, window_and_task(make, specification, window))),
-        Step(sweep.SWEEP, lambda m: sweep.run_sweep(m, task, config, factors), tried),
+        Step(by_position.U_SHAPE, lambda m: by_position.run_u_shape(m, window_and_task(make, specification, window))),
+        Step(by_position.SWEEP, lambda m: by_position.run_sweep(m, task, config, factors), tried),
         Step(layer_sensitivity.NAME, lambda m: layer_sensitivity.run_sensitivity(m, task, config), rope),
-        Step(sweep.HALVES, lambda m: sweep.run_halves(m, task, config), adapter),
+        Step(by_position.HALVES, lambda m: by_position.run_halves(m, task, config), adapter),
         Step(control_points.NAME, lambda m: control_points.run_control_points(m, task, config, grid), adapter),
         Step(attention.NAME, lambda m: attention.run_attention(m, task, config), adapter),
     ]
     tasks: dict[int, Task] = {}
     if window is None:
-        skipped.append((extrapolation.NAME, "the model's config names no trained window to extrapolate from."))
+        skipped.append((elsewhere.EXTRAPOLATION, "the model's config names no trained window to extrapolate from."))
     else:
         tasks, refused = default_lengths(make, specification, window)
-        skipped += [(f"{extrapolation.NAME} at {length} tokens", reason) for length, reason in refused.items()]
+        skipped += [(f"{elsewhere.EXTRAPOLATION} at {length} tokens", reason) for length, reason in refused.items()]
     adapters = [request.adapter, *request.others]
     candidates = list(map(Candidate.of_adapter, adapters))
     if tasks:
         options = ("--adapter", adapters), ("--lengths", ",".join(map(str, tasks)))
-        steps.append(Step(extrapolation.NAME, lambda m: extrapolation.run_extrapolation(m, tasks, candidates), options))
+        steps.append(
+            Step(elsewhere.EXTRAPOLATION, lambda m: elsewhere.run_extrapolation(m, tasks, candidates), options)
+        )
     if not request.others:
-        skipped.append((transfer.NAME, "it compares adapters: pass another one with --also."))
+        skipped.append((elsewhere.TRANSFER, "it compares adapters: pass another one with --also."))
     elif tasks:
         cells = {f"{specification.name}:{length}": task for length, task in tasks.items()}
         options = ("--adapter", adapters), ("--on", list(cells))
-        steps.append(Step(transfer.NAME, lambda m: transfer.run_transfer(m, cells, candidates), options))
+        steps.append(Step(elsewhere.TRANSFER, lambda m: elsewhere.run_transfer(m, cells, candidates), options))
     return steps, skipped
 
 

@@ -13,6 +13,7 @@ from experiment_helpers import FACTORS, short_task
 from peft_layerrope import LayerRopeConfig
 from peft_layerrope.base_model import adapted
 from peft_layerrope.errors import TaskError, UnsupportedModelError
+from peft_layerrope.experiments import Measuring
 from peft_layerrope.experiments.attention import (
     AttentionReader,
     gold_mass,
@@ -20,7 +21,6 @@ from peft_layerrope.experiments.attention import (
     run_attention,
     visible_tokens,
 )
-from peft_layerrope.experiments.measuring import Measuring
 
 LAYERS = [0, 1, 2, 3]
 VARIED = LayerRopeConfig(layer_factors=[1.0, 1.3, 2.0, 1.6])

@@ -8,8 +8,8 @@ from experiment_helpers import FACTORS, GROUPS, by_hand, short_task
 
 from peft_layerrope import LayerRopeConfig
 from peft_layerrope.errors import SearchError
+from peft_layerrope.experiments import Measuring
 from peft_layerrope.experiments.control_points import COORDINATES, genes_of, genome_of, moves, run_control_points
-from peft_layerrope.experiments.measuring import Measuring
 from peft_layerrope.searcher.space import FactorGrid
 
 POINTS = [[0.0, 1.5], [0.5, 2.0], [0.1, 1.9], [1.0, 1.4]]

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from peft_layerrope import LayerRopeConfig
 from peft_layerrope.cli import app
+from peft_layerrope.experiments import by_position
 from peft_layerrope.experiments import report as report_plan
-from peft_layerrope.experiments import sweep
 from peft_layerrope.experiments.section import load_section
 from peft_layerrope.tuner.artifacts import save_adapter
 
@@ -107,7 +107,7 @@ def test_an_output_is_resumed_or_replaced_only_when_asked(tmp_path, monkeypatch)
     def not_again(*arguments, **settings):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(sweep, "run_sweep", not_again)
+    monkeypatch.setattr(by_position, "run_sweep", not_again)
     assert run(*call, "--resume").exit_code == 0
     with pytest.raises(AssertionError, match="measured again"):
         run(*call, "--overwrite")

@@ -11,9 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peft_layerrope import LayerRopeConfig, demo_model_path
 from peft_layerrope.comparison.candidates import NO_SCALING, Candidate
 from peft_layerrope.errors import TaskError
-from peft_layerrope.experiments.extrapolation import NTK, PI, run_extrapolation
-from peft_layerrope.experiments.measuring import Measuring, default_lengths, task_of_length, window_and_task
-from peft_layerrope.experiments.transfer import run_transfer
+from peft_layerrope.experiments import Measuring, default_lengths, task_of_length, window_and_task
+from peft_layerrope.experiments.elsewhere import NTK, PI, run_extrapolation, run_transfer
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tasks.perplexity import Perplexity
 from peft_layerrope.tasks.specification import TaskSpecification, make_task
@@ -121,7 +120,7 @@ def test_the_task_at_the_window_where_it_can_be(demo_tokenizer, window, lengths)
 
 
 def test_a_model_without_a_window_has_nothing_to_extrapolate_from(monkeypatch, demo_model, demo_tokenizer):
-    monkeypatch.setattr("peft_layerrope.experiments.measuring.trained_window", lambda model: None)
+    monkeypatch.setattr("peft_layerrope.experiments.trained_window", lambda model: None)
     with pytest.raises(TaskError, match="needs a length, and a trained window"):
         run_extrapolation(Measuring(demo_model, 2), {192: short_task(demo_tokenizer, 192)}, [])
 

@@ -18,6 +18,7 @@ from rich.console import Console
 from scipy import stats
 
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, LayerRopeError, SearchError
+from peft_layerrope.experiments import Measuring
 from peft_layerrope.experiments.layer_sensitivity import (
     LayerEffect,
     Sensitivity,
@@ -25,7 +26,6 @@ from peft_layerrope.experiments.layer_sensitivity import (
     sensitivity,
     sensitivity_table,
 )
-from peft_layerrope.experiments.measuring import Measuring
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval, difference_interval, utilisation
 from peft_layerrope.searcher.space import format_layers, parse_layers

@@ -8,7 +8,7 @@ from experiment_helpers import scores_of
 from scipy import stats
 
 from peft_layerrope import PositionScores
-from peft_layerrope.experiments.measuring import by_place, json_data, score_header, utilisation_difference, verdict
+from peft_layerrope.experiments import by_place, json_data, score_header, utilisation_difference, verdict
 from peft_layerrope.report import ACCURACY, LOSS, score_cells
 from peft_layerrope.scoring.scores import Interval
 

@@ -11,10 +11,16 @@ from experiment_helpers import FACTORS, GROUPS, Audience, by_hand, scores_of, sh
 
 from peft_layerrope import Example, LayerRopeConfig, TokenTask
 from peft_layerrope.errors import AdapterMismatchError, LayerRopeError, TaskError
+from peft_layerrope.experiments import Measuring, utilisation_difference
+from peft_layerrope.experiments.by_position import (
+    describe_shape,
+    half_vectors,
+    run_halves,
+    run_sweep,
+    run_u_shape,
+    sweep_findings,
+)
 from peft_layerrope.experiments.layer_sensitivity import run_sensitivity, sensitivity
-from peft_layerrope.experiments.measuring import Measuring, utilisation_difference
-from peft_layerrope.experiments.sweep import half_vectors, run_halves, run_sweep, sweep_findings
-from peft_layerrope.experiments.u_shape import describe_shape, run_u_shape
 from peft_layerrope.scoring.scores import Interval, difference_interval
 
 UP, DOWN, FLAT = Interval(0.2, 0.1, 0.3), Interval(-0.2, -0.3, -0.1), Interval(0.0, -0.1, 0.1)
@@ -133,7 +139,7 @@ def test_an_adapter_for_another_model_is_refused_before_any_work(demo_model, dem
 
 
 def test_a_shared_kv_cache_keeps_its_layers_together():
-    from peft_layerrope.experiments.measuring import with_factors
+    from peft_layerrope.experiments import with_factors
 
     model = build_model("llama")
     model.config.kv_source_layers = [0, 1, 1, 3]

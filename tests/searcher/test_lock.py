@@ -16,10 +16,9 @@ from test_runs import held_by_another_process
 from peft_layerrope import Comparison, compare, parse_baseline, search
 from peft_layerrope.cli import evaluate as evaluate_command
 from peft_layerrope.cli import experiments as experiments_command
-from peft_layerrope.cli import report as report_command
 from peft_layerrope.cli import search as search_command
+from peft_layerrope.experiments import Measuring
 from peft_layerrope.experiments import report as report_plan
-from peft_layerrope.experiments.measuring import Measuring
 from peft_layerrope.experiments.report import Step
 from peft_layerrope.experiments.section import Section, kept_section
 from peft_layerrope.runs import JOURNAL_NAME, LOCK_NAME
@@ -97,7 +96,7 @@ REPORT = "report {adapter} --output {folder}.html"
 @pytest.mark.parametrize("how", ["", "--resume", "--overwrite"])
 @pytest.mark.parametrize(("command", "folder"), [(SEARCH, "."), (EVALUATE, "."), (SWEEP, "run/sweep"), (REPORT, ".")])
 def test_what_another_process_writes_is_left_alone(tmp_path, monkeypatch, command, folder, how):
-    for module in (search_command, evaluate_command, experiments_command, report_command):
+    for module in (search_command, evaluate_command, experiments_command):
         monkeypatch.setattr(module, "load", lambda *_: small_model())  # so that it is no matter how late it is noticed
     where = tmp_path / "it"
     (where / folder).mkdir(parents=True, exist_ok=True)
