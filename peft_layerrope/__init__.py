@@ -5,53 +5,29 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
+from itertools import chain
 from typing import TYPE_CHECKING, Any
-
-__version__ = "0.1.0"  # before our own modules, some of which read it
-
-from .errors import (
-    AdapterMismatchError,
-    InvalidConfigError,
-    LayerRopeError,
-    SearchError,
-    TaskError,
-    UnsupportedModelError,
-)
-from .messages import demo_model_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-    from .base_model import load_model
-    from .comparison import Comparison, compare
-    from .comparison.candidates import Candidate, parse_baseline
-    from .hub import pull, push_to_hub
-    from .loading import load_adapter
-    from .scoring.scorer import evaluate
-    from .scoring.scores import PositionScores
-    from .searcher.ray_workers import RayWorkers
-    from .searcher.result import SearchResult
-    from .searcher.run import plan_search, search
-    from .searcher.settings import SearchSettings
-    from .tasks.base import Example, Split, Task, TokenTask
-    from .tasks.kv import KeyValueRetrieval, KeyValueWords
-    from .tasks.metrics import best_subspan_em
-    from .tasks.multi_doc_qa import MultiDocumentQA
-    from .tasks.perplexity import Perplexity
-    from .tuner import LayerRopeConfig, LayerRopeModel
-    from .tuner.injection import restore_baked
-    from .tuner.rotary import use_adapter
-    from .verification import LayerCheck, Verification, verify
+__version__ = "0.1.0"
 
-# Loaded at first use, so that serving an adapter needs neither DEAP nor SciPy nor matplotlib.
+# Loaded at first use, so that serving an adapter needs neither DEAP nor SciPy nor matplotlib. For type checkers the
+# same names stand in `__init__.pyi`.
 _LAZY = {
     ".base_model": ("load_model",),
     ".comparison": ("Comparison", "compare"),
     ".comparison.candidates": ("Candidate", "parse_baseline"),
+    ".errors": (
+        *("AdapterMismatchError", "InvalidConfigError", "LayerRopeError", "SearchError", "TaskError"),
+        "UnsupportedModelError",
+    ),
     ".hub": ("pull", "push_to_hub"),
     ".loading": ("load_adapter",),
+    ".messages": ("demo_model_path",),
     ".scoring.scorer": ("evaluate",),
     ".scoring.scores": ("PositionScores",),
     ".searcher.ray_workers": ("RayWorkers",),
@@ -69,47 +45,7 @@ _LAZY = {
     ".verification": ("LayerCheck", "Verification", "verify"),
 }
 
-__all__ = [
-    "AdapterMismatchError",
-    "Candidate",
-    "Comparison",
-    "Example",
-    "InvalidConfigError",
-    "KeyValueRetrieval",
-    "KeyValueWords",
-    "LayerCheck",
-    "LayerRopeConfig",
-    "LayerRopeError",
-    "LayerRopeModel",
-    "MultiDocumentQA",
-    "Perplexity",
-    "PositionScores",
-    "RayWorkers",
-    "SearchError",
-    "SearchResult",
-    "SearchSettings",
-    "Split",
-    "Task",
-    "TaskError",
-    "TokenTask",
-    "UnsupportedModelError",
-    "Verification",
-    "__version__",
-    "best_subspan_em",
-    "compare",
-    "demo_model_path",
-    "evaluate",
-    "load_adapter",
-    "load_model",
-    "parse_baseline",
-    "plan_search",
-    "pull",
-    "push_to_hub",
-    "restore_baked",
-    "search",
-    "use_adapter",
-    "verify",
-]
+__all__ = sorted(["__version__", *chain(*_LAZY.values())])
 
 
 def __getattr__(name: str) -> Any:

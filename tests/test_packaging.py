@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -214,8 +215,12 @@ def test_the_workflow_has_the_interpreters_of_the_classifiers():
     assert ".ci/run" in [step.get("run") for step in workflow["steps"]]
 
 
-def test_every_public_name_can_be_had():
-    assert sorted(peft_layerrope.__all__) == peft_layerrope.__all__
+def test_every_public_name_can_be_had_and_is_known_to_type_checkers():
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    imported = {one.asname: f".{node.module}" for node in stub.body if hasattr(node, "names") for one in node.names}
+    assert sorted([*imported, "__version__"]) == peft_layerrope.__all__
+    for name, module in imported.items():
+        assert getattr(import_module(module, "peft_layerrope"), name) is getattr(peft_layerrope, name)
     for name in peft_layerrope.__all__:
         assert getattr(peft_layerrope, name) is not None, name
 

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal, Optional
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
-from pydantic import Field
-from pydantic_core import to_jsonable_python
+from pydantic import Field, TypeAdapter
 
 from ..declaration import declared
 from ..errors import AdapterMismatchError, InvalidConfigError
@@ -97,6 +96,9 @@ class _Values:
                 raise InvalidConfigError(
                     f"factor * layer_factors[{i}]={self.factor * layer_factor} must be from {low:g} to {high:g}."
                 )
+
+
+_VALUES = TypeAdapter(_Values)
 
 
 @dataclass
@@ -197,7 +199,8 @@ class LayerRopeConfig(PeftConfig):
         checked = _Values(**{one.name: getattr(self, one.name) for one in fields(_Values)})
         super().__post_init__()
         self.peft_type = LAYER_ROPE
-        vars(self).update(to_jsonable_python(checked))  # whole numbers as floats where these are meant, tuples as lists
+        # whole numbers as floats where these are meant, tuples as lists
+        vars(self).update(_VALUES.dump_python(checked, mode="json"))
 
     def resolved_layer_factors(self, num_hidden_layers: int, owner: str = "the model") -> list[float]:
         """Returns one factor for each layer of a model, all 1.0 where none were given; raises AdapterMismatchError if
