@@ -23,11 +23,10 @@ _LAZY = {
     ".comparison.candidates": ("Candidate", "parse_baseline"),
     ".errors": (
         *("AdapterMismatchError", "InvalidConfigError", "LayerRopeError", "SearchError", "TaskError"),
-        "UnsupportedModelError",
+        *("UnsupportedModelError", "demo_model_path"),
     ),
     ".hub": ("pull", "push_to_hub"),
     ".loading": ("load_adapter",),
-    ".messages": ("demo_model_path",),
     ".scoring.scorer": ("evaluate",),
     ".scoring.scores": ("PositionScores",),
     ".searcher.ray_workers": ("RayWorkers",),

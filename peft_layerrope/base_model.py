@@ -37,9 +37,8 @@ from transformers.utils import quantization_config as quantizations
 
 from . import __version__
 from .declaration import declared, option
-from .errors import InvalidConfigError, LayerRopeError
+from .errors import InvalidConfigError, LayerRopeError, demo_model_path, is_machine_path, one_line, public_name, shown
 from .loading import adapter_identity, adapter_weights, check_present, load_peft_config, put_on, why_not_loaded
-from .messages import demo_model_path, is_machine_path, one_line, public_name, shown
 from .tuner.config import LayerRopeConfig
 from .tuner.frequencies import inv_freq_names, is_length_dependent
 from .tuner.injection import BAKED_CONFIG_KEY, restore_baked

@@ -14,9 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .errors import InvalidConfigError
+from .errors import DEMO_NAME, InvalidConfigError, is_machine_path, public_name
 from .files import write_atomically
-from .messages import DEMO_NAME, is_machine_path, public_name
 from .report import format_factors
 from .scoring.scores import Interval, PositionScores, perplexity
 from .tuner.config import LayerRopeConfig

@@ -13,8 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
-from .errors import LayerRopeError
-from .messages import named, one_line, shown_names
+from .errors import LayerRopeError, named, one_line, shown_names
 
 T = TypeVar("T")
 

@@ -19,8 +19,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 
-from .errors import AdapterMismatchError
-from .messages import one_line, shown
+from .errors import AdapterMismatchError, one_line, shown
 
 MAX_BYTES = 2**20
 """Upper limit of an adapter's files: a hundred times what 100 layers take."""

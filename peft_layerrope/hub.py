@@ -19,10 +19,21 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from . import __version__, cards
-from .errors import AdapterMismatchError, HubError, InvalidConfigError, LayerRopeError
+from .errors import (
+    DEMO_NAME,
+    AdapterMismatchError,
+    HubError,
+    InvalidConfigError,
+    LayerRopeError,
+    is_local_path,
+    is_machine_path,
+    last_component,
+    one_line,
+    public_name,
+    shown,
+)
 from .files import MAX_BYTES, digest, parse_yaml, read_json_object, replacing_files, to_json, write_atomically
 from .loading import load_adapter_config
-from .messages import DEMO_NAME, is_local_path, is_machine_path, last_component, one_line, public_name, shown
 from .tuner.artifacts import check_no_model, check_weights_file
 from .tuner.config import LayerRopeConfig
 

@@ -16,7 +16,7 @@ from ..base_model import ModelSource, load_tokenizer, model_fingerprint
 from ..cards import REPORT_NAME, SPECIFICATION_NAME
 from ..comparison.candidates import Candidate, parse_baseline
 from ..declaration import changed, declared, option
-from ..errors import SearchError, TaskError
+from ..errors import DEMO_NAME, SearchError, TaskError
 from ..experiments import (
     DEFAULT_GROUPS,
     Measuring,
@@ -32,7 +32,6 @@ from ..experiments import (
 from ..experiments.report import ReportRequest, run_steps, write_report
 from ..experiments.section import Section, command_line, kept_section, to_rich, work_folder
 from ..loading import load_adapter_config
-from ..messages import DEMO_NAME
 from ..runs import check_free, locked
 from ..searcher.plan import RichProgress
 from ..searcher.result import SearchRecord, read_record

@@ -14,7 +14,7 @@ import typer
 
 from .. import hub
 from ..base_model import ModelSource, load_tokenizer
-from ..errors import InvalidConfigError, LayerRopeError, TaskError
+from ..errors import DEMO_NAME, InvalidConfigError, LayerRopeError, TaskError, public_name, shown
 from ..experiments import DEFAULT_GROUPS, Measuring
 from ..experiments.layer_sensitivity import (
     DEFAULT_FACTORS,
@@ -27,7 +27,6 @@ from ..experiments.layer_sensitivity import (
 from ..files import to_json, writing
 from ..lm_eval_tasks import lm_eval_tasks_path
 from ..loading import load_adapter, load_adapter_config
-from ..messages import DEMO_NAME, public_name, shown
 from ..report import Table
 from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import Scorer

@@ -16,9 +16,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..base_model import adapted, keeping_modes
-from ..errors import TaskError
+from ..errors import TaskError, last_component, one_line, shown
 from ..loading import adapter_identity, adapter_weights, load_peft_config, put_on
-from ..messages import last_component, one_line, shown
 from ..tuner.artifacts import check_weights_file
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import frequencies_at, inv_freq_names, own_frequencies, rope_type_reaches

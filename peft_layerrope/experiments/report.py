@@ -14,9 +14,8 @@ from .. import __version__
 from ..base_model import ModelSource, format_model_args, model_fingerprint
 from ..comparison.candidates import Candidate
 from ..declaration import as_options
-from ..errors import LayerRopeError
+from ..errors import LayerRopeError, last_component
 from ..files import write_atomically, writing
-from ..messages import last_component
 from ..plots import plot_by_position, plot_factors_by_depth
 from ..report import escape_markdown, format_factors, times_window, unit_of
 from ..searcher.plan import SearchProgress

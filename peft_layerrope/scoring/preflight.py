@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import TaskError
+from ..errors import TaskError, shown
 from ..files import to_json, write_atomically
-from ..messages import shown
 from ..tasks.base import Example, Split, SplitName, Task
 from ..tasks.prompts import ASKED_EVERYWHERE, PromptTask
 from ..tasks.targets import Target, Targets, common_opening, target_of

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from ..base_model import keeping_modes
-from ..errors import TaskError
-from ..messages import named, whole_number
+from ..errors import TaskError, named, whole_number
 from ..tasks.base import Example, Split, SplitName, Task, check_task
 from ..tasks.targets import target_of
 from ..tuner.frequencies import without_memory

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ..errors import TaskError
-from ..messages import one_line
+from ..errors import TaskError, one_line
 from ..scoring.batching import judge_tokens, logits_at, whole_rows, with_halving
 from ..scoring.scores import Interval, mean_interval, rank_key
 from ..tasks.perplexity import beginning, tokenised

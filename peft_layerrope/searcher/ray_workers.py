@@ -21,8 +21,7 @@ from torch import nn
 
 from ..base_model import ModelSource, load_base
 from ..declaration import declared
-from ..errors import LayerRopeError, SearchError
-from ..messages import one_line
+from ..errors import LayerRopeError, SearchError, one_line
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
 from ..tasks.base import Split

@@ -15,9 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, HeldOut, model_card, save_card
 from ..declaration import converted
-from ..errors import InvalidConfigError, LayerRopeError, SearchError
+from ..errors import InvalidConfigError, LayerRopeError, SearchError, public_name, shown
 from ..files import read_json_object, replacing_files, to_json
-from ..messages import public_name, shown
 from ..plots import plot_by_position, plot_factors_by_depth, plot_gain_over_harm
 from ..report import (
     Table,

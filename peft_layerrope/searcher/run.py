@@ -14,9 +14,8 @@ from torch import nn
 
 from .. import __version__
 from ..base_model import adapted, describe_loading, library_versions, model_fingerprint, model_name
-from ..errors import SearchError
+from ..errors import DEMO_NAME, SearchError, named
 from ..files import writing
-from ..messages import DEMO_NAME, named
 from ..report import ACCURACY, Unit, times, unit_of
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary

@@ -15,9 +15,8 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from .. import __version__
 from ..base_model import ModelSource
 from ..declaration import converted, declared, option
-from ..errors import SearchError
+from ..errors import SearchError, one_line
 from ..files import parse_yaml, write_atomically
-from ..messages import one_line
 from ..scoring.preflight import PREFLIGHT_GROUPS
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import DEFAULT_WEIGHTS

@@ -14,9 +14,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import adapted
-from ..errors import LayerRopeError
+from ..errors import LayerRopeError, one_line, shown
 from ..files import to_json
-from ..messages import one_line, shown
 from ..searcher.harm import read_windows
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import embedding_table

@@ -10,8 +10,7 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
-from ..errors import TaskError
-from ..messages import named, whole_number
+from ..errors import TaskError, named, whole_number
 from .metrics import Judge
 
 Measure = Literal["accuracy", "loss"]

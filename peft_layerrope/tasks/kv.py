@@ -15,8 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import TaskError
-from ..messages import shown, whole_number
+from ..errors import TaskError, shown, whole_number
 from .base import (
     MAX_LENGTH,
     SPLIT_NAMES,

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import regex  # its word boundary, unlike re's, does not tear a combining accent off its letter
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import TaskError
-from ..messages import named, whole_number
+from ..errors import TaskError, named, whole_number
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = regex.compile(r"\b(a|an|the)\b")

@@ -15,8 +15,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import TaskError
-from ..messages import shown, whole_number
+from ..errors import TaskError, shown, whole_number
 from .base import SPLIT_NAMES, Split, SplitName, check_enough, cut_into_splits, spread_positions
 from .metrics import normalised
 from .prompts import ASKED_EVERYWHERE, GOLD_MOVES, Prompt, PromptSettings, PromptTask, Record, Text, read_records

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import TaskError
-from ..messages import one_line, whole_number
+from ..errors import TaskError, one_line, whole_number
 from .base import FRACTIONS, SPLIT_NAMES, Example, Split, SplitName, check_enough, check_request
 from .prompts import Record, read_records
 

@@ -23,8 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from ..declaration import converted
-from ..errors import TaskError
-from ..messages import named, one_line, shown, whole_number
+from ..errors import TaskError, named, one_line, shown, whole_number
 from .base import MAX_LENGTH, Example, Split, SplitName, check_request, common_prefix, spread_positions
 from .metrics import MAX_NEW_TOKENS, Judge
 

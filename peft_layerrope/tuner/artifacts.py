@@ -11,9 +11,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from ..errors import AdapterMismatchError, InvalidConfigError
+from ..errors import AdapterMismatchError, InvalidConfigError, one_line, shown, shown_names
 from ..files import read_bytes
-from ..messages import one_line, shown, shown_names
 from .config import LayerRopeConfig
 
 KEY_PREFIX = "base_model.model."

@@ -16,9 +16,8 @@ from peft.utils import CONFIG_NAME, PeftType
 from pydantic import Field, TypeAdapter
 
 from ..declaration import declared
-from ..errors import AdapterMismatchError, InvalidConfigError
+from ..errors import AdapterMismatchError, InvalidConfigError, public_name, shown, shown_names
 from ..files import AdapterFiles, read_json_object
-from ..messages import public_name, shown, shown_names
 from .scaling import RopeType
 
 PEFT_TYPE_NAME = "LAYER_ROPE"

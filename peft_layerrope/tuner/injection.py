@@ -11,8 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig
 
-from ..errors import AdapterMismatchError, InvalidConfigError, LayerRopeError, UnsupportedModelError
-from ..messages import shown
+from ..errors import AdapterMismatchError, InvalidConfigError, LayerRopeError, UnsupportedModelError, shown
 from .config import LayerRopeConfig
 from .frequencies import inv_freq_names, is_length_dependent, layer_type_of, own_frequencies, rope_type_reaches
 from .rotary import BakedLayerRope, LayerRopeLayer, RotaryTraits

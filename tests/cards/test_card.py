@@ -30,7 +30,7 @@ from peft_layerrope.cards import (
     model_card,
     save_card,
 )
-from peft_layerrope.messages import DEMO_NAME, demo_model_path, is_local_path, public_name
+from peft_layerrope.errors import DEMO_NAME, demo_model_path, is_local_path, public_name
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.tuner.artifacts import save_adapter
 
