@@ -20,7 +20,6 @@ from ..report import (
     Table,
     fitness_remark,
     legend,
-    right_answers,
     score_cells,
     unit_of,
     written_columns,
@@ -259,7 +258,8 @@ def summary_table(comparison: Comparison, title: str = "") -> Table:
         gain = "" if label == base else unit.gain(comparison.difference(label, base))
         rows.append((label, *score_cells(scores, wanted).values(), *([gain] if several else [])))
     header = ("", *score_cells(first, wanted), *(["vs first"] if several else []))
-    return Table(header, tuple(rows), title, legend(header, comparison.measure, right_answers(first), gains=True))
+    right = "right answers written" if comparison.judged["by"] == "generate()" else "exact match"
+    return Table(header, tuple(rows), title, legend(header, comparison.measure, right, gains=True))
 
 
 def written_table(comparison: Comparison) -> Table | None:

@@ -251,7 +251,7 @@ def _on_its_side(log_factors: np.ndarray, curvature: np.ndarray) -> np.ndarray:
 def first_and_rest_family(space: FactorSpace) -> np.ndarray:
     """The first layer has a factor of its own, all others share one."""
     first = np.arange(space.num_layers) == space.scaled_layers[0]
-    return space.family(np.stack([first, ~first], axis=1))
+    return space.family(np.stack([first, ~first], axis=1).astype(float))
 
 
 def decay_family(space: FactorSpace) -> np.ndarray:

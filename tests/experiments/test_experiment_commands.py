@@ -186,7 +186,7 @@ def test_a_resumed_report_measures_nothing_twice(adapter, quick_report, monkeypa
 
     measured = []
     for step in ("sweep", "halves", "attention"):
-        module = report_plan.attention if step == "attention" else report_plan.sweep
+        module = report_plan.attention if step == "attention" else report_plan.by_position
         inner = getattr(module, f"run_{step}")
 
         def noted(*arguments, step=step, inner=inner, **settings):
