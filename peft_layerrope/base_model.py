@@ -174,7 +174,7 @@ def check_source(source: ModelSource) -> None:
                 f"peft={source.peft!r} is a {config.peft_type.value} adapter, expected a fine-tune of the weights: "
                 "factors are passed as an adapter (--adapter), and virtual tokens would shift every position."
             )
-        adapter_weights(source.peft)
+        adapter_weights(source.peft, config)
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:

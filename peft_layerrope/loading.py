@@ -63,8 +63,8 @@ def load_adapter(
     """
     download, _, _ = PeftConfig._split_kwargs(kwargs)
     files = AdapterFiles(str(adapter), download.pop("subfolder", None), download)
-    with _adapter_errors(files) as kind:
-        if kind is not LAYER_ROPE:
+    with _adapter_errors(files):
+        if _look(files)[0] is not LAYER_ROPE:
             files.find(SAFETENSORS_WEIGHTS_NAME, limit=None)  # PEFT would fall back to a pickle
         return PeftModel.from_pretrained(model, adapter, adapter_name, **kwargs)
 
@@ -101,20 +101,26 @@ def adapter_identity(adapter: str, config: PeftConfig) -> dict[str, str]:
         return sorted(value) if isinstance(value, (set, frozenset)) else str(value)
 
     settings = hashlib.sha256(json.dumps(values, sort_keys=True, default=plain).encode()).hexdigest()
-    return {"kind": config.peft_type.value, "config": settings, "weights": digest(adapter_weights(adapter))}
+    return {"kind": config.peft_type.value, "config": settings, "weights": digest(adapter_weights(adapter, config))}
 
 
 def load_peft_config(adapter: str) -> PeftConfig:
     """Loads the configuration of any PEFT adapter from the Hub or a folder; raises LayerRopeError, in one line."""
-    with _adapter_errors(AdapterFiles(adapter)) as kind:
+    files = AdapterFiles(adapter)
+    with _adapter_errors(files):
+        kind, values = _look(files)
+        if kind is LAYER_ROPE:
+            return LayerRopeConfig.from_values(values, files)
         return PEFT_TYPE_TO_CONFIG_MAPPING[kind].from_pretrained(adapter)
 
 
-def adapter_weights(adapter: str) -> Path:
-    """Returns where an adapter's weights lie, fetched from the Hub if need be; raises LayerRopeError if it has none."""
+def adapter_weights(adapter: str, config: PeftConfig) -> Path:
+    """Returns where the weights lie of an adapter with this config, fetched from the Hub if need be; raises
+    LayerRopeError if it has none.
+    """
     files = AdapterFiles(adapter)
-    with _adapter_errors(files) as kind:
-        return files.find(SAFETENSORS_WEIGHTS_NAME, MAX_BYTES if kind is LAYER_ROPE else None)
+    with _adapter_errors(files):
+        return files.find(SAFETENSORS_WEIGHTS_NAME, MAX_BYTES if isinstance(config, LayerRopeConfig) else None)
 
 
 def load_adapter_config(adapter: str) -> LayerRopeConfig:
@@ -130,11 +136,10 @@ _PEFT_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, Run
 
 
 @contextmanager
-def _adapter_errors(files: AdapterFiles) -> Iterator[PeftType]:
-    """Yields the adapter's kind, from a look at its `adapter_config.json` before PEFT reads it whatever it is."""
+def _adapter_errors(files: AdapterFiles) -> Iterator[None]:
     check_present("adapter", files.location)
     try:
-        yield _peft_type(files)
+        yield
     except LayerRopeError:
         raise
     except _PEFT_ERRORS as error:
@@ -142,10 +147,12 @@ def _adapter_errors(files: AdapterFiles) -> Iterator[PeftType]:
         raise LayerRopeError(f"cannot load adapter {files.location!r}: {reason}.") from error
 
 
-def _peft_type(files: AdapterFiles) -> PeftType:
+def _look(files: AdapterFiles) -> tuple[PeftType, dict[str, Any]]:
+    """The adapter's kind, and what its `adapter_config.json` holds, before PEFT reads it whatever it is."""
     path = files.find(CONFIG_NAME)
     try:
-        return PeftType(read_json_object(path).get("peft_type"))
+        values = read_json_object(path)
+        return PeftType(values.get("peft_type")), values
     except ValueError as error:
         raise LayerRopeError(
             f"cannot load adapter {files.location!r}: its {CONFIG_NAME} must hold a JSON object with a peft_type that "

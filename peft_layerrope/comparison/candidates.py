@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ class Candidate:
         """
         if self.kind in ("uniform", "first_and_rest"):
             return LayerRopeConfig(layer_factors=[*self.numbers, *self.numbers[-1:] * num_layers][:num_layers])
-        config = self._config()
+        config = self._loaded
         # a new one: PEFT writes the base model's name into it
         return LayerRopeConfig(**_scaling(config)) if isinstance(config, LayerRopeConfig) else None
 
@@ -221,20 +222,21 @@ class Candidate:
         Raises:
             LayerRopeError: an adapter that cannot be loaded.
         """
-        config = self._config()
+        config = self._loaded
         if config is None:
             return {"kind": self.kind, "numbers": list(self.numbers)}
         if isinstance(config, LayerRopeConfig):
             return {"kind": "layer_rope", **_scaling(config)}
         return adapter_identity(self.adapter, config)
 
-    def _config(self) -> PeftConfig | None:
-        """Of what is an adapter; its files are checked."""
+    @cached_property
+    def _loaded(self) -> PeftConfig | None:
+        """The config of what is an adapter, whose files are checked and read once."""
         if self.adapter is None:
             return self.config
         config = load_peft_config(self.adapter)
         if isinstance(config, LayerRopeConfig):
-            check_weights_file(adapter_weights(self.adapter), config.layer_factors)
+            check_weights_file(adapter_weights(self.adapter, config), config.layer_factors)
         elif config.is_prompt_learning:
             raise TaskError(
                 f"{self.adapter!r} is a {config.peft_type.value} adapter: its virtual tokens would shift every "

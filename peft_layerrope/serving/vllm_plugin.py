@@ -107,7 +107,7 @@ def _adapter_config(adapter: str, model_config: ModelConfig) -> LayerRopeConfig:
     from ..tuner.artifacts import check_weights_file
 
     config = load_adapter_config(adapter)
-    check_weights_file(adapter_weights(adapter), config.layer_factors)
+    check_weights_file(adapter_weights(adapter, config), config.layer_factors)
     overrides = model_config.hf_overrides if isinstance(model_config.hf_overrides, dict) else {}
     needs_window = config.rope_type == "dynamic" and config.original_max_position_embeddings is None
     if needs_window and "max_position_embeddings" in overrides:

@@ -7,7 +7,8 @@ here, once. If PEFT ships the name itself one day, that member is used and nothi
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Annotated, Any, Literal, Optional
 
@@ -164,16 +165,24 @@ class LayerRopeConfig(PeftConfig):
         Raises:
             InvalidConfigError: `adapter_config.json` is not JSON, is too large, or has a value that cannot work.
         """
-        try:
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (ValueError, RecursionError) as error:
-            raise InvalidConfigError(
-                f"{pretrained_model_name_or_path}: {CONFIG_NAME} must hold a LayerRopeConfig: {error}"
-            ) from error
         download, _, _ = cls._split_kwargs(kwargs)
+        files = AdapterFiles(str(pretrained_model_name_or_path), subfolder, download)
+        load = super().from_pretrained
+        return cls._read(files, lambda: load(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], files: AdapterFiles) -> LayerRopeConfig:
+        """Does what [`from_pretrained`] does, where `adapter_config.json` has been read already."""
+        return cls._read(files, lambda: cls.from_peft_type(**cls._known(values)))
+
+    @classmethod
+    def _read(cls, files: AdapterFiles, make: Callable[[], LayerRopeConfig]) -> LayerRopeConfig:
+        try:
+            config = make()
+        except (ValueError, RecursionError) as error:
+            raise InvalidConfigError(f"{files.location}: {CONFIG_NAME} must hold a LayerRopeConfig: {error}") from error
         factors = None if config.layer_factors is None else tuple(config.layer_factors)
-        config.files = AdapterFiles(str(pretrained_model_name_or_path), subfolder, download, factors)
-        config.origin = str(pretrained_model_name_or_path)
+        config.files, config.origin = replace(files, layer_factors=factors), files.location
         return config
 
     @classmethod
@@ -181,7 +190,10 @@ class LayerRopeConfig(PeftConfig):
         """Reads `adapter_config.json` as plain values. Names of a newer version are left out, with a warning. Raises
         ValueError if it is no JSON object of reasonable size, or another method's.
         """
-        values = read_json_object(path_json_file)
+        return cls._known(read_json_object(path_json_file))
+
+    @classmethod
+    def _known(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         if values.get("peft_type") != PEFT_TYPE_NAME:
             raise ValueError(f"peft_type={shown(values.get('peft_type'))}, expected {PEFT_TYPE_NAME!r}.")
         known = {f.name for f in fields(cls)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 
 import numpy as np
@@ -88,6 +90,20 @@ def test_adapters_and_baselines_side_by_side(adapter, lora, tmp_path):
     said = [line.split("  ")[0] for line in done.stderr.splitlines()]  # also where nobody sees a bar
     assert [line for line in said if line in report["scores"]] == ["no scaling", "mine", "lora"]
     assert str(tmp_path) not in (output / "evaluation.json").read_text() + (output / "evaluation.md").read_text()
+
+
+def test_an_adapters_files_are_read_once(adapter, monkeypatch):
+    opened, really = [], open
+
+    def counting(file, *arguments, **settings):
+        opened.append(str(file))
+        return really(file, *arguments, **settings)
+
+    for module in (io, builtins):
+        monkeypatch.setattr(module, "open", counting)
+    assert run("evaluate", *TINY, "--adapter", str(adapter)).exit_code == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert opened.count(str(adapter / name)) == 1
 
 
 def test_baselines_choose_the_first(adapter, tmp_path):
