@@ -115,8 +115,8 @@ def retrieval_batch(
     )
     ids = np.concatenate([np.full((rows, 1), BOS), listing.reshape(rows, -1), questions.reshape(rows, -1)], axis=1)
     labels = np.full_like(ids, IGNORE)
-    unlabelled = np.full((rows, queries, 2), IGNORE)
-    labels[:, 1 + PAIR * pairs :] = np.concatenate([unlabelled, answers], axis=2).reshape(rows, -1)
+    unlabeled = np.full((rows, queries, 2), IGNORE)
+    labels[:, 1 + PAIR * pairs :] = np.concatenate([unlabeled, answers], axis=2).reshape(rows, -1)
     return ids, labels
 
 

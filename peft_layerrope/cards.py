@@ -194,7 +194,7 @@ def _eval_results(held_out: HeldOut) -> list[EvalResult]:
     else:
         kinds = ("accuracy", "context_utilisation")
         names = EXACT_MATCH if scores.written is None else WRITTEN
-        values = scores.average().value, scores.utilisation()
+        values = scores.average().value, scores.utilization()
     return [
         EvalResult(
             task_type="text-generation",

@@ -20,8 +20,8 @@ from .scoring.scores import Interval, PositionScores
 UNSCALED = "no scaling"
 """The label whose curve is grey."""
 
-GREY = "0.55"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GRAY = "0.55"
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which people with any colour vision can tell apart; without its yellow, pale on white."""
 _DASHES = ("-", "--", ":")  # one for each round through the colours
 _DPI = 180
@@ -81,17 +81,17 @@ def draw_positions(axes: Axes, curves: Mapping[str, PositionScores], relative: b
     With `relative` positions run from 0, the first, to 1, the last; a `band` is the 95 % intervals.
     """
     alpha = 0.07 if len(curves) > _MANY else 0.15
-    styles = ((colour, dash) for dash in cycle(_DASHES) for colour in COLOURS)
+    styles = ((color, dash) for dash in cycle(_DASHES) for color in COLORS)
     for number, (label, scores) in enumerate(curves.items()):
-        colour, dash = (GREY, "-") if label == UNSCALED else next(styles)
+        color, dash = (GRAY, "-") if label == UNSCALED else next(styles)
         unit = unit_of(scores.measure)
         x = relative_positions(scores.positions) if relative else scores.positions
         if band:
             _, low, high = _ends(scores.intervals(), unit)
-            axes.fill_between(x, low, high, color=colour, alpha=alpha, linewidth=0)
+            axes.fill_between(x, low, high, color=color, alpha=alpha, linewidth=0)
         width = max(2.6 - 0.4 * number, 1.4)  # so that lines that coincide can be told
         y = unit.shown(scores.value_by_position)
-        axes.plot(x, y, "o", linestyle=dash, linewidth=width, color=colour, label=plain(label), markersize=4)
+        axes.plot(x, y, "o", linestyle=dash, linewidth=width, color=color, label=plain(label), markersize=4)
     if relative:
         axes.set_xlabel("place of the answer in the prompt (0: first, 1: last)")
     unit_axis(axes, unit)
@@ -103,7 +103,7 @@ def draw_line(
     intervals: Iterable[Interval],
     unit: Unit,
     label: str,
-    colour: str,
+    color: str,
     shift: float = 0,
     fmt: str = "o-",
 ) -> None:
@@ -111,7 +111,7 @@ def draw_line(
     middle, low, high = _ends(intervals, unit)
     low, high = np.where(np.isnan(low), middle, low), np.where(np.isnan(high), middle, high)
     bars = {"yerr": [middle - low, high - middle], "elinewidth": 1, "capsize": 2}
-    axes.errorbar(np.asarray(x) + shift, middle, fmt=fmt, color=colour, label=plain(label), markersize=4, **bars)
+    axes.errorbar(np.asarray(x) + shift, middle, fmt=fmt, color=color, label=plain(label), markersize=4, **bars)
 
 
 def _ends(intervals: Iterable[Interval], unit: Unit) -> np.ndarray:
@@ -140,14 +140,14 @@ def plot_gain_over_harm(
     `UNSCALED` is grey. A `bound` of the harm is drawn as a line.
     """
     figure, (axes,) = new_figure()
-    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.axhline(0, color=GRAY, linewidth=0.8)
     if bound is not None:
-        axes.axvline(bound, color=GREY, linestyle=":", linewidth=1, label=f"bound, {bound:g} nats")
-    colours = iter(COLOURS)
+        axes.axvline(bound, color=GRAY, linestyle=":", linewidth=1, label=f"bound, {bound:g} nats")
+    colors = iter(COLORS)
     for label, (harm, gain) in points.items():
-        colour = GREY if label == UNSCALED else next(colours)
+        color = GRAY if label == UNSCALED else next(colors)
         across, along = ([[max(0.0, i.value - i.low)], [max(0.0, i.high - i.value)]] for i in (harm, gain))
-        style = {"fmt": "o", "color": colour, "markersize": 5, "linewidth": 1, "label": label}
+        style = {"fmt": "o", "color": color, "markersize": 5, "linewidth": 1, "label": label}
         axes.errorbar(harm.value, gain.value, along, across, **style)
     # close to 0 the axis is linear, and far from it a factor that ruins the text does not push the others together
     linear = bound if bound is not None else 0.01
@@ -172,13 +172,13 @@ def plot_factors_by_depth(
     """
     figure, (axes,) = new_figure()
     layers = range(len(factors))
-    axes.bar(layers, factors, width=0.6, color=COLOURS[0], alpha=0.8, label="factor of the layer")
+    axes.bar(layers, factors, width=0.6, color=COLORS[0], alpha=0.8, label="factor of the layer")
     if control_points is not None:
         spanned = scaled_layers or layers
         points = [(spanned[0] + x * (spanned[-1] - spanned[0]), y) for x, y in control_points]
         curve = Path(points, [Path.MOVETO, *[Path.CURVE4] * 3])
-        axes.add_patch(PathPatch(curve, fill=False, edgecolor=COLOURS[1], label="Bézier curve"))
-        axes.plot(*zip(*points, strict=True), "s:", color=GREY, markersize=4, label="control points")
+        axes.add_patch(PathPatch(curve, fill=False, edgecolor=COLORS[1], label="Bézier curve"))
+        axes.plot(*zip(*points, strict=True), "s:", color=GRAY, markersize=4, label="control points")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set(xlabel="layer", ylabel="factor")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))

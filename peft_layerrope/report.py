@@ -158,7 +158,7 @@ def score_cells(scores: PositionScores, wanted: Iterable[str]) -> dict[str, str]
     if scores.measure == "loss":
         cells["perplexity"] = perplexity_of(average.value)
     else:
-        cells |= {"worst": unit.value(min(by_position)), "U": unit.value(scores.utilisation())}
+        cells |= {"worst": unit.value(min(by_position)), "U": unit.value(scores.utilization())}
     if len(by_position) > 2:
         cells["middle"] = unit.value(float(np.mean(by_position[1:-1])))
     if len(by_position) > 1:
@@ -219,10 +219,10 @@ def position_table(scores: PositionScores, title: str) -> Table:
         "gold position": [*map(str, scores.positions), "average", "U"],
         "accuracy %": [
             *map(ACCURACY.mean, [*scores.intervals(), scores.average()]),
-            ACCURACY.value(scores.utilisation()),
+            ACCURACY.value(scores.utilization()),
         ],
         **{name: [*map(ACCURACY.value, [*v.mean(axis=0), v.mean()]), ""] for name, v in more.items()},
-        "gold log-prob": list(map(NATS.value, [*log_prob, log_prob.mean(), scores.log_prob_utilisation()])),
+        "gold log-prob": list(map(NATS.value, [*log_prob, log_prob.mean(), scores.log_prob_utilization()])),
     }
     caption = "Brackets: 95 % intervals, of the average over contexts, else Wilson's; U: context utilisation."
     caption = " ".join([caption, *written_legend(scores)])

@@ -360,10 +360,10 @@ def _uses_sections(config: PreTrainedConfig) -> bool:
     there.
     """
     try:
-        modelling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+        modeling = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     except ImportError:
         return False
-    return "mrope_section" in inspect.getsource(modelling)
+    return "mrope_section" in inspect.getsource(modeling)
 
 
 def _shrink_rope(rope: dict[str, Any], sections: bool) -> dict[str, Any]:

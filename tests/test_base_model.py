@@ -392,8 +392,8 @@ def test_quantised_weights_with_a_fine_tune_beside_them(bits, prompt, tmp_path):
     base.save_pretrained(folder)
     tiny_bpe(chat=True).save_pretrained(folder)
     trained_lora(lora, base)
-    quantised = BitsAndBytesConfig(**{bits: True})
-    by_hand = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised, device_map="cpu").eval()
+    quantized = BitsAndBytesConfig(**{bits: True})
+    by_hand = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized, device_map="cpu").eval()
     asked = {name: (type(w), w.requires_grad, w.is_inference()) for name, w in by_hand.named_parameters()}
     # while it runs for the first time, bitsandbytes replaces parameters: a comparison leaves ones that can be trained
     compare(by_hand, token_task().split("test", 2), [parse_baseline("none"), parse_baseline("uniform:1.5")])
@@ -401,7 +401,7 @@ def test_quantised_weights_with_a_fine_tune_beside_them(bits, prompt, tmp_path):
     model, _ = load_model(str(folder), device="cpu", **{bits: True})
     assert torch.equal(logits(model, prompt), logits(by_hand, prompt))
     tuned, _ = load_model(str(folder), device="cpu", peft=str(lora), **{bits: True})
-    again = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantised, device_map="cpu").eval()
+    again = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized, device_map="cpu").eval()
     assert torch.equal(logits(tuned, prompt), logits(PeftModel.from_pretrained(again, lora), prompt))
     assert describe_loading(tuned)["peft"]["merged"] is False
     assert describe_loading(tuned)[bits] is True

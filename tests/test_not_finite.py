@@ -20,7 +20,7 @@ from peft_layerrope import LayerRopeConfig, PositionScores, TaskError, compare, 
 from peft_layerrope.cli import app
 from peft_layerrope.comparison import Comparison, comparison_markdown, summary_table
 from peft_layerrope.comparison.candidates import Candidate, parse_baseline
-from peft_layerrope.experiments import Measuring, utilisation_difference
+from peft_layerrope.experiments import Measuring, utilization_difference
 from peft_layerrope.experiments.by_position import sweep_findings
 from peft_layerrope.experiments.layer_sensitivity import sensitivity
 from peft_layerrope.experiments.report import held_out_section
@@ -184,7 +184,7 @@ def test_the_likeliest_answers_that_are_not_the_best_are_named(scores, named):
 def test_a_sweep_does_not_choose_what_breaks():
     scores = {1.0: scores_with(-1.0, False), 1.5: scores_with(-1.0, True), 2.0: scores_with(math.nan, False)}
     broken_first = {2.0: scores[2.0], **scores}
-    changes = {factor: utilisation_difference(one, scores[1.0]) for factor, one in scores.items()}
+    changes = {factor: utilization_difference(one, scores[1.0]) for factor, one in scores.items()}
     assert "factor 1.5" in sweep_findings(broken_first, changes)[0]
 
 

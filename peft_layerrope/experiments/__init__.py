@@ -175,14 +175,14 @@ def verdict(subject: str, other: str, difference: Interval, unit: Unit) -> str:
     return f"{subject} {'beats' if difference.value > 0 else 'falls behind'} {other}: {change}."
 
 
-def utilisation_difference(scores: PositionScores, other: PositionScores) -> Interval:
+def utilization_difference(scores: PositionScores, other: PositionScores) -> Interval:
     """U of `scores` minus that of `other` on the same examples, paired; minus the mean loss where that is measured."""
-    return paired_interval(scores.utilisation_by_group(), other.utilisation_by_group(), scores.measure)
+    return paired_interval(scores.utilization_by_group(), other.utilization_by_group(), scores.measure)
 
 
 def log_prob_difference(scores: PositionScores, other: PositionScores) -> Interval:
     """U of the gold log-probabilities minus that of `other`, paired, in nats."""
-    return mean_interval(scores.utilisation_by_group("log_prob") - other.utilisation_by_group("log_prob"))
+    return mean_interval(scores.utilization_by_group("log_prob") - other.utilization_by_group("log_prob"))
 
 
 def by_place(scores: PositionScores) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..comparison.candidates import NO_SCALING, Candidate, candidate_on
 from ..errors import TaskError, UnsupportedModelError
-from ..plots import COLOURS, GREY, draw_line, new_figure, to_png
+from ..plots import COLORS, GRAY, draw_line, new_figure, to_png
 from ..report import Table, Unit
 from ..scoring.batching import rotation_depends_on_length, whole_rows
 from ..scoring.scorer import Scorer
@@ -245,8 +245,8 @@ def _figure(kind: str, layers: list[int], old: np.ndarray, new: np.ndarray, meas
     unit, title = _KINDS[kind]
     figure, panels = new_figure(height=3.6, columns=len(PLACES), sharey=True)
     for index, (axes, place) in enumerate(zip(panels, PLACES, strict=True)):
-        for values, label, colour, shift in ((old, NO_SCALING, GREY, -0.08), (new, ADAPTER, COLOURS[0], 0.08)):
-            draw_line(axes, layers, map(mean_interval, values[index].T), unit, label, colour, shift)
+        for values, label, color, shift in ((old, NO_SCALING, GRAY, -0.08), (new, ADAPTER, COLORS[0], 0.08)):
+            draw_line(axes, layers, map(mean_interval, values[index].T), unit, label, color, shift)
         axes.set_title(f"gold {place}", fontsize=9)
         axes.set_xlabel("layer")
         axes.xaxis.get_major_locator().set_params(integer=True)

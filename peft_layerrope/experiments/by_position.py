@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from ..comparison.candidates import NO_SCALING, Candidate
-from ..plots import COLOURS, draw_line, draw_positions, new_figure, relative_positions, to_png, unit_axis
+from ..plots import COLORS, draw_line, draw_positions, new_figure, relative_positions, to_png, unit_axis
 from ..report import ACCURACY, Table, legend, position_table, score_cells, times_window, unit_of
 from ..scoring.scores import Interval, PositionScores, difference_interval, proportion_interval, rank_key
 from ..tasks.base import Task
@@ -26,7 +26,7 @@ from . import (
     json_data,
     score_header,
     tried_factors,
-    utilisation_difference,
+    utilization_difference,
     verdict,
     with_factors,
 )
@@ -103,7 +103,7 @@ def run_sweep(
     configs = {f"{factor:g}": with_factors(model, config, [factor] * num_layers) for factor in tried}
     found = measuring.scores(split, list(map(Candidate.of_config, configs, configs.values())), SWEEP)
     scores = dict(zip(tried, found.values(), strict=True))
-    changes = {factor: utilisation_difference(of_one, scores[1.0]) for factor, of_one in scores.items()}
+    changes = {factor: utilization_difference(of_one, scores[1.0]) for factor, of_one in scores.items()}
     names = score_header("accuracy")
     rows = [
         (f"{factor:g}", *score_cells(of_one, names).values(), "" if factor == 1 else ACCURACY.change(changes[factor]))
@@ -124,14 +124,14 @@ def run_sweep(
             rope_type=config.rope_type,
             factor=config.factor,
             scores=found,
-            utilisation_change={f"{factor:g}": change for factor, change in changes.items()},
+            utilization_change={f"{factor:g}": change for factor, change in changes.items()},
         ),
     )
 
 
 def sweep_findings(scores: dict[float, PositionScores], changes: dict[float, Interval]) -> list[str]:
     """Says which factor is best, and what is lost from there to the largest one."""
-    best, largest = max(scores, key=lambda factor: rank_key(scores[factor].utilisation())), max(scores)
+    best, largest = max(scores, key=lambda factor: rank_key(scores[factor].utilization())), max(scores)
     if best == 1 or not changes[best].excludes_zero():
         lines = ["No uniform factor raises U beyond noise."]
     else:
@@ -157,8 +157,8 @@ def _lines(scores: dict[float, PositionScores], measured: str) -> SectionFigure:
         "last": [intervals[-1] for intervals in ends],
     }
     shift = 0.004 * (max(scores) - min(scores))  # so that bars do not hide each other
-    for number, (place, colour) in enumerate(zip(lines, (COLOURS[2], COLOURS[0], COLOURS[1]), strict=True)):
-        draw_line(axes, list(scores), lines[place], ACCURACY, f"answer {place}", colour, (number - 1) * shift)
+    for number, (place, color) in enumerate(zip(lines, (COLORS[2], COLORS[0], COLORS[1]), strict=True)):
+        draw_line(axes, list(scores), lines[place], ACCURACY, f"answer {place}", color, (number - 1) * shift)
     axes.set_xlabel("factor of all layers")
     unit_axis(axes, ACCURACY)
     caption = "Accuracy with the answer first, in the middle and last, over one factor for all layers; bars: 95 %."
@@ -167,11 +167,11 @@ def _lines(scores: dict[float, PositionScores], measured: str) -> SectionFigure:
 
 def _curves(scores: dict[float, PositionScores], measured: str) -> SectionFigure:
     figure, (axes,) = new_figure()
-    colours, norm = colormaps["viridis"], Normalize(min(scores), max(scores))
+    colors, norm = colormaps["viridis"], Normalize(min(scores), max(scores))
     for factor, of_one in scores.items():
         values = ACCURACY.shown(of_one.value_by_position)
-        axes.plot(relative_positions(of_one.positions), values, "-", color=colours(norm(factor)), linewidth=1.4)
-    figure.colorbar(ScalarMappable(norm, colours), ax=axes, label="factor of all layers")
+        axes.plot(relative_positions(of_one.positions), values, "-", color=colors(norm(factor)), linewidth=1.4)
+    figure.colorbar(ScalarMappable(norm, colors), ax=axes, label="factor of all layers")
     axes.set_xlabel("place of the answer in the prompt (0: first, 1: last)")
     unit_axis(axes, ACCURACY)
     caption = "Accuracy over the place of the answer, one line for each uniform factor."

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..comparison.candidates import Candidate
 from ..errors import SearchError
-from ..plots import COLOURS, new_figure, to_png
+from ..plots import COLORS, new_figure, to_png
 from ..report import NATS, Table, Unit, format_factors, legend, unit_of
 from ..scoring.scores import Interval
 from ..searcher.settings import SearchSettings
@@ -22,7 +22,7 @@ from . import (
     in_force,
     json_data,
     log_prob_difference,
-    utilisation_difference,
+    utilization_difference,
     with_factors,
 )
 from .section import Section, SectionFigure
@@ -108,15 +108,15 @@ def run_control_points(
     configs = {format_factors(vector): with_factors(model, config, vector) for vector in vectors}
     by_label = measuring.scores(split, list(map(Candidate.of_config, configs, configs.values())), NAME)
     scores = {vector: by_label[format_factors(vector)] for vector in vectors}
-    changes = {vector: utilisation_difference(of_one, scores[curve]) for vector, of_one in scores.items()}
+    changes = {vector: utilization_difference(of_one, scores[curve]) for vector, of_one in scores.items()}
     unit, measured = unit_of(split.measure), measuring.described(task, split)
-    rows = [("the curve itself", format_factors(curve), unit.value(scores[curve].utilisation()), "", "")]
+    rows = [("the curve itself", format_factors(curve), unit.value(scores[curve].utilization()), "", "")]
     for label, vector in [("the adapter's factors", final), *((move.label, move.factors) for move in tried)]:
         factors, gaps = "as the curve", ("0", "0")
         if vector != curve:
             nats = log_prob_difference(scores[vector], scores[curve])
             factors, gaps = format_factors(vector), (unit.change(changes[vector]), NATS.change(nats))
-        rows.append((label, factors, unit.value(scores[vector].utilisation()), *gaps))
+        rows.append((label, factors, unit.value(scores[vector].utilization()), *gaps))
     header = ("moved", "factors", "U" if split.measure == "accuracy" else unit.name, "Δ", "Δ gold log-prob's U")
     caption = (
         f"Each coordinate moved by ±{step:g}, at most to its limit, and rounded to the grid as in the search. Δ: to "
@@ -142,11 +142,11 @@ def run_control_points(
                     "from": move.before,
                     "to": move.after,
                     "layer_factors": move.factors,
-                    "utilisation_change": changes[move.factors],
+                    "utilization_change": changes[move.factors],
                 }
                 for move in tried
             ],
-            utilisation={label: round(of_one.utilisation(), 6) for label, of_one in by_label.items()},
+            utilization={label: round(of_one.utilization(), 6) for label, of_one in by_label.items()},
         ),
     )
 
@@ -184,7 +184,7 @@ def _tornado(tried: list[Move], changes: dict[Factors, Interval], unit: Unit, me
     for move in tried:
         y = order.index(move.coordinate) + 0.2 * move.sign
         value, low, high = unit.shown_interval(changes[move.factors])
-        axes.barh(y, value, height=0.38, color=COLOURS[1] if move.sign > 0 else COLOURS[0], alpha=0.85)
+        axes.barh(y, value, height=0.38, color=COLORS[1] if move.sign > 0 else COLORS[0], alpha=0.85)
         axes.errorbar(value, y, xerr=[[value - low], [high - value]], color="0.25", elinewidth=1, capsize=2)
         axes.annotate(
             f"{move.after:.2f}", (1, y), (4, 0), ("axes fraction", "data"), "offset points", fontsize=7, va="center"
@@ -193,7 +193,7 @@ def _tornado(tried: list[Move], changes: dict[Factors, Interval], unit: Unit, me
     values = {move.coordinate: move.before for move in tried}
     axes.set_yticks(range(len(order)), [f"{coordinate} = {values[coordinate]:.2f}" for coordinate in order])
     axes.set_xlabel(f"change of {'U' if unit.scale > 0 else unit.name} ({unit.step}); right: the value moved to")
-    axes.barh(0, 0, color=COLOURS[1], label="moved up")
-    axes.barh(0, 0, color=COLOURS[0], label="moved down")
+    axes.barh(0, 0, color=COLORS[1], label="moved up")
+    axes.barh(0, 0, color=COLORS[0], label="moved down")
     caption = "Change of U when one coordinate of the curve is moved; lines: paired 95 % intervals over contexts."
     return SectionFigure("tornado", caption, to_png(figure, "Each control point, moved", measured))

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..comparison.candidates import NO_SCALING, Candidate
 from ..errors import TaskError
-from ..plots import COLOURS, GREY, draw_line, new_figure, plain, to_png, unit_axis
+from ..plots import COLORS, GRAY, draw_line, new_figure, plain, to_png, unit_axis
 from ..report import Table, Unit, legend, perplexity_of, times_window, unit_of
 from ..scoring.scores import Interval, PositionScores, rank_key
 from ..tasks.base import Task
@@ -106,9 +106,9 @@ def _tables(scores: Scores, gains: dict[int, dict[str, Interval]], unit: Unit, w
 def _figure(scores: Scores, unit: Unit, measured: str) -> SectionFigure:
     figure, (axes,) = new_figure()
     lengths = list(scores)
-    for label, colour in zip(scores[lengths[0]], cycle([GREY, *COLOURS])):
+    for label, color in zip(scores[lengths[0]], cycle([GRAY, *COLORS])):
         intervals = [by_label[label].average() for by_label in scores.values()]
-        draw_line(axes, lengths, intervals, unit, label, colour)
+        draw_line(axes, lengths, intervals, unit, label, color)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(length) for length in lengths])
     axes.minorticks_off()

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator
 
 from ..base_model import adapted, keeping_modes, model_name
-from ..plots import COLOURS, draw_line, new_figure, to_png, unit_axis
+from ..plots import COLORS, draw_line, new_figure, to_png, unit_axis
 from ..report import NATS, Table, times_window, unit_of
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import preflight, with_targets
@@ -28,7 +28,7 @@ from . import (
     json_data,
     log_prob_difference,
     tried_factors,
-    utilisation_difference,
+    utilization_difference,
     with_factors,
 )
 from .section import Section, SectionFigure
@@ -43,9 +43,9 @@ class LayerEffect:
 
     layer: int  # those that attend to its keys are scaled with it
     factor: float
-    accuracy_utilisation: float  # context utilisation U of the accuracies, from 0 to 1
+    accuracy_utilization: float  # context utilisation U of the accuracies, from 0 to 1
     accuracy_change: Interval  # that minus the unscaled model's, with a paired 95 % interval over groups
-    log_prob_utilisation: float  # U of the gold log-probabilities, in nats
+    log_prob_utilization: float  # U of the gold log-probabilities, in nats
     log_prob_change: Interval  # that minus the unscaled model's, likewise
 
 
@@ -147,7 +147,7 @@ class Sensitivity:
             layers=self.layers,
             factors=self.factors,
             key_sources=self.key_sources,
-            unscaled={"accuracy_utilisation": self.accuracy, "log_prob_utilisation": self.log_prob},
+            unscaled={"accuracy_utilization": self.accuracy, "log_prob_utilization": self.log_prob},
             effects=self.effects,
             layers_worth_searching=self.layers_worth_searching(),
             layers_that_gain=self.layers_that_gain(),
@@ -210,15 +210,15 @@ def sensitivity(
         effects = []
         for layer, factor in pairs:
             after = scores([factor if i == layer else 1.0 for i in range(space.num_layers)])
-            accuracy = round(after.utilisation(), 6), utilisation_difference(after, before)
-            log_prob = round(after.log_prob_utilisation(), 6), log_prob_difference(after, before)
+            accuracy = round(after.utilization(), 6), utilization_difference(after, before)
+            log_prob = round(after.log_prob_utilization(), 6), log_prob_difference(after, before)
             effects.append(LayerEffect(layer, factor, *accuracy, *log_prob))
     measuring.batch_tokens = scorer.batch_tokens
     return Sensitivity(
         layers=space.scaled_layers,
         factors=tried,
-        accuracy=round(before.utilisation(), 6),
-        log_prob=round(before.log_prob_utilisation(), 6),
+        accuracy=round(before.utilization(), 6),
+        log_prob=round(before.log_prob_utilization(), 6),
         effects=tuple(effects),
         key_sources=space.key_sources,
         settings={
@@ -267,7 +267,7 @@ def sensitivity_table(result: Sensitivity, title: str = "") -> Table:
         for effect in result.of_layer(layer):
             change = effect.log_prob_change
             shown = f"{change.value:+.3f}{'*' * change.excludes_zero()}"
-            lines.append((f"{effect.factor:g}", unit.value(effect.accuracy_utilisation), shown))
+            lines.append((f"{effect.factor:g}", unit.value(effect.accuracy_utilization), shown))
         if beside:
             rows.append((label, *(cell for _, *cells in lines for cell in cells)))
         else:
@@ -308,9 +308,9 @@ def plot_sensitivity(result: Sensitivity) -> bytes:
         effects = [effect for effect in result.effects if effect.factor == factor]
         shift = _GROUP_WIDTH * ((number + 0.5) / len(result.factors) - 0.5)
         x = [result.layers.index(effect.layer) + shift for effect in effects]
-        colour = COLOURS[number % len(COLOURS)]
-        draw_line(upper, x, [e.log_prob_change for e in effects], NATS, f"× {factor:g}", colour, fmt="o")
-        lower.plot(x, unit.shown([effect.accuracy_utilisation for effect in effects]), "o", color=colour, markersize=4)
+        color = COLORS[number % len(COLORS)]
+        draw_line(upper, x, [e.log_prob_change for e in effects], NATS, f"× {factor:g}", color, fmt="o")
+        lower.plot(x, unit.shown([effect.accuracy_utilization for effect in effects]), "o", color=color, markersize=4)
     upper.axhline(0, color="black", linewidth=0.8, label="unscaled")
     lower.axhline(unit.shown(result.accuracy), color="black", linewidth=0.8)
     unit_axis(lower, unit)

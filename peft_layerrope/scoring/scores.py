@@ -74,9 +74,9 @@ def proportion_interval(values: Sequence[float] | np.ndarray) -> Interval:
         return _interval(mean, np.zeros_like(mean), np.ones_like(mean))
     quantile = _quantile(count)
     contexts = count / _variance_ratio(values, count * mean * (1 - mean))
-    centre = (contexts * mean + quantile**2 / 2) / (contexts + quantile**2)
-    half = quantile * np.sqrt(centre * (1 - centre) / (contexts + quantile**2))
-    return _interval(mean, np.clip(centre - half, 0, mean), np.clip(centre + half, mean, 1))
+    center = (contexts * mean + quantile**2 / 2) / (contexts + quantile**2)
+    half = quantile * np.sqrt(center * (1 - center) / (contexts + quantile**2))
+    return _interval(mean, np.clip(center - half, 0, mean), np.clip(center + half, mean, 1))
 
 
 def difference_interval(values: Sequence[float] | np.ndarray) -> Interval:
@@ -136,7 +136,7 @@ paper's order, and close enough to each other that no single position decides.""
 _LARGEST_LOSS = 700  # nats
 
 
-def utilisation(by_position: Sequence[float], weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
+def utilization(by_position: Sequence[float], weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
     """Returns context utilisation U (arXiv 2503.04355) of one score per gold position, first to last, in their unit:
     `(λ_first·first + λ_middle·mean(middle) + λ_last·last) / (λ_first + λ_middle + λ_last)`. All inner positions are
     averaged into "middle".
@@ -249,20 +249,20 @@ class PositionScores:
         groups = self.correct.shape[0]
         return [wilson_interval(int(hits), groups) for hits in self.correct.sum(axis=0)]
 
-    def utilisation(self, weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
+    def utilization(self, weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
         """Context utilisation of the accuracies, from 0 to 1. Minus the mean loss where that is measured; the plain
         mean where there are fewer than three positions.
         """
-        return float(self.utilisation_by_group("accuracy", weights).mean())
+        return float(self.utilization_by_group("accuracy", weights).mean())
 
-    def log_prob_utilisation(self, weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
+    def log_prob_utilization(self, weights: Sequence[float] = DEFAULT_WEIGHTS) -> float:
         """Context utilisation of the gold log-probabilities, in nats."""
-        return float(self.utilisation_by_group("log_prob", weights).mean())
+        return float(self.utilization_by_group("log_prob", weights).mean())
 
-    def utilisation_by_group(
+    def utilization_by_group(
         self, objective: Literal["log_prob", "accuracy"] = "accuracy", weights: Sequence[float] = DEFAULT_WEIGHTS
     ) -> np.ndarray:
-        """Shape `(groups,)`: each group's share in the utilisation, whose mean over groups is [`utilisation`].
+        """Shape `(groups,)`: each group's share in the utilisation, whose mean over groups is [`utilization`].
 
         A split with fewer than three positions has no first, middle and last, and a loss has no gold position: there
         it is the plain mean.
@@ -270,7 +270,7 @@ class PositionScores:
         values = self.log_prob if objective == "log_prob" else self.values
         if len(self.positions) < 3 or self.measure == "loss":
             return np.average(values, axis=1, weights=self.sizes)
-        return np.array([utilisation(row, weights) for row in values])
+        return np.array([utilization(row, weights) for row in values])
 
     def paired_difference(self, other: PositionScores) -> Interval:
         """This average minus `other`'s on the same examples, with a paired 95 % interval over groups.
@@ -300,7 +300,7 @@ class PositionScores:
         }
         if self.measure == "loss":
             return plain | {"perplexity": _short(perplexity(average.value))}
-        plain["utilisation"] = _short(self.utilisation())
+        plain["utilization"] = _short(self.utilization())
         plain["log_prob_by_position"] = [_short(v) for v in self.log_prob_by_position]
         if self.written is not None:
             columns = {"teacher_forced": self.written.forced, "strict_accuracy": self.written.strict}

@@ -140,7 +140,7 @@ def fitted_parabola(members: Sequence[np.ndarray], values: Sequence[np.ndarray])
         Its slope at the unscaled model, shape `(num_parameters,)`, and the factor of the sum of squares. None: it says
         nothing of the members of a generation that it was not fitted to.
     """
-    parts = [_centred(np.asarray(some), np.asarray(seen)) for some, seen in zip(members, values, strict=True)]
+    parts = [_centered(np.asarray(some), np.asarray(seen)) for some, seen in zip(members, values, strict=True)]
 
     def ridge(parts: Sequence[tuple[np.ndarray, np.ndarray]], strength: float) -> np.ndarray:
         rows, targets = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -160,7 +160,7 @@ def fitted_parabola(members: Sequence[np.ndarray], values: Sequence[np.ndarray])
     return np.array(slope), float(bend)
 
 
-def _centred(members: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _centered(members: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Parameters with their sum of squares, and values, each without its mean."""
     finite = np.isfinite(values)
     rows = np.column_stack([members, (members**2).sum(axis=1)])[finite]

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..errors import TaskError, one_line
 from ..scoring.batching import judge_tokens, logits_at, whole_rows, with_halving
 from ..scoring.scores import Interval, mean_interval, rank_key
-from ..tasks.perplexity import beginning, tokenised
+from ..tasks.perplexity import beginning, tokenized
 from ..tuner.sites import embedding_table
 
 Windows = tuple[tuple[int, ...], ...]
@@ -47,7 +47,7 @@ def read_windows(tokenizer: PreTrainedTokenizerBase | None, text: Path | None, l
     """
     if tokenizer is None:
         return ()
-    ids = tokenised([_read(text, length)], tokenizer, str(text)).tolist()
+    ids = tokenized([_read(text, length)], tokenizer, str(text)).tolist()
     unknown = ids.count(tokenizer.unk_token_id) / max(len(ids), 1) if tokenizer.unk_token_id is not None else 0
     size = min(length, len(ids) // NUM_WINDOWS)
     if unknown <= _MAX_UNKNOWN and size >= _SCORED:

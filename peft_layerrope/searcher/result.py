@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from peft.utils import CONFIG_NAME
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, HeldOut, model_card, save_card
 from ..declaration import converted
@@ -362,7 +362,7 @@ class RecordedScores(_Checked):
     accuracy_intervals: Annotated[list[_Pair], Field(max_length=_MAX_POSITIONS)] | None = None
     average_accuracy: float | None = None
     average_accuracy_interval: _Pair | None = None
-    utilised: _Number = Field(math.nan, alias="utilisation")
+    utilized: _Number = Field(math.nan, validation_alias=AliasChoices("utilization", "utilisation"))
     average_loss: _Number = math.nan
     average_loss_interval: tuple[float | None, float | None] | None = None
     written: float | None = Field(None, alias="answers_cut_off")
@@ -390,9 +390,9 @@ class RecordedScores(_Checked):
         limits = self.accuracy_intervals or [(value, value) for value in values]
         return [Interval(value, *ends) for value, ends in zip(values, limits, strict=True)]
 
-    def utilisation(self) -> float:
+    def utilization(self) -> float:
         """Context utilisation of the accuracies."""
-        return self.utilised
+        return self.utilized
 
 
 class RecordedRow(_Checked):

@@ -361,7 +361,7 @@ class Stages:
             return self._once(
                 "generation",
                 f"{PER_LAYER} {number}",
-                lambda: [s.utilisation(self.settings.weights) for s in self.evaluator.scores(vectors, split)],
+                lambda: [s.utilization(self.settings.weights) for s in self.evaluator.scores(vectors, split)],
             )
 
         rng = random.Random(self.settings.seed)

@@ -28,13 +28,13 @@ class Metric(NamedTuple):
     is_strictly_right: Callable[[str, Sequence[str], str], bool] | None = None
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """Returns `text` in lower case, without ASCII punctuation and English articles, white space squeezed."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def best_subspan_em(prediction: str, answers: Sequence[str]) -> bool:
-    """Whether what was written before the first newline contains an accepted answer, both [`normalised`].
+    """Whether what was written before the first newline contains an accepted answer, both [`normalized`].
 
     An accepted answer of which normalisation leaves nothing ("The", "?") would be found in everything; it is found in
     nothing instead.
@@ -42,8 +42,8 @@ def best_subspan_em(prediction: str, answers: Sequence[str]) -> bool:
     Raises:
         TaskError: the answers are a single text, of which each letter would be an answer.
     """
-    written = normalised(prediction.split("\n", 1)[0])
-    return any(answer in written for answer in map(normalised, _several(answers)) if answer)
+    written = normalized(prediction.split("\n", 1)[0])
+    return any(answer in written for answer in map(normalized, _several(answers)) if answer)
 
 
 def contains_value(prediction: str, answers: Sequence[str]) -> bool:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import TaskError, shown, whole_number
 from .base import SPLIT_NAMES, Split, SplitName, check_enough, cut_into_splits, spread_positions
-from .metrics import normalised
+from .metrics import normalized
 from .prompts import ASKED_EVERYWHERE, GOLD_MOVES, Prompt, PromptSettings, PromptTask, Record, Text, read_records
 
 PUBLISHED_NUM_POSITIONS = {10: 3, 20: 5, 30: 7}
@@ -42,7 +42,7 @@ class Passage:
 
     @cached_property
     def _plain(self) -> str:
-        return normalised(f"{self.title} {self.text}")
+        return normalized(f"{self.title} {self.text}")
 
     def answers(self, questions: Sequence[Question]) -> bool:
         """Whether it holds an accepted answer of one of the questions."""
@@ -62,7 +62,7 @@ class _Line(Record):
         golden = sum(document.isgold for document in self.ctxs)
         if golden != 1:
             raise TaskError(f"{golden} of its {len(self.ctxs)} documents are gold (isgold), expected 1.")
-        if not any(map(normalised, self.answers)):
+        if not any(map(normalized, self.answers)):
             raise TaskError(f"of answers={shown(self.answers)} nothing is left without punctuation and articles.")
         return self
 
@@ -83,7 +83,7 @@ class Question:
     @cached_property
     def plain_answers(self) -> tuple[str, ...]:
         """Its answers as the metric compares them, without those of which nothing is left."""
-        return tuple(filter(None, map(normalised, self.answers)))
+        return tuple(filter(None, map(normalized, self.answers)))
 
 
 def _question(line: _Line, number: int) -> Question:

@@ -57,7 +57,7 @@ def token_ids(values: Any, source: str) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, source: str) -> np.ndarray:
+def tokenized(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, source: str) -> np.ndarray:
     """Returns the texts as one stream, an empty line between them, without special tokens; raises TaskError if there is
     no text in them, or something else.
     """
@@ -125,7 +125,7 @@ class Perplexity:
         elif tokenizer is None:
             raise TaskError("text needs a tokenizer; without one pass token ids.")
         else:
-            self._ids = tokenised(texts, tokenizer, source)
+            self._ids = tokenized(texts, tokenizer, source)
         self._beginning = beginning(tokenizer)
         self._body = length - len(self._beginning)
         self._step = self.stride or self._body

@@ -126,10 +126,10 @@ class PromptEncoder:
         """
         full = self.in_template(text) if self.uses_chat else text
         start = full.find(text)  # a template may change the text, which then is not found
-        encoded = self._tokenised(full)
+        encoded = self._tokenized(full)
         ids = self._ids(encoded)
         continuation = answer if self.uses_chat else " " + answer
-        joined = self._ids(self._tokenised(full + continuation))
+        joined = self._ids(self._tokenized(full + continuation))
         if joined[: len(ids)] == ids and len(joined) > len(ids):
             answer_ids = joined[len(ids) :]
         else:  # the tokenizer merges across the seam, and the prompt has to stay what it is
@@ -140,7 +140,7 @@ class PromptEncoder:
             span = _tokens_of(encoded, start + gold[0], start + gold[1])
         return EncodedPrompt(tuple(ids), tuple(answer_ids), span)
 
-    def _tokenised(self, text: str) -> BatchEncoding:
+    def _tokenized(self, text: str) -> BatchEncoding:
         return self.tokenizer(text, add_special_tokens=not self.uses_chat, verbose=False)
 
     def _ids(self, encoded: BatchEncoding) -> list[int]:

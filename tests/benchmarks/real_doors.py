@@ -269,8 +269,8 @@ def four_bits(options: Options) -> Iterator[Line]:
     """A model whose weights bitsandbytes quantises while it is loaded."""
     pytest.importorskip("bitsandbytes")
     path = real_model(options.model)
-    quantised = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "device_map": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **quantised).eval()
+    quantized = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True), "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **quantized).eval()
     how = [path, "--model-args", "load_in_4bit=True,dtype=bfloat16"]
     yield from door(options, how, model, AutoTokenizer.from_pretrained(path))
 

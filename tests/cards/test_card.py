@@ -73,9 +73,9 @@ def test_model_index_holds_the_scores():
     results = {result.metric_type: result for result in ModelCard(card().content).data.eval_results}
     scores = held_out().scores
     by_position = scores.correct.mean(axis=0)
-    utilisation = (0.8 * by_position[0] + by_position[1] + 1.2 * by_position[2]) / 3
+    utilization = (0.8 * by_position[0] + by_position[1] + 1.2 * by_position[2]) / 3
     assert results["accuracy"].metric_value == pytest.approx(scores.correct.mean(), abs=1e-4)
-    assert results["context_utilisation"].metric_value == pytest.approx(utilisation, abs=1e-4)
+    assert results["context_utilisation"].metric_value == pytest.approx(utilization, abs=1e-4)
     assert {result.dataset_type for result in results.values()} == {"some_task"}
     assert {result.dataset_split for result in results.values()} == {"test"}
 

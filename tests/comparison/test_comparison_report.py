@@ -18,7 +18,7 @@ from peft_layerrope.comparison import (
     plot_comparison,
     summary_table,
 )
-from peft_layerrope.scoring.scores import utilisation
+from peft_layerrope.scoring.scores import utilization
 
 TASK = {
     "name": "multi_doc_qa",
@@ -74,7 +74,7 @@ def test_the_summary_holds_averages_ends_and_paired_differences():
     assert [row[0] for row in rows] == list(LABELS)
     for label, average, first, middle, last, used, versus in rows:
         by_position = found.scores[label].accuracy_by_position
-        expected = (by_position[0], by_position[1:-1].mean(), by_position[-1], utilisation(by_position))
+        expected = (by_position[0], by_position[1:-1].mean(), by_position[-1], utilization(by_position))
         assert [first, middle, last, used] == [f"{100 * value:.1f}" for value in expected]
         assert average.split(" ")[0] == f"{100 * by_position.mean():.1f}"
         gap = found.difference(label, "no scaling")

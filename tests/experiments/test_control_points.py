@@ -56,9 +56,9 @@ def test_moves_are_scored_as_by_hand(demo_model, demo_tokenizer):
     curve = by_hand(demo_model, task, section.data["curve_factors"])
     assert section.data["curve_factors"] == list(decoded_by_hand(POINTS, range(6), 6, 1, 2, 0.1))
     for move in section.data["moves"]:
-        change = by_hand(demo_model, task, move["layer_factors"]).utilisation() - curve.utilisation()
-        assert move["utilisation_change"]["value"] == pytest.approx(change, abs=1e-6)
-    final = by_hand(demo_model, task, FACTORS).utilisation() - curve.utilisation()
+        change = by_hand(demo_model, task, move["layer_factors"]).utilization() - curve.utilization()
+        assert move["utilization_change"]["value"] == pytest.approx(change, abs=1e-6)
+    final = by_hand(demo_model, task, FACTORS).utilization() - curve.utilization()
     assert section.data["adapter_minus_curve"]["value"] == pytest.approx(final, abs=1e-6)
     unmoved = next(row for row in section.tables[0].rows if row[0] == "y1 2.00, at its limit")
     assert unmoved[1:] == ("as the curve", section.tables[0].rows[0][2], "0", "0")

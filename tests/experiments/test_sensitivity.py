@@ -27,7 +27,7 @@ from peft_layerrope.experiments.layer_sensitivity import (
     sensitivity_table,
 )
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.scoring.scores import Interval, difference_interval, utilisation
+from peft_layerrope.scoring.scores import Interval, difference_interval, utilization
 from peft_layerrope.searcher.space import format_layers, parse_layers
 from peft_layerrope.tasks.base import Split
 
@@ -66,7 +66,7 @@ def by_hand(model, factors, **config):
     peft_model = get_peft_model(model, LayerRopeConfig(layer_factors=list(factors), **config))
     scores = Scorer(peft_model).score(RandomTokens().split("search", GROUPS))
     peft_model.unload()
-    return [np.array([utilisation(row) for row in part]) for part in (scores.correct, scores.log_prob)]
+    return [np.array([utilization(row) for row in part]) for part in (scores.correct, scores.log_prob)]
 
 
 def check_against_hand(result, model, tied, **config):
@@ -78,8 +78,8 @@ def check_against_hand(result, model, tied, **config):
     for effect in result.effects:
         factors = [effect.factor if i in tied[effect.layer] else 1.0 for i in range(NUM_LAYERS)]
         accuracy, log_prob = by_hand(model, factors, **config)
-        assert effect.accuracy_utilisation == pytest.approx(accuracy.mean(), abs=1e-6)
-        assert effect.log_prob_utilisation == pytest.approx(log_prob.mean(), abs=1e-5)
+        assert effect.accuracy_utilization == pytest.approx(accuracy.mean(), abs=1e-6)
+        assert effect.log_prob_utilization == pytest.approx(log_prob.mean(), abs=1e-5)
         paired = stats.ttest_rel(log_prob, base[1]) if not np.array_equal(log_prob, base[1]) else None
         low, high = paired.confidence_interval(0.95) if paired else (0.0, 0.0)
         change, expected = effect.log_prob_change, ((log_prob - base[1]).mean(), low, high)
@@ -96,7 +96,7 @@ def test_equals_factors_set_by_hand(arguments):
     assert result.factors == (0.5, 2.0)
     check_against_hand(result, model, {i: [i] for i in range(NUM_LAYERS)}, **arguments)
     assert (
-        len({round(e.log_prob_utilisation, 6) for e in result.effects}) > NUM_LAYERS
+        len({round(e.log_prob_utilization, 6) for e in result.effects}) > NUM_LAYERS
     )  # the factors did reach the layers
 
 
@@ -258,7 +258,7 @@ def test_report_is_plain_json():
     assert len(report["effects"]) == 2 * NUM_LAYERS
     effect = report["effects"][0]
     assert effect["log_prob_change"]["low"] <= effect["log_prob_change"]["value"] <= effect["log_prob_change"]["high"]
-    difference = effect["log_prob_utilisation"] - report["unscaled"]["log_prob_utilisation"]
+    difference = effect["log_prob_utilization"] - report["unscaled"]["log_prob_utilization"]
     assert difference == pytest.approx(effect["log_prob_change"]["value"], abs=2e-6)
 
 

@@ -8,7 +8,7 @@ from experiment_helpers import scores_of
 from scipy import stats
 
 from peft_layerrope import PositionScores
-from peft_layerrope.experiments import by_place, json_data, score_header, utilisation_difference, verdict
+from peft_layerrope.experiments import by_place, json_data, score_header, utilization_difference, verdict
 from peft_layerrope.report import ACCURACY, LOSS, score_cells
 from peft_layerrope.scoring.scores import Interval
 
@@ -58,6 +58,6 @@ def test_cells_match_their_header_for_both_measures():
 
 def test_utilisation_difference_is_paired():
     one, other = scores_of([[1, 1, 1], [0, 0, 0]]), scores_of([[1, 0, 1], [0, 0, 0]])
-    difference = utilisation_difference(one, other)
-    assert difference.value == pytest.approx(one.utilisation() - other.utilisation())
+    difference = utilization_difference(one, other)
+    assert difference.value == pytest.approx(one.utilization() - other.utilization())
     assert difference.value == pytest.approx(0.5 * 1 / 3)  # the middle weighs 1 of 3

@@ -11,7 +11,7 @@ from experiment_helpers import FACTORS, GROUPS, Audience, by_hand, scores_of, sh
 
 from peft_layerrope import Example, LayerRopeConfig, TokenTask
 from peft_layerrope.errors import AdapterMismatchError, LayerRopeError, TaskError
-from peft_layerrope.experiments import Measuring, utilisation_difference
+from peft_layerrope.experiments import Measuring, utilization_difference
 from peft_layerrope.experiments.by_position import (
     describe_shape,
     half_vectors,
@@ -87,7 +87,7 @@ def test_a_loss_in_the_tail_is_said_only_beyond_noise(tail, text):
     best = scores_of([[1, 1, 1]] * 7 + [[1, 1, 0]])
     largest = scores_of([[1, 0, hit] for hit in tail])
     scores = {1.0: unscaled, 1.5: best, 2.0: largest}
-    changes = {factor: utilisation_difference(s, unscaled) for factor, s in scores.items()}
+    changes = {factor: utilization_difference(s, unscaled) for factor, s in scores.items()}
     lines = sweep_findings(scores, changes)
     assert "Highest U at factor 1.5" in lines[0]
     assert text in lines[1]
@@ -95,7 +95,7 @@ def test_a_loss_in_the_tail_is_said_only_beyond_noise(tail, text):
 
 def test_a_best_factor_at_the_edge_says_so():
     scores = {1.0: scores_of([[0, 0, 0]] * 4), 2.0: scores_of([[1, 1, 1]] * 4)}
-    changes = {factor: utilisation_difference(s, scores[1.0]) for factor, s in scores.items()}
+    changes = {factor: utilization_difference(s, scores[1.0]) for factor, s in scores.items()}
     assert "largest factor tried" in sweep_findings(scores, changes)[1]
 
 
@@ -153,7 +153,7 @@ def test_sensitivity_is_that_of_its_own_command(demo_model, demo_tokenizer):
     assert section.data == result.to_dict()
     assert [finding.lower() for finding in section.findings] == [line.lower() for line in result.advice()]
     effect = result.of_layer(1)[2]
-    assert section.tables[0].rows[1][5] == f"{100 * effect.accuracy_utilisation:.1f}"
+    assert section.tables[0].rows[1][5] == f"{100 * effect.accuracy_utilization:.1f}"
     assert section.tables[0].rows[1][6].startswith(f"{effect.log_prob_change.value:+.3f}")
     assert audience.stages[0][1] == audience.stages[0][2]
 

@@ -69,7 +69,7 @@ def test_the_average_is_over_tokens_however_they_are_cut(num_buckets):
     expected = np.mean([reference(model, example, 0, whole(example).shape[1]) for example in split.examples])
     for found in (scores, PositionScores.from_plain(json.loads(json.dumps(scores.to_plain())))):
         assert -PositionScores.joined([found, found]).average().value == pytest.approx(expected, abs=2e-5)
-        assert -found.utilisation() == pytest.approx(expected, abs=2e-5)
+        assert -found.utilization() == pytest.approx(expected, abs=2e-5)
 
 
 @pytest.mark.parametrize(("read", "num_buckets"), [(1, 8), (21, 3), (40, 1)])

@@ -16,7 +16,7 @@ from scipy import stats
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError, evaluate
 from peft_layerrope.scoring.batching import answer_logits, can_pack, check_vocabulary, judge, make_batches, with_halving
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.scoring.scores import utilisation
+from peft_layerrope.scoring.scores import utilization
 
 
 def random_split(groups: int = 5, lengths: tuple[int, ...] = (20, 31, 26)) -> Split:
@@ -154,8 +154,8 @@ def test_a_foreign_vocabulary_is_refused():
 
 def test_utilisation_by_hand():
     # (1 * 0.9 + 2 * mean(0.2, 0.4) + 3 * 0.8) / 6
-    assert utilisation([0.9, 0.2, 0.4, 0.8], (1, 2, 3)) == pytest.approx((0.9 + 0.6 + 2.4) / 6)
-    assert utilisation([0.5] * 7) == pytest.approx(0.5)
+    assert utilization([0.9, 0.2, 0.4, 0.8], (1, 2, 3)) == pytest.approx((0.9 + 0.6 + 2.4) / 6)
+    assert utilization([0.5] * 7) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_utilisation_by_hand():
 )
 def test_utilisation_errors(scores, weights, message):
     with pytest.raises(TaskError, match=message):
-        utilisation(scores, weights)
+        utilization(scores, weights)
 
 
 def test_paired_difference_is_by_group():
@@ -262,10 +262,10 @@ def test_other_errors_pass_through(error):
 def test_utilisation_by_group_has_the_utilisation_as_its_mean(objective):
     rng = np.random.default_rng(0)
     scores = PositionScores((0, 3, 5, 9), rng.random((20, 4)) < 0.6, -rng.random((20, 4)))
-    whole = scores.utilisation((1, 2, 3)) if objective == "accuracy" else scores.log_prob_utilisation((1, 2, 3))
-    assert scores.utilisation_by_group(objective, (1, 2, 3)).mean() == pytest.approx(whole)
+    whole = scores.utilization((1, 2, 3)) if objective == "accuracy" else scores.log_prob_utilization((1, 2, 3))
+    assert scores.utilization_by_group(objective, (1, 2, 3)).mean() == pytest.approx(whole)
     single = PositionScores((0,), scores.correct[:, :1], scores.log_prob[:, :1])
-    np.testing.assert_array_equal(single.utilisation_by_group("log_prob"), scores.log_prob[:, 0])
+    np.testing.assert_array_equal(single.utilization_by_group("log_prob"), scores.log_prob[:, 0])
 
 
 def test_the_vocabulary_is_found_where_the_embeddings_have_no_weight_of_their_own():

@@ -47,13 +47,13 @@ def test_in_the_middle_they_are_hardly_wider_than_students_t(accuracy, correlati
 @pytest.mark.parametrize(("right", "contexts"), [(0, 4), (3, 10), (19, 20), (20, 20), (60, 200)])
 def test_where_a_context_is_one_answer_it_is_agresti_and_coulls(right, contexts):
     z = stats.t.ppf(0.975, contexts - 1)
-    centre = (right + z**2 / 2) / (contexts + z**2)
-    half = z * math.sqrt(centre * (1 - centre) / (contexts + z**2))
+    center = (right + z**2 / 2) / (contexts + z**2)
+    half = z * math.sqrt(center * (1 - center) / (contexts + z**2))
     found = proportion_interval([1.0] * right + [0.0] * (contexts - right))
     share = contexts / (contexts - 1)  # the sample variance of single answers is a little larger than p (1 - p)
     assert found.value == right / contexts
-    assert found.low == pytest.approx(max(centre - half, 0), rel=0.02 * share, abs=1e-12)
-    assert found.high == pytest.approx(min(centre + half, 1), rel=0.02 * share)
+    assert found.low == pytest.approx(max(center - half, 0), rel=0.02 * share, abs=1e-12)
+    assert found.high == pytest.approx(min(center + half, 1), rel=0.02 * share)
 
 
 @pytest.mark.parametrize(("won", "lost", "contexts"), [(0, 0, 10), (3, 0, 20), (5, 2, 50), (30, 30, 100)])
@@ -92,10 +92,10 @@ def test_unbounded_means():
 
 def test_wilson():
     k, n, z = 37, 80, stats.norm.ppf(0.975)
-    centre = (k / n + z**2 / (2 * n)) / (1 + z**2 / n)
+    center = (k / n + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(k / n * (1 - k / n) / n + z**2 / (4 * n**2))
     found = wilson_interval(k, n)
-    assert (found.low, found.high) == pytest.approx((centre - half, centre + half))
+    assert (found.low, found.high) == pytest.approx((center - half, center + half))
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "loss"])

@@ -314,10 +314,10 @@ def http(here: Setup) -> None:
             found = check_server(url, model, LayerRopeConfig.from_pretrained(adapter), prompts)
             try:
                 found.raise_unless_scaled()
-                recognised = True
+                recognized = True
             except LayerRopeError:
-                recognised = False
-            say(f"serve-check of {url} with {Path(adapter).name}", recognised == own, str(found))
+                recognized = False
+            say(f"serve-check of {url} with {Path(adapter).name}", recognized == own, str(found))
         worst = max(
             np.abs(a - b).max()
             for a, b in zip(server_log_probs(first, prompts), here.scaled.prompt_log_probs, strict=False)

@@ -9,7 +9,7 @@ import pytest
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import TaskError, best_subspan_em
-from peft_layerrope.tasks.metrics import METRICS, Judge, contains_value, first_value, normalised
+from peft_layerrope.tasks.metrics import METRICS, Judge, contains_value, first_value, normalized
 
 
 @pytest.mark.parametrize(
@@ -163,4 +163,4 @@ def test_normalisation_agrees_with_another_one(seed):
     parts += [" ", " ", "\t", "\u00a0", "\u3000", ".", "_", "-", "'", "漢", "क्षि", "٣", "Σ", "ς"]
     for _ in range(200):
         text = "".join(rng.choices(parts, k=rng.randint(0, 12)))
-        assert normalised(text) == reference(text), repr(text)
+        assert normalized(text) == reference(text), repr(text)

@@ -30,17 +30,17 @@ def test_member_behaves_like_an_enum_member():
     assert hash(LAYER_ROPE) == hash(PeftType("LAYER_ROPE"))
 
 
-class Colour(str, Enum):  # noqa: UP042 - as PeftType is declared
+class Color(str, Enum):  # noqa: UP042 - as PeftType is declared
     RED = "RED"
 
 
 def test_extended_enum_equals_one_declared_so():
-    added = extend_enum(Colour, "BLUE")
+    added = extend_enum(Color, "BLUE")
     declared = Enum("Declared", {"RED": "RED", "BLUE": "BLUE"}, type=str)
-    assert [(m.name, m.value) for m in Colour] == [(m.name, m.value) for m in declared]
-    assert set(Colour.__members__) == set(declared.__members__)
+    assert [(m.name, m.value) for m in Color] == [(m.name, m.value) for m in declared]
+    assert set(Color.__members__) == set(declared.__members__)
     assert repr(added).removeprefix("<Colour") == repr(declared.BLUE).removeprefix("<Declared")
-    assert ("BLUE" in Colour.__members__, added in Colour, Colour("BLUE") is added) == (True, True, True)
+    assert ("BLUE" in Color.__members__, added in Color, Color("BLUE") is added) == (True, True, True)
 
 
 def test_other_members_are_untouched():
