@@ -31,9 +31,6 @@ FIELDS = (
     "layer_factors",
     "original_max_position_embeddings",
     "target_length",
-    "control_points",
-    "scaled_layers",
-    "searcher_version",
     "peft_type",
     "task_type",
     "auto_mapping",
@@ -53,7 +50,6 @@ PEFTS_OWN = (ValueError, OSError, TypeError, KeyError, RecursionError)
 CONFIG = {
     "auto_mapping": None,
     "base_model_name_or_path": "someone/model",
-    "control_points": [[0.0, 1.0], [0.3, 1.5], [0.7, 1.2], [1.0, 2.0]],
     "factor": 1.0,
     "inference_mode": True,
     "layer_factors": FACTORS,
@@ -62,8 +58,6 @@ CONFIG = {
     "peft_version": "0.21.2",
     "revision": None,
     "rope_type": "default",
-    "scaled_layers": [0, 1],
-    "searcher_version": "0.1.0",
     "target_length": None,
     "task_type": "CAUSAL_LM",
 }

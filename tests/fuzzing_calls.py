@@ -511,8 +511,7 @@ class World:
 
     def write(self, rope: Rope) -> Path:
         """An adapter folder, by the format's description."""
-        values = {**CONFIG, **asdict(rope), "layer_factors": list(rope.layer_factors), "scaled_layers": None}
-        values["control_points"] = None
+        values = {**CONFIG, **asdict(rope), "layer_factors": list(rope.layer_factors)}
         return write_adapter(self.scratch(), values, factors_file(list(rope.layer_factors)))
 
     def started(self, name: str, rope: Rope) -> None:

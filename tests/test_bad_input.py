@@ -139,7 +139,9 @@ def resources(tmp_path_factory, demo_tokenizer) -> Path:
             path.write_text(path.read_text().replace("kv_retrieval", "kv_words"))
     shutil.copy(folder / "adapter" / "adapter_config.json", folder / "searched_other")
     points = [[0.0, 1.0], [0.3, 1.5], [0.7, 1.2], [1.0, 2.0]]
-    save_adapter(LayerRopeConfig(layer_factors=[1.5] * 6, control_points=points), folder / "curve")
+    save_adapter(LayerRopeConfig(layer_factors=[1.5] * 6), folder / "curve")
+    record = json.loads((SEARCHED / "search.json").read_text()) | {"control_points": points}
+    (folder / "curve" / "search.json").write_text(json.dumps(record))
     (folder / "searched_broken" / "search.json").write_text("{")
     return folder
 

@@ -31,6 +31,7 @@ from ..experiments import (
 )
 from ..experiments.report import ReportRequest, run_steps, write_report
 from ..experiments.section import Section, command_line, kept_section, to_rich, work_folder
+from ..files import AdapterFiles
 from ..loading import load_adapter_config
 from ..runs import check_free, locked
 from ..searcher.plan import RichProgress
@@ -261,11 +262,10 @@ def control_points_command(
 
     Example: `layerrope experiment control-points --adapter demo-adapter`
     """
-    config = load_adapter_config(adapter)
-    control_points.genes_of(config)  # before a model is loaded
-    folder = Path(adapter)
-    searched = changed(read_record(folder).grid if (folder / REPORT_NAME).is_file() else FactorGrid(), grid)
-    run.finish(lambda measuring: control_points.run_control_points(measuring, run.task, config, searched, by))
+    config, record = load_adapter_config(adapter), read_record(AdapterFiles(adapter).find(REPORT_NAME).parent)
+    control_points.genes_of(record.control_points)  # before a model is loaded
+    curve = record.control_points, record.settings.layers, changed(record.grid, grid)
+    run.finish(lambda measuring: control_points.run_control_points(measuring, run.task, config, *curve, by))
 
 
 @experiment(attention.NAME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -50,30 +51,34 @@ class Move:
         return f"{self.coordinate} {self.before:.2f}{to}"
 
 
-def has_curve(config: LayerRopeConfig) -> bool:
-    """Whether an adapter has the control points of a curve over depth."""
-    x = [point[0] for point in config.control_points or ()]
+Points = Sequence[Sequence[float]]
+"""The four `(x, y)` of a curve, as `search.json` has them."""
+
+
+def is_curve(points: Points | None) -> bool:
+    """Whether there are control points, and they are of a curve over depth."""
+    x = [point[0] for point in points or ()]
     return bool(x) and (x[0], x[3]) == (0, 1) and min(x) >= 0 and max(x) <= 1
 
 
-def genes_of(config: LayerRopeConfig) -> list[float]:
+def genes_of(points: Points | None) -> list[float]:
     """Returns the curve's free coordinates in the search's order; raises SearchError if the adapter has no control
     points, or they are no curve over depth.
     """
-    if not has_curve(config):
+    if not is_curve(points):
         raise SearchError(
             f"the adapter has no Bézier control points whose x start at 0, end at 1 and stay between, got "
-            f"control_points={config.control_points}: there is no curve to move."
+            f"control_points={points}: there is no curve to move."
         )
-    (_, y0), (x1, y1), (x2, y2), (_, y3) = config.control_points
+    (_, y0), (x1, y1), (x2, y2), (_, y3) = points
     return [y0, y1, y2, y3, x1, x2]
 
 
-def genome_of(model: nn.Module, config: LayerRopeConfig, grid: FactorGrid) -> BezierGenome:
-    """Returns what decodes the adapter's curve as its search did; raises SearchError if its scaled layers are not the
-    model's.
+def genome_of(model: nn.Module, layers: Sequence[int] | None, grid: FactorGrid) -> BezierGenome:
+    """Returns what decodes a curve over these layers, by default the paper's choice, as a search did; raises
+    SearchError if they are not the model's.
     """
-    settings = SearchSettings(algorithm="paper", grid=grid, layers=config.scaled_layers)
+    settings = SearchSettings(algorithm="paper", grid=grid, layers=layers)
     return BezierGenome(settings.space(find_stack(model).key_sources))
 
 
@@ -90,15 +95,21 @@ def moves(genome: BezierGenome, genes: list[float], step: float = STEP) -> list[
 
 
 def run_control_points(
-    measuring: Measuring, task: Task, config: LayerRopeConfig, grid: FactorGrid, step: float = STEP
+    measuring: Measuring,
+    task: Task,
+    config: LayerRopeConfig,
+    points: Points | None,
+    layers: Sequence[int] | None,
+    grid: FactorGrid,
+    step: float = STEP,
 ) -> Section:
-    """Moves each free coordinate of the adapter's Bézier curve up and down and measures what changes.
+    """Moves each free coordinate of the Bézier curve, over `layers`, up and down and measures what changes.
 
     The curve is decoded as the search did that chose from `grid`, so a move that changes no factor there changes
     nothing.
     """
     model = measuring.model
-    genes, genome = genes_of(config), genome_of(model, config, grid)
+    genes, genome = genes_of(points), genome_of(model, layers, grid)
     final = tuple(factor_vector(model, config))
     if not step > 0:
         raise SearchError(f"step={step} must be positive.")

@@ -20,6 +20,7 @@ from ..plots import plot_by_position, plot_factors_by_depth
 from ..report import escape_markdown, format_factors, times_window, unit_of
 from ..searcher.plan import SearchProgress
 from ..searcher.result import SearchRecord
+from ..searcher.space import default_scaled_layers
 from ..tasks.base import Task
 from ..tasks.specification import TaskSpecification
 from ..tuner.config import LayerRopeConfig
@@ -94,11 +95,11 @@ def held_out_section(record: SearchRecord) -> Section:
     )
 
 
-def factors_section(config: LayerRopeConfig) -> Section:
+def factors_section(record: SearchRecord) -> Section:
     """The factor of every layer, with the curve that it came from where there is one."""
-    factors, layers = config.layer_factors, config.scaled_layers
-    points = config.control_points if control_points.has_curve(config) else None
-    if not layers or max(layers) >= len(factors):
+    factors, layers = record.layer_factors, record.settings.layers or default_scaled_layers(len(record.layer_factors))
+    points = record.control_points if control_points.is_curve(record.control_points) else None
+    if max(layers) >= len(factors):
         layers = None
     caption = f"Factor of every layer{', and the Bézier curve that they are read off' if points else ''}."
     ones = sum(factor == 1 for factor in factors)
@@ -126,7 +127,7 @@ def write_report(
     ending. `command` repeats it.
     """
     record, config = request.record, request.config
-    sections = [held_out_section(record), factors_section(config), *experiments]
+    sections = [held_out_section(record), factors_section(record), *experiments]
     title = f"Report on {last_component(request.adapter)}: per-layer RoPE scaling for {record.model}"
     known = [*facts(record, config), ("this report", command)]
     with writing(path):
@@ -188,8 +189,8 @@ class ReportRequest:
             "command": self.command(step),
             "model": model_fingerprint(self.model),
             "adapters": [candidate.identity() for candidate in candidates],
-            "control_points": self.config.control_points,
-            "scaled_layers": self.config.scaled_layers,
+            "control_points": self.record.control_points,
+            "layers": self.record.settings.layers,
             "grid": list(self.record.grid.values),
         }
 
@@ -206,7 +207,8 @@ class Step:
 def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
     """Returns the experiments that may apply, and those that do not from the start, with the reason."""
     config, make, specification, skipped = request.config, request.make_task, request.specification, []
-    window, task, grid = trained_window(request.model), make(specification), request.record.grid
+    window, task, record = trained_window(request.model), make(specification), request.record
+    curve = record.control_points, record.settings.layers, record.grid
     adapter = (("--adapter", request.adapter),)
     rope = (("--rope-type", config.rope_type), ("--factor", config.factor)) if config.rope_type != "default" else ()
     factors = _QUICK_SWEEP if request.quick else by_position.DEFAULT_FACTORS
@@ -216,7 +218,7 @@ def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
         Step(by_position.SWEEP, lambda m: by_position.run_sweep(m, task, config, factors), tried),
         Step(layer_sensitivity.NAME, lambda m: layer_sensitivity.run_sensitivity(m, task, config), rope),
         Step(by_position.HALVES, lambda m: by_position.run_halves(m, task, config), adapter),
-        Step(control_points.NAME, lambda m: control_points.run_control_points(m, task, config, grid), adapter),
+        Step(control_points.NAME, lambda m: control_points.run_control_points(m, task, config, *curve), adapter),
         Step(attention.NAME, lambda m: attention.run_attention(m, task, config), adapter),
     ]
     tasks: dict[int, Task] = {}

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from peft.utils import CONFIG_NAME
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from .. import __version__
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, HeldOut, model_card, save_card
 from ..declaration import converted
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, public_name, shown
@@ -168,10 +169,12 @@ class SearchResult(HeldOutTables):
     """Result of [`search`].
 
     Attributes:
-        config: the adapter's config, with the factors chosen and their provenance.
+        config: the adapter's config, with the factors chosen.
         table: the held-out comparison.
         settings: the search's settings.
         chosen: name of the table's row that `config` holds.
+        scaled_layers: indices of the layers that the search was allowed to scale.
+        control_points: the four `(x, y)` points of the curve that the factors were read off; None if there is none.
         model_name: name of the base model, free of local paths.
         base: how the base model was loaded: its dtype, and what was asked for beside.
         model_window: the model's trained window in tokens; None if its config does not say.
@@ -188,6 +191,8 @@ class SearchResult(HeldOutTables):
     table: ResultTable
     settings: SearchSettings
     chosen: str
+    scaled_layers: tuple[int, ...]
+    control_points: list[list[float]] | None
     model_name: str
     base: dict[str, Any]
     model_window: int | None
@@ -205,7 +210,7 @@ class SearchResult(HeldOutTables):
         """
         return {
             "searcher": "peft_layerrope",
-            "searcher_version": self.config.searcher_version,
+            "searcher_version": __version__,
             "model": public_name(self.model_name),
             "base": self.base,
             "model_window": self.model_window,
@@ -214,7 +219,7 @@ class SearchResult(HeldOutTables):
             "settings": asdict(self.settings),
             "layer_factors": self.config.layer_factors,
             "chosen": self.chosen,
-            "control_points": self.config.control_points,
+            "control_points": self.control_points,
             "layers_at_edge_of_range": self.edge_layers,
             "table": [self._row_dict(row) for row in self.table],
             "evaluations": {
@@ -245,7 +250,7 @@ class SearchResult(HeldOutTables):
     def edge_layers(self) -> list[int]:
         """Layers whose factor is at an end of the range, where a wider one may hold a better value."""
         low, high = self.settings.factor_limits
-        return [i for i in self.config.scaled_layers if not low < self.config.layer_factors[i] < high]
+        return [i for i in self.scaled_layers if not low < self.config.layer_factors[i] < high]
 
     @property
     def _measure(self) -> Measure:
@@ -279,7 +284,7 @@ class SearchResult(HeldOutTables):
             (staging / REPORT_NAME).write_text(to_json(self.to_dict(), indent=2) + "\n")
             (staging / TIMING_NAME).write_text(to_json(self.timing, indent=2) + "\n")
             (staging / ACCURACY_PLOT).write_bytes(plot_by_position(self.curves_to_plot(), self.subtitle()))
-            curve = {"control_points": self.config.control_points, "scaled_layers": self.config.scaled_layers}
+            curve = {"control_points": self.control_points, "scaled_layers": self.scaled_layers}
             (staging / FACTORS_PLOT).write_bytes(plot_factors_by_depth(self.table[self.chosen].factors, **curve))
             harm = self.gain_over_harm(), self.settings.max_harm, self.subtitle(), unit_of(self._measure)
             (staging / HARM_PLOT).write_bytes(plot_gain_over_harm(*harm))
@@ -435,6 +440,7 @@ class RecordedSplit(_Checked):
 
 class _Settings(_Checked):
     algorithm: _Text = ""
+    layers: Annotated[list[int], Field(max_length=MAX_LAYERS)] | None = None
     grid: FactorGrid = FactorGrid()
 
 
@@ -449,6 +455,7 @@ class SearchRecord(HeldOutTables, _Checked):
     settings: _Settings = _Settings()
     layer_factors: _Factors
     chosen: _Text
+    control_points: Annotated[list[tuple[float, float]], Field(min_length=4, max_length=4)] | None = None
     table: Annotated[list[RecordedRow], Field(min_length=1, max_length=_MAX_ROWS)]
     evaluations: Annotated[dict[_Text, int | None], Field(max_length=_MAX_ROWS)] = {}
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
 from ..base_model import adapted, describe_loading, library_versions, model_fingerprint, model_name
 from ..errors import DEMO_NAME, SearchError, named
 from ..files import writing
@@ -298,12 +297,7 @@ def _result(
         for key, f in ((name, outcome.found[name]) for name in LABELS)
     ]
     best = outcome.found[outcome.chosen]
-    config = settings.adapter_config(
-        list(best.factors),
-        searcher_version=__version__,
-        control_points=best.control_points,
-        scaled_layers=list(ready.space.scaled_layers),
-    )
+    config = settings.adapter_config(list(best.factors))
     if config.rope_type == "dynamic" and config.original_max_position_embeddings is None:
         config.original_max_position_embeddings = trained_window(base)
     config.base_model_name_or_path = DEMO_NAME if name == DEMO_NAME else base.config._name_or_path
@@ -313,6 +307,8 @@ def _result(
         table=ResultTable(tuple(rows)),
         settings=settings,
         chosen=outcome.chosen,
+        scaled_layers=ready.space.scaled_layers,
+        control_points=best.control_points,
         model_name=name,
         base=describe_loading(base),
         model_window=trained_window(base),

@@ -143,7 +143,7 @@ class SearchSettings:
         grid = self.grid.of(self.algorithm)
         return grid.min_factor, grid.values[-1] if self.algorithm == "paper" else grid.max_factor
 
-    def adapter_config(self, layer_factors: list[float] | None = None, **provenance: Any) -> LayerRopeConfig:
+    def adapter_config(self, layer_factors: list[float] | None = None) -> LayerRopeConfig:
         """Returns the adapter config that these settings and `layer_factors` make."""
         return LayerRopeConfig(
             task_type="CAUSAL_LM",
@@ -152,7 +152,6 @@ class SearchSettings:
             factor=self.factor,
             original_max_position_embeddings=self.original_max_position_embeddings,
             layer_factors=layer_factors,
-            **provenance,
         )
 
     def space(self, key_sources: tuple[int, ...]) -> FactorSpace:

@@ -56,7 +56,6 @@ FACTOR_RANGE = (0.01, 10_000.0)
 _Factor = Annotated[float, Field(ge=FACTOR_RANGE[0], le=FACTOR_RANGE[1])]
 _Tokens = Annotated[int, Field(ge=1, le=2**30)]
 _Text = Annotated[str, Field(min_length=0, max_length=4096)]  # PEFT writes "" for a base model without a name
-_LayerIndex = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 
 
 @declared(InvalidConfigError)
@@ -68,9 +67,6 @@ class _Values:
     layer_factors: Annotated[tuple[_Factor, ...], Field(min_length=1, max_length=MAX_LAYERS)] | None
     original_max_position_embeddings: _Tokens | None
     target_length: _Tokens | None
-    control_points: Annotated[tuple[tuple[float, float], ...], Field(min_length=4, max_length=4)] | None
-    scaled_layers: Annotated[tuple[_LayerIndex, ...], Field(max_length=MAX_LAYERS)] | None
-    searcher_version: _Text | None
     # PEFT's classes for the others fail on a method without weights: they look through its `modules_to_save`.
     task_type: Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION"] | None
     base_model_name_or_path: _Text | None
@@ -99,6 +95,7 @@ class _Values:
 
 
 _VALUES = TypeAdapter(_Values)
+_FORMER = ("control_points", "scaled_layers", "searcher_version")  # which `search.json` has now
 
 
 @dataclass
@@ -124,12 +121,6 @@ class LayerRopeConfig(PeftConfig):
             For `"dynamic"`: scale for this length, in tokens, whatever the current one is. Then a KV cache keeps no
             keys that were rotated for a shorter length. By default the frequencies follow the current length, as
             transformers' own do.
-        control_points (`list[list[float]]`, *optional*):
-            Provenance: the four `(x, y)` points of the Bézier curve that the factors came from.
-        scaled_layers (`list[int]`, *optional*):
-            Provenance: indices of the layers that the search was allowed to scale.
-        searcher_version (`str`, *optional*):
-            Provenance: the version of `peft_layerrope` that searched.
 
     Raises:
         InvalidConfigError: a `ValueError` that names the field, its value and what was expected.
@@ -149,9 +140,6 @@ class LayerRopeConfig(PeftConfig):
     layer_factors: Optional[list[float]] = None
     original_max_position_embeddings: Optional[int] = None
     target_length: Optional[int] = None
-    control_points: Optional[list[list[float]]] = None
-    scaled_layers: Optional[list[int]] = None
-    searcher_version: Optional[str] = None
 
     files = None  # the `AdapterFiles` it was read from, until injection has checked the other file against it
     origin = None  # where it was read from; None if it was made in Python
@@ -197,7 +185,7 @@ class LayerRopeConfig(PeftConfig):
         if values.get("peft_type") != PEFT_TYPE_NAME:
             raise ValueError(f"peft_type={shown(values.get('peft_type'))}, expected {PEFT_TYPE_NAME!r}.")
         known = {f.name for f in fields(cls)}
-        unknown = [name for name in values if name not in known]
+        unknown = [name for name in values if name not in (*known, *_FORMER)]
         if unknown:
             warnings.warn(
                 f"{CONFIG_NAME} has fields that this version of peft_layerrope does not know and ignores: "

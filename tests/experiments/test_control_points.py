@@ -35,8 +35,7 @@ def decoded_by_hand(points, layers, num_layers, low, high, step):
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3, 4, 5], [1, 2, 4]])
 @pytest.mark.parametrize("grid", [FactorGrid(), FactorGrid(1.0, 3.0, 0.25)])
 def test_every_move_is_decoded_as_by_hand(demo_model, layers, grid):
-    config = LayerRopeConfig(layer_factors=FACTORS, control_points=POINTS, scaled_layers=layers)
-    genome, genes = genome_of(demo_model, config, grid), genes_of(config)
+    genome, genes = genome_of(demo_model, layers, grid), genes_of(POINTS)
     found = moves(genome, genes)
     assert [(move.coordinate, move.sign) for move in found] == [(c, s) for c in COORDINATES for s in (1, -1)]
     places = {"y0": (0, 1), "y1": (1, 1), "y2": (2, 1), "y3": (3, 1), "x1": (1, 0), "x2": (2, 0)}
@@ -51,8 +50,8 @@ def test_every_move_is_decoded_as_by_hand(demo_model, layers, grid):
 
 def test_moves_are_scored_as_by_hand(demo_model, demo_tokenizer):
     task = short_task(demo_tokenizer)
-    config = LayerRopeConfig(layer_factors=FACTORS, control_points=POINTS, scaled_layers=[0, 1, 2, 3, 4, 5])
-    section = run_control_points(Measuring(demo_model, GROUPS), task, config, FactorGrid())
+    config = LayerRopeConfig(layer_factors=FACTORS)
+    section = run_control_points(Measuring(demo_model, GROUPS), task, config, POINTS, range(6), FactorGrid())
     curve = by_hand(demo_model, task, section.data["curve_factors"])
     assert section.data["curve_factors"] == list(decoded_by_hand(POINTS, range(6), 6, 1, 2, 0.1))
     for move in section.data["moves"]:
@@ -67,16 +66,16 @@ def test_moves_are_scored_as_by_hand(demo_model, demo_tokenizer):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"control_points": None}, "has no Bézier control points"),
-        ({"control_points": [[0.1, 1], [0.3, 1], [0.6, 1], [1, 1]]}, "x start at 0"),
-        ({"control_points": [[0, 1], [1.3, 1], [0.6, 1], [1, 1]]}, "x start at 0"),
-        ({"scaled_layers": []}, "must be distinct layer indices"),
-        ({"scaled_layers": [1, 1]}, "must be distinct layer indices"),
-        ({"scaled_layers": [6]}, "must be distinct layer indices"),
+        ({"points": None}, "has no Bézier control points"),
+        ({"points": [[0.1, 1], [0.3, 1], [0.6, 1], [1, 1]]}, "x start at 0"),
+        ({"points": [[0, 1], [1.3, 1], [0.6, 1], [1, 1]]}, "x start at 0"),
+        ({"layers": []}, "must be distinct layer indices"),
+        ({"layers": [1, 1]}, "must be distinct layer indices"),
+        ({"layers": [6]}, "must be distinct layer indices"),
     ],
 )
 def test_adapters_without_a_curve_are_refused(demo_model, demo_tokenizer, changes, message):
-    values = {"layer_factors": FACTORS, "control_points": POINTS, "scaled_layers": [0, 1, 2, 3, 4, 5]}
-    config = LayerRopeConfig(**values | changes)
+    config, curve = LayerRopeConfig(layer_factors=FACTORS), {"points": POINTS, "layers": range(6)} | changes
+    measuring, task = Measuring(demo_model, GROUPS), short_task(demo_tokenizer)
     with pytest.raises(SearchError, match=message):
-        run_control_points(Measuring(demo_model, GROUPS), short_task(demo_tokenizer), config, FactorGrid())
+        run_control_points(measuring, task, config, grid=FactorGrid(), **curve)

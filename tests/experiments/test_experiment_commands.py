@@ -31,15 +31,11 @@ def run(*arguments: str):
     return result
 
 
-def write_adapter(folder: Path, record: dict | None = None, **changes) -> Path:
+def write_adapter(folder: Path, record: dict | None = None, points: list | None = POINTS, **changes) -> Path:
     folder.mkdir()
-    values = {
-        "layer_factors": record_values()["layer_factors"],
-        "control_points": POINTS,
-        "scaled_layers": [0, 1, 2, 3, 4, 5],
-    }
-    save_adapter(LayerRopeConfig(**values | changes), folder)
-    (folder / "search.json").write_text(json.dumps(record_values() if record is None else record))
+    save_adapter(LayerRopeConfig(**{"layer_factors": record_values()["layer_factors"]} | changes), folder)
+    values = {**(record_values() if record is None else record), "control_points": points}
+    (folder / "search.json").write_text(json.dumps(values))
     return folder
 
 
@@ -129,7 +125,7 @@ def test_an_output_is_resumed_or_replaced_only_when_asked(tmp_path, monkeypatch)
     ],
 )
 def test_what_cannot_work_is_one_clear_line(tmp_path, adapter, arguments, message):
-    plain = write_adapter(tmp_path / "plain", control_points=None)
+    plain = write_adapter(tmp_path / "plain", points=None)
     filled = [argument.format(mine=adapter, plain=plain) for argument in arguments]
     result = run("experiment", *filled)
     assert result.exit_code in (1, 2)
@@ -164,7 +160,7 @@ def test_a_report_is_one_file_that_needs_nothing_else(adapter, quick_report):
 
 
 def test_a_report_in_markdown_with_a_second_adapter(tmp_path, adapter, quick_report):
-    other = write_adapter(tmp_path / "other", control_points=None, layer_factors=[1.2] * 6)
+    other = write_adapter(tmp_path / "other", points=None, layer_factors=[1.2] * 6)
     output = tmp_path / "out" / "my report.md"
     arguments = ("--format", "md", "--output", str(output), "--also", str(other))
     assert run("report", str(adapter), *quick_report, *arguments).exit_code == 0
@@ -255,7 +251,7 @@ def test_a_report_on_running_text_skips_what_needs_positions(tmp_path, quick_rep
     record["task"] = {"name": "perplexity", "length": 64, "seed": 0}
     for row in record["table"]:
         row["test"] = {"positions": [0], "average_loss": 2.0, "average_loss_interval": [1.9, 2.1]}
-    adapter = write_adapter(tmp_path / "mine", record, control_points=None)
+    adapter = write_adapter(tmp_path / "mine", record, points=None)
     text = tmp_path / "text.txt"
     text.write_text("baba dab fob , " * 3000)
     result = run("report", str(adapter), *quick_report[:-2], "--data", str(text))

@@ -150,8 +150,8 @@ def test_the_papers_search_is_a_curve_by_the_utilisation_of_right_answers(task):
     assert values == sorted(values)  # of the fittest so far
     assert len(values) == SMALL["steps"]
     if found.chosen == "per_layer":
-        scaled = found.config.scaled_layers
-        assert [curve.factors[i] for i in scaled] == grid.snap(sample_curve(found.config.control_points, len(scaled)))
+        scaled = found.scaled_layers
+        assert [curve.factors[i] for i in scaled] == grid.snap(sample_curve(found.control_points, len(scaled)))
 
 
 def test_search_is_reproducible_and_depends_on_its_seed(result, task):
@@ -269,7 +269,7 @@ def test_a_model_with_a_shared_kv_cache_is_searched_with_tied_factors(task):
     assert [row.name for row in found.table] == ROWS
     for row in found.table:
         assert row.factors == tuple(row.factors[source] for source in sources)
-    assert set(found.config.scaled_layers) <= set(sources)
+    assert set(found.scaled_layers) <= set(sources)
     split = task.split("test", SMALL["test_groups"])
     fresh = get_peft_model(build_tiny("gemma3n_text"), LayerRopeConfig(layer_factors=found.config.layer_factors))
     plain = Scorer(fresh).score(split).log_prob
