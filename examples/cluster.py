@@ -37,7 +37,7 @@ def main() -> None:
     print(f"factors: {result.config.layer_factors}")
     low, value, high = (100 * number for number in (gain.low, gain.value, gain.high))
     print(f"over the best uniform factor: {value:+.1f} points [{low:+.1f}, {high:+.1f}]")
-    result.save(args.output)
+    result.save_pretrained(args.output)
     print(f"saved: {args.output}")
 
 

@@ -32,7 +32,7 @@ print("as it is:        ", *(f"{share:4.0%}" for share in before.accuracy_by_pos
 # %% The repair. Ctrl-C means enough: the search finishes with what it has.
 budget = {"minutes": args.minutes} if args.steps is None else {"steps": args.steps}
 result = search(model, task, **budget, test_groups=2)
-result.save(args.output)
+result.save_pretrained(args.output)
 print(*result.notes, sep="\n")
 
 # %% The same questions with the adapter, as anybody loads it who has the folder.

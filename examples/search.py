@@ -52,7 +52,7 @@ def main() -> None:
     result = search(model, task, minutes=args.minutes, progress=Stages(), test_groups=args.contexts * 3 // 5)
     for row in result.table:  # held out
         print(f"{row.label:22}{row.scores.average().value:7.1%}   {' '.join(f'{f:g}' for f in row.factors)}")
-    result.save(args.output)
+    result.save_pretrained(args.output)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def check_source(source: ModelSource) -> None:
         if isinstance(config, LayerRopeConfig) or config.is_prompt_learning:
             raise InvalidConfigError(
                 f"peft={source.peft!r} is a {config.peft_type.value} adapter, expected a fine-tune of the weights: "
-                "factors are passed as an adapter (--adapter), and virtual tokens would shift every position."
+                "factors are passed as an adapter, and virtual tokens would shift every position."
             )
         adapter_weights(source.peft, config)
 
@@ -191,8 +191,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         folder = Path(name, where.get("subfolder") or "")
         if folder.is_dir() and "gguf_file" not in where and not any(any(folder.glob(kind)) for kind in _VOCABULARIES):
             raise LayerRopeError(
-                f"cannot load tokenizer {name!r}: the folder has no tokenizer files, such as tokenizer.json; pass "
-                "tokenizer (--tokenizer), a folder or Hub id that has them."
+                f"cannot load tokenizer {name!r}: the folder has no tokenizer files, such as tokenizer.json; pass a "
+                "tokenizer, the folder or Hub id of one that has them."
             )
         return AutoTokenizer.from_pretrained(name, **where, trust_remote_code=source.trust_remote_code)
 
@@ -307,8 +307,8 @@ def _why_no_model(folder: Path, gguf: str | None) -> str:
         return ""
     if (folder / CONFIG_NAME).is_file():
         return (
-            "it is the folder of an adapter: name its base model as the model, and pass this as an adapter "
-            "(--adapter), or as peft (--model-args peft=FOLDER) if it is a fine-tune to be worked on"
+            "it is the folder of an adapter: name its base model as the model, and pass this as an adapter, or as peft "
+            "if it is a fine-tune to be worked on"
         )
     there = min(folder.glob("*.gguf"), default=None)
     hint = f"; for {there.name} in it, name that file as the model" if there is not None else ""

@@ -236,7 +236,7 @@ def _as_folder(source: str | Path | SearchResult | PeftModel) -> Iterator[Path]:
             (folder / cards.CARD_NAME).unlink(missing_ok=True)  # PEFT's template
             folder = folder if name == "default" else folder / name
         else:
-            source.save(scratch)
+            source.save_pretrained(scratch)
         yield folder
 
 
@@ -267,7 +267,7 @@ def _public_base_model(config: LayerRopeConfig, base_model: str | None) -> str:
     if base_model is None and (is_local_path(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)):
         raise InvalidConfigError(
             f"base model {shown(name)} of {CONFIG_NAME} is no id owner/name of the Hub, by which others could load it: "
-            "pass base_model, its id (--base-model)."
+            "pass base_model, its id."
         )
     return name
 
@@ -318,8 +318,7 @@ def _check_nothing_is_lost(target: Path, repo_id: str) -> None:
     changed = [name for name in there if digest(target / name) not in known.get(name, ())]
     if changed:
         raise InvalidConfigError(
-            f"{target}: {', '.join(changed)} not from a pull of {repo_id!r}, or changed since; --overwrite "
-            "(overwrite=True) replaces them."
+            f"{target}: {', '.join(changed)} not from a pull of {repo_id!r}, or changed since; overwrite replaces them."
         )
 
 

@@ -115,22 +115,22 @@ def killed_at(step: int, save: Callable[[], None]) -> bool:
 @pytest.mark.parametrize("earlier", [False, True])
 def test_a_result_that_is_saved_by_half_is_never_taken_for_one(whole, plain_plots, tmp_path, earlier):
     result, other = whole[0], run(None, seed=5)
-    result.save(tmp_path / "expected")
+    result.save_pretrained(tmp_path / "expected")
     expected = files(tmp_path / "expected")
     before = {}
     if earlier:
-        other.save(tmp_path / "before")
+        other.save_pretrained(tmp_path / "before")
         before = files(tmp_path / "before")
         assert before["search.json"] != expected["search.json"]
     for step in itertools.count(1):
         folder = tmp_path / f"step-{step}"
         if earlier:
             shutil.copytree(tmp_path / "before", folder)
-        if not killed_at(step, lambda folder=folder: result.save(folder)):
+        if not killed_at(step, lambda folder=folder: result.save_pretrained(folder)):
             break
         if "adapter_config.json" in files(folder):  # then it is one result or the other, never something of both
             assert files(folder) in (before, expected)
-        result.save(folder)
+        result.save_pretrained(folder)
         assert files(folder) == expected
         assert not any(path.is_dir() for path in folder.iterdir())
     assert step > 14
@@ -302,11 +302,11 @@ def test_a_disk_that_is_full_when_the_result_is_saved(whole, small_disk, leave):
     (folder / "README.md").write_text("# Mine\n")
     fill(small_disk, leave)
     with pytest.raises(OSError, match=f"cannot be written: .*No space left on device.*{folder}") as caught:
-        result.save(folder)
+        result.save_pretrained(folder)
     assert "\n" not in str(caught.value)
     assert files(folder) == {"README.md": b"# Mine\n"}
     (small_disk / "ballast").unlink()
-    result.save(folder)
+    result.save_pretrained(folder)
     assert LayerRopeConfig.from_pretrained(folder).layer_factors == result.config.layer_factors
     assert (folder / "README.md").read_text().startswith("---")
 

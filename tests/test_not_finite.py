@@ -135,7 +135,7 @@ def test_a_whole_search_with_vectors_that_break(tmp_path, half_broken, algorithm
     task, fields = token_task(groups=60), {**SMALL, "algorithm": algorithm, "population": 4, "search_groups": 3}
     result = search(build_model("llama"), task, folder=tmp_path / "run", **fields)
     assert result.config.layer_factors[0] <= 1.1
-    result.save(tmp_path / "out")
+    result.save_pretrained(tmp_path / "out")
     assert "nan" not in (tmp_path / "out" / "README.md").read_text().lower().split()
     for path in (*tmp_path.rglob("*.json"), *tmp_path.rglob("*.jsonl")):
         for text in path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]:

@@ -74,7 +74,7 @@ def test_a_factor_that_hurts_shows_in_writing_and_in_likelihood(smollm2_model, s
 
 def test_search_saves_an_adapter_that_peft_loads(smollm2_model, smollm2_tokenizer, smollm2, tmp_path):
     result = search(smollm2_model, task_of(smollm2_tokenizer), folder=tmp_path / "run", **SETTINGS)
-    result.save(tmp_path / "adapter")
+    result.save_pretrained(tmp_path / "adapter")
     report = json.loads((tmp_path / "adapter" / "search.json").read_text())
     assert report["preflight"]["targets"]["opening"] == ' "'
     test = next(split for split in report["splits"] if split["name"] == "test")

@@ -133,7 +133,7 @@ def search(
             distribute=distribute,
             enough=stack.enter_context(_first_interrupt()),
         )
-        result.save(output)
+        result.save_pretrained(output)
     _print_result(result, output)
 
 

@@ -107,7 +107,7 @@ class Sensitivity:
         return tuple(effect.layer for effect in at if self.best_factor(effect.layer) == factor)
 
     def advice(self) -> list[str]:
-        """Returns what this suggests for a search: plain sentences that name layers and options."""
+        """Returns what this suggests for a search: plain sentences that name layers."""
         worth, gain = self.layers_worth_searching(), self.layers_that_gain()
         low, high = self.factors[0], self.factors[-1]
         if not worth:
@@ -118,7 +118,7 @@ class Sensitivity:
             ]
         others = "the others change nothing measurable by themselves"
         why = "each one that was tried changes the result" if worth == self.layers else others
-        advice = [f"search {_named(worth)} (--layers {format_layers(worth)}): {why}."]
+        advice = [f"search {_named(worth)}: {why}."]
         if gain and gain != worth:
             advice.append(f"of these only {_named(gain, 'gain')} by a factor of their own.")
         if rising := self.rises_at_edge():

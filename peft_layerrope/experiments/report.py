@@ -235,7 +235,7 @@ def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
             Step(elsewhere.EXTRAPOLATION, lambda m: elsewhere.run_extrapolation(m, tasks, candidates), options)
         )
     if not request.others:
-        skipped.append((elsewhere.TRANSFER, "it compares adapters: pass another one with --also."))
+        skipped.append((elsewhere.TRANSFER, "it compares adapters: pass another one beside this."))
     elif tasks:
         cells = {f"{specification.name}:{length}": task for length, task in tasks.items()}
         options = ("--adapter", adapters), ("--on", list(cells))

@@ -321,5 +321,5 @@ class Plan:
             f"{schedule.control_steps} for each of {len(CONTROLS)} choices of two numbers, "
             f"{schedule.validation_contexts} contexts of {self.prompt_tokens:,} tokens to choose by: "
             f"about {duration(self.search_seconds)}. The held-out test on {self.test_groups} contexts: about "
-            f"{duration(self.seconds[TEST])} more. --steps {schedule.steps} repeats this plan on any machine."
+            f"{duration(self.seconds[TEST])} more. steps={schedule.steps} repeats this plan on any machine."
         )

@@ -260,7 +260,7 @@ class SearchResult(HeldOutTables):
         """Average accuracy (or minus the loss) of row `name` minus that of `baseline`, with a paired 95 % interval."""
         return self.table.difference(name, baseline)
 
-    def save(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path) -> None:
         """Writes the adapter folder: both adapter files, model card, `search.json`, three plots.
 
         No file tells where on this machine the base model lies. Of a model card that is there already only the

@@ -92,7 +92,7 @@ def search(
         **overrides: fields of `SearchSettings`, instead of `settings`.
 
     Returns:
-        The result: `.config`, `.table`, `.save(directory)`.
+        The result: `.config`, `.table`, `.save_pretrained(directory)`.
 
     Raises:
         SearchError: the settings do not work for this model, or the journal is not this search's.
@@ -110,7 +110,7 @@ def search(
     >>> model = AutoModelForCausalLM.from_pretrained(demo_model_path())
     >>> task = KeyValueWords(AutoTokenizer.from_pretrained(demo_model_path()), length=512)
     >>> result = search(model, task, steps=24, max_harm=None)
-    >>> result.save("my-adapter")
+    >>> result.save_pretrained("my-adapter")
     ```
     """
     settings = _settings(settings, overrides)

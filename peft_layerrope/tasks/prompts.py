@@ -86,7 +86,7 @@ class PromptEncoder:
             if problem is not None:
                 raise TaskError(
                     f"the tokenizer's chat template {problem}. Leave that out, or turn the template off "
-                    "(chat_template=False, --no-chat-template)."
+                    "(chat_template=False)."
                 )
         else:
             asked = {**self.settings(), "chat_date": chat_date}
@@ -177,8 +177,7 @@ def _template_errors() -> Iterator[None]:
         yield
     except Exception as error:  # a template is a program of the tokenizer's author and raises what it likes
         raise TaskError(
-            f"the tokenizer's chat template fails: {one_line(error).rstrip('.')}. Turn it off "
-            "(chat_template=False, --no-chat-template)."
+            f"the tokenizer's chat template fails: {one_line(error).rstrip('.')}. Turn it off (chat_template=False)."
         ) from error
 
 

@@ -240,7 +240,7 @@ def local_search(tmp_path_factory):
 
 def test_no_saved_file_names_the_folder_of_the_base_model(local_search, tmp_path):
     source, result = local_search
-    result.save(tmp_path)
+    result.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "my-model"
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "my-model"
     for path in tmp_path.rglob("*"):
@@ -251,7 +251,7 @@ def test_no_saved_file_names_the_folder_of_the_base_model(local_search, tmp_path
 
 def test_a_searchs_card_holds_its_scores_and_plots(local_search, tmp_path):
     result = local_search[1]
-    result.save(tmp_path)
+    result.save_pretrained(tmp_path)
     saved = ModelCard.load(tmp_path / "README.md")
     scores = result.table[result.chosen].scores
     assert saved.data.eval_results[0].metric_value == pytest.approx(scores.correct.mean(), abs=1e-4)

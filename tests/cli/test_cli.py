@@ -276,7 +276,7 @@ def test_sensitivity_says_what_to_search(tmp_path):
     arguments = ("--length", "512", "--groups", "4", "--try", "1.5", "--layers", "0,1,5", "--plot")
     done = run("sensitivity", *arguments, str(tmp_path / "s.png"), "--json", str(tmp_path / "s.json"))
     assert done.exit_code == 0
-    assert "--layers 0-1" in done.stdout
+    assert "search layers 0-1: " in done.stdout
     assert (tmp_path / "s.png").stat().st_size > 5000
     assert json.loads((tmp_path / "s.json").read_text())["layers"] == [0, 1, 5]
 

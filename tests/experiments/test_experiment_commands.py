@@ -151,7 +151,7 @@ def test_a_report_is_one_file_that_needs_nothing_else(adapter, quick_report):
         for name in ("src", "href"):
             assert attrs.get(name) is None or attrs[name].startswith(("data:image/png;base64,", "#"))
     assert not {tag for tag, _ in tags.found} & {"script", "link", "iframe"}
-    assert "pass another one with --also" in tags.text
+    assert "pass another one beside this" in tags.text
     assert str(adapter) not in tags.text
     for name in expected:
         command = load_section(adapter / "report", name).command

@@ -222,7 +222,7 @@ def test_advice_names_layers_and_options():
     assert result.rises_at_edge() == (1,)
     assert [result.best_factor(layer) for layer in result.layers] == [1.5, 2.0, 2.0, 1.0, 1.0]
     assert result.advice() == [
-        "search layers 0-1,3 (--layers 0-1,3): the others change nothing measurable by themselves.",
+        "search layers 0-1,3: the others change nothing measurable by themselves.",
         "of these only layers 0-1 gain by a factor of their own.",
         "layer 1 still rises at 2, the largest tried: try larger ones.",
         "layer 3 loses with every factor above 1; none below 1 was tried.",
@@ -232,7 +232,7 @@ def test_advice_names_layers_and_options():
 
 def test_advice_where_all_or_no_layers_matter():
     assert made_up({0: [0.5, 0.3], 1: [0.5, 0.4]}).advice() == [
-        "search layers 0-1 (--layers 0-1): each one that was tried changes the result."
+        "search layers 0-1: each one that was tried changes the result."
     ]
     assert made_up({0: [0.05, 0.0], 1: [0.0, -0.05]}).advice() == [
         "no layer changes the gold log-probability measurably with a factor of 1.5, 2 in 16 contexts: try other "

@@ -91,7 +91,7 @@ def test_a_control_that_beats_the_search_is_what_the_folder_holds(task, monkeypa
 
     monkeypatch.setattr(ModelEvaluator, "scores", scores)
     found = search(build_model("llama"), task, **SMALL, max_harm=None)
-    found.save(tmp_path)
+    found.save_pretrained(tmp_path)
     own = worth(found.table["per_layer"].factors)
     best = max(worth(row.factors) for row in found.table)
     assert best > 2 * own
@@ -197,7 +197,7 @@ def test_the_model_is_left_as_it_was(ids, training, fails):
 
 
 def test_saved_folder_is_complete_and_loads(result, ids, tmp_path):
-    result.save(tmp_path)
+    result.save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "adapter_config.json",
@@ -225,7 +225,7 @@ def test_a_saved_search_has_the_tables_of_the_one_that_ended(result, tmp_path, m
         harm = Harm(Interval(0.01 * i, 0.0, 0.02 * i), Interval(-0.01, -0.02, 0.03))
         rows.append(replace(row, scores=scores, harm=harm))
     ended = replace(result, table=ResultTable(tuple(rows)))
-    ended.save(tmp_path)
+    ended.save_pretrained(tmp_path)
     saved = read_record(tmp_path)
     assert saved.held_out_table() == ended.held_out_table()
     assert saved.choice_table() == ended.choice_table()
@@ -234,7 +234,7 @@ def test_a_saved_search_has_the_tables_of_the_one_that_ended(result, tmp_path, m
 
 
 def test_report_says_what_it_stands_on(result, tmp_path):
-    result.save(tmp_path)
+    result.save_pretrained(tmp_path)
     report = json.loads((tmp_path / "search.json").read_text())
     assert [row["name"] for row in report["table"]] == ROWS
     assert report["layer_factors"] == result.config.layer_factors
@@ -252,7 +252,7 @@ def test_report_says_what_it_stands_on(result, tmp_path):
 
 
 def test_card_is_valid_and_shows_the_import(result, tmp_path):
-    result.save(tmp_path)
+    result.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "peft"
     assert card.data.base_model_relation == "adapter"
