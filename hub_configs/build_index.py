@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft_layerrope.errors import DEMO_NAME
+from peft_layerrope.files import DEMO_NAME
 from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tasks.specification import TaskSpecification
 

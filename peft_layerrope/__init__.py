@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+from . import errors as errors  # which the others need
+
 # Loaded at first use, so that serving an adapter needs neither DEAP nor SciPy nor matplotlib. For type checkers the
 # same names stand in `__init__.pyi`.
 _LAZY = {
@@ -23,8 +25,9 @@ _LAZY = {
     ".comparison.candidates": ("Candidate", "parse_baseline"),
     ".errors": (
         *("AdapterMismatchError", "InvalidConfigError", "LayerRopeError", "SearchError", "TaskError"),
-        *("UnsupportedModelError", "demo_model_path"),
+        "UnsupportedModelError",
     ),
+    ".files": ("demo_model_path",),
     ".hub": ("pull", "push_to_hub"),
     ".loading": ("load_adapter",),
     ".scoring.scorer": ("evaluate",),
@@ -45,6 +48,10 @@ _LAZY = {
 }
 
 __all__ = sorted(["__version__", *chain(*_LAZY.values())])
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

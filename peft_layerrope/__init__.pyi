@@ -9,7 +9,7 @@ from .errors import LayerRopeError as LayerRopeError
 from .errors import SearchError as SearchError
 from .errors import TaskError as TaskError
 from .errors import UnsupportedModelError as UnsupportedModelError
-from .errors import demo_model_path as demo_model_path
+from .files import demo_model_path as demo_model_path
 from .hub import pull as pull
 from .hub import push_to_hub as push_to_hub
 from .loading import load_adapter as load_adapter

@@ -37,7 +37,8 @@ from transformers.utils import quantization_config as quantizations
 
 from . import __version__
 from .declaration import declared, option
-from .errors import InvalidConfigError, LayerRopeError, demo_model_path, is_machine_path, one_line, public_name, shown
+from .errors import InvalidConfigError, LayerRopeError, one_line, shown
+from .files import demo_model_path, is_machine_path, public_name
 from .loading import adapter_identity, adapter_weights, check_present, load_peft_config, put_on, why_not_loaded
 from .tuner.config import LayerRopeConfig
 from .tuner.frequencies import inv_freq_names, is_length_dependent

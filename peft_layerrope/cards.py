@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from .errors import DEMO_NAME, InvalidConfigError, is_machine_path, public_name
-from .files import write_atomically
+from .errors import InvalidConfigError
+from .files import DEMO_NAME, is_machine_path, public_name, write_atomically
 from .report import format_factors
 from .scoring.scores import Interval, PositionScores, perplexity
 from .tuner.config import LayerRopeConfig
@@ -155,7 +155,7 @@ def model_card(
     templates = Environment(
         loader=PackageLoader("peft_layerrope", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters |= {"code": _code, "repr": repr, "perplexity": perplexity}
+    templates.filters |= {"code": _code, "repr": repr}
     what = "loss" if held_out is not None and held_out.scores.measure == "loss" else "accuracy"
     plots = {ACCURACY_PLOT: f"{what} by position", FACTORS_PLOT: "factor by depth", HARM_PLOT: "gain over harm"}
     demo, quoted = "peft_layerrope.demo_model_path()", json.dumps(base_model, ensure_ascii=False)
@@ -167,6 +167,7 @@ def model_card(
         factors=format_factors(config.layer_factors),
         results=_RESULTS,
         found=held_out,
+        verdict=_in_words(held_out) if held_out is not None else "",
         rest=rest,
         plots={name: caption for name, caption in plots.items() if name in files},
         recorded=REPORT_NAME in files,
@@ -183,6 +184,29 @@ def _of_earlier_search(card: ModelCard | None) -> tuple[str, list[EvalResult]]:
         return "", []
     text = found[0][found[0].index(_RESULTS) :].removesuffix(END).rstrip()
     return text, [result for result in card.data.eval_results or [] if result.metric_name in OWN_METRICS]
+
+
+def _in_words(held_out: HeldOut) -> str:
+    """The adapter's score, and its differences to others, in sentences."""
+    scores, average = held_out.scores, held_out.scores.average()
+    if scores.measure == "loss":
+        scale, digits, gained = 1, 4, "nats saved"
+        sentence = (
+            f"**Loss {-average.value:.4f} nats per token** (95 % interval {-average.high:.4f} to {-average.low:.4f}), "
+            f"perplexity {perplexity(-average.value):.3f}."
+        )
+    else:
+        scale, digits, gained = 100, 1, "points"
+        sentence = (
+            f"**Accuracy {100 * average.value:.1f} %** (95 % interval {100 * average.low:.1f} to "
+            f"{100 * average.high:.1f}), context utilisation U {100 * scores.utilization():.1f} %."
+        )
+    differences = []
+    for label, gap in held_out.differences.items():
+        value, low, high = (f"{scale * number:+z.{digits}f}" for number in (gap.value, gap.low, gap.high))
+        differences.append(f"{value} {gained} against {label} ({low} to {high})")
+    paired = f" Paired differences with 95 % intervals: {'; '.join(differences)}." if differences else ""
+    return sentence + paired
 
 
 def _eval_results(held_out: HeldOut) -> list[EvalResult]:

@@ -1,4 +1,4 @@
-"""The errors this library raises on purpose, how values are shown in them, and which names may be public.
+"""The errors this library raises on purpose, and how values are shown in them.
 
 Each one also derives from the built-in a caller would expect (`ValueError`, ...), so code that knows
 nothing of this package still catches them.
@@ -6,12 +6,9 @@ nothing of this package still catches them.
 
 from __future__ import annotations
 
-import os
-import re
 import reprlib
 from collections.abc import Sequence
 from numbers import Integral
-from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 
@@ -43,19 +40,11 @@ class SearchError(LayerRopeError, ValueError):
     """A search was asked for with settings that cannot work."""
 
 
-DEMO_NAME = "peft_layerrope/demo"
-"""How reports and adapters call the demo model: its path in the repository, whatever the machine."""
-
 _LONGEST = 200  # characters of a value, or of another library's message, in one of ours
 
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxdict, _repr.maxlist, _repr.maxtuple, _repr.maxset = 3, 4, 6, 6, 6
 _repr.maxstring = _repr.maxother = 80
-
-
-def demo_model_path() -> str:
-    """Returns the folder to load the demo model from, a small Llama trained by `examples/train_demo_model.py`."""
-    return str(Path(__file__).with_name("demo"))
 
 
 def shown(value: Any) -> str:
@@ -91,47 +80,6 @@ def named(value: Any) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-_CACHED_SNAPSHOT = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")  # how the Hub's cache names a folder
-
-
-def is_local_path(name: str) -> bool:
-    """Whether a model's name is a path rather than an id of the Hub. `owner/name` counts as a path where it holds a
-    model or an adapter, as it does for transformers and PEFT.
-    """
-    if name == DEMO_NAME:  # in this project's own folder it would look like a path
-        return False
-    folder = Path(name)
-    is_folder = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
-    return is_machine_path(name) or name.count("/") > 1 or "\\" in name or is_folder or name.endswith(".gguf")
-
-
-def is_machine_path(text: str) -> bool:
-    """Whether a text begins as a path does: `/`, `./`, `../`, `~`, `$HOME/`, `file:/`, or Windows' kinds."""
-    is_absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
-    other = re.match(r"(~[\w.-]*|\.|\.\.|\$\w+|\$\{\w+\}|%\w+%|file:)([/\\]|$)", text, re.ASCII)
-    return is_absolute or other is not None
-
-
-def public_name(name: str) -> str:
-    """Returns the name of a model without a path: the id, or the last component of a folder's path."""
-    if not is_local_path(name):
-        return name
-    path = Path(os.path.expanduser(name))
-    if path.is_dir() and path.resolve() == Path(demo_model_path()).resolve():
-        return DEMO_NAME
-    cached = _CACHED_SNAPSHOT.search(name)
-    if cached is not None:
-        return f"{cached[1]}/{cached[2]}"
-    return last_component(name)
-
-
-def last_component(path: str) -> str:
-    """Returns the last component of a path of any system, `..` and `.` resolved."""
-    if "\\" in path:
-        return PureWindowsPath(path).name
-    return Path(os.path.expanduser(path)).resolve().name  # of pathlib's an unknown `~user` is an error
 
 
 def whole_number(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:

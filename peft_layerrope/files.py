@@ -1,4 +1,6 @@
-"""Files: written whole or not at all, strict JSON and plain YAML, adapters' files, and files from strangers."""
+"""Files: written whole or not at all, strict JSON and plain YAML, adapters' files, and files from strangers; and what a
+path or an id may be called in public.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -21,6 +24,8 @@ from safetensors import SafetensorError
 
 from .errors import AdapterMismatchError, one_line, shown
 
+DEMO_NAME = "peft_layerrope/demo"
+"""How reports and adapters call the demo model: its path in the repository, whatever the machine."""
 MAX_BYTES = 2**20
 """Upper limit of an adapter's files: a hundred times what 100 layers take."""
 
@@ -209,3 +214,49 @@ class AdapterFiles:
                     return Path(hf_hub_download(**where))
                 reason = f"{name} has {size} bytes, expected {limit} at most"
         raise AdapterMismatchError(f"cannot load adapter {self.location!r}: {reason}.")
+
+
+def demo_model_path() -> str:
+    """Returns the folder to load the demo model from, a small Llama trained by `examples/train_demo_model.py`."""
+    return str(Path(__file__).with_name("demo"))
+
+
+_CACHED_SNAPSHOT = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")  # how the Hub's cache names a folder
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a model's name is a path rather than an id of the Hub. `owner/name` counts as a path where it holds a
+    model or an adapter, as it does for transformers and PEFT.
+    """
+    if name == DEMO_NAME:  # in this project's own folder it would look like a path
+        return False
+    folder = Path(name)
+    is_folder = any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+    return is_machine_path(name) or name.count("/") > 1 or "\\" in name or is_folder or name.endswith(".gguf")
+
+
+def is_machine_path(text: str) -> bool:
+    """Whether a text begins as a path does: `/`, `./`, `../`, `~`, `$HOME/`, `file:/`, or Windows' kinds."""
+    is_absolute = PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
+    other = re.match(r"(~[\w.-]*|\.|\.\.|\$\w+|\$\{\w+\}|%\w+%|file:)([/\\]|$)", text, re.ASCII)
+    return is_absolute or other is not None
+
+
+def public_name(name: str) -> str:
+    """Returns the name of a model without a path: the id, or the last component of a folder's path."""
+    if not is_local_path(name):
+        return name
+    path = Path(os.path.expanduser(name))
+    if path.is_dir() and path.resolve() == Path(demo_model_path()).resolve():
+        return DEMO_NAME
+    cached = _CACHED_SNAPSHOT.search(name)
+    if cached is not None:
+        return f"{cached[1]}/{cached[2]}"
+    return last_component(name)
+
+
+def last_component(path: str) -> str:
+    """Returns the last component of a path of any system, `..` and `.` resolved."""
+    if "\\" in path:
+        return PureWindowsPath(path).name
+    return Path(os.path.expanduser(path)).resolve().name  # of pathlib's an unknown `~user` is an error

@@ -19,20 +19,21 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from . import __version__, cards
-from .errors import (
+from .errors import AdapterMismatchError, HubError, InvalidConfigError, LayerRopeError, one_line, shown
+from .files import (
     DEMO_NAME,
-    AdapterMismatchError,
-    HubError,
-    InvalidConfigError,
-    LayerRopeError,
+    MAX_BYTES,
+    digest,
     is_local_path,
     is_machine_path,
     last_component,
-    one_line,
+    parse_yaml,
     public_name,
-    shown,
+    read_json_object,
+    replacing_files,
+    to_json,
+    write_atomically,
 )
-from .files import MAX_BYTES, digest, parse_yaml, read_json_object, replacing_files, to_json, write_atomically
 from .loading import load_adapter_config
 from .tuner.artifacts import check_no_model, check_weights_file
 from .tuner.config import LayerRopeConfig

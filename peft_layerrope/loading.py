@@ -16,8 +16,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from .errors import LayerRopeError, is_machine_path, one_line, shown_names
-from .files import MAX_BYTES, AdapterFiles, digest, read_json_object
+from .errors import LayerRopeError, one_line, shown_names
+from .files import MAX_BYTES, AdapterFiles, digest, is_machine_path, read_json_object
 from .tuner.config import LAYER_ROPE, LayerRopeConfig
 from .tuner.injection import other_tuner_layers
 

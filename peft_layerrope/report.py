@@ -1,4 +1,4 @@
-"""Tables for terminals, Markdown and HTML, and how scores are written in them. Knows nothing of how they were made."""
+"""Tables for terminals and Markdown, and how scores are written in them. Knows nothing of how they were made."""
 
 from __future__ import annotations
 

@@ -1050,7 +1050,7 @@ class Outcome:
 
 
 def run_case(case: Case) -> Outcome:
-    """Makes the calls, comparing after each; stops at the first that leads elsewhere."""
+    """Makes the calls, comparing after each; stops at the first that leads transfer."""
     outcome = Outcome()
     folder = Path(tempfile.mkdtemp(prefix="fuzzing-calls-"))
     world = World(case, folder)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from peft_layerrope import KeyValueWords, load_model, verify
 from peft_layerrope.base_model import adapted
 from peft_layerrope.cli import app
-from peft_layerrope.errors import DEMO_NAME
+from peft_layerrope.files import DEMO_NAME
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tasks.specification import make_task

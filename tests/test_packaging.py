@@ -264,7 +264,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     packed = {name for name in names if ".dist-info/" not in name}
     assert packed == _package_files()
     assert {"peft_layerrope/py.typed", "peft_layerrope/demo/model.safetensors"} <= packed
-    assert {Path(name).suffix for name in packed} >= {".j2", ".yaml"}  # the report's template, the harness's tasks
+    assert {Path(name).suffix for name in packed} >= {".j2", ".yaml"}  # templates, the harness's tasks
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in metadata
     assert "layerrope = peft_layerrope.cli:run" in scripts

@@ -29,8 +29,8 @@ from ..comparison import (
     written_table,
 )
 from ..comparison.candidates import BASELINES, Candidate, parse_baseline
-from ..errors import TaskError, public_name
-from ..files import to_json, write_atomically, writing
+from ..errors import TaskError
+from ..files import public_name, to_json, write_atomically, writing
 from ..report import fitness_remark, position_table
 from ..runs import RUN_FOLDER, locked
 from ..scoring.preflight import PREFLIGHT_NAME, preflight, with_targets

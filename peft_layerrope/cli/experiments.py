@@ -16,7 +16,7 @@ from ..base_model import ModelSource, load_tokenizer, model_fingerprint
 from ..cards import REPORT_NAME, SPECIFICATION_NAME
 from ..comparison.candidates import Candidate, parse_baseline
 from ..declaration import changed, declared, option
-from ..errors import DEMO_NAME, SearchError, TaskError
+from ..errors import SearchError, TaskError
 from ..experiments import (
     DEFAULT_GROUPS,
     Measuring,
@@ -24,14 +24,14 @@ from ..experiments import (
     by_position,
     control_points,
     default_lengths,
-    elsewhere,
     factor_vector,
     task_of_length,
+    transfer,
     window_and_task,
 )
 from ..experiments.report import ReportRequest, run_steps, write_report
 from ..experiments.section import Section, command_line, kept_section, to_rich, work_folder
-from ..files import AdapterFiles
+from ..files import DEMO_NAME, AdapterFiles
 from ..loading import load_adapter_config
 from ..runs import check_free, locked
 from ..searcher.plan import RichProgress
@@ -280,7 +280,7 @@ def attention_command(run: Run, adapter: AdapterOption) -> None:
     run.finish(lambda measuring: attention.run_attention(measuring, run.task, config))
 
 
-@experiment(elsewhere.EXTRAPOLATION)
+@experiment(transfer.EXTRAPOLATION)
 def extrapolation_command(
     run: Run,
     adapters: AdaptersOption,
@@ -307,10 +307,10 @@ def extrapolation_command(
         tasks, refused = default_lengths(run.make_task, run.specification, run.window)
         for length, reason in refused.items():
             err.print(f"left out {length} tokens: {reason}")
-    run.finish(lambda measuring: elsewhere.run_extrapolation(measuring, tasks, tested, further))
+    run.finish(lambda measuring: transfer.run_extrapolation(measuring, tasks, tested, further))
 
 
-@experiment(elsewhere.TRANSFER)
+@experiment(transfer.TRANSFER)
 def transfer_command(
     run: Run,
     adapters: AdaptersOption,
@@ -328,7 +328,7 @@ def transfer_command(
     cells = {cell: _cell_task(run, *parts) for cell, parts in asked.items()}
     if not cells:
         cells = {f"{run.specification.name}:{run.specification.length}": run.task}
-    run.finish(lambda measuring: elsewhere.run_transfer(measuring, cells, candidates))
+    run.finish(lambda measuring: transfer.run_transfer(measuring, cells, candidates))
 
 
 def _lengths(text: str | None) -> list[int]:
@@ -353,8 +353,8 @@ def _cell_task(run: Run, name: TaskName, length: int | None) -> Task:
     return run.make_task(specification) if length is None else task_of_length(run.make_task, specification, length)
 
 
-_NOT_TAKEN = ("device", "trust_remote_code")  # of a file, which may be a stranger's: that code may run has to be typed
-_LONGEST = 64  # times the trained window: more is a damaged or hostile file
+_NOT_FROM_A_FILE = ("device", "trust_remote_code")  # it may be a stranger's: that code may run has to be typed
+_MOST_WINDOWS = 64  # times the trained window: more is a damaged or hostile file
 
 
 @command("report")
@@ -395,7 +395,7 @@ def report_command(
     sections = output.with_suffix("")
     check_output(sections, resume, overwrite)
     searched = _searched(folder, record)
-    known = {f.name: getattr(searched, f.name) for f in fields(ModelSource) if f.name not in _NOT_TAKEN}
+    known = {f.name: getattr(searched, f.name) for f in fields(ModelSource) if f.name not in _NOT_FROM_A_FILE}
     compute = Compute.of(model, computing, known)
     # another task has few of the settings of the one that was searched on
     task = searched.task.of_task(asked["name"]) if "name" in asked else searched.task
@@ -403,9 +403,9 @@ def report_command(
     factor_vector(loaded, config)
     window = trained_window(loaded)
     specification = resolve_task(replace(task, **asked), window, compute.source.model is None, tokenizer)
-    if window is not None and specification.length > _LONGEST * window:
+    if window is not None and specification.length > _MOST_WINDOWS * window:
         raise SearchError(
-            f"{folder}: prompts of {specification.length} tokens are more than {_LONGEST}× the model's window of "
+            f"{folder}: prompts of {specification.length} tokens are more than {_MOST_WINDOWS}× the model's window of "
             f"{window}; pass --length."
         )
     build_task(specification, tokenizer)  # one that cannot be made stops here

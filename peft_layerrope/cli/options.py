@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import ModelSource, check_source, describe_loading, load_base, load_config, parse_model_args
 from ..declaration import changed, declarations, declared, option, spellings
-from ..errors import InvalidConfigError, SearchError, TaskError, demo_model_path, public_name, shown
-from ..files import to_json, write_atomically, writing
+from ..errors import InvalidConfigError, SearchError, TaskError, shown
+from ..files import demo_model_path, public_name, to_json, write_atomically, writing
 from ..runs import LOCK_NAME, check_free
 from ..scoring.preflight import find_difficulty
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer

@@ -14,7 +14,7 @@ import typer
 
 from .. import hub
 from ..base_model import ModelSource, load_tokenizer
-from ..errors import DEMO_NAME, InvalidConfigError, LayerRopeError, TaskError, public_name, shown
+from ..errors import InvalidConfigError, LayerRopeError, TaskError, shown
 from ..experiments import DEFAULT_GROUPS, Measuring
 from ..experiments.layer_sensitivity import (
     DEFAULT_FACTORS,
@@ -24,7 +24,7 @@ from ..experiments.layer_sensitivity import (
     sensitivity,
     sensitivity_table,
 )
-from ..files import to_json, writing
+from ..files import DEMO_NAME, public_name, to_json, writing
 from ..lm_eval_tasks import lm_eval_tasks_path
 from ..loading import load_adapter, load_adapter_config
 from ..report import Table

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..base_model import adapted, keeping_modes
-from ..errors import TaskError, last_component, one_line, shown
+from ..errors import TaskError, one_line, shown
+from ..files import last_component
 from ..loading import adapter_identity, adapter_weights, load_peft_config, put_on
 from ..tuner.artifacts import check_weights_file
 from ..tuner.config import LayerRopeConfig

@@ -14,8 +14,8 @@ from .. import __version__
 from ..base_model import ModelSource, format_model_args, model_fingerprint
 from ..comparison.candidates import Candidate
 from ..declaration import as_options
-from ..errors import LayerRopeError, last_component
-from ..files import write_atomically, writing
+from ..errors import LayerRopeError
+from ..files import last_component, write_atomically, writing
 from ..plots import plot_by_position, plot_factors_by_depth
 from ..report import escape_markdown, format_factors, times_window, unit_of
 from ..searcher.plan import SearchProgress
@@ -33,8 +33,8 @@ from . import (
     by_position,
     control_points,
     default_lengths,
-    elsewhere,
     layer_sensitivity,
+    transfer,
     verdict,
     window_and_task,
 )
@@ -223,23 +223,27 @@ def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
     ]
     tasks: dict[int, Task] = {}
     if window is None:
-        skipped.append((elsewhere.EXTRAPOLATION, "the model's config names no trained window to extrapolate from."))
+        skipped.append((transfer.EXTRAPOLATION, "the model's config names no trained window to extrapolate from."))
     else:
         tasks, refused = default_lengths(make, specification, window)
-        skipped += [(f"{elsewhere.EXTRAPOLATION} at {length} tokens", reason) for length, reason in refused.items()]
+        skipped += [(f"{transfer.EXTRAPOLATION} at {length} tokens", reason) for length, reason in refused.items()]
     adapters = [request.adapter, *request.others]
     candidates = list(map(Candidate.of_adapter, adapters))
     if tasks:
         options = ("--adapter", adapters), ("--lengths", ",".join(map(str, tasks)))
         steps.append(
-            Step(elsewhere.EXTRAPOLATION, lambda m: elsewhere.run_extrapolation(m, tasks, candidates), options)
+            Step(
+                transfer.EXTRAPOLATION,
+                lambda m: transfer.run_extrapolation(m, tasks, candidates),
+                options,
+            )
         )
     if not request.others:
-        skipped.append((elsewhere.TRANSFER, "it compares adapters: pass another one beside this."))
+        skipped.append((transfer.TRANSFER, "it compares adapters: pass another one beside this."))
     elif tasks:
         cells = {f"{specification.name}:{length}": task for length, task in tasks.items()}
         options = ("--adapter", adapters), ("--on", list(cells))
-        steps.append(Step(elsewhere.TRANSFER, lambda m: elsewhere.run_transfer(m, cells, candidates), options))
+        steps.append(Step(transfer.TRANSFER, lambda m: transfer.run_transfer(m, cells, candidates), options))
     return steps, skipped
 
 

@@ -18,8 +18,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from ..errors import last_component
-from ..files import read_bytes, read_json_object, to_json, write_atomically, writing
+from ..files import last_component, read_bytes, read_json_object, to_json, write_atomically, writing
 from ..report import Table, escape_markdown, printable
 from ..runs import RUN_FOLDER, locked
 

@@ -269,11 +269,11 @@ class Scorer:
         self, writer: AnswerWriter, contexts: ContextBatch, rows: list[tuple[int, int]], examples: Sequence[Example]
     ) -> dict[int, Written]:
         found: dict[int, Written] = {}
+        lengths = {index: len(examples[index].query_ids) for _, index in rows}
+        if attends_fully(self.model):  # else a window counts the padding before a shorter question
+            lengths = dict.fromkeys(lengths, max(lengths.values()))
         width = contexts.ids.shape[1] + writer.max_new_tokens
-        alike = not attends_fully(self.model)  # a window counts the padding before a shorter question
-        for part in batched_by_length(
-            rows, lambda row: width + len(examples[row[1]].query_ids), self.batch_tokens, same_length=alike
-        ):
+        for part in batched_by_length(rows, lambda row: width + lengths[row[1]], self.batch_tokens, same_length=True):
             copied, members = contexts.rows([row for row, _ in part]), [index for _, index in part]
             found |= zip(members, writer.after_contexts(copied, [examples[index] for index in members]), strict=True)
         return found

@@ -16,7 +16,7 @@ from ..tasks.base import MEASURES, Measure
 _CONFIDENCE = 0.95  # of every interval
 _PRIOR_CONTEXTS = 0.1
 """Weight, in contexts, of the assumption that all positions of a context are right or wrong together: it is what is
-left where the data say nothing, and costs hardly any width elsewhere. Chosen by the simulation."""
+left where the data say nothing, and costs hardly any width transfer. Chosen by the simulation."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field,
 from .. import __version__
 from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, HeldOut, model_card, save_card
 from ..declaration import converted
-from ..errors import InvalidConfigError, LayerRopeError, SearchError, public_name, shown
-from ..files import read_json_object, replacing_files, to_json
+from ..errors import InvalidConfigError, LayerRopeError, SearchError, shown
+from ..files import public_name, read_json_object, replacing_files, to_json
 from ..plots import plot_by_position, plot_factors_by_depth, plot_gain_over_harm
 from ..report import (
     Table,
@@ -161,6 +161,7 @@ class HeldOutTables:
 
     def curves_to_plot(self) -> dict[str, PositionScores]:
         """Returns the rows of the accuracy plot: all, but for those whose factors a row before them has."""
+        # whose label is their own: of equal factors the first
         return {row.label: row.scores for row in self.table if row.label == self.label(row.name)}
 
 

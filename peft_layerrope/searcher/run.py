@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..base_model import adapted, describe_loading, library_versions, model_fingerprint, model_name
-from ..errors import DEMO_NAME, SearchError, named
-from ..files import writing
+from ..errors import SearchError, named
+from ..files import DEMO_NAME, writing
 from ..report import ACCURACY, Unit, times, unit_of
 from ..runs import Journal
 from ..scoring.batching import check_vocabulary
@@ -120,7 +120,9 @@ def search(
         raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
     kept = Path(folder) if folder is not None else None
     with _prepared(model, task, settings) as ready, progress as audience:
-        plan, settings = ready.plan, ready.settings
+        plan = ready.plan
+        settings = replace(settings, steps=plan.schedule.steps, test_groups=plan.test_groups)
+        ready = replace(ready, settings=settings)
         if on_plan is not None:
             on_plan(plan)
         audience.expect(plan.seconds)
@@ -187,7 +189,7 @@ class _Prepared:
     """A model with an adapter whose factors are all 1, and what is known of the search before the first look."""
 
     task: Task
-    settings: SearchSettings  # with the plan's steps and contexts
+    settings: SearchSettings  # with the plan's steps and contexts, once a search begins
     scorer: Scorer
     space: FactorSpace
     windows: Windows
@@ -204,8 +206,7 @@ def _prepared(model: nn.Module, task: Task, settings: SearchSettings) -> Iterato
         scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
         windows = _windows(scorer, task, settings)
         plan = _plan(scorer, task, settings, space, windows, started)
-        settled = replace(settings, steps=plan.schedule.steps, test_groups=plan.test_groups)
-        yield _Prepared(task, settled, scorer, space, windows, plan)
+        yield _Prepared(task, settings, scorer, space, windows, plan)
 
 
 def _source(settings: SearchSettings) -> str:

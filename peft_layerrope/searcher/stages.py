@@ -212,9 +212,14 @@ class Stages:
         return tuple(np.log(self.settings.factor_limits))
 
     def _rounded(self, log_factors: np.ndarray | float) -> Factors:
-        """Factors as they are kept: rounded, and those of layers that are not free exactly 1. A number: of all."""
-        rounded = np.round(np.exp(np.clip(log_factors, *self._log_limits)), _DIGITS)
-        factors = np.broadcast_to(rounded, self.space.num_layers)
+        """Factors as they are kept: within their range and rounded, and those of layers that are not free exactly 1. A
+        number: of all.
+        """
+        return self._anywhere(np.clip(log_factors, *self._log_limits))
+
+    def _anywhere(self, log_factors: np.ndarray | float) -> Factors:
+        """The same of factors that need not be within their range, to see what they do."""
+        factors = np.broadcast_to(np.round(np.exp(log_factors), _DIGITS), self.space.num_layers)
         return self.space.spread([float(factors[layer]) for layer in self.space.scaled_layers])
 
     def _uniform(self, schedule: Schedule) -> dict[str, MethodResult]:
@@ -245,7 +250,7 @@ class Stages:
     def _bounded_values(self, bound: float) -> list[float]:
         """Log-factors from one end of the bound to the other."""
         with self._stage(UNIFORM_HARM, 2):
-            low, high = (self._harm_on_text(self._rounded(far), windows=1) for far in (-_PROBE, _PROBE))
+            low, high = (self._harm_on_text(self._anywhere(far), windows=1) for far in (-_PROBE, _PROBE))
         below, above = (harm.loss_rise.value if harm.loss_rise is not None else 0.0 for harm in (low, high))
         ends = [
             -farthest(_PROBE, low.divergence.value, below, above, bound),
@@ -394,7 +399,7 @@ class Stages:
         sources, free = self.space.key_sources, list(self.space.scaled_layers)
 
         def harm(layer: int, far: float) -> float:
-            moved = self._rounded(np.where(np.array(sources) == layer, far, 0.0))
+            moved = self._anywhere(np.where(np.array(sources) == layer, far, 0.0))
             kept = self._once(
                 "curvature", f"{layer} {far:+g}", lambda: self._divergence(moved, 0, tokens=_PROBED_TOKENS)
             )

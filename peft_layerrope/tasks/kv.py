@@ -75,7 +75,7 @@ _MARGIN = 6  # standard deviations of a context's length that are left free
 class _Line(Record):
     """A record of the public format."""
 
-    items = "ordered_kv_records"
+    items_field = "ordered_kv_records"
     ordered_kv_records: Annotated[tuple[tuple[Text, Text], ...], Field(min_length=2)]
     key: Text
     value: Text

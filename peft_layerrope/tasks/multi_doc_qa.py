@@ -52,7 +52,7 @@ class Passage:
 class _Line(Record):
     """A record of the public format."""
 
-    items = "ctxs"
+    items_field = "ctxs"
     question: Text
     answers: Annotated[tuple[Text, ...], Field(min_length=1)]
     ctxs: tuple[Passage, ...]

@@ -248,7 +248,7 @@ class PromptTask(ABC):
         self.length = whole_number("length", length, 1, MAX_LENGTH) if length is not None else None
         self.num_items = 0
         self.positions: tuple[int, ...] = ()
-        self._splits: Mapping[SplitName, Sequence[Any]] = {}  # what a file has for each
+        self._splits: Mapping[SplitName, Sequence[Any]] = {}  # what a file has for each; of a task that reads one
         self._most_items: int | None = None  # as the file has them; None: any number
 
     def _arrange(self, num_items: int, num_positions: int | None) -> None:
@@ -398,7 +398,7 @@ class Record(BaseModel):
     """A line of a data file. What else it holds than the fields is not looked at."""
 
     model_config = ConfigDict(strict=True, frozen=True)
-    items: ClassVar[str] = ""  # the field with a context's items, as many in all records; empty: it is no context
+    items_field: ClassVar[str] = ""  # the field with a context's items, as many in all records; empty: it is no context
 
 
 R = TypeVar("R", bound=Record)
@@ -431,7 +431,7 @@ def _record(line: bytes, kind: type[R], where: str, first: R | None) -> R:
         record = kind.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         raise converted(error, kind, TaskError, where) from error
-    count, expected = (len(getattr(one, kind.items, ())) for one in (record, first or record))
+    count, expected = (len(getattr(one, kind.items_field, ())) for one in (record, first or record))
     if count != expected:
         raise TaskError(f"{where}: a context of {count} items, expected {expected} as in the first record.")
     return record

@@ -17,8 +17,8 @@ from peft.utils import CONFIG_NAME, PeftType
 from pydantic import Field, TypeAdapter
 
 from ..declaration import declared
-from ..errors import AdapterMismatchError, InvalidConfigError, public_name, shown, shown_names
-from ..files import AdapterFiles, read_json_object
+from ..errors import AdapterMismatchError, InvalidConfigError, shown, shown_names
+from ..files import AdapterFiles, public_name, read_json_object
 from .scaling import RopeType
 
 PEFT_TYPE_NAME = "LAYER_ROPE"
@@ -198,8 +198,8 @@ class LayerRopeConfig(PeftConfig):
         checked = _Values(**{one.name: getattr(self, one.name) for one in fields(_Values)})
         super().__post_init__()
         self.peft_type = LAYER_ROPE
-        # whole numbers as floats where these are meant, tuples as lists
-        vars(self).update(_VALUES.dump_python(checked, mode="json"))
+        # of our own fields: whole numbers as floats where these are meant, tuples as lists
+        vars(self).update(_VALUES.dump_python(checked, mode="json", include=set(LayerRopeConfig.__annotations__)))
 
     def resolved_layer_factors(self, num_hidden_layers: int, owner: str = "the model") -> list[float]:
         """Returns one factor for each layer of a model, all 1.0 where none were given; raises AdapterMismatchError if

@@ -127,9 +127,9 @@ class LayerRopeModel(BaseTuner):
         self._add_config_to_model(adapter_name, config)
 
     def _without_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: there are no weights to train, cast or unmerge, and `inject_adapter` replaces PEFT's walk."""
+        """Nothing to do: there are no weights to cast, and `inject_adapter` replaces PEFT's walk."""
 
-    _create_and_replace = _cast_adapter_dtype = set_requires_grad = unmerge_adapter = _without_weights
+    _create_and_replace = _cast_adapter_dtype = _without_weights
 
     def _stack(self) -> DecoderStack:
         stack = find_stack(self.model)
@@ -214,11 +214,17 @@ class LayerRopeModel(BaseTuner):
         self._unread.pop(adapter_name, None)
         self._drop_configs_of_model([adapter_name])
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Nothing to do: there are no weights."""
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Leaves the output as it is, which is all that an in-place merge promises: there are no weights."""
         active = self._stack().wrappers()[0].active_adapters
         if adapter_names is not None and list(adapter_names) != list(active):
             raise ValueError(f"only the active adapter {active} can be merged, got {adapter_names}: set_adapter first.")
+
+    def unmerge_adapter(self) -> None:
+        """Counterpart of [`merge_adapter`]."""
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for wrapper in self._stack().wrappers():

@@ -287,4 +287,7 @@ def _frequencies(like: torch.Tensor) -> torch.Tensor:
 def _table(
     rotary: nn.Module, divisor: float | torch.Tensor, x: torch.Tensor, positions: torch.Tensor, arguments: tuple
 ) -> tuple[torch.Tensor, ...]:
-    return table_parts(family_table(rotary, lambda _, v: _frequencies(v) / divisor, x, positions, *arguments))
+    parts = table_parts(family_table(rotary, lambda _, v: _frequencies(v) / divisor, x, positions, *arguments))
+    if not all(isinstance(part, torch.Tensor) for part in parts):
+        raise TypeError(f"it returns {[type(part).__name__ for part in parts]}, expected tensors")
+    return parts

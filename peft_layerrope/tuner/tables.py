@@ -164,7 +164,7 @@ class LayerTables:
 
     def _row_of(self, layer: LayerTableHook) -> torch.Tensor | None:
         """Which of the U tables, as a tensor of one entry, where a layer is compiled on its own: there a Python
-        number would have the same code compiled again for each layer. None elsewhere.
+        number would have the same code compiled again for each layer. None transfer.
         """
         if self._index_tensor is None or not torch.compiler.is_compiling():
             return None

@@ -154,7 +154,7 @@ def read(model: PeftModel, calls: int, same_logits: bool) -> Reading:
 
 
 def resident_bytes() -> int:
-    """The process's memory, from Linux's /proc; 0 elsewhere."""
+    """The process's memory, from Linux's /proc; 0 transfer."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0

@@ -30,7 +30,7 @@ from peft_layerrope.cards import (
     model_card,
     save_card,
 )
-from peft_layerrope.errors import DEMO_NAME, demo_model_path, is_local_path, public_name
+from peft_layerrope.files import DEMO_NAME, demo_model_path, is_local_path, public_name
 from peft_layerrope.scoring.scores import Interval
 from peft_layerrope.tuner.artifacts import save_adapter
 
@@ -415,7 +415,7 @@ def test_a_template_that_somebody_filled_in_is_kept(tmp_path):
 
 
 def test_the_demo_models_name_is_no_path_even_where_a_folder_is_called_so(tmp_path, monkeypatch):
-    """In a clone of this project, with the package installed elsewhere."""
+    """In a clone of this project, with the package installed transfer."""
     folder = tmp_path / "peft_layerrope" / "demo"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")

@@ -46,7 +46,8 @@ from peft_layerrope import (
 )
 from peft_layerrope.cards import ADAPTER_PLACEHOLDER, BEGIN, model_card, save_card
 from peft_layerrope.cli import app
-from peft_layerrope.errors import DEMO_NAME, HubError, InvalidConfigError, demo_model_path
+from peft_layerrope.errors import HubError, InvalidConfigError
+from peft_layerrope.files import DEMO_NAME, demo_model_path
 from peft_layerrope.hub import PULL_RECORD
 from peft_layerrope.tuner.artifacts import FACTORS_KEY, save_adapter
 

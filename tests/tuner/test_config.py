@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
+import peft
 import pytest
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, TaskType
 
 from peft_layerrope import InvalidConfigError, LayerRopeConfig
 
@@ -69,13 +71,24 @@ def test_json_round_trip(base, tmp_path):
     assert loaded == config
 
 
+def test_pefts_own_fields_are_left_to_it(tmp_path):
+    config = LayerRopeConfig(
+        layer_factors=[1], task_type=TaskType.CAUSAL_LM, target_length=np.int64(64), rope_type="dynamic"
+    )
+    assert config.task_type is TaskType.CAUSAL_LM
+    assert (config.layer_factors, type(config.target_length)) == ([1.0], int)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_version"] == peft.__version__
+
+
 def test_where_factors_came_from_stood_in_older_files(tmp_path, recwarn):
     LayerRopeConfig(layer_factors=[1.0, 1.3]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     former = {"control_points": [[0, 1], [0.2, 1], [0.7, 1], [1, 2]], "scaled_layers": [1], "searcher_version": "0.1.0"}
     path.write_text(json.dumps({**json.loads(path.read_text()), **former}))
-    assert PeftConfig.from_pretrained(tmp_path).layer_factors == [1.0, 1.3]
+    assert LayerRopeConfig.from_pretrained(tmp_path).layer_factors == [1.0, 1.3]
     assert not [warning for warning in recwarn.list if "control_points" in str(warning.message)]
+    assert PeftConfig.from_pretrained(tmp_path).layer_factors == [1.0, 1.3]  # of whose names PEFT itself warns
 
 
 def test_unknown_field_of_a_newer_version_warns(tmp_path):
