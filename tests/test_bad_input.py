@@ -141,6 +141,7 @@ def resources(tmp_path_factory, demo_tokenizer) -> Path:
     points = [[0.0, 1.0], [0.3, 1.5], [0.7, 1.2], [1.0, 2.0]]
     save_adapter(LayerRopeConfig(layer_factors=[1.5] * 6), folder / "curve")
     record = json.loads((SEARCHED / "search.json").read_text()) | {"control_points": points}
+    record["settings"]["algorithm"] = "paper"
     (folder / "curve" / "search.json").write_text(json.dumps(record))
     (folder / "searched_broken" / "search.json").write_text("{")
     return folder
@@ -435,7 +436,8 @@ EXPERIMENTS = [
     ("halves --adapter {R}/nine_layers", FAILED, "layer_factors has 9 entries, but the model has 6 decoder layers"),
     ("halves --adapter {R}/no_config", FAILED, "no adapter_config.json"),
     ("halves --adapter {R}/nowhere", FAILED, "nowhere': there is no such folder"),
-    ("control-points --adapter {R}/adapter", USAGE, "no Bézier control points"),
+    ("control-points --adapter {R}/adapter", FAILED, "it has no search.json"),
+    ("control-points --adapter {R}/searched", USAGE, "no Bézier control points"),
     ("control-points --adapter {R}/curve --by nan", USAGE, "nan"),
     ("control-points --adapter {R}/curve --by 0", USAGE, "0"),
     ("control-points --adapter {R}/curve --step 0", USAGE, "step=0.0"),

@@ -80,7 +80,7 @@ def test_real_model(tmp_path, monkeypatch, capsys):
             save_adapter(LayerRopeConfig(layer_factors=[1.1] * NUM_LAYERS), Path(folder))
 
         assert (task.num_items, task.positions, steps) == (9, (0, 2, 4, 6, 8), 3)
-        return SimpleNamespace(notes=["found"], save=save)
+        return SimpleNamespace(notes=["found"], save_pretrained=save)
 
     monkeypatch.setattr(peft_layerrope, "search", search)
     output = tmp_path / "adapter"

@@ -114,7 +114,7 @@ def test_overwriting_takes_nothing_before_all_is_checked_and_only_what_is_ours(t
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     done = run("search", "--output", str(tmp_path / "out"), *TINY_SEARCH, "--dry-run")
     assert done.exit_code == 0
-    for text in ("1 generation of 9 candidates", "tokens to choose by", "held-out test", "--steps 1"):
+    for text in ("1 generation of 9 candidates", "tokens to choose by", "held-out test", "steps=1 "):
         assert text in " ".join(done.stdout.split())
     assert not (tmp_path / "out").exists()
 
@@ -126,7 +126,7 @@ def test_minutes_decide_the_steps_of_the_demo_too(in_file, tmp_path):
     asked = ("--config", str(file)) if in_file else ("--minutes", "0.01")
     done = run("search", "--output", str(tmp_path / "out"), "--length", "128", "--positions", "3", *asked, "--dry-run")
     assert done.exit_code == 0
-    assert "--steps 4 " in " ".join(done.stdout.split())
+    assert "steps=4 " in " ".join(done.stdout.split())
     assert "more than --minutes 0.01" in " ".join(done.stderr.split())
 
 

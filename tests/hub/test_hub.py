@@ -619,7 +619,7 @@ def test_what_a_pull_could_not_bring_back_is_not_replaced(published, tmp_path, w
     before = files_of(target)
     with pytest.raises(InvalidConfigError, match=r"README\.md") as caught:
         pull("alice/adapter", target, "v2")
-    assert "--overwrite" in one_line(caught)
+    assert "overwrite replaces them" in one_line(caught)
     assert files_of(target) == before
     assert factors_in(pull("alice/adapter", target, "v2", overwrite=True)) == OTHER
 

@@ -39,7 +39,7 @@ def test_extended_enum_equals_one_declared_so():
     declared = Enum("Declared", {"RED": "RED", "BLUE": "BLUE"}, type=str)
     assert [(m.name, m.value) for m in Color] == [(m.name, m.value) for m in declared]
     assert set(Color.__members__) == set(declared.__members__)
-    assert repr(added).removeprefix("<Colour") == repr(declared.BLUE).removeprefix("<Declared")
+    assert repr(added).removeprefix("<Color") == repr(declared.BLUE).removeprefix("<Declared")
     assert ("BLUE" in Color.__members__, added in Color, Color("BLUE") is added) == (True, True, True)
 
 
