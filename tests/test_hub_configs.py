@@ -23,6 +23,7 @@ from peft_layerrope.files import DEMO_NAME
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.settings import SearchSpecification, read_specification
 from peft_layerrope.tasks.specification import make_task
+from peft_layerrope.tasks.targets import Targets
 from peft_layerrope.tuner.sites import find_stack, trained_window
 
 ROOT = Path(__file__).parent.parent
@@ -92,9 +93,9 @@ def test_adapter_of_a_real_model_is_of_the_contexts_that_its_report_names(folder
     assert specification.model == report["model"]  # no folder of a machine
     model, tokenizer = load_model(str(path))
     task = make_task(specification.task, tokenizer, trained_window(model))
-    for split in report["splits"]:
-        if split["name"] == "test":
-            assert task.split("test", split["groups"]).fingerprint() == split["fingerprint"]
+    split = next(split for split in report["splits"] if split["name"] == "test")
+    opened = Targets(split["targets"]["opening"]).applied(task.split("test", split["groups"]), tokenizer)
+    assert opened.fingerprint() == split["fingerprint"]
     tuned = PeftModel.from_pretrained(model, folder)
     assert tuned.peft_config["default"].layer_factors == report["layer_factors"]
     assert verify(tuned).ok
