@@ -303,7 +303,7 @@ def _result(
         config.original_max_position_embeddings = trained_window(base)
     config.base_model_name_or_path = DEMO_NAME if name == DEMO_NAME else base.config._name_or_path
     generations = outcome.found[PER_LAYER].generations
-    return SearchResult(
+    result = SearchResult(
         config=config,
         table=ResultTable(tuple(rows)),
         settings=settings,
@@ -328,12 +328,12 @@ def _result(
             "plan": plan.to_dict(),
         },
         preflight=found,
-        notes=_notes(ready, outcome),
     )
+    return replace(result, notes=_notes(ready, outcome, result.label(outcome.chosen)))
 
 
-def _notes(ready: _Prepared, outcome: Outcome) -> tuple[str, ...]:
-    """What came out, its harm, and what it took, in sentences."""
+def _notes(ready: _Prepared, outcome: Outcome, label: str) -> tuple[str, ...]:
+    """What came out, which is called `label`, its harm, and what it took, in sentences."""
     settings = ready.settings
     chosen, harm = outcome.chosen, outcome.harm[outcome.chosen]
     scores, before = outcome.test[chosen], outcome.test[NONE]
@@ -341,7 +341,6 @@ def _notes(ready: _Prepared, outcome: Outcome) -> tuple[str, ...]:
     why = "the simplest choice that no other clearly beats, by an interval that excludes 0,"
     if chosen == PER_LAYER:
         why = "better than every simpler choice"
-    label = next(LABELS[name] for name in LABELS if outcome.found[name].factors == outcome.found[chosen].factors)
     verdict = f'result: "{label}". On the validation split it is {why} {bound} on ordinary text.'
     if chosen != NONE:
         unit, change = unit_of(scores.measure), scores.paired_difference(before)
