@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo
@@ -38,9 +38,6 @@ from .loading import load_adapter_config
 from .tuner.artifacts import check_no_model, check_weights_file
 from .tuner.config import LayerRopeConfig
 
-if TYPE_CHECKING:
-    from .searcher.result import SearchResult
-
 PUBLISHED = {
     CONFIG_NAME: MAX_BYTES,
     SAFETENSORS_WEIGHTS_NAME: MAX_BYTES,
@@ -61,7 +58,7 @@ _FILES, _DATASETS = ("data", "text"), "datasets:"  # fields with a path, relativ
 
 
 def push_to_hub(
-    source: str | Path | SearchResult | PeftModel,
+    source: str | Path | PeftModel,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -80,7 +77,7 @@ def push_to_hub(
     written.
 
     Args:
-        source: an adapter's folder, a [`SearchResult`], or a PeftModel with a LAYER_ROPE adapter.
+        source: an adapter's folder, or a PeftModel with a LAYER_ROPE adapter.
         repo_id: `owner/name`, or `name` for your own.
         private: visibility of a repository that is new; None: the account's default.
         revision: a branch, made from main if there is none. Default: main.
@@ -224,21 +221,17 @@ def _check_adapter(folder: Path, config: LayerRopeConfig) -> None:
 
 
 @contextmanager
-def _as_folder(source: str | Path | SearchResult | PeftModel) -> Iterator[Path]:
+def _as_folder(source: str | Path | PeftModel) -> Iterator[Path]:
     """The adapter as a folder: its own, or one written for it."""
     if isinstance(source, (str, Path)):
         yield Path(source)
         return
     with TemporaryDirectory(prefix="layerrope-") as scratch:
         folder = Path(scratch)
-        if isinstance(source, PeftModel):
-            name = _adapter_name(source)
-            source.save_pretrained(scratch, selected_adapters=[name])
-            (folder / cards.CARD_NAME).unlink(missing_ok=True)  # PEFT's template
-            folder = folder if name == "default" else folder / name
-        else:
-            source.save_pretrained(scratch)
-        yield folder
+        name = _adapter_name(source)
+        source.save_pretrained(scratch, selected_adapters=[name])
+        (folder / cards.CARD_NAME).unlink(missing_ok=True)  # PEFT's template
+        yield folder if name == "default" else folder / name
 
 
 def _adapter_name(model: PeftModel) -> str:

@@ -730,9 +730,9 @@ CALLS = {
         "Linear",
     ),
     "plan_search: layers": (
-        lambda m, t: plan_search(m, _words(t), layers=(9,)),
+        lambda m, t: plan_search(m, _words(t), layers_to_transform=(9,)),
         SearchError,
-        "layers=[9]",
+        "layers_to_transform=[9]",
     ),
     "search: population": (lambda m, t: search(m, _words(t), population=1), SearchError, "population=1 must be"),
     "SearchSettings: max_harm": (lambda m, t: SearchSettings(max_harm=-1.0), SearchError, "max_harm=-1.0 must be"),
@@ -742,9 +742,9 @@ CALLS = {
         "grid=(1, 2, 0.1) must be",
     ),
     "SearchSettings: layers": (
-        lambda m, t: SearchSettings(layers={"0": 3}),
+        lambda m, t: SearchSettings(layers_to_transform={"0": 3}),
         SearchError,
-        "layers={'0': 3} must be",
+        "layers_to_transform={'0': 3} must be",
     ),
     "SearchSettings: anyway": (lambda m, t: SearchSettings(anyway="no"), SearchError, "anyway='no' must be"),
     "SearchSettings: window": (

@@ -162,7 +162,7 @@ def test_a_recipe_is_settings_and_nothing_more(folder):
     task, settings = specification.task, specification.search
     assert (task.name, task.keys, task.num_positions) == ("kv_retrieval", "uuid", 5)
     assert task.length == min(config.max_position_embeddings, 16384)
-    assert settings.layers is None
+    assert settings.layers_to_transform is None
 
 
 @each_recipe

@@ -264,7 +264,7 @@ def control_points_command(
     """
     config, record = load_adapter_config(adapter), read_record(AdapterFiles(adapter).find(REPORT_NAME).parent)
     control_points.genes_of(record.control_points)  # before a model is loaded
-    curve = record.control_points, record.settings.layers, changed(record.grid, grid)
+    curve = record.control_points, record.settings.layers_to_transform, changed(record.grid, grid)
     run.finish(lambda measuring: control_points.run_control_points(measuring, run.task, config, *curve, by))
 
 

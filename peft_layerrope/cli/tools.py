@@ -14,6 +14,7 @@ import typer
 
 from .. import hub
 from ..base_model import ModelSource, load_tokenizer
+from ..declaration import spellings
 from ..errors import InvalidConfigError, LayerRopeError, TaskError, shown
 from ..experiments import DEFAULT_GROUPS, Measuring
 from ..experiments.layer_sensitivity import (
@@ -118,7 +119,12 @@ def sensitivity_command(
         list[float] | None,
         typer.Option("--try", help="A factor to try on each layer; may be given again. Default: 1.3, 1.6, 2."),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers to try, such as 0-3,7. Default: all.")] = None,
+    layers_to_transform: Annotated[
+        str | None,
+        typer.Option(
+            *spellings(SearchSettings, "layers_to_transform"), help="Layers to try, such as 0-3,7. Default: all."
+        ),
+    ] = None,
     rope: Annotated[Typed, options_of(SearchSettings, "rope_type", "factor")],
     asked: TaskOptions,
     groups: Annotated[int, task_option(help="Contexts of the search split.", min=2)] = DEFAULT_GROUPS[NAME],
@@ -136,7 +142,7 @@ def sensitivity_command(
     Example: `layerrope sensitivity meta-llama/Llama-3.1-8B-Instruct --length 8192 --try 1.5 --try 3`
     """
     config = LayerRopeConfig(**rope)
-    SearchSettings(layers=layers)  # a text that names none stops here
+    SearchSettings(layers_to_transform=layers_to_transform)  # a text that names none stops here
     check_file(json_output, "--json")
     check_plot(plot)
     compute, specification = Compute.of(model, computing), TaskSpecification(**asked)
@@ -145,7 +151,7 @@ def sensitivity_command(
     task, loaded = build_task(specification, tokenizer), load(source)
     with RichProgress(err) as audience:
         measuring = Measuring(loaded, groups, compute.batch_tokens, audience=audience)
-        result = sensitivity(measuring, task, config, factors or DEFAULT_FACTORS, layers)
+        result = sensitivity(measuring, task, config, factors or DEFAULT_FACTORS, layers_to_transform)
     try:
         table = sensitivity_table(result, f"{source.model or 'demo model'}: {result.subtitle()}")
         out.print(table.to_rich(change_style))

@@ -74,11 +74,11 @@ def genes_of(points: Points | None) -> list[float]:
     return [y0, y1, y2, y3, x1, x2]
 
 
-def genome_of(model: nn.Module, layers: Sequence[int] | None, grid: FactorGrid) -> BezierGenome:
+def genome_of(model: nn.Module, layers_to_transform: Sequence[int] | None, grid: FactorGrid) -> BezierGenome:
     """Returns what decodes a curve over these layers, by default the paper's choice, as a search did; raises
     SearchError if they are not the model's.
     """
-    settings = SearchSettings(algorithm="paper", grid=grid, layers=layers)
+    settings = SearchSettings(algorithm="paper", grid=grid, layers_to_transform=layers_to_transform)
     return BezierGenome(settings.space(find_stack(model).key_sources))
 
 
@@ -99,17 +99,17 @@ def run_control_points(
     task: Task,
     config: LayerRopeConfig,
     points: Points | None,
-    layers: Sequence[int] | None,
+    layers_to_transform: Sequence[int] | None,
     grid: FactorGrid,
     step: float = STEP,
 ) -> Section:
-    """Moves each free coordinate of the Bézier curve, over `layers`, up and down and measures what changes.
+    """Moves each free coordinate of the Bézier curve up and down and measures what changes.
 
-    The curve is decoded as the search did that chose from `grid`, so a move that changes no factor there changes
-    nothing.
+    The curve lies over `layers_to_transform`, and is decoded as the search did that chose from `grid`, so a move
+    that changes no factor there changes nothing.
     """
     model = measuring.model
-    genes, genome = genes_of(points), genome_of(model, layers, grid)
+    genes, genome = genes_of(points), genome_of(model, layers_to_transform, grid)
     final = tuple(factor_vector(model, config))
     if not step > 0:
         raise SearchError(f"step={step} must be positive.")

@@ -168,14 +168,14 @@ def sensitivity(
     task: Task,
     config: LayerRopeConfig,
     factors: Sequence[float] = DEFAULT_FACTORS,
-    layers: str | Sequence[int] | None = None,
+    layers_to_transform: str | Sequence[int] | None = None,
 ) -> Sensitivity:
     """Scales one layer at a time by each of `factors`, all others by 1.0, and measures what changes: on the search
     split, for what decides about a search should not be its test split.
 
     The differences are to the unscaled model: every layer's factor 1.0, the rope type in force. Layers with a shared KV
-    cache move with the layer whose keys they attend to. Rope type and global factor are those of `config`; `layers` may
-    be text such as `"0-3,7"`, and are all that rotate keys of their own by default. Nothing is kept.
+    cache move with the layer whose keys they attend to. Rope type and global factor are those of `config`;
+    `layers_to_transform` may be text such as `"0-3,7"`, and are all with keys of their own by default. Nothing is kept.
 
     Raises:
         LayerRopeError: a factor or a layer that cannot be.
@@ -184,7 +184,7 @@ def sensitivity(
         UnsupportedModelError: the model's rotation cannot be scaled per layer.
     """
     model, tried = measuring.model, tried_factors(factors)
-    space = SearchSettings(layers=layers).space(find_stack(model).key_sources)
+    space = SearchSettings(layers_to_transform=layers_to_transform).space(find_stack(model).key_sources)
     split = measuring.split(task, "search")
     check_vocabulary(model, split.examples)
     scorer = Scorer(model, batch_tokens=measuring.batch_tokens)

@@ -97,7 +97,10 @@ def held_out_section(record: SearchRecord) -> Section:
 
 def factors_section(record: SearchRecord) -> Section:
     """The factor of every layer, with the curve that it came from where there is one."""
-    factors, layers = record.layer_factors, record.settings.layers or default_scaled_layers(len(record.layer_factors))
+    factors, layers = (
+        record.layer_factors,
+        record.settings.layers_to_transform or default_scaled_layers(len(record.layer_factors)),
+    )
     points = record.control_points if control_points.is_curve(record.control_points) else None
     if max(layers) >= len(factors):
         layers = None
@@ -190,7 +193,7 @@ class ReportRequest:
             "model": model_fingerprint(self.model),
             "adapters": [candidate.identity() for candidate in candidates],
             "control_points": self.record.control_points,
-            "layers": self.record.settings.layers,
+            "layers_to_transform": self.record.settings.layers_to_transform,
             "grid": list(self.record.grid.values),
         }
 
@@ -208,7 +211,7 @@ def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
     """Returns the experiments that may apply, and those that do not from the start, with the reason."""
     config, make, specification, skipped = request.config, request.make_task, request.specification, []
     window, task, record = trained_window(request.model), make(specification), request.record
-    curve = record.control_points, record.settings.layers, record.grid
+    curve = record.control_points, record.settings.layers_to_transform, record.grid
     adapter = (("--adapter", request.adapter),)
     rope = (("--rope-type", config.rope_type), ("--factor", config.factor)) if config.rope_type != "default" else ()
     factors = _QUICK_SWEEP if request.quick else by_position.DEFAULT_FACTORS

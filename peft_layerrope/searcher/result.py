@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
+from huggingface_hub import CommitInfo
 from peft.utils import CONFIG_NAME
 from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -18,6 +20,7 @@ from ..cards import ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT, REPORT_NAME, HeldOut
 from ..declaration import converted
 from ..errors import InvalidConfigError, LayerRopeError, SearchError, shown
 from ..files import public_name, read_json_object, replacing_files, to_json
+from ..hub import push_to_hub
 from ..plots import plot_by_position, plot_factors_by_depth, plot_gain_over_harm
 from ..report import (
     Table,
@@ -297,6 +300,14 @@ class SearchResult(HeldOutTables):
         if unreadable is not None:
             raise unreadable
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo:
+        """Uploads what `save_pretrained` writes, in one commit; `options` are those of [`push_to_hub`], and so is
+        what is returned and raised.
+        """
+        with TemporaryDirectory(prefix="layerrope-") as folder:
+            self.save_pretrained(folder)
+            return push_to_hub(folder, repo_id, **options)
+
     def _held_out(self) -> HeldOut:
         """What the model card says of the search."""
         others = [name for name in self.against if name != self.chosen]
@@ -441,7 +452,9 @@ class RecordedSplit(_Checked):
 
 class _Settings(_Checked):
     algorithm: _Text = ""
-    layers: Annotated[list[int], Field(max_length=MAX_LAYERS)] | None = None
+    layers_to_transform: Annotated[list[int], Field(max_length=MAX_LAYERS)] | None = Field(
+        None, validation_alias=AliasChoices("layers_to_transform", "layers")
+    )
     grid: FactorGrid = FactorGrid()
 
 

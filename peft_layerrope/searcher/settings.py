@@ -65,12 +65,14 @@ class SearchSettings:
         int | None, Field(description="Trained window for `dynamic`, in tokens. Default: the model's.")
     ] = None
     grid: Annotated[FactorGrid, Field(description="Allowed factors.")] = field(default_factory=FactorGrid)
-    layers: Annotated[
+    layers_to_transform: Annotated[
         tuple[int, ...] | None,
         BeforeValidator(_layers),
         _scaling(
             "Layers that may be scaled, such as 0-3,7. Default: all; in the paper's search all but the first 2 of "
-            "every 32. `layerrope sensitivity` says which are worth it."
+            "every 32. `layerrope sensitivity` says which are worth it.",
+            "--layers-to-transform",
+            "--layers",
         ),
     ] = None
     algorithm: Annotated[
@@ -162,16 +164,16 @@ class SearchSettings:
         """
         num_layers = len(key_sources)
         own = [layer for layer, source in enumerate(key_sources) if layer == source]
-        if self.layers is None:
+        if self.layers_to_transform is None:
             default = default_scaled_layers(num_layers) if self.algorithm == "paper" else range(num_layers)
             return FactorSpace(self.grid.of(self.algorithm), tuple(i for i in default if i in own), key_sources)
-        layers = tuple(sorted(set(self.layers)))
-        if not layers or len(layers) != len(self.layers) or layers[0] < 0 or layers[-1] >= num_layers:
-            raise SearchError(f"layers={list(self.layers)} must be distinct layer indices from 0 to {num_layers - 1}.")
+        given, layers = list(self.layers_to_transform), tuple(sorted(set(self.layers_to_transform)))
+        if not layers or len(layers) != len(given) or layers[0] < 0 or layers[-1] >= num_layers:
+            raise SearchError(f"layers_to_transform={given} must be distinct layer indices from 0 to {num_layers - 1}.")
         bound = [layer for layer in layers if layer not in own]
         if bound:
             raise SearchError(
-                f"layers={list(self.layers)}: layers {bound} attend to keys of layers "
+                f"layers_to_transform={given}: layers {bound} attend to keys of layers "
                 f"{[key_sources[layer] for layer in bound]} (a shared KV cache) and take their factors; name those."
             )
         return FactorSpace(self.grid.of(self.algorithm), layers, key_sources)

@@ -62,7 +62,7 @@ from peft_layerrope.scoring.scorer import Scorer
 
 SAMPLE_TEXT = TESTS.parent / "peft_layerrope" / "searcher" / "sample_text.txt"
 PAIRS = {"keys": "syllables", "num_keys": 8, "num_positions": 3, "length": 512, "max_new_tokens": 48}
-FEW = {"test_groups": 2, "preflight_groups": 2, "layers": "0-3"}
+FEW = {"test_groups": 2, "preflight_groups": 2, "layers_to_transform": "0-3"}
 Options = argparse.Namespace
 
 

@@ -69,13 +69,16 @@ def test_moves_are_scored_as_by_hand(demo_model, demo_tokenizer):
         ({"points": None}, "has no Bézier control points"),
         ({"points": [[0.1, 1], [0.3, 1], [0.6, 1], [1, 1]]}, "x start at 0"),
         ({"points": [[0, 1], [1.3, 1], [0.6, 1], [1, 1]]}, "x start at 0"),
-        ({"layers": []}, "must be distinct layer indices"),
-        ({"layers": [1, 1]}, "must be distinct layer indices"),
-        ({"layers": [6]}, "must be distinct layer indices"),
+        ({"layers_to_transform": []}, "must be distinct layer indices"),
+        ({"layers_to_transform": [1, 1]}, "must be distinct layer indices"),
+        ({"layers_to_transform": [6]}, "must be distinct layer indices"),
     ],
 )
 def test_adapters_without_a_curve_are_refused(demo_model, demo_tokenizer, changes, message):
-    config, curve = LayerRopeConfig(layer_factors=FACTORS), {"points": POINTS, "layers": range(6)} | changes
+    config, curve = (
+        LayerRopeConfig(layer_factors=FACTORS),
+        {"points": POINTS, "layers_to_transform": range(6)} | changes,
+    )
     measuring, task = Measuring(demo_model, GROUPS), short_task(demo_tokenizer)
     with pytest.raises(SearchError, match=message):
         run_control_points(measuring, task, config, grid=FactorGrid(), **curve)

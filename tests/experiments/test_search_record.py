@@ -68,6 +68,12 @@ def test_it_is_read(tmp_path):
     assert record.row("line") is None
 
 
+@pytest.mark.parametrize("name", ["layers_to_transform", "layers"])  # the latter is what it was called before
+def test_the_layers_that_were_searched(tmp_path, name):
+    (tmp_path / "search.json").write_text(json.dumps(changed(("settings", name), [1, 4])))
+    assert read_record(tmp_path).settings.layers_to_transform == [1, 4]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -56,9 +56,9 @@ class RandomTokens:
         return {"name": self.name}
 
 
-def measure(model, task=None, factors=(2.0, 0.5), layers=None, config=None, **how) -> Sensitivity:
+def measure(model, task=None, factors=(2.0, 0.5), layers_to_transform=None, config=None, **how) -> Sensitivity:
     measuring = Measuring(model, **{"num_groups": GROUPS} | how)
-    return sensitivity(measuring, task or RandomTokens(), config or LayerRopeConfig(), factors, layers)
+    return sensitivity(measuring, task or RandomTokens(), config or LayerRopeConfig(), factors, layers_to_transform)
 
 
 def by_hand(model, factors, **config):
@@ -103,7 +103,7 @@ def test_equals_factors_set_by_hand(arguments):
 @pytest.mark.parametrize("layers", [(3, 1), "3,1"])
 def test_layers_and_small_batches(layers):
     model = build_model("llama")
-    result = measure(model, layers=layers, batch_tokens=64)
+    result = measure(model, layers_to_transform=layers, batch_tokens=64)
     assert result.layers == (1, 3)
     check_against_hand(result, model, {1: [1], 3: [3]})
     assert result.split["name"] == "search"
@@ -121,7 +121,7 @@ def test_layers_with_a_shared_kv_cache_move_with_their_source():
     check_against_hand(result, model, tied)
     bound = next(i for i, source in enumerate(sources) if source != i)
     with pytest.raises(SearchError, match=rf"layers \[{bound}\] attend to keys of layers \[{sources[bound]}\]"):
-        measure(model, layers=[bound])
+        measure(model, layers_to_transform=[bound])
 
 
 class Audience:
@@ -180,11 +180,11 @@ def test_the_model_is_left_as_it_was(ids, fails, monkeypatch):
         ({"factors": (math.inf,)}, "=inf must be a finite"),
         ({"factors": (math.nan,)}, "=nan must be a finite"),
         ({"factors": (1.0,)}, "other than 1"),
-        ({"layers": (0, 4)}, "must be distinct layer indices from 0 to 3"),
-        ({"layers": (-1,)}, "must be distinct layer indices from 0 to 3"),
-        ({"layers": (1, 1)}, "must be distinct layer indices from 0 to 3"),
-        ({"layers": ()}, "must be distinct layer indices from 0 to 3"),
-        ({"layers": "0-x"}, "'0-x' is no layer or range"),
+        ({"layers_to_transform": (0, 4)}, "must be distinct layer indices from 0 to 3"),
+        ({"layers_to_transform": (-1,)}, "must be distinct layer indices from 0 to 3"),
+        ({"layers_to_transform": (1, 1)}, "must be distinct layer indices from 0 to 3"),
+        ({"layers_to_transform": ()}, "must be distinct layer indices from 0 to 3"),
+        ({"layers_to_transform": "0-x"}, "'0-x' is no layer or range"),
         ({"task": RandomTokens(10 * VOCAB)}, "outside the model's vocabulary"),
     ],
 )
@@ -195,7 +195,7 @@ def test_what_cannot_work_is_refused_before_any_work(monkeypatch, arguments, mes
 
 
 def test_factors_are_tried_once_and_beside_one():
-    assert measure(build_model("llama"), factors=(2, 1.0, 1.5, 2.0), layers=[1]).factors == (1.5, 2.0)
+    assert measure(build_model("llama"), factors=(2, 1.0, 1.5, 2.0), layers_to_transform=[1]).factors == (1.5, 2.0)
 
 
 # What it advises, on made-up effects.

@@ -207,7 +207,7 @@ def test_from_a_peft_model(alice):
 
 def test_from_a_search_result(alice, demo_model, demo_tokenizer):
     result = search(demo_model, KeyValueWords(demo_tokenizer, 64, num_positions=3), progress=False, **LEAST_SEARCH)
-    push_to_hub(result, "alice/adapter")
+    result.push_to_hub("alice/adapter")
     files = alice.repos["alice/adapter"].files()
     assert set(files) - {".gitattributes"} == PUBLISHED - {"search.yaml"} | {"gain_over_harm.png"}
     assert ModelCard(files["README.md"].decode()).data.base_model == DEMO_NAME

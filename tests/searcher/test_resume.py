@@ -200,7 +200,7 @@ def test_overwriting_begins_anew_once_all_is_checked(whole, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(SearchError, match="layers"):
-        run(tmp_path, overwrite=True, layers=(40, 41))
+        run(tmp_path, overwrite=True, layers_to_transform=(40, 41))
 
     def kill(plan: object) -> None:
         raise Killed

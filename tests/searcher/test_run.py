@@ -301,6 +301,6 @@ def test_errors_come_before_any_work():
     with pytest.raises(SearchError, match="pass either settings or fields of it, got both: seed"):
         search(build_model("llama"), token_task(), SearchSettings(), seed=1)
     with pytest.raises(SearchError, match="distinct layer indices from 0 to 3"):
-        search(build_model("llama"), token_task(), **SMALL, layers=(NUM_LAYERS,))
+        search(build_model("llama"), token_task(), **SMALL, layers_to_transform=(NUM_LAYERS,))
     with pytest.raises(TaskError, match="outside the model's vocabulary"):
         search(build_model("llama"), token_task(vocab=10 * VOCAB), **SMALL)

@@ -33,8 +33,8 @@ OWN = (0, 1, 2, 3)
         ({"weights": (1, 2)}, "weights", "missing"),
         ({"weights": (1, 2, 3, 4)}, "weights=(1, 2, 3, 4)", "3"),
         ({"weights": (1, 0, 1)}, "weights[1]=0", "greater than 0"),
-        ({"layers": (0, 1.5)}, "layers[1]=1.5", "integer"),
-        ({"layers": "3-1"}, "layers '3-1'", "ends before it begins"),
+        ({"layers_to_transform": (0, 1.5)}, "layers_to_transform[1]=1.5", "integer"),
+        ({"layers_to_transform": "3-1"}, "layers '3-1'", "ends before it begins"),
         ({"grid": {"step": 0.5}}, "grid={'step': 0.5}", "FactorGrid"),
         ({"populaton": 4}, "populaton is unknown", "population"),
     ],
@@ -53,10 +53,10 @@ def test_numpys_numbers_are_numbers():
         population=np.int64(6),
         factor=np.float32(1),
         weights=np.array([1, 2, 3]),
-        layers=[np.int32(1), 2],
+        layers_to_transform=[np.int32(1), 2],
         seed=np.uint8(7),
     )
-    assert settings == SearchSettings(population=6, weights=(1.0, 2.0, 3.0), layers=(1, 2), seed=7)
+    assert settings == SearchSettings(population=6, weights=(1.0, 2.0, 3.0), layers_to_transform=(1, 2), seed=7)
     assert json.loads(json.dumps(asdict(settings)))["population"] == 6
     with pytest.raises(SearchError, match="population"):
         SearchSettings(population=np.float64(6))
@@ -64,19 +64,19 @@ def test_numpys_numbers_are_numbers():
 
 @pytest.mark.parametrize("layers", ["0-2,5", [0, 1, 2, 5], (0, 1, 2, 5), np.array([0, 1, 2, 5])])
 def test_layers_may_be_named_as_ranges(layers):
-    assert SearchSettings(layers=layers).layers == (0, 1, 2, 5)
+    assert SearchSettings(layers_to_transform=layers).layers_to_transform == (0, 1, 2, 5)
 
 
 @pytest.mark.parametrize("layers", [(), (4,), (-1,), (1, 1)])
 def test_layers_must_exist(layers):
     with pytest.raises(SearchError, match="must be distinct layer indices from 0 to 3"):
-        SearchSettings(layers=layers).space(OWN)
+        SearchSettings(layers_to_transform=layers).space(OWN)
 
 
 def test_layers_must_own_their_keys():
     assert SearchSettings().space((0, 1, 0, 1)).scaled_layers == (0, 1)
     with pytest.raises(SearchError, match=r"layers \[2\] attend to keys of layers \[0\] .* and take their factors"):
-        SearchSettings(layers=(1, 2)).space((0, 1, 0, 3))
+        SearchSettings(layers_to_transform=(1, 2)).space((0, 1, 0, 3))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ FULL = SearchSpecification(
         rope_type="linear",
         factor=2.0,
         grid=FactorGrid(0.8, 3.0, 0.2),
-        layers=(1, 2, 5),
+        layers_to_transform=(1, 2, 5),
         weights=(1.0, 2.0, 3.0),
         algorithm="paper",
         max_harm=None,
@@ -73,7 +73,7 @@ def test_what_is_left_out_has_its_default():
             "max_factor=2.0 must be greater than min_factor=3.0.",
         ),
         ({"search": {"grid": {"step": float("inf")}}}, "search.grid.step=inf must be"),
-        ({"search": {"layers": "7-"}}, "layers '7-'"),
+        ({"search": {"layers_to_transform": "7-"}}, "layers '7-'"),
         ({"model": "\ud800"}, "JSON"),
     ],
 )

@@ -310,7 +310,7 @@ def test_a_search_for_few_different_factors_merges_what_it_found(tmp_path):
 
 
 def test_layers_that_are_not_searched_count_among_the_different_factors():
-    fields = {**SMALL, "max_harm": None, "max_distinct": 2, "layers": (1, 2, 3)}
+    fields = {**SMALL, "max_harm": None, "max_distinct": 2, "layers_to_transform": (1, 2, 3)}
     found = search(build_model("llama"), token_task(length=14), **fields)
     factors = found.table["per_layer"].factors
     assert factors[0] == 1.0
