@@ -19,7 +19,7 @@ from ..declaration import changed, declarations, declared, option, spellings
 from ..errors import InvalidConfigError, SearchError, TaskError, shown
 from ..files import demo_model_path, public_name, to_json, write_atomically, writing
 from ..runs import LOCK_NAME, check_free
-from ..scoring.preflight import find_difficulty
+from ..scoring.preflight import AUTO_HIGH, AUTO_LOW, find_difficulty
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS, Scorer
 from ..searcher.settings import BatchTokens
 from ..tasks.base import Task
@@ -154,6 +154,11 @@ def with_difficulty(
 ) -> TaskSpecification:
     """Returns the specification with the number of items that `difficulty` finds for the unscaled model; says which."""
     easy = build_task(replace(task, difficulty=None), tokenizer)
+
+    err.print(
+        f"difficulty: looking for a number of {easy.item}s at which the unscaled model gives {AUTO_LOW:.0%} to "
+        f"{AUTO_HIGH:.0%} right answers."
+    )
 
     def tell(count: int, accuracy: float) -> None:
         err.print(f"difficulty: {count} {easy.item}s, {100 * accuracy:.1f} % right answers")

@@ -28,6 +28,8 @@ PREFLIGHT_GROUPS = 8
 """Contexts of the search split that the unscaled model is asked."""
 FLOOR, CEILING = 0.05, 0.98
 """A model that is at or below the one at every position, or at or above the other, has nothing to be told apart by."""
+AUTO_GROUPS = 4
+"""Contexts of each number of items that is tried: whether it is about right is all that has to be known."""
 AUTO_LOW, AUTO_HIGH = 0.4, 0.9
 """Between these the mean over positions is to lie where the difficulty is chosen."""
 
@@ -219,7 +221,7 @@ def find_difficulty(
     scorer: Scorer,
     task: PromptTask,
     *,
-    num_groups: int = PREFLIGHT_GROUPS,
+    num_groups: int = AUTO_GROUPS,
     tell: Callable[[int, float], Any],
 ) -> PromptTask:
     """Returns the task with so many items, found by bisection, that the unscaled model's accuracy, averaged over the

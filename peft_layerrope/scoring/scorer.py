@@ -47,9 +47,10 @@ DEFAULT_BATCH_TOKENS = 8192
 
 DEFAULT_BUCKETS = 8
 
-_USUAL_NEW_TOKENS = 24
-"""Most answers are settled by then. The others are written again, among themselves: all rows of a batch would have to
-go on as long as its longest answer.
+_USUAL_NEW_TOKENS, _USUAL_ANSWERS = 24, 4
+"""Most answers are settled by so many tokens, or by so many times those of the longest one that is right: a chat model
+repeats the question. The others are written again, among themselves: all rows of a batch would have to go on as long as
+its longest answer.
 """
 
 Progress = Callable[[Iterable], Iterable]
@@ -74,19 +75,20 @@ class Scorer:
         self.batch_tokens = whole_number("batch_tokens", batch_tokens, 1)  # halved for good whenever memory runs out
         self._cache_contexts = cache_contexts
         self._shown = progress or (lambda batches: batches)
-        self._is_checked = False
+        self._checked_tokens = 0  # of the longest prompt that was looked at
 
     def check(self, split: Split) -> None:
-        """Checks, once for a scorer, that the model can score a split; the first scores do so too.
+        """Checks, once for a scorer and prompts up to twice as long, that the model can score a split; the first scores
+        do so too.
 
         Raises:
             TaskError: a token id is outside the model's vocabulary, or the model gives no finite score.
         """
         check_vocabulary(self.model, split.examples)
-        if not self._is_checked:
+        if split.max_tokens > 2 * self._checked_tokens:
             with keeping_modes(self.model):
                 self._halving(lambda: check_finite(self.model, split, self.batch_tokens))
-            self._is_checked = True
+            self._checked_tokens = split.max_tokens
 
     def score(self, split: Split, *, packed: bool | None = None) -> PositionScores:
         """Scores every example of `split` by the likelihood of its answer. `packed`: the queries of one context are run
@@ -145,7 +147,8 @@ class Scorer:
         if sheet is not None and not cached:
             self._halving(lambda: self._score_rows(dict(enumerate(split.examples)), sheet))
         sheets = {"sheet": sheet} if cached else {}
-        short = AnswerWriter(self.model, split, _USUAL_NEW_TOKENS)
+        longest = max(len(example.answer_ids) for example in split.examples)
+        short = AnswerWriter(self.model, split, max(_USUAL_NEW_TOKENS, _USUAL_ANSWERS * longest))
         written = answers(short, split.examples, **sheets)
         long = [index for index, answer in enumerate(written) if answer.cut_off]
         if long and writer.max_new_tokens > short.max_new_tokens:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -89,6 +90,15 @@ def probes(task: Task) -> tuple[Split, Split, Split]:
     typical = int(np.argmin(abs(tokens - tokens.mean())))
     tested = task.split("search", turns).part([typical])
     return max(ones, key=lambda one: one.max_tokens), ones[typical], tested
+
+
+def shortened(split: Split, tokens: int) -> Split:
+    """Returns a split whose longest prompt has about so many tokens with its answer; the first of each context are
+    left out. It is for a look at what a model takes: nothing is asked there that can be answered.
+    """
+    cut = max(0, split.max_tokens - tokens)
+    examples = (replace(e, context_ids=e.context_ids[cut:], gold_span=None) for e in split.examples)
+    return replace(split, examples=tuple(examples))
 
 
 def available(task: Task, split: SplitName, wanted: int) -> int:

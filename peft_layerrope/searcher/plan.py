@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -192,6 +192,16 @@ class Rates:
     context: float  # scoring the questions of one context
     window: float  # a pass over a window of text
     written: float  # a context of the held-out test
+
+
+def grown(tokens: int, measured: Sequence[tuple[int, float]]) -> float:
+    """Returns the seconds for so many tokens, of those for two smaller numbers of them: one part grows with the tokens,
+    as layers do, and one with their square, as attention does, and neither is below 0.
+    """
+    (few, first), (more, second) = measured
+    square = (second / more - first / few) / (more - few)
+    square = min(max(square, 0.0), second / more**2)
+    return tokens * (second / more + square * (tokens - more))
 
 
 @dataclass(frozen=True)

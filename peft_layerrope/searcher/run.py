@@ -23,7 +23,16 @@ from ..scoring.scorer import Scorer
 from ..tasks.base import Split, Task, check_disjoint, check_task
 from ..tasks.prompts import PromptTask
 from ..tuner.sites import embedding_table, find_stack, trained_window
-from .evaluator import Evaluator, ModelEvaluator, available, contexts_to_ask, densely_asked, densely_scored, probes
+from .evaluator import (
+    Evaluator,
+    ModelEvaluator,
+    available,
+    contexts_to_ask,
+    densely_asked,
+    densely_scored,
+    probes,
+    shortened,
+)
 from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
 from .plan import (
     CONTROLS,
@@ -35,6 +44,7 @@ from .plan import (
     Schedule,
     SearchProgress,
     check_length,
+    grown,
     schedule_for,
     since,
 )
@@ -45,6 +55,7 @@ from .stages import SIMPLEST_FIRST, Outcome, Stages, end_changes
 
 _MIN_TEST_GROUPS = 20
 _FIRST_TOKENS = 64  # of the pass that nobody times
+_TIMED_TOKENS, _PATIENCE = 1024, 5.0  # beyond twice the former, what takes more seconds is timed on fewer tokens
 _HARM = Unit("harm", "nats", "nats", 1, 4)
 
 Distribute = Callable[[ModelEvaluator, Split], Evaluator]
@@ -222,7 +233,7 @@ def _windows(scorer: Scorer, task: Task, settings: SearchSettings) -> Windows:
         )
     model = scorer.model.get_base_model()
     check_length(settings, probe.max_tokens, trained_window(model))
-    scorer.check(probe)  # a model without finite scores cannot write text
+    scorer.check(shortened(probe, _TIMED_TOKENS))  # a model without finite scores cannot write text
     text = Path(settings.text) if settings.text is not None else None
     return read_windows(getattr(task, "tokenizer", None), text, _text_tokens(model, probe))
 
@@ -372,22 +383,34 @@ def _notes(ready: _Prepared, outcome: Outcome, label: str) -> tuple[str, ...]:
 
 def measured_rates(scorer: Scorer, one: Split, tested: Split, text_tokens: int) -> Rates:
     """Times the unscaled model on one context that is scored, on one that is tested, and on as many tokens as a window
-    of text has, after a short pass that makes everything ready.
+    of text has, after a short pass that makes everything ready. What would take long is told of shorter prompts.
     """
-    text = (one.examples[0].prompt_ids + one.examples[0].answer_ids)[:text_tokens]
+    text = one.examples[0].prompt_ids + one.examples[0].answer_ids
 
     @torch.no_grad()
     def read(window: Sequence[int]) -> None:
         window_logits(scorer.model, window, scored_positions(len(window), most=len(window)))
 
-    def seconds(run: Callable[[], object]) -> float:
+    def seconds(run: Callable[..., object], *given: Any) -> float:
         started = time.perf_counter()
-        run()
+        run(*given)
         return max(1e-6, since(started))
 
     read(text[:_FIRST_TOKENS])
+    lengths = _TIMED_TOKENS, 2 * _TIMED_TOKENS
+    few, more = (shortened(one, tokens) for tokens in lengths)
+    if few.max_tokens < more.max_tokens < one.max_tokens:
+        first = seconds(densely_scored, scorer, few)
+        if first * one.max_tokens > _PATIENCE * few.max_tokens:
+            contexts = (few.max_tokens, first), (more.max_tokens, seconds(densely_scored, scorer, more))
+            context = grown(one.max_tokens, contexts)
+            return Rates(
+                context,
+                window=grown(text_tokens, [(tokens, seconds(read, text[:tokens])) for tokens in lengths]),
+                written=seconds(scorer.measure, shortened(tested, few.max_tokens)) * context / first,
+            )
     return Rates(
-        context=seconds(lambda: densely_scored(scorer, one)),
-        window=seconds(lambda: read(text)),
-        written=seconds(lambda: scorer.measure(tested)),
+        context=seconds(densely_scored, scorer, one),
+        window=seconds(read, text[:text_tokens]),
+        written=seconds(scorer.measure, tested),
     )

@@ -31,6 +31,7 @@ from peft_layerrope import (
 )
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import Interval
+from peft_layerrope.searcher import run
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.harm import Harm
 from peft_layerrope.searcher.plan import SearchProgress
@@ -290,6 +291,19 @@ def test_a_model_that_names_no_window(task):
     model = build_tiny("recurrent_gemma")
     assert getattr(model.config, "max_position_embeddings", None) is None
     assert search(model, task, **SMALL).model_window is None
+
+
+@pytest.mark.parametrize(("patience", "whole"), [(0.0, False), (1e9, True)])
+def test_a_slow_model_is_not_run_on_its_longest_prompts_before_the_plan(monkeypatch, patience, whole):
+    monkeypatch.setattr(run, "_PATIENCE", patience)
+    model, lengths = build_model("llama", max_position_embeddings=8192), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    plan = run.plan_search(model, token_task(length=5000), test_groups=4)
+    assert plan.prompt_tokens == 5003
+    assert (max(lengths) >= 5000) == whole
+    assert max(lengths) >= 2000
 
 
 def test_errors_come_before_any_work():

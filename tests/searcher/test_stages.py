@@ -26,7 +26,7 @@ from peft_layerrope.searcher.harm import (
     scored_positions,
     window_logits,
 )
-from peft_layerrope.searcher.plan import Rates, Schedule, schedule_for
+from peft_layerrope.searcher.plan import Rates, Schedule, grown, schedule_for
 from peft_layerrope.searcher.settings import MIN_STEPS
 from peft_layerrope.searcher.space import (
     FactorGrid,
@@ -138,6 +138,20 @@ def test_no_direction_gains_more_for_its_harm_than_the_steepest(family):
     assert gain(found) >= max(gain(direction) for direction in rng.normal(size=(2000, made.shape[1]))) - 1e-9
     below, above = (harm_of(np.array([far, 0, 0, 0]), curvature) for far in (-0.2, 0.2))
     assert (below, above) == pytest.approx((0.02 * curvature[0, 0], 0.02 * curvature[1, 0]))
+
+
+@pytest.mark.parametrize(("linear", "square"), [(2e-3, 0.0), (0.0, 3e-7), (2e-3, 3e-7)])
+def test_the_time_of_long_prompts_is_told_by_that_of_shorter_ones(linear, square):
+    def seconds(tokens: int) -> float:
+        return linear * tokens + square * tokens**2
+
+    assert grown(8055, [(n, seconds(n)) for n in (967, 1973)]) == pytest.approx(seconds(8055))
+
+
+@pytest.mark.parametrize(("second", "seconds"), [(2.0, 8.0), (9.0, 144.0)])
+def test_no_part_of_that_time_is_below_zero(second, seconds):
+    """Where twice the tokens took less than twice as long, and where they took more than four times as long."""
+    assert grown(8000, [(1000, 1.0), (2000, second)]) == pytest.approx(seconds)
 
 
 def test_a_schedule_fits_into_the_time_that_there_is():
