@@ -97,10 +97,8 @@ def held_out_section(record: SearchRecord) -> Section:
 
 def factors_section(record: SearchRecord) -> Section:
     """The factor of every layer, with the curve that it came from where there is one."""
-    factors, layers = (
-        record.layer_factors,
-        record.settings.layers_to_transform or default_scaled_layers(len(record.layer_factors)),
-    )
+    factors = record.layer_factors
+    layers = record.settings.layers_to_transform or default_scaled_layers(len(factors))
     points = record.control_points if control_points.is_curve(record.control_points) else None
     if max(layers) >= len(factors):
         layers = None
