@@ -72,8 +72,8 @@ def search(
 ) -> None:
     """Search per-layer factors and compare them, held out, with simpler choices.
 
-    With a MODEL and nothing else, prompts have up to 4,096 tokens and as many key-value pairs as leave the unscaled
-    model between 40 and 90 % right answers.
+    With a MODEL and nothing else, prompts have up to 4,096 tokens and as many key-value pairs of syllables as leave the
+    unscaled model between 40 and 90 % right answers.
 
     Example: `layerrope search --output demo-adapter` searches the shipped demo model in two to three minutes.
 
@@ -201,8 +201,11 @@ def _sized(specification: SearchSpecification, window: int | None) -> TaskSpecif
     given = any(getattr(task, name) is not None for name in _SIZES)
     if given or specification.model is None or task.name not in (None, "kv_retrieval", "kv_mix"):
         return task
-    difficulty = None if task.name == "kv_mix" else "auto"
-    return replace(task, difficulty=difficulty, length=min(_USUAL_LENGTH, window or _USUAL_LENGTH))
+    task = replace(task, length=min(_USUAL_LENGTH, window or _USUAL_LENGTH))
+    if task.name == "kv_mix":
+        return task
+    # as hard with a third of the tokens that UUIDs take, and with answers of a few tokens
+    return replace(task, difficulty="auto", keys=task.keys or "syllables")
 
 
 def _workers(count: int, address: str | None, specification: SearchSpecification) -> AbstractContextManager[Any]:

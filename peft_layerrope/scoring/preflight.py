@@ -234,7 +234,7 @@ def find_difficulty(
     """
     curve: list[tuple[int, float]] = []
     low, high = max(len(task.positions), 2), task.num_items
-    size = min(high, 4 * low)
+    size = min(high, max(4 * low, high // 5))
     while low <= high:
         sized = task.resized(size, task.length)
         value = _accuracy(scorer, sized.split("search", max(1, sized.available("search", num_groups))))

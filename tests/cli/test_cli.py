@@ -15,6 +15,9 @@ from typer.testing import CliRunner
 import peft_layerrope
 from peft_layerrope import InvalidConfigError, LayerRopeConfig, demo_model_path, pull
 from peft_layerrope.cli import SUMMARIES, app
+from peft_layerrope.cli import search as search_command
+from peft_layerrope.searcher.settings import SearchSpecification
+from peft_layerrope.tasks.specification import TaskSpecification
 from peft_layerrope.tuner.artifacts import save_adapter
 
 TINY_SEARCH = ["--length", "128", "--num-positions", "3", "--steps", "1", "--test-groups", "3"]
@@ -307,3 +310,19 @@ def test_an_unset_variable_of_the_shell_is_not_the_default(arguments, named):
     done = run(*arguments, "--task", "kv_words", "--length", "64")
     assert done.exit_code == 2
     assert named in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "keys", "difficulty"),
+    [
+        ({}, "syllables", "auto"),
+        ({"name": "kv_retrieval", "keys": "uuid"}, "uuid", "auto"),
+        ({"name": "kv_mix"}, None, None),
+        ({"num_keys": 30}, None, None),
+        ({"name": "multi_doc_qa"}, None, None),
+    ],
+)
+def test_what_is_asked_of_a_model_when_little_is_said(asked, keys, difficulty):
+    sized = search_command._sized(SearchSpecification(model="owner/base", task=TaskSpecification(**asked)), 32768)
+    assert (sized.keys, sized.difficulty) == (keys, difficulty)
+    assert sized.length == (4096 if asked.get("name") in ("kv_retrieval", "kv_mix") or not asked else None)
