@@ -409,6 +409,7 @@ def measured_rates(scorer: Scorer, one: Split, tested: Split, text_tokens: int) 
                 window=grown(text_tokens, [(tokens, seconds(read, text[:tokens])) for tokens in lengths]),
                 written=seconds(scorer.measure, shortened(tested, few.max_tokens)) * context / first,
             )
+    scorer.check(one)  # outside of what is timed
     return Rates(
         context=seconds(densely_scored, scorer, one),
         window=seconds(read, text[:text_tokens]),
