@@ -404,9 +404,13 @@ def measured_rates(scorer: Scorer, one: Split, tested: Split, text_tokens: int) 
         if first * one.max_tokens > _PATIENCE * few.max_tokens:
             contexts = (few.max_tokens, first), (more.max_tokens, seconds(densely_scored, scorer, more))
             context = grown(one.max_tokens, contexts)
+            if text_tokens <= lengths[-1]:
+                window = seconds(read, text[:text_tokens])
+            else:
+                window = grown(text_tokens, [(tokens, seconds(read, text[:tokens])) for tokens in lengths])
             return Rates(
                 context,
-                window=grown(text_tokens, [(tokens, seconds(read, text[:tokens])) for tokens in lengths]),
+                window,
                 written=seconds(scorer.measure, shortened(tested, few.max_tokens)) * context / first,
             )
     scorer.check(one)  # outside of what is timed
