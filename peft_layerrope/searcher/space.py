@@ -104,16 +104,20 @@ def parse_layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,9})\s*(?:-\s*([0-9]{1,9})\s*)?", part)
         if match is None:
-            raise SearchError(f"layers {text!r}: {part.strip()!r} is no layer or range, expected e.g. '0-3,7'.")
+            raise SearchError(
+                f"layers_to_transform={text!r}: {part.strip()!r} is no layer or range, expected e.g. '0-3,7'."
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
-            raise SearchError(f"layers {text!r}: the range {part.strip()!r} ends before it begins.")
+            raise SearchError(f"layers_to_transform={text!r}: the range {part.strip()!r} ends before it begins.")
         if last >= MAX_LAYERS:
-            raise SearchError(f"layers {text!r}: layer {last} is out of range, expected at most {MAX_LAYERS - 1}.")
+            raise SearchError(
+                f"layers_to_transform={text!r}: layer {last} is out of range, expected at most {MAX_LAYERS - 1}."
+            )
         layers += range(first, last + 1)
     if len(set(layers)) < len(layers):
         twice = [layer for layer in layers if layers.count(layer) > 1]
-        raise SearchError(f"layers {text!r}: {format_layers(twice)} must be named only once.")
+        raise SearchError(f"layers_to_transform={text!r}: {format_layers(twice)} must be named only once.")
     return tuple(sorted(layers))
 
 

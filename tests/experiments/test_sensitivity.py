@@ -312,15 +312,15 @@ def test_layers_in_any_order_with_spaces():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "layers '': '' is no layer or range, expected e.g. '0-3,7'."),
-        ("1,,2", "layers '1,,2': '' is no layer or range, expected e.g. '0-3,7'."),
-        ("-1", "layers '-1': '-1' is no layer or range, expected e.g. '0-3,7'."),
-        ("1-2-3", "layers '1-2-3': '1-2-3' is no layer or range, expected e.g. '0-3,7'."),
-        ("1 2", "layers '1 2': '1 2' is no layer or range, expected e.g. '0-3,7'."),
-        ("²", "layers '²': '²' is no layer or range, expected e.g. '0-3,7'."),
-        ("3-1", "layers '3-1': the range '3-1' ends before it begins."),
-        ("0-3,2", "layers '0-3,2': 2 must be named only once."),
-        ("0-999999999", "layers '0-999999999': layer 999999999 is out of range, expected at most 4095."),
+        ("", "layers_to_transform='': '' is no layer or range, expected e.g. '0-3,7'."),
+        ("1,,2", "layers_to_transform='1,,2': '' is no layer or range, expected e.g. '0-3,7'."),
+        ("-1", "layers_to_transform='-1': '-1' is no layer or range, expected e.g. '0-3,7'."),
+        ("1-2-3", "layers_to_transform='1-2-3': '1-2-3' is no layer or range, expected e.g. '0-3,7'."),
+        ("1 2", "layers_to_transform='1 2': '1 2' is no layer or range, expected e.g. '0-3,7'."),
+        ("²", "layers_to_transform='²': '²' is no layer or range, expected e.g. '0-3,7'."),
+        ("3-1", "layers_to_transform='3-1': the range '3-1' ends before it begins."),
+        ("0-3,2", "layers_to_transform='0-3,2': 2 must be named only once."),
+        ("0-999999999", "layers_to_transform='0-999999999': layer 999999999 is out of range, expected at most 4095."),
     ],
 )
 def test_bad_texts(text, message):

@@ -199,7 +199,7 @@ def test_overwriting_begins_anew_once_all_is_checked(whole, tmp_path):
     run(tmp_path, seed=4)
     (tmp_path / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(SearchError, match="layers"):
+    with pytest.raises(SearchError, match="layers_to_transform"):
         run(tmp_path, overwrite=True, layers_to_transform=(40, 41))
 
     def kill(plan: object) -> None:

@@ -34,7 +34,7 @@ OWN = (0, 1, 2, 3)
         ({"weights": (1, 2, 3, 4)}, "weights=(1, 2, 3, 4)", "3"),
         ({"weights": (1, 0, 1)}, "weights[1]=0", "greater than 0"),
         ({"layers_to_transform": (0, 1.5)}, "layers_to_transform[1]=1.5", "integer"),
-        ({"layers_to_transform": "3-1"}, "layers '3-1'", "ends before it begins"),
+        ({"layers_to_transform": "3-1"}, "layers_to_transform='3-1'", "ends before it begins"),
         ({"grid": {"step": 0.5}}, "grid={'step': 0.5}", "FactorGrid"),
         ({"populaton": 4}, "populaton is unknown", "population"),
     ],

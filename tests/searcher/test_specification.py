@@ -73,7 +73,7 @@ def test_what_is_left_out_has_its_default():
             "max_factor=2.0 must be greater than min_factor=3.0.",
         ),
         ({"search": {"grid": {"step": float("inf")}}}, "search.grid.step=inf must be"),
-        ({"search": {"layers_to_transform": "7-"}}, "layers '7-'"),
+        ({"search": {"layers_to_transform": "7-"}}, "layers_to_transform='7-'"),
         ({"model": "\ud800"}, "JSON"),
     ],
 )
