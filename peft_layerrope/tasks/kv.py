@@ -224,37 +224,43 @@ _PERCENT = 101  # places in a context of whatever length
 
 
 class KeyValueMix(PromptTask):
-    """Generated key-value retrieval of three lengths and three kinds of keys, by turns: factors that are searched on it
-    are not those of one length. There are 5 positions by default, in percent of a context's depth.
+    """Generated key-value retrieval of three lengths and kinds of keys, by turns: factors that are searched on it are
+    not those of one length. There are 5 positions by default, in percent of a context's depth.
 
-    The longest prompts have at most `length` tokens with their answers, the others half and a quarter of it; TaskError,
-    if a quarter has no room for the positions.
+    The longest prompts have at most `length` tokens with their answers, the others half and a quarter of it. With
+    `keys` all are of that kind, as for [`KeyValueRetrieval`].
+
+    Raises:
+        TaskError: there is no such kind, or a quarter of the length has no room for the positions.
     """
 
     name = "kv_mix"
     metric = KeyValueRetrieval.metric
     item = "token"
     size_setting = "length"
-    num_turns = len(_SHARES) * len(_MOST_KEYS)  # contexts after which lengths and kinds come again
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
         length: int,
+        keys: KeyStyle | None = None,
         num_positions: int | None = None,
         **settings: Unpack[PromptSettings],
     ) -> None:
         super().__init__(tokenizer, None, length=length, **settings)
         self._arrange(_PERCENT, num_positions)
+        self.keys = keys
+        kinds = _MOST_KEYS if keys is None else (keys,)
+        self.num_turns = len(_SHARES) * len(kinds)  # contexts after which lengths and kinds come again
         self._parts: list[KeyValueRetrieval] = []
-        for number, (turn, keys) in enumerate(product(range(len(_SHARES)), _MOST_KEYS)):
+        for number, (turn, kind) in enumerate(product(range(len(_SHARES)), kinds)):
             share = _SHARES[(turn + number) % len(_SHARES)]  # another length with each turn of a kind
             own = {**settings, "seed": self.num_turns * self.seed + number, "length": length // share}
             try:
-                part = KeyValueRetrieval(tokenizer, keys=keys, num_positions=len(self.positions), **own)
+                part = KeyValueRetrieval(tokenizer, keys=kind, num_positions=len(self.positions), **own)
             except TaskError as error:
-                short = f"contexts of {length // share} tokens with {keys} keys"
+                short = f"contexts of {length // share} tokens with {kind} keys"
                 raise TaskError(f"{self.name} with length={length} has {short}: {error}") from error
             self._parts.append(part)
 
@@ -270,6 +276,9 @@ class KeyValueMix(PromptTask):
     def _written(self, source: KeyValueRecord, position: int, group: int) -> Prompt:
         place = position * (len(source.pairs) - 1) // (_PERCENT - 1)
         return replace(replace(source, gold=place).prompt(group), position=position)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | ({"keys": self.keys} if self.keys is not None else {})
 
 
 def _random_record(rng: np.random.Generator, keys: KeyStyle, num_keys: int) -> KeyValueRecord:

@@ -28,7 +28,7 @@ _WRITTEN = (*_CHAT, "max_new_tokens")
 _SETTINGS: dict[TaskName, tuple[str, ...]] = {
     "kv_words": ("num_positions",),
     "kv_retrieval": ("num_positions", "data", "num_keys", "keys", "difficulty", *_WRITTEN),
-    "kv_mix": ("num_positions", *_WRITTEN),
+    "kv_mix": ("num_positions", "keys", *_WRITTEN),
     "multi_doc_qa": ("num_positions", "data", "num_documents", "difficulty", *_WRITTEN),
     "perplexity": ("data", "stride"),
 }

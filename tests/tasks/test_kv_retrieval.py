@@ -170,9 +170,10 @@ def pairs_of(prompt) -> dict[str, str]:
     return json.loads(prompt.text.split("JSON data:\n")[1].split("\n\nKey")[0])
 
 
-def test_a_mix_takes_turns_between_lengths_and_kinds_of_keys():
-    length = 4000
-    task = KeyValueMix(tiny_bpe(), length=length)
+@pytest.mark.parametrize("keys", [None, "syllables"])
+def test_a_mix_takes_turns_between_lengths_and_kinds_of_keys(keys):
+    length, expected = 4000, ("uuid", "words", "syllables") if keys is None else (keys,)
+    task = KeyValueMix(tiny_bpe(), length=length, keys=keys)
     split, prompts = task.split("test", 18), task.prompts("test", 18)
     assert (split.positions, split.protocol, split.num_groups) == ((0, 25, 50, 75, 100), ASKED_EVERYWHERE, 18)
     tokens, kinds = {}, {}
@@ -187,9 +188,11 @@ def test_a_mix_takes_turns_between_lengths_and_kinds_of_keys():
     shares = [next(share for share in (4, 2, 1) if count <= length / share) for count in tokens.values()]
     assert all(count > 0.6 * length / share for count, share in zip(tokens.values(), shares, strict=True))
     turns = list(zip(shares, kinds.values(), strict=True))
-    assert turns[:9] == turns[9:]
-    assert set(turns) == set(itertools.product((1, 2, 4), ("uuid", "words", "syllables")))
+    assert turns[: task.num_turns] == turns[task.num_turns : 2 * task.num_turns]
+    assert len(set(turns)) == task.num_turns
+    assert set(turns) == set(itertools.product((1, 2, 4), expected))
     assert all(one != other for one, other in itertools.pairwise(shares))
+    assert task.describe().get("keys") == keys
 
 
 def test_splits_of_a_mix_are_seeded_and_disjoint_and_grow_at_the_end():

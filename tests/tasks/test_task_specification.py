@@ -32,7 +32,7 @@ CHAT = {"chat_template", "chat_template_args", "system_prompt", "chat_date"}
 KNOWN = {
     "kv_words": {"num_positions"},
     "kv_retrieval": {"num_positions", "data", "num_keys", "keys", "difficulty", *CHAT, "max_new_tokens"},
-    "kv_mix": {"num_positions", *CHAT, "max_new_tokens"},
+    "kv_mix": {"num_positions", "keys", *CHAT, "max_new_tokens"},
     "multi_doc_qa": {"num_positions", "data", "num_documents", "difficulty", *CHAT, "max_new_tokens"},
     "perplexity": {"data", "stride"},
 }
