@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from peft_layerrope.report import fitness_remark
 from peft_layerrope.scoring.batching import judge
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.scoring.scores import WrittenAnswers
+from peft_layerrope.searcher import run
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.result import read_record
 
@@ -85,6 +87,35 @@ def test_a_model_without_a_finite_score_is_refused(model, named, use):
     with pytest.raises(TaskError, match="finite") as raised:
         use(model())
     assert all(word in str(raised.value) for word in named)
+
+
+def breaking_beyond(tokens: int) -> torch.nn.Module:
+    """A model whose logits are no numbers in prompts of more tokens."""
+
+    def spoil(module, args, kwargs, output):
+        if kwargs["input_ids"].shape[1] > tokens:
+            output.logits.fill_(math.nan)
+
+    model = build_model("llama", max_position_embeddings=8192)
+    model.register_forward_hook(spoil, with_kwargs=True)
+    return model
+
+
+def test_the_longest_prompt_of_a_split_is_looked_at():
+    examples = token_task(length=60).split("search", 2).examples
+    cut = tuple(replace(e, context_ids=e.context_ids[30:]) if e.group == 0 else e for e in examples)
+    split = replace(SPLIT, examples=cut)
+    Scorer(breaking_beyond(80)).check(split)
+    with pytest.raises(TaskError, match="no finite score"):
+        Scorer(breaking_beyond(50)).check(split)
+
+
+def test_a_slow_model_is_checked_on_whole_prompts_before_a_search_begins(monkeypatch, tmp_path):
+    """Its plan is made by shorter ones."""
+    monkeypatch.setattr(run, "_PATIENCE", 0.0)
+    with pytest.raises(TaskError, match="no finite score"):
+        search(breaking_beyond(3000), token_task(length=5000), **SMALL, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_refusal_at_the_command_line_leaves_no_file(tmp_path):

@@ -353,15 +353,15 @@ def whole_rows(model: nn.Module) -> Iterator[None]:
 
 
 def check_finite(model: nn.Module, split: Split, batch_tokens: int) -> None:
-    """Runs the first example of a split, whose scores must be numbers: no figure can be made of others.
+    """Runs the longest example of a split, whose scores must be numbers: no figure can be made of others.
 
     Raises:
         TaskError: no token of its answer has a finite log-probability. The message names the dtype, and the
             weights that are not finite if any are.
     """
-    first = next(example for example in split.examples if example.position == 0)
+    longest = max(split.examples, key=lambda example: example.num_tokens)
     with torch.no_grad():
-        for batch in make_batches(model, [first], batch_tokens, packed=False):
+        for batch in make_batches(model, [longest], batch_tokens, packed=False):
             if judge_tokens(answer_logits(model, batch), batch.gold)[0].isfinite().any():
                 return
     dtype = str(embedding_table(model).dtype).removeprefix("torch.")

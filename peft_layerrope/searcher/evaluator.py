@@ -11,7 +11,7 @@ import numpy as np
 from ..scoring.batching import can_pack, row_length
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
-from ..tasks.base import Split, SplitName, Task, spread_positions
+from ..tasks.base import Example, Split, SplitName, Task, spread_positions
 from ..tasks.kv import KeyValueMix, KeyValueRetrieval
 from ..tasks.prompts import ASKED_EVERYWHERE, PromptTask
 from .space import Factors
@@ -20,6 +20,7 @@ _OWN_TARGET_CONTEXTS = 24  # the most contexts of the search split whose questio
 # Questions to a context, in times of the task's positions: of 100 pairs, 42 questions instead of 14 take a quarter more
 # time, and four fifths of what one says are its own.
 _DENSER = 8
+_HEAD = 16  # tokens at the beginning of a context that a shorter one keeps
 
 
 class Evaluator(Protocol):
@@ -79,6 +80,14 @@ def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
     return task.split(name, contexts, sorted(positions))
 
 
+def tokens_run(split: Split) -> int:
+    """Returns the tokens of a split's contexts, each run once, and of the questions to them."""
+    rows: dict[tuple[int, ...], list[Example]] = {}
+    for example in split.examples:
+        rows.setdefault(example.context_ids, []).append(example)
+    return sum(map(row_length, rows.values()))
+
+
 def probes(task: Task) -> tuple[Split, Split, Split]:
     """Returns contexts to plan by: the longest and one that takes about as long as most, as a search asks them, and the
     latter as a test does.
@@ -86,18 +95,26 @@ def probes(task: Task) -> tuple[Split, Split, Split]:
     turns = task.num_turns if isinstance(task, KeyValueMix) else 1
     asked = densely_asked(task, "search", turns)
     ones = [asked.part([number]) for number in range(turns)]
-    tokens = np.array([row_length(one.examples) for one in ones])
+    tokens = np.array([tokens_run(one) for one in ones])
     typical = int(np.argmin(abs(tokens - tokens.mean())))
     tested = task.split("search", turns).part([typical])
     return max(ones, key=lambda one: one.max_tokens), ones[typical], tested
 
 
 def shortened(split: Split, tokens: int) -> Split:
-    """Returns a split whose longest prompt has about so many tokens with its answer; the first of each context are
-    left out. It is for a look at what a model takes: nothing is asked there that can be answered.
+    """Returns a split whose longest prompt has about so many tokens with its answer, and as many different contexts;
+    text, which is all answer, stays as it is. It is for a look at what a model takes: nothing is asked there that can
+    be answered.
     """
     cut = max(0, split.max_tokens - tokens)
-    examples = (replace(e, context_ids=e.context_ids[cut:], gold_span=None) for e in split.examples)
+    # Where only the place of the answer differs, contexts would be alike if all lost the same part.
+    heads = {context: _HEAD + number for number, context in enumerate({e.context_ids: None for e in split.examples})}
+
+    def without_middle(context: tuple[int, ...]) -> tuple[int, ...]:
+        head = heads[context]
+        return context[:head] + context[head + cut :]
+
+    examples = (replace(e, context_ids=without_middle(e.context_ids), gold_span=None) for e in split.examples)
     return replace(split, examples=tuple(examples))
 
 

@@ -32,6 +32,7 @@ from .evaluator import (
     densely_scored,
     probes,
     shortened,
+    tokens_run,
 )
 from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
 from .plan import (
@@ -139,6 +140,7 @@ def search(
         audience.expect(plan.seconds)
         found = _looked(ready, kept if resume else None, audience)
         search, *others = splits = _splits(ready, found)
+        ready.scorer.check(search)  # of prompts as long as these, before a candidate's factors are on the model
         identity = {
             "settings": {name: value for name, value in asdict(settings).items() if name != "minutes"},
             "task": task.describe(),
@@ -248,7 +250,8 @@ def _plan(
 ) -> Plan:
     spent, (longest, typical, tested) = since(started), probes(task)
     tokens = len(windows[0]) if windows else _text_tokens(scorer.model, longest)
-    rates = measured_rates(scorer, typical, tested, tokens)
+    text = max(longest.examples, key=lambda example: example.num_tokens)
+    rates = measured_rates(scorer, typical, tested, (text.prompt_ids + text.answer_ids)[:tokens])
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
     before = spent + settings.preflight_groups * rates.written
     schedule = shortest if settings.steps else schedule_for(60 * settings.minutes - before, rates, shortest)
@@ -381,41 +384,38 @@ def _notes(ready: _Prepared, outcome: Outcome, label: str) -> tuple[str, ...]:
     return verdict, text, cost
 
 
-def measured_rates(scorer: Scorer, one: Split, tested: Split, text_tokens: int) -> Rates:
-    """Times the unscaled model on one context that is scored, on one that is tested, and on as many tokens as a window
-    of text has, after a short pass that makes everything ready. What would take long is told of shorter prompts.
+def measured_rates(scorer: Scorer, one: Split, tested: Split, text: Sequence[int]) -> Rates:
+    """Times the unscaled model on one context that is scored, on one that is tested, and on a window of text, after a
+    short pass that makes everything ready. What would take long is told of shorter prompts.
     """
-    text = one.examples[0].prompt_ids + one.examples[0].answer_ids
 
     @torch.no_grad()
-    def read(window: Sequence[int]) -> None:
-        window_logits(scorer.model, window, scored_positions(len(window), most=len(window)))
+    def read(tokens: int) -> None:
+        window_logits(scorer.model, text[:tokens], scored_positions(tokens, most=tokens))
 
-    def seconds(run: Callable[..., object], *given: Any) -> float:
+    def score(split: Split) -> None:
+        densely_scored(scorer, split)
+
+    def seconds(run: Callable[[Any], object], given: Any) -> float:
         started = time.perf_counter()
-        run(*given)
+        run(given)
         return max(1e-6, since(started))
 
-    read(text[:_FIRST_TOKENS])
+    def told(run: Callable[[Split], object], split: Split, first: float | None = None) -> float:
+        few, more = (shortened(split, tokens) for tokens in lengths)
+        measured = (tokens_run(few), first or seconds(run, few)), (tokens_run(more), seconds(run, more))
+        return grown(tokens_run(split), measured)
+
+    read(min(_FIRST_TOKENS, len(text)))
     lengths = _TIMED_TOKENS, 2 * _TIMED_TOKENS
     few, more = (shortened(one, tokens) for tokens in lengths)
     if few.max_tokens < more.max_tokens < one.max_tokens:
-        first = seconds(densely_scored, scorer, few)
-        if first * one.max_tokens > _PATIENCE * few.max_tokens:
-            contexts = (few.max_tokens, first), (more.max_tokens, seconds(densely_scored, scorer, more))
-            context = grown(one.max_tokens, contexts)
-            if text_tokens <= lengths[-1]:
-                window = seconds(read, text[:text_tokens])
+        first = seconds(score, few)
+        if first * tokens_run(one) > _PATIENCE * tokens_run(few):
+            if len(text) <= lengths[-1]:
+                window = seconds(read, len(text))
             else:
-                window = grown(text_tokens, [(tokens, seconds(read, text[:tokens])) for tokens in lengths])
-            return Rates(
-                context,
-                window,
-                written=seconds(scorer.measure, shortened(tested, few.max_tokens)) * context / first,
-            )
+                window = grown(len(text), [(tokens, seconds(read, tokens)) for tokens in lengths])
+            return Rates(told(score, one, first), window, told(scorer.measure, tested))
     scorer.check(one)  # outside of what is timed
-    return Rates(
-        context=seconds(densely_scored, scorer, one),
-        window=seconds(read, text[:text_tokens]),
-        written=seconds(scorer.measure, tested),
-    )
+    return Rates(seconds(score, one), seconds(read, len(text)), seconds(scorer.measure, tested))

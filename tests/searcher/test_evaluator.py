@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -14,9 +15,16 @@ from transformers import PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, Split, TaskError
 from peft_layerrope.scoring.scorer import Scorer
-from peft_layerrope.searcher.evaluator import ModelEvaluator, densely_asked, fitness_by_context, probes
+from peft_layerrope.searcher.evaluator import (
+    ModelEvaluator,
+    densely_asked,
+    fitness_by_context,
+    probes,
+    shortened,
+    tokens_run,
+)
 from peft_layerrope.searcher.space import Factors
-from peft_layerrope.tasks.kv import KeyValueMix
+from peft_layerrope.tasks.kv import KeyValueMix, KeyValueRetrieval
 
 ROPE = {
     "default": {},
@@ -105,3 +113,32 @@ def test_a_plan_knows_that_contexts_of_a_mix_differ_in_length():
     assert tested.positions == tuple(task.positions)
     assert {example.group for example in tested.examples} == {example.group for example in typical.examples}
     assert probes(token_task()) == 3 * (densely_asked(token_task(), "search", 1),)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["one context is asked much", "the asked pair moves"])
+def test_a_shortened_split_keeps_its_beginning_and_as_many_different_contexts(tmp_path, moved):
+    task = KeyValueRetrieval(tiny_bpe(), num_keys=40)
+    if moved:
+        path = tmp_path / "pairs.jsonl"
+        records = [
+            list(json.loads(p.text[p.text.index("{") : p.text.index("}") + 1]).items()) for p in task.prompts("test", 8)
+        ]
+        lines = [{"ordered_kv_records": pairs, "key": pairs[3][0], "value": pairs[3][1]} for pairs in records[::5]]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        task = KeyValueRetrieval(tiny_bpe(), data=path)
+    long = task.split("search", 2)
+    short = shortened(long, long.max_tokens // 3)
+    assert abs(short.max_tokens - long.max_tokens // 3) <= 10  # contexts differ by some tokens
+
+    def numbers(split):
+        contexts = [example.context_ids for example in split.examples]
+        return [contexts.index(context) for context in contexts]
+
+    assert numbers(short) == numbers(long)
+    assert (len(set(numbers(long))) > 2) == moved
+    for one, other in zip(short.examples, long.examples, strict=True):
+        assert one.context_ids[:16] == other.context_ids[:16]
+        assert (one.query_ids, one.answer_ids) == (other.query_ids, other.answer_ids)
+    distinct = {example.context_ids for example in long.examples}
+    asked = {(e.context_ids, e.query_ids + e.answer_ids) for e in long.examples}
+    assert tokens_run(long) == sum(map(len, distinct)) + sum(len(tokens) - 1 for _, tokens in asked)
