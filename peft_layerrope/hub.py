@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from . import __version__, cards
-from .errors import AdapterMismatchError, HubError, InvalidConfigError, LayerRopeError, one_line, shown
+from .errors import AdapterMismatchError, HubError, InvalidConfigError, LayerRopeError, named, one_line, shown
 from .files import (
     DEMO_NAME,
     MAX_BYTES,
@@ -226,6 +226,11 @@ def _as_folder(source: str | Path | PeftModel) -> Iterator[Path]:
     if isinstance(source, (str, Path)):
         yield Path(source)
         return
+    if not isinstance(source, PeftModel):
+        raise LayerRopeError(
+            f"source={named(source)} must be an adapter's folder or a PeftModel; what search returns has a push_to_hub "
+            "of its own."
+        )
     with TemporaryDirectory(prefix="layerrope-") as scratch:
         folder = Path(scratch)
         name = _adapter_name(source)

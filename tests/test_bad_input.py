@@ -757,6 +757,7 @@ CALLS = {
     "RayWorkers: nan": (lambda m, t: RayWorkers(1, start_timeout=NAN), SearchError, "start_timeout=nan"),
     "push_to_hub: missing": (lambda m, t: push_to_hub("/nonesuch", "me/x"), LayerRopeError, "/nonesuch"),
     "push_to_hub: id": (lambda m, t: push_to_hub("/nonesuch", "a/b/c"), LayerRopeError, "repo_id='a/b/c'"),
+    "push_to_hub: other": (lambda m, t: push_to_hub(OTHER, "me/x"), LayerRopeError, "source=<Linear>"),
     "pull: id": (lambda m, t: pull("a b", "nonesuch"), LayerRopeError, "repo_id='a b'"),
     "LayerRopeConfig: text": (lambda m, t: LayerRopeConfig(layer_factors="1"), InvalidConfigError, "layer_factors='1'"),
     "LayerRopeConfig: nan": (lambda m, t: LayerRopeConfig(layer_factors=[NAN]), InvalidConfigError, "layer_factors[0]"),
