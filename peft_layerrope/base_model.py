@@ -244,6 +244,15 @@ def describe_loading(model: nn.Module) -> dict[str, Any]:
     return {"dtype": dtype, **getattr(model, _RECORD, {})}
 
 
+def is_emulated(model: nn.Module) -> bool:
+    """Whether a model of 16-bit numbers is on a CPU without instructions for them, where its matrix products take many
+    times as long as in float32: PyTorch's kernels for bfloat16 begin with AVX-512.
+    """
+    table = embedding_table(model)
+    is_short = table.dtype in (torch.bfloat16, torch.float16)
+    return is_short and table.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def model_name(model: nn.Module) -> str:
     """Returns the model's Hub id, or a name without the path for one loaded from a folder."""
     return public_name(model.config._name_or_path or type(model).__name__)

@@ -14,7 +14,15 @@ import typer
 from pydantic import Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base_model import ModelSource, check_source, describe_loading, load_base, load_config, parse_model_args
+from ..base_model import (
+    ModelSource,
+    check_source,
+    describe_loading,
+    is_emulated,
+    load_base,
+    load_config,
+    parse_model_args,
+)
 from ..declaration import changed, declarations, declared, option, spellings
 from ..errors import InvalidConfigError, SearchError, TaskError, shown
 from ..files import demo_model_path, public_name, to_json, write_atomically, writing
@@ -111,9 +119,16 @@ def keep_date(task: TaskSpecification, folder: Path) -> None:
 
 
 def load(source: ModelSource) -> PreTrainedModel:
-    """Loads a model, and says so where its fine-tune names another base."""
+    """Loads a model, and says so where its fine-tune names another base, or its dtype makes it slow."""
     model = load_base(source)
-    trained_on = describe_loading(model).get("peft", {}).get("trained_on")
+    loading = describe_loading(model)
+    if is_emulated(model):
+        err.print(
+            f"note: this CPU has no instructions for {loading['dtype']}: with --dtype float32 the model needs twice the "
+            "memory, and a fraction of the time.",
+            soft_wrap=True,
+        )
+    trained_on = loading.get("peft", {}).get("trained_on")
     name = public_name(source.model or demo_model_path())
     if trained_on not in (None, name):
         err.print(f"note: peft={source.peft} was trained on {trained_on}, and is put onto {name}.", soft_wrap=True)

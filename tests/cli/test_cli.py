@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import build_model
 from fakes import journal_of
 from typer.testing import CliRunner
@@ -230,6 +231,23 @@ def test_quiet_tells_results_and_errors_only(tmp_path):
     failed = run("evaluate", "--adapter", str(tmp_path), "-q")
     assert failed.exit_code == 1
     assert len(failed.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "is_told"),
+    [
+        ("AVX2", "bfloat16", True),
+        ("AVX2", "float16", True),
+        ("AVX2", "float32", False),
+        ("AVX512", "bfloat16", False),
+        ("DEFAULT", "bfloat16", False),  # of a processor that is no x86
+    ],
+)
+def test_a_dtype_that_the_processor_lacks_is_told(monkeypatch, capability, dtype, is_told):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    done = run("evaluate", "--teacher-forced", "--groups", "1", "--length", "100", "--dtype", dtype)
+    assert done.exit_code == 0, done.stderr
+    assert ("--dtype float32" in done.stderr) == is_told
 
 
 @pytest.mark.parametrize(
