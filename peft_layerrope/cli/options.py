@@ -124,8 +124,8 @@ def load(source: ModelSource) -> PreTrainedModel:
     loading = describe_loading(model)
     if is_emulated(model):
         err.print(
-            f"note: this CPU has no instructions for {loading['dtype']}: with --dtype float32 the model needs twice the "
-            "memory, and a fraction of the time.",
+            f"note: this CPU has no instructions for {loading['dtype']}: --dtype float32 takes a fraction of the time, "
+            "and twice the memory.",
             soft_wrap=True,
         )
     trained_on = loading.get("peft", {}).get("trained_on")

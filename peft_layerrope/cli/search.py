@@ -21,7 +21,7 @@ from ..declaration import changed
 from ..errors import SearchError
 from ..runs import RUN_FOLDER, locked
 from ..searcher.plan import Plan
-from ..searcher.result import TIMING_NAME, SearchResult
+from ..searcher.result import NONE, TIMING_NAME, SearchResult
 from ..searcher.run import plan_search
 from ..searcher.run import search as run_search
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
@@ -231,3 +231,8 @@ def _print_result(result: SearchResult, output: Path) -> None:
     for line in remarks:
         out.print(line)
     out.print(f"adapter, report and plots: {output}")
+    if result.chosen != NONE:
+        out.print(
+            "It is for prompts like these. On others, longer ones too, it may lose: measure it there first, with "
+            f"layerrope evaluate MODEL --adapter {shell_word(output)} --baseline none."
+        )
