@@ -29,7 +29,7 @@ print(task.prompts("test", 1)[0].text[:300], "...")
 before = evaluate(model, task, num_groups=args.contexts)
 print("as it is:        ", *(f"{share:4.0%}" for share in before.accuracy_by_position))
 
-# %% The repair. Ctrl-C means enough: the search finishes with what it has.
+# %% The repair. Ctrl-C stops it and keeps nothing; `layerrope search` then finishes with what it has.
 budget = {"minutes": args.minutes} if args.steps is None else {"steps": args.steps}
 result = search(model, task, **budget, test_groups=2)
 result.save_pretrained(args.output)

@@ -31,7 +31,7 @@ after `import peft_layerrope`. It holds its card, plots, `search.json` with ever
 positions, with its 95 % interval. MODEL stands for the folder that `python tests/real_models.py NAME` makes of the base
 model's name: its weights are of four bits (Q4_K_M), in bfloat16.
 
-| folder | base model | `rope_type` | no scaling | best uniform factor | adapter | command |
+| folder | base model | `rope_type` | no scaling | best uniform factor within the bound | adapter | command |
 | --- | --- | --- | ---: | ---: | ---: | --- |
 {adapters}
 
@@ -76,7 +76,7 @@ def index() -> str:
 def _adapter_row(folder: Path) -> str:
     report = _json(folder / "search.json")
     rows = {row["name"]: row["test"] for row in report["table"]}
-    accuracies = [_accuracy(rows[name]) for name in ("none", "uniform", report["chosen"])]
+    accuracies = [_accuracy(rows[name]) for name in ("none", "uniform_bounded", report["chosen"])]
     rope_type = _json(folder / "adapter_config.json")["rope_type"]
     return _row(f"`{folder.name}`", f"`{report['model']}`", f"`{rope_type}`", *accuracies, _command(folder))
 

@@ -266,7 +266,7 @@ def _public_base_model(config: LayerRopeConfig, base_model: str | None) -> str:
     if base_model is None and (is_local_path(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)):
         raise InvalidConfigError(
             f"base model {shown(name)} of {CONFIG_NAME} is no id owner/name of the Hub, by which others could load it: "
-            "pass base_model, its id."
+            "pass base_model (--base-model), its id."
         )
     return name
 

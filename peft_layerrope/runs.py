@@ -168,6 +168,15 @@ class Journal(AbstractContextManager):
         self.resumed = True
 
 
+def recorded_identity(folder: Path) -> dict[str, Any]:
+    """Returns the identity of the run whose journal is in a folder; empty if there is none, or it cannot be read, of
+    which [`Journal`] tells.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError), (folder / JOURNAL_NAME).open("rb") as lines:
+        return dict(json.loads(next(lines, b""))["identity"])
+    return {}
+
+
 def first_difference(before: Any, now: Any, name: str = "") -> str | None:
     """Returns where two trees of JSON values first differ, and how, in words; None if they are equal."""
     if isinstance(before, dict) and isinstance(now, dict):

@@ -753,6 +753,11 @@ CALLS = {
         "original_max_position_embeddings=0",
     ),
     "SearchSettings: nan": (lambda m, t: SearchSettings(max_harm=NAN), SearchError, "max_harm=nan"),
+    "search: a test of one": (
+        lambda m, t: search(m, TokenTask(_examples(), fractions=(0.4, 0.4, 0.15)), steps=4, progress=False),
+        TaskError,
+        "1 context for the test split",
+    ),
     "RayWorkers: none": (lambda m, t: RayWorkers(0), SearchError, "num_workers=0"),
     "RayWorkers: nan": (lambda m, t: RayWorkers(1, start_timeout=NAN), SearchError, "start_timeout=nan"),
     "push_to_hub: missing": (lambda m, t: push_to_hub("/nonesuch", "me/x"), LayerRopeError, "/nonesuch"),

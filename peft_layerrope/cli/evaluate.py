@@ -112,8 +112,8 @@ def evaluate_command(
 ) -> None:
     """Print accuracy at each gold position and context utilisation U; or compare adapters and baselines side by side.
 
-    Alone, a model is evaluated as it is. Adapters and baselines are scored on the same examples, and the differences
-    to the first are paired by context.
+    Alone, a model is evaluated as it is, without any size on prompts of up to 4,096 tokens, as in a search. Adapters
+    and baselines are scored on the same examples, and the differences to the first are paired by context.
 
     Example: `layerrope evaluate --adapter demo-adapter --baseline none --baseline yarn:2`
 
@@ -143,7 +143,7 @@ def evaluate_command(
     source = compute.source
     tokenizer = load_tokenizer(source)
     specification = with_kept_date(specification, output, resume)
-    specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
+    specification = resolve_task(specification, window_of(source), source.model is None, tokenizer, to_run=True)
     loaded = load(source) if specification.difficulty is not None else None
     if loaded is not None:
         specification = with_difficulty(specification, tokenizer, loaded, compute.batch_tokens)

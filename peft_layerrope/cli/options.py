@@ -34,10 +34,13 @@ from ..tasks.base import Task
 from ..tasks.specification import DEFAULT_TASK, TaskSpecification, make_task, with_chat
 from . import app, err, plain_errors
 
+_USUAL_LENGTH = 4096  # tokens: the middle is lost far inside the window, and a longer prompt takes longer
+_SIZES = ("length", "num_keys", "difficulty", "data")
 
-def check_output(output: Path | None, resume: bool | None, overwrite: bool, in_use: bool = False) -> None:
+
+def check_output(output: Path | None, resume: bool | None, overwrite: bool, dry_run: bool = False) -> None:
     """Refuses a folder that cannot be used for results; of no folder, what needs one. `resume` is None where nobody can
-    go on with what is in it. With `in_use` another run may be at work there, as nothing is going to be written.
+    go on with what is in it. With `dry_run` anything may be there, for nothing is going to be written.
     """
     if resume and overwrite:
         raise TaskError("--resume keeps what is there and --overwrite replaces it: pass one of them.")
@@ -45,7 +48,7 @@ def check_output(output: Path | None, resume: bool | None, overwrite: bool, in_u
         if resume or overwrite:
             raise TaskError(f"{'--resume' if resume else '--overwrite'} needs --output.")
         return
-    if not in_use:
+    if not dry_run:
         check_free(output)
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     problem = None
@@ -53,7 +56,11 @@ def check_output(output: Path | None, resume: bool | None, overwrite: bool, in_u
         problem = "exists and is not a folder"
     elif not existing.is_dir() or not os.access(existing, os.W_OK):
         problem = "is not writable"
-    elif existing == output and not (resume or overwrite) and any(path.name != LOCK_NAME for path in output.iterdir()):
+    elif (
+        existing == output
+        and not (resume or overwrite or dry_run)
+        and any(path.name != LOCK_NAME for path in output.iterdir())
+    ):
         on = "" if resume is None else "--resume to go on with what is in it, "
         problem = f"is not empty; pass {on}--overwrite to replace it"
     if problem is not None:
@@ -136,13 +143,32 @@ def load(source: ModelSource) -> PreTrainedModel:
 
 
 def resolve_task(
-    task: TaskSpecification, window: int | None, is_demo: bool, tokenizer: PreTrainedTokenizerBase
+    task: TaskSpecification,
+    window: int | None,
+    is_demo: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    to_run: bool = False,
 ) -> TaskSpecification:
-    """Does what [`with_defaults`] does, and says so if the task's length is beyond the model's trained window."""
+    """Does what [`with_defaults`] does, and says so if the task's length is beyond the model's trained window. If the
+    model is `to_run` on it, and it is not the demo, a task without any size gets one that takes minutes.
+    """
+    if to_run and not is_demo:
+        task = _sized(task, window)
     task = with_defaults(task, window, is_demo, tokenizer)
     if window is not None and task.length > window:
         err.print(f"prompts of up to {task.length} tokens, {task.length / window:g}× the model's window of {window}.")
     return task
+
+
+def _sized(task: TaskSpecification, window: int | None) -> TaskSpecification:
+    if task.name not in (None, "kv_retrieval", "kv_mix") or any(getattr(task, name) is not None for name in _SIZES):
+        return task
+    task = replace(task, length=min(_USUAL_LENGTH, window or _USUAL_LENGTH))
+    if task.name == "kv_mix":
+        return task
+    # as hard with a third of the tokens that UUIDs take, and with answers of a few tokens
+    return replace(task, difficulty="auto", keys=task.keys or "syllables")
 
 
 def with_defaults(

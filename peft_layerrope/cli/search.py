@@ -25,7 +25,6 @@ from ..searcher.result import NONE, TIMING_NAME, SearchResult
 from ..searcher.run import plan_search
 from ..searcher.run import search as run_search
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
-from ..tasks.specification import TaskSpecification
 from ..tuner.artifacts import check_no_model
 from . import err, out, resumable, shell_word
 from .options import (
@@ -46,9 +45,7 @@ from .options import (
 )
 
 _DEMO = {"steps": 64, "max_harm": None, "test_groups": 100}  # it is asked beyond its window, and knows no other text
-_USUAL_LENGTH = 4096  # tokens: the middle is lost far inside the window, and a longer prompt takes longer
 _LATE = 1.1  # times the minutes that were asked for, from which on it is told
-_SIZES = ("length", "num_keys", "difficulty", "data")
 _RESULTS = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, REPORT_NAME, TIMING_NAME, ACCURACY_PLOT, FACTORS_PLOT, HARM_PLOT)
 
 
@@ -89,15 +86,16 @@ def search(
     typed = model_settings(model, typed)
     if typed.get("chat_template") is False:  # also of what a file says
         typed = {"chat_template_args": None, "system_prompt": None, "chat_date": None} | typed
+    if config is not None and "minutes" in typed:  # they decide the steps, which each file has
+        typed = {"steps": None} | typed
     specification = changed(_asked_before(output, config, resume, typed), typed)
     check_no_model(output)
-    check_output(output, resume, overwrite, in_use=dry_run)
+    check_output(output, resume, overwrite, dry_run=dry_run)
     check_source(specification)
     pool = _workers(workers, ray_address, specification)
     tokenizer = load_tokenizer(specification)
     window = window_of(specification)
-    task = _sized(specification, window)
-    task = resolve_task(task, window, specification.model is None, tokenizer)
+    task = resolve_task(specification.task, window, specification.model is None, tokenizer, to_run=True)
     specification = replace(specification, task=task)
     # what cannot work is refused before the model is loaded
     built = build_task(replace(task, difficulty=None), tokenizer)
@@ -195,19 +193,6 @@ def _first_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _sized(specification: SearchSpecification, window: int | None) -> TaskSpecification:
-    """The task, with a size that can be searched in minutes where a model of one's own is given and nothing else."""
-    task = specification.task
-    given = any(getattr(task, name) is not None for name in _SIZES)
-    if given or specification.model is None or task.name not in (None, "kv_retrieval", "kv_mix"):
-        return task
-    task = replace(task, length=min(_USUAL_LENGTH, window or _USUAL_LENGTH))
-    if task.name == "kv_mix":
-        return task
-    # as hard with a third of the tokens that UUIDs take, and with answers of a few tokens
-    return replace(task, difficulty="auto", keys=task.keys or "syllables")
-
-
 def _workers(count: int, address: str | None, specification: SearchSpecification) -> AbstractContextManager[Any]:
     """Ray workers that load the model themselves; nothing, where the search runs in this process."""
     if not count and address is None:
@@ -234,5 +219,5 @@ def _print_result(result: SearchResult, output: Path) -> None:
     if result.chosen != NONE:
         out.print(
             "It is for prompts like these. On others, longer ones too, it may lose: measure it there first, with "
-            f"layerrope evaluate MODEL --adapter {shell_word(output)} --baseline none."
+            f"layerrope evaluate MODEL --adapter {shell_word(output)} --baseline none and their task and length."
         )

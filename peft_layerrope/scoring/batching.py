@@ -111,11 +111,17 @@ def make_batches(
         packed = can_pack(model)
     same_length = rotation_depends_on_length(model)
     rows = _packed_rows(examples, same_length) if packed else [[i] for i in range(len(examples))]
-    groups = batched_by_length(
-        rows, lambda row: row_length([examples[i] for i in row]), batch_tokens, same_length=same_length
-    )
+    alike: dict[int, list[list[int]]] = {}  # rows with the same last position, by which a whole batch may be rotated
+    for row in rows:
+        alike.setdefault(examples[row[0]].num_tokens if same_length else 0, []).append(row)
     embeddings, windows = embedding_table(model), _windows(model) or {}
-    return [_batch(examples, group, embeddings.dtype, embeddings.device, windows) for group in groups]
+    return [
+        _batch(examples, group, embeddings.dtype, embeddings.device, windows)
+        for _, some in sorted(alike.items())
+        for group in batched_by_length(
+            some, lambda row: row_length([examples[i] for i in row]), batch_tokens, same_length=same_length
+        )
+    ]
 
 
 def batched_by_length(
@@ -305,10 +311,9 @@ def _masks(
     own = segment[:, :, None] == segment[:, None, :]
     context = segment[:, None, :] == 1
     visible = causal & (own | context)
-    distance = places[:, :, None] - places[:, None, :]
     masks = {}
     for name, window in windows.items():
-        seen = visible if window is None else visible & (distance < window)
+        seen = visible if window is None else visible & (places[:, :, None] - places[:, None, :] < window)
         masks[name] = torch.zeros(seen.shape, dtype=dtype, device=segment.device)
         masks[name] = masks[name].masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
     return masks.get("", masks)

@@ -6,7 +6,8 @@ length, a forward pass over everything does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,18 @@ class Written:
     ids: tuple[int, ...]  # up to the end of the text or to where the metric was settled
     text: str  # the same as text; empty where there is no judge
     cut_off: bool  # stopped by the limit, neither ended nor settled
+
+
+@contextmanager
+def generating_by(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
+    """Has a transformers model write by these settings alone. Passed to `generate()`, they would be mixed with its own,
+    such as a repetition penalty.
+    """
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class AnswerWriter:
@@ -83,14 +96,9 @@ class AnswerWriter:
             pad_token_id=min(self._ends, default=0),
         )
         inputs = {"attention_mask": mask.to(device), **cache}
-        # passed to `generate()`, they would be mixed with the model's own, such as a repetition penalty
-        own, self._model.generation_config = self._model.generation_config, settings
-        try:
-            with whole_rows(self._model):
-                criteria = StoppingCriteriaList([until])
-                return until.written(self._model.generate(ids.to(device), stopping_criteria=criteria, **inputs))
-        finally:
-            self._model.generation_config = own
+        with whole_rows(self._model), generating_by(self._model, settings):
+            criteria = StoppingCriteriaList([until])
+            return until.written(self._model.generate(ids.to(device), stopping_criteria=criteria, **inputs))
 
 
 class _Settled(StoppingCriteria):

@@ -250,10 +250,15 @@ def find_difficulty(
             high = size - 1
             size = (low + high) // 2
     texts = ", ".join(f"{100 * value:.0f} % of {count}" for count, value in sorted(curve))
-    way = "answers too little" if all(value < AUTO_LOW for _, value in curve) else "has no such number in its curve"
+    if all(value < AUTO_LOW for _, value in curve):
+        way, advice = "answers too little", "Use another form of prompt (chat_template), other keys, or another model"
+    elif all(value > AUTO_HIGH for _, value in curve):
+        way, advice = "answers nearly all of the most", f"Use a larger length, which is {task.length}"
+    else:
+        way, advice = "has no such number in its curve", f"Choose {task.size_setting} yourself"
     raise TaskError(
         f"no number of {task.item}s gives the unscaled model between {AUTO_LOW:.0%} and {AUTO_HIGH:.0%} right answers: "
-        f"it {way} ({texts} {task.item}s)."
+        f"it {way} ({texts} {task.item}s). {advice}."
     )
 
 

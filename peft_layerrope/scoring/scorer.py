@@ -174,12 +174,14 @@ class Scorer:
         sheet.mark_wrong([index for index, example in opened.items() if example is None])
         return judge_written(split, written, sheet.scores())
 
-    def measure(self, split: Split, *, num_buckets: int = DEFAULT_BUCKETS) -> PositionScores:
+    def measure(self, split: Split, *, num_buckets: int | None = None) -> PositionScores:
         """Returns what figures are made of: of running text the loss; of a split with a judge the written answers; of
-        any other whether every token of the answer is the most probable one.
+        any other whether every token of the answer is the most probable one. `num_buckets`: see [`bucket_losses`];
+        default: 8, or as many as there are scored tokens.
         """
         if split.measure == "loss":
-            return self.bucket_losses(split, num_buckets)
+            scored = len(aligned_windows(split).examples[0].answer_ids)
+            return self.bucket_losses(split, min(DEFAULT_BUCKETS, scored) if num_buckets is None else num_buckets)
         return self.score(split) if split.judge is None else self.generate(split)
 
     def _halving(self, attempt: Callable[[], object]) -> object:

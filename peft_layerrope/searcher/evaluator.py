@@ -101,6 +101,16 @@ def probes(task: Task) -> tuple[Split, Split, Split]:
     return max(ones, key=lambda one: one.max_tokens), ones[typical], tested
 
 
+def times_dearer(task: Task, tested: Split) -> float:
+    """Returns how many times as many tokens a context of the test takes as `tested` does, which is asked as those of
+    the search split are. Where the asked item moves, each prompt is a context of its own, and is run to be scored and
+    again to be answered.
+    """
+    if not isinstance(task, PromptTask) or task.protocol("test") == task.protocol("search"):
+        return 1.0
+    return 2 * tokens_run(task.split("test", 1)) / tokens_run(tested)
+
+
 def shortened(split: Split, tokens: int) -> Split:
     """Returns a split whose longest prompt has about so many tokens with its answer, and as many different contexts;
     text, which is all answer, stays as it is. It is for a look at what a model takes: nothing is asked there that can

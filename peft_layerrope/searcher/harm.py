@@ -14,11 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import TaskError, one_line
 from ..scoring.batching import judge_tokens, logits_at, whole_rows, with_halving
+from ..scoring.generation import generating_by
 from ..scoring.scores import Interval, mean_interval, rank_key
 from ..tasks.perplexity import beginning, tokenized
 from ..tuner.sites import embedding_table
@@ -43,8 +45,11 @@ def read_windows(tokenizer: PreTrainedTokenizerBase | None, text: Path | None, l
     without a tokenizer, or where it does not know the words of the sample.
 
     Raises:
-        TaskError: the file cannot be read, or is too short.
+        TaskError: the file cannot be read or is too short, there is no tokenizer for it, or windows are too short.
     """
+    if text is not None and (tokenizer is None or length < _SCORED):
+        why = "the task has no tokenizer to read it with" if tokenizer is None else f"prompts have {length} tokens"
+        raise TaskError(f"text={text} cannot be used: {why}. Windows of it have those of a prompt, at least {_SCORED}.")
     if tokenizer is None:
         return ()
     ids = tokenized([_read(text, length)], tokenizer, str(text)).tolist()
@@ -100,6 +105,8 @@ def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int
         pad_token_id=start,
     )
     device = embedding_table(model).device
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()  # whose layers hold the adapter
 
     def attempt(rows: int) -> list[list[int]]:
         samples: list[list[int]] = []
@@ -108,11 +115,11 @@ def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int
             torch.manual_seed(seed)
             while len(samples) < count:
                 ids = torch.tensor(begins[len(samples) : len(samples) + rows], device=device)
-                written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+                written = model.generate(ids, attention_mask=torch.ones_like(ids))
                 samples += written[:, 0 if read else 1 :].tolist()
         return samples
 
-    with torch.no_grad(), whole_rows(model):
+    with torch.no_grad(), whole_rows(model), generating_by(model, settings):
         samples, _ = with_halving(lambda tokens: attempt(max(1, tokens // size)), 16 * size)
     joined = [samples[i * per_window : (i + 1) * per_window] for i in range(num_windows)]
     return tuple(tuple(token for sample in window for token in sample)[:length] for window in joined)
@@ -191,7 +198,8 @@ class Harm:
         """Whether a bound is broken for sure: that on text, in nats, or [`MAX_END_DROP`]. No bound, none of them."""
         if bound is None:
             return False
-        kept = all(interval.low <= bound for interval in self._on_text)  # nothing that is not a number keeps to it
+        # nothing that is not a number keeps to it
+        kept = all(np.isfinite(interval.value) and interval.low <= bound for interval in self._on_text)
         return not (kept and all(interval.high >= -MAX_END_DROP for interval in self.ends or ()))
 
 
@@ -203,9 +211,10 @@ def choose(
 
     Returns:
         The name of the best that keeps to the bound, or of a simpler one that it is not better than by an interval
-        that excludes 0.
+        that excludes 0. What breaks in a context is neither.
     """
-    allowed = [name for name in names if not harm[name].exceeds(bound)]
+    unscaled, *others = (name for name in names if not harm[name].exceeds(bound))
+    allowed = [unscaled, *(name for name in others if np.isfinite(fitness[name]).all())]
     best = max(allowed, key=lambda name: rank_key(np.mean(fitness[name])))
     for name in allowed[: allowed.index(best)]:
         gain = mean_interval(np.subtract(fitness[best], fitness[name]))

@@ -252,9 +252,10 @@ class SearchResult(HeldOutTables):
 
     @property
     def edge_layers(self) -> list[int]:
-        """Layers whose factor is at an end of the range, where a wider one may hold a better value."""
+        """Scaled layers whose factor is at an end of the range, where a wider one may hold a better value."""
         low, high = self.settings.factor_limits
-        return [i for i in self.scaled_layers if not low < self.config.layer_factors[i] < high]
+        factors = self.config.layer_factors
+        return [i for i in self.scaled_layers if factors[i] != 1.0 and not low < factors[i] < high]
 
     @property
     def _measure(self) -> Measure:

@@ -9,14 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..base_model import adapted, describe_loading, library_versions, model_fingerprint, model_name
-from ..errors import SearchError, named
+from ..errors import SearchError, TaskError, named
 from ..files import DEMO_NAME, writing
 from ..report import ACCURACY, Unit, times, unit_of
-from ..runs import Journal
+from ..runs import Journal, recorded_identity
 from ..scoring.batching import check_vocabulary
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
@@ -32,6 +33,7 @@ from .evaluator import (
     densely_scored,
     probes,
     shortened,
+    times_dearer,
     tokens_run,
 )
 from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
@@ -52,7 +54,7 @@ from .plan import (
 from .result import LABELS, NONE, PER_LAYER, UNIFORM, ResultTable, SearchResult, TableRow
 from .settings import MIN_STEPS, SearchSettings
 from .space import FactorSpace
-from .stages import SIMPLEST_FIRST, Outcome, Stages, end_changes
+from .stages import LOSSES, SIMPLEST_FIRST, UNIFORM_RANGE, Outcome, Stages, end_changes
 
 _MIN_TEST_GROUPS = 20
 _FIRST_TOKENS = 64  # of the pass that nobody times
@@ -126,6 +128,9 @@ def search(
     ```
     """
     settings = _settings(settings, overrides)
+    if resume and folder is not None and settings.steps is None:  # the clock decided on them then
+        there = recorded_identity(Path(folder)).get("settings", {})
+        settings = replace(settings, **{name: there[name] for name in ("steps", "test_groups") if name in there})
     if isinstance(progress, bool):
         progress = RichProgress() if progress else SearchProgress()
     elif not hasattr(progress, "stage"):
@@ -255,11 +260,15 @@ def _plan(
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
     before = spent + settings.preflight_groups * rates.written
     schedule = shortest if settings.steps else schedule_for(60 * settings.minutes - before, rates, shortest)
-    each_test = (len(SIMPLEST_FIRST) + 1) * rates.written
+    each_test = (len(SIMPLEST_FIRST) + 1) * rates.written * times_dearer(task, tested)
     groups = settings.test_groups
     if settings.steps is None:  # otherwise everything is settled
         groups = min(groups, max(_MIN_TEST_GROUPS, int(60 * settings.test_minutes / each_test)))
     groups = available(task, "test", groups)
+    if groups < 2:
+        raise TaskError(
+            f"{task.name} has 1 context for the test split, expected at least 2: a difference has none to vary over."
+        )
     seconds = {PREFLIGHT: before, **schedule.seconds(rates), TEST: groups * each_test}
     return Plan(schedule, seconds, groups, longest.max_tokens, tokens)
 
@@ -368,13 +377,14 @@ def _notes(ready: _Prepared, outcome: Outcome, label: str) -> tuple[str, ...]:
         first, last = map(ACCURACY.change_in_words, end_changes(scores, before))
         text += f" Held-out accuracy at the first position {first}, at the last {last}."
     schedule, taken = ready.plan.schedule, len(outcome.found[PER_LAYER].generations)
+    ends = np.clip(UNIFORM_RANGE, *settings.factor_limits)
     early = ""
     if taken < schedule.steps:
         early = f" (ended early: {schedule.steps} were planned, and a repetition has them)"
     cost = (
         f"cost: {times(taken, 'generation')} of {schedule.population} candidates for a factor for each layer{early}, "
         f"{schedule.control_steps} for each of {len(CONTROLS)} choices of two numbers, "
-        f"{outcome.found[UNIFORM].evaluations} uniform factors from 0.4 to 2.5."
+        f"{outcome.found[UNIFORM].evaluations} uniform factors from {ends[0]:g} to {ends[1]:g}."
     )
     if (found := outcome.found[chosen]).unmerged is not None:
         cost += (
@@ -391,7 +401,7 @@ def measured_rates(scorer: Scorer, one: Split, tested: Split, text: Sequence[int
 
     @torch.no_grad()
     def read(tokens: int) -> None:
-        window_logits(scorer.model, text[:tokens], scored_positions(tokens, most=tokens))
+        window_logits(scorer.model, text[:tokens], scored_positions(tokens, most=LOSSES))
 
     def score(split: Split) -> None:
         densely_scored(scorer, split)

@@ -84,7 +84,10 @@ class SearchSettings:
             "may be the result."
         ),
     ] = "cma-es"
-    minutes: Annotated[float, _search("Time for everything but the held-out test. Decides --steps.", gt=0)] = 20.0
+    minutes: Annotated[
+        float,
+        _search("Time for everything but the held-out test. Decides --steps, and nothing where those are given.", gt=0),
+    ] = 20.0
     steps: Annotated[
         int | None,
         _search("Generations for the factors of all layers, instead of --minutes.", ge=1),
@@ -97,7 +100,12 @@ class SearchSettings:
         ),
     ] = False
     test_minutes: Annotated[
-        float, _search("Time for the held-out test, which has at most --test-groups contexts.", gt=0)
+        float,
+        _search(
+            "Time for the held-out test: at least 20 contexts, and at most --test-groups, which alone decide where "
+            "--steps are given.",
+            gt=0,
+        ),
     ] = 20.0
     max_harm: Annotated[
         float | None,

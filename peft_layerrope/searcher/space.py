@@ -253,13 +253,17 @@ def _on_its_side(log_factors: np.ndarray, curvature: np.ndarray) -> np.ndarray:
 
 
 def first_and_rest_family(space: FactorSpace) -> np.ndarray:
-    """The first layer has a factor of its own, all others share one."""
+    """The first layer has a factor of its own, all others share one. One free layer is all there is to choose."""
+    if len(space.scaled_layers) == 1:
+        return per_layer_family(space)
     first = np.arange(space.num_layers) == space.scaled_layers[0]
     return space.family(np.stack([first, ~first], axis=1).astype(float))
 
 
 def decay_family(space: FactorSpace) -> np.ndarray:
-    """Factors that rise or fall exponentially with depth, as in LASP: two numbers."""
+    """Factors that rise or fall exponentially with depth, as in LASP: two numbers; one for one free layer."""
+    if len(space.scaled_layers) == 1:
+        return per_layer_family(space)
     depth = np.linspace(0.0, 1.0, space.num_layers)
     return space.family(np.stack([np.ones_like(depth), depth], axis=1))
 

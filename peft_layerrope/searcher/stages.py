@@ -76,7 +76,7 @@ SIMPLEST_FIRST = (NONE, BOUNDED, *CONTROLS, PER_LAYER)
 UNIFORM_RANGE = (0.4, 2.5)
 _PROBE = 0.1  # log-factor at which the harm of a uniform factor is measured to find where it meets the bound
 _READ_TO_WRITTEN = 1.3  # divergence on people's text, by which is searched, to that on what the model writes
-_FEW, _COMPARED, _LOSSES = 128, 512, 2048  # positions of a window at most, by what is compared there
+_FEW, _COMPARED, LOSSES = 128, 512, 2048  # positions of a window at most, by what is compared there
 _DIGITS = 2
 _USUAL_HARM = 0.01  # nats, by which a search without a bound takes its first steps
 _PRICE_OF_BOUND = 0.05  # probability of the answers that harm of the size of its bound costs
@@ -485,8 +485,8 @@ class Stages:
         return window_logits(self.model, window, scored_positions(len(window), most=most))
 
     def _losses(self, factors: Factors, window: tuple[int, ...]) -> torch.Tensor:
-        positions = scored_positions(len(window), most=_LOSSES)
-        return losses(self._logits(factors, window, _LOSSES), window, positions)
+        positions = scored_positions(len(window), most=LOSSES)
+        return losses(self._logits(factors, window, LOSSES), window, positions)
 
 
 def end_changes(scores: PositionScores, unscaled: PositionScores) -> tuple[Interval, Interval]:

@@ -73,7 +73,7 @@ class TaskSpecification:
         int | None,
         _task(
             "The most tokens a prompt with its answer may have. Default: the model's window; for the demo model twice "
-            "its window; for a search without any size at most 4096.",
+            "its window; for search and evaluate without any size at most 4096.",
             ge=1,
             le=MAX_LENGTH,
         ),
@@ -99,16 +99,16 @@ class TaskSpecification:
     num_keys: Annotated[
         int | None,
         _task(
-            "Pairs of a kv_retrieval context. Default: as in the file, or as many as fit; for a search without any "
-            "size as with --difficulty auto.",
+            "Pairs of a kv_retrieval context. Default: as in the file, or as many as fit; for search and "
+            "evaluate without any size as with --difficulty auto.",
             ge=2,
         ),
     ] = None
     keys: Annotated[
         KeyStyle | None,
         _task(
-            "Keys and values of generated contexts. Default: uuid; for a search without any size syllables; in kv_mix "
-            "all by turns."
+            "Keys and values of generated contexts. Default: uuid; for search and evaluate without any size "
+            "syllables; in kv_mix all by turns."
         ),
     ] = None
     num_documents: Annotated[

@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import build_model
 from fakes import journal_of
+from tiny_tokenizer import tiny_bpe
 from typer.testing import CliRunner
 
 import peft_layerrope
 from peft_layerrope import InvalidConfigError, LayerRopeConfig, demo_model_path, pull
 from peft_layerrope.cli import SUMMARIES, app
-from peft_layerrope.cli import search as search_command
-from peft_layerrope.searcher.settings import SearchSpecification
+from peft_layerrope.cli.options import resolve_task
 from peft_layerrope.tasks.specification import TaskSpecification
 from peft_layerrope.tuner.artifacts import save_adapter
 
@@ -341,6 +341,6 @@ def test_an_unset_variable_of_the_shell_is_not_the_default(arguments, named):
     ],
 )
 def test_what_is_asked_of_a_model_when_little_is_said(asked, keys, difficulty):
-    sized = search_command._sized(SearchSpecification(model="owner/base", task=TaskSpecification(**asked)), 32768)
+    sized = resolve_task(TaskSpecification(**asked), 32768, False, tiny_bpe(), to_run=True)
     assert (sized.keys, sized.difficulty) == (keys, difficulty)
-    assert sized.length == (4096 if asked.get("name") in ("kv_retrieval", "kv_mix") or not asked else None)
+    assert sized.length == (4096 if asked.get("name") in ("kv_retrieval", "kv_mix") or not asked else 32768)

@@ -78,6 +78,22 @@ def test_batches_equal_one_by_one(model, packed, batch_tokens):
     np.testing.assert_allclose(scores.log_prob.flatten(), [value for _, value in expected], atol=2e-5)
 
 
+def test_rows_of_one_length_whose_last_positions_differ_do_not_change_each_other():
+    """A rotation that depends on the length takes the largest position of a batch."""
+    config = LayerRopeConfig(rope_type="dynamic", factor=2.0, original_max_position_embeddings=16)
+    model, rng = get_peft_model(build_model("llama"), config), np.random.default_rng(0)
+    drawn = iter(rng.integers(1, VOCAB, 200).tolist())
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(next(drawn) for _ in range(count))
+
+    contexts = [tokens(20)] * 2 + [tokens(22), tokens(22)]  # the first is asked twice: 24 tokens, and 24
+    examples = tuple(Example(context, tokens(1), tokens(2), i % 2, i // 2) for i, context in enumerate(contexts))
+    split = Split("test", 0, (0, 1), examples)
+    found = Scorer(model).score(split, packed=True).log_prob.flatten()
+    np.testing.assert_allclose(found, [one_by_one(model, example)[1] for example in examples], atol=2e-5)
+
+
 def test_every_family_scores_like_one_by_one(family):
     model = get_peft_model(build_model(family), LayerRopeConfig(layer_factors=[1.0, 1.5, 2.0, 1.2]))
     split = random_split()

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 from peft_layerrope import InvalidConfigError, SearchError, SearchResult, UnsupportedModelError, search
 from peft_layerrope.runs import JOURNAL_NAME
+from peft_layerrope.searcher import run as run_module
 from peft_layerrope.searcher.evaluator import ModelEvaluator
 from peft_layerrope.searcher.plan import SearchProgress
+from peft_layerrope.searcher.settings import MIN_STEPS
 from peft_layerrope.searcher.space import FactorGrid
 
 SMALL = {"steps": 4, "test_groups": 4, "seed": 3}
@@ -125,6 +127,19 @@ def test_a_finished_search_is_not_run_again(whole, tmp_path, monkeypatch):
     )
     assert_same(run(tmp_path, resume=True, **fields), tmp_path, whole)
     assert not asked
+
+
+def test_a_search_by_the_clock_goes_on_with_the_plan_that_it_had(tmp_path, monkeypatch):
+    """However long the passes take that are timed anew."""
+    budget = {"steps": None, "minutes": 1e-6, "test_minutes": 1e-6}
+    with pytest.raises(Killed):
+        run(tmp_path, Bomb(20), **budget)
+    monkeypatch.setattr(run_module, "schedule_for", lambda *given: pytest.fail("planned anew"))
+    found = run(tmp_path, resume=True, **budget)
+    assert found.settings.steps == MIN_STEPS
+    assert found.timing["resumed"]
+    monkeypatch.undo()
+    assert found.to_dict() == run(None, **budget).to_dict()
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,15 @@ def test_windows_are_pieces_of_the_file(tmp_path):
     assert [part[0] for part in numbers] == sorted({part[0] for part in numbers})
 
 
+@pytest.mark.parametrize(("tokenizer", "length"), [(None, 200), (tiny_bpe(), 100)])
+def test_a_text_that_cannot_be_used_is_not_left_out_in_silence(tmp_path, tokenizer, length):
+    path = tmp_path / "text.txt"
+    path.write_text("word " * 9000)
+    with pytest.raises(TaskError, match=r"text=.*text\.txt"):
+        read_windows(tokenizer, path, length)
+    assert read_windows(tokenizer, None, length) == ()
+
+
 @pytest.mark.parametrize("content", [b"too short", b"\xff\xfe\x00bad", None])
 def test_a_file_that_is_no_text_is_refused(tmp_path, content):
     path = tmp_path / "text.txt"
@@ -94,6 +103,9 @@ def test_what_a_model_writes_is_drawn_by_the_seed_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert sample_windows(model, 3, 20, seed=6) != first
     assert [len(window) for window in first] == [20] * 3
+    model.generation_config.repetition_penalty = 3.0  # of the model's own answers, not of its distribution
+    assert sample_windows(model, 3, 20, seed=5) == first
+    assert model.generation_config.repetition_penalty == 3.0
 
 
 def test_what_a_model_writes_goes_on_from_what_people_wrote():
@@ -339,3 +351,28 @@ def test_no_scaling_is_the_unscaled_model_where_the_range_does_not_hold_1():
     assert min(found["per_layer"].factors) >= 1.2
     expected = evaluate(build_model("llama"), task, num_groups=4)
     np.testing.assert_allclose(found["none"].scores.log_prob, expected.log_prob, atol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_harm_that_is_no_number_keeps_to_no_bound(kept):
+    """As it was measured, and as a journal has it, which knows no such numbers."""
+    broken = Interval(math.nan, math.nan, math.nan)
+    if kept:
+        broken = Interval.from_list([None] * 3)
+    nothing = Interval(0.0, 0.0, 0.0)
+    assert Harm(broken, nothing).exceeds(0.01)
+    assert Harm(nothing, broken).exceeds(0.01)
+    assert not Harm(nothing, nothing).exceeds(0.01)
+
+
+def test_what_breaks_in_a_context_is_not_chosen():
+    nothing = Harm(Interval(0.0, 0.0, 0.0))
+    fitness = {"none": [0.1, 0.1, 0.12], "simple": [math.nan, 0.2, 0.2], "best": [0.5, 0.6, 0.55]}
+    assert choose(fitness, dict.fromkeys(fitness, nothing), tuple(fitness), 0.01) == "best"
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_search_of_one_layer(layer):
+    found = search(build_model("llama"), token_task(), **SMALL, layers_to_transform=(layer,))
+    for row in found.table:
+        assert all(factor == 1.0 for other, factor in enumerate(row.factors) if other != layer)

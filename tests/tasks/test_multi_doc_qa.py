@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from tiny_tokenizer import tiny_bpe
 
-from peft_layerrope import MultiDocumentQA, TaskError, best_subspan_em
+from peft_layerrope import KeyValueRetrieval, MultiDocumentQA, TaskError, best_subspan_em
+from peft_layerrope.searcher.evaluator import probes, times_dearer
 from peft_layerrope.tasks.base import SPLIT_NAMES, Task, check_disjoint
 from peft_layerrope.tasks.prompts import ASKED_EVERYWHERE, GOLD_MOVES
 
@@ -334,3 +335,16 @@ def test_too_few_passages_are_counted(oracle):
     task = MultiDocumentQA(tiny_bpe(), oracle, num_documents=31)
     with pytest.raises(TaskError, match=r"of its 12 questions only 0 leave 30 passages without their answers, 1 were"):
         task.prompts("test", 1)
+
+
+def test_a_plan_knows_that_a_test_runs_each_of_its_prompts_twice(oracle):
+    task = MultiDocumentQA(tiny_bpe(), oracle, num_documents=4)
+    *_, tested = probes(task)
+    assert (tested.protocol, task.protocol("test")) == (ASKED_EVERYWHERE, GOLD_MOVES)
+    shared = len(tested.examples[0].context_ids)
+    asked = {e.query_ids + e.answer_ids for e in tested.examples}
+    once = shared + sum(len(tokens) - 1 for tokens in asked)
+    apart = sum(e.num_tokens - 1 for e in task.split("test", 1).examples)
+    assert times_dearer(task, tested) == pytest.approx(2 * apart / once)
+    alike = KeyValueRetrieval(tiny_bpe(), num_keys=8)
+    assert times_dearer(alike, probes(alike)[-1]) == 1.0

@@ -16,6 +16,7 @@ from conftest import VOCAB, build_model
 from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope import Perplexity, SearchError, TaskError, evaluate, plan_search, search
+from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tasks.base import SPLIT_NAMES, Example, Split, Task, check_disjoint
 from peft_layerrope.tasks.perplexity import read_source
 
@@ -141,6 +142,13 @@ def test_a_search_on_text_compares_losses(task):
     assert rows["per_layer"]["ordinary_text"].keys() == {"divergence"}  # nothing is right or wrong at the two ends
     assert result.subtitle() == "perplexity, 40 tokens = 0.6× the trained window, 3 held-out contexts"
     assert result.table["uniform"].fitness < 0  # minus the loss
+
+
+def test_a_stride_of_few_tokens_is_measured_in_as_many_buckets():
+    split = Perplexity(STREAM, length=40, stride=4).split("test", 3)
+    scores = Scorer(build_model("llama")).measure(split)
+    assert scores.positions == (36, 37, 38, 39)
+    assert scores.log_prob.shape == (3, 4)
 
 
 @pytest.mark.parametrize("run", [search, plan_search])
