@@ -123,12 +123,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("in_file", [False, True])
-def test_minutes_decide_the_steps_of_the_demo_too(in_file, tmp_path):
-    file = tmp_path / "search.yaml"
-    file.write_text("search: {minutes: 0.01}\n")
-    asked = ("--config", str(file)) if in_file else ("--minutes", "0.01")
-    done = run("search", "--output", str(tmp_path / "out"), "--length", "128", "--positions", "3", *asked, "--dry-run")
+@pytest.mark.parametrize(
+    ("content", "typed"),
+    [(None, True), ("search: {minutes: 0.01}", False), ("search: {steps: 9, minutes: 20}", True)],
+    ids=["typed", "in a file", "typed beside the steps of a file"],
+)
+def test_minutes_decide_the_steps_of_the_demo_too(content, typed, tmp_path):
+    asked = ("--minutes", "0.01") if typed else ()
+    if content is not None:
+        (tmp_path / "search.yaml").write_text(content)
+        asked += ("--config", str(tmp_path / "search.yaml"))
+    # a dry run writes nothing, so that it is no matter what is in the folder
+    done = run("search", "--output", str(tmp_path), "--length", "128", "--positions", "3", *asked, "--dry-run")
     assert done.exit_code == 0
     assert "steps=4 " in " ".join(done.stdout.split())
     assert "more than --minutes 0.01" in " ".join(done.stderr.split())
