@@ -250,6 +250,11 @@ def row_length(row: Sequence[Example]) -> int:
     return len(row[0].context_ids) + sum(len(tokens) for tokens, _ in set(map(_after_context, row)))
 
 
+def tokens_run(examples: Sequence[Example]) -> int:
+    """Returns the tokens of the contexts of some examples, each run once, and of the questions to them."""
+    return sum(row_length([examples[i] for i in row]) for row in _packed_rows(examples, same_length=False))
+
+
 def _after_context(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens that are run after an example's context, and those of its answer, the last of which is not run."""
     return example.asked_ids + example.answer_ids[:-1], example.answer_ids

@@ -35,6 +35,13 @@ class Written:
     cut_off: bool  # stopped by the limit, neither ended nor settled
 
 
+def writing_model(model: nn.Module) -> nn.Module:
+    """Returns the model whose `generate()` writes, by settings of its own: the one whose layers hold an adapter."""
+    if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
+        return model.get_base_model()
+    return model
+
+
 @contextmanager
 def generating_by(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
     """Has a transformers model write by these settings alone. Passed to `generate()`, they would be mixed with its own,
@@ -58,8 +65,7 @@ class AnswerWriter:
 
     def __init__(self, model: nn.Module, split: Split, most: int | None = None) -> None:
         check_judged(split)
-        if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
-            model = model.get_base_model()  # whose layers hold the adapter
+        model = writing_model(model)
         if not hasattr(model, "generate"):
             raise TaskError(f"{type(model).__name__} has no generate(), which its answers are judged by.")
         self._model = model

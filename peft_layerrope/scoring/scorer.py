@@ -106,9 +106,10 @@ class Scorer:
             self._halving(lambda: self._score_rows(dict(enumerate(split.examples)), sheet, packed))
         return sheet.scores()
 
-    def bucket_losses(self, split: Split, num_buckets: int = DEFAULT_BUCKETS) -> PositionScores:
+    def bucket_losses(self, split: Split, num_buckets: int | None = DEFAULT_BUCKETS) -> PositionScores:
         """Measures the loss of every scored token of every window, averaged over buckets of token positions, which are
-        equal up to one token. Windows have one length; scored are the tokens that all have in their `answer_ids`.
+        equal up to one token; None: 8 of them, or as many as there are scored tokens. Windows have one length; scored
+        are the tokens that all have in their `answer_ids`.
 
         Returns:
             Scores of measure `"loss"`: `log_prob[g, b]` is the mean log-probability of window g's tokens in bucket b,
@@ -118,8 +119,10 @@ class Scorer:
             TaskError: not such a split, or more buckets than scored tokens.
         """
         split = aligned_windows(split)
-        check_buckets(split, num_buckets)
         scored = len(split.examples[0].answer_ids)
+        if num_buckets is None:
+            num_buckets = min(DEFAULT_BUCKETS, scored)
+        check_buckets(split, num_buckets)
         start = split.max_tokens - scored
         bounds = [bucket * scored // num_buckets for bucket in range(num_buckets + 1)]
         self.check(split)
@@ -176,12 +179,10 @@ class Scorer:
 
     def measure(self, split: Split, *, num_buckets: int | None = None) -> PositionScores:
         """Returns what figures are made of: of running text the loss; of a split with a judge the written answers; of
-        any other whether every token of the answer is the most probable one. `num_buckets`: see [`bucket_losses`];
-        default: 8, or as many as there are scored tokens.
+        any other whether every token of the answer is the most probable one. `num_buckets`: see [`bucket_losses`].
         """
         if split.measure == "loss":
-            scored = len(aligned_windows(split).examples[0].answer_ids)
-            return self.bucket_losses(split, min(DEFAULT_BUCKETS, scored) if num_buckets is None else num_buckets)
+            return self.bucket_losses(split, num_buckets)
         return self.score(split) if split.judge is None else self.generate(split)
 
     def _halving(self, attempt: Callable[[], object]) -> object:

@@ -8,10 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from ..scoring.batching import can_pack, row_length
+from ..scoring.batching import can_pack, tokens_run
 from ..scoring.scorer import Scorer
 from ..scoring.scores import PositionScores
-from ..tasks.base import Example, Split, SplitName, Task, spread_positions
+from ..tasks.base import Split, SplitName, Task, spread_positions
 from ..tasks.kv import KeyValueMix, KeyValueRetrieval
 from ..tasks.prompts import ASKED_EVERYWHERE, PromptTask
 from .space import Factors
@@ -80,14 +80,6 @@ def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
     return task.split(name, contexts, sorted(positions))
 
 
-def tokens_run(split: Split) -> int:
-    """Returns the tokens of a split's contexts, each run once, and of the questions to them."""
-    rows: dict[tuple[int, ...], list[Example]] = {}
-    for example in split.examples:
-        rows.setdefault(example.context_ids, []).append(example)
-    return sum(map(row_length, rows.values()))
-
-
 def probes(task: Task) -> tuple[Split, Split, Split]:
     """Returns contexts to plan by: the longest and one that takes about as long as most, as a search asks them, and the
     latter as a test does.
@@ -95,7 +87,7 @@ def probes(task: Task) -> tuple[Split, Split, Split]:
     turns = task.num_turns if isinstance(task, KeyValueMix) else 1
     asked = densely_asked(task, "search", turns)
     ones = [asked.part([number]) for number in range(turns)]
-    tokens = np.array([tokens_run(one) for one in ones])
+    tokens = np.array([tokens_run(one.examples) for one in ones])
     typical = int(np.argmin(abs(tokens - tokens.mean())))
     tested = task.split("search", turns).part([typical])
     return max(ones, key=lambda one: one.max_tokens), ones[typical], tested
@@ -108,7 +100,7 @@ def times_dearer(task: Task, tested: Split) -> float:
     """
     if not isinstance(task, PromptTask) or task.protocol("test") == task.protocol("search"):
         return 1.0
-    return 2 * tokens_run(task.split("test", 1)) / tokens_run(tested)
+    return 2 * tokens_run(task.split("test", 1).examples) / tokens_run(tested.examples)
 
 
 def shortened(split: Split, tokens: int) -> Split:
@@ -118,7 +110,9 @@ def shortened(split: Split, tokens: int) -> Split:
     """
     cut = max(0, split.max_tokens - tokens)
     # Where only the place of the answer differs, contexts would be alike if all lost the same part.
-    heads = {context: _HEAD + number for number, context in enumerate({e.context_ids: None for e in split.examples})}
+    heads = {
+        context: _HEAD + number for number, context in enumerate(dict.fromkeys(e.context_ids for e in split.examples))
+    }
 
     def without_middle(context: tuple[int, ...]) -> tuple[int, ...]:
         head = heads[context]

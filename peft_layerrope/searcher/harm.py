@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import TaskError, one_line
 from ..scoring.batching import judge_tokens, logits_at, whole_rows, with_halving
-from ..scoring.generation import generating_by
+from ..scoring.generation import generating_by, writing_model
 from ..scoring.scores import Interval, mean_interval, rank_key
 from ..tasks.perplexity import beginning, tokenized
 from ..tuner.sites import embedding_table
@@ -105,8 +104,7 @@ def sample_windows(model: nn.Module, num_windows: int, length: int, *, seed: int
         pad_token_id=start,
     )
     device = embedding_table(model).device
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()  # whose layers hold the adapter
+    model = writing_model(model)
 
     def attempt(rows: int) -> list[list[int]]:
         samples: list[list[int]] = []

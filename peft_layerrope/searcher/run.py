@@ -18,7 +18,7 @@ from ..errors import SearchError, TaskError, named
 from ..files import DEMO_NAME, writing
 from ..report import ACCURACY, Unit, times, unit_of
 from ..runs import Journal, recorded_identity
-from ..scoring.batching import check_vocabulary
+from ..scoring.batching import check_vocabulary, tokens_run
 from ..scoring.preflight import PREFLIGHT_NAME, Preflight, preflight, prepared, with_targets
 from ..scoring.scorer import Scorer
 from ..tasks.base import Split, Task, check_disjoint, check_task
@@ -34,7 +34,6 @@ from .evaluator import (
     probes,
     shortened,
     times_dearer,
-    tokens_run,
 )
 from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
 from .plan import (
@@ -398,6 +397,7 @@ def measured_rates(scorer: Scorer, one: Split, tested: Split, text: Sequence[int
     """Times the unscaled model on one context that is scored, on one that is tested, and on a window of text, after a
     short pass that makes everything ready. What would take long is told of shorter prompts.
     """
+    lengths = _TIMED_TOKENS, 2 * _TIMED_TOKENS
 
     @torch.no_grad()
     def read(tokens: int) -> None:
@@ -413,15 +413,17 @@ def measured_rates(scorer: Scorer, one: Split, tested: Split, text: Sequence[int
 
     def told(run: Callable[[Split], object], split: Split, first: float | None = None) -> float:
         few, more = (shortened(split, tokens) for tokens in lengths)
-        measured = (tokens_run(few), first or seconds(run, few)), (tokens_run(more), seconds(run, more))
-        return grown(tokens_run(split), measured)
+        measured = (
+            (tokens_run(few.examples), first or seconds(run, few)),
+            (tokens_run(more.examples), seconds(run, more)),
+        )
+        return grown(tokens_run(split.examples), measured)
 
     read(min(_FIRST_TOKENS, len(text)))
-    lengths = _TIMED_TOKENS, 2 * _TIMED_TOKENS
     few, more = (shortened(one, tokens) for tokens in lengths)
     if few.max_tokens < more.max_tokens < one.max_tokens:
         first = seconds(score, few)
-        if first * tokens_run(one) > _PATIENCE * tokens_run(few):
+        if first * tokens_run(one.examples) > _PATIENCE * tokens_run(few.examples):
             if len(text) <= lengths[-1]:
                 window = seconds(read, len(text))
             else:

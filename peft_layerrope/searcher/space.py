@@ -157,10 +157,16 @@ class FactorSpace:
 
     def family(self, rows: np.ndarray) -> np.ndarray:
         """Returns a family: the matrix, shape `(num_layers, num_parameters)`, that makes log-factors of a few numbers.
-        These are `rows`, but zeros where a layer stays at 1, and its source's row where it borrows keys.
+        These are `rows`, but zeros where a layer stays at 1, and its source's row where it borrows keys; numbers that
+        then change nothing which those before them do not are left out.
         """
         free = np.isin(np.arange(self.num_layers), self.scaled_layers)
-        return (rows * free[:, None])[list(self.key_sources)]
+        made = (rows * free[:, None])[list(self.key_sources)]
+        kept: list[int] = []
+        for number in range(made.shape[1]):
+            if np.linalg.matrix_rank(made[:, [*kept, number]]) > len(kept):
+                kept.append(number)
+        return made[:, kept]
 
 
 _BISECTION_STEPS = 60  # halves [0, 1] to below a float64's resolution
@@ -253,17 +259,13 @@ def _on_its_side(log_factors: np.ndarray, curvature: np.ndarray) -> np.ndarray:
 
 
 def first_and_rest_family(space: FactorSpace) -> np.ndarray:
-    """The first layer has a factor of its own, all others share one. One free layer is all there is to choose."""
-    if len(space.scaled_layers) == 1:
-        return per_layer_family(space)
+    """The first layer has a factor of its own, all others share one."""
     first = np.arange(space.num_layers) == space.scaled_layers[0]
     return space.family(np.stack([first, ~first], axis=1).astype(float))
 
 
 def decay_family(space: FactorSpace) -> np.ndarray:
-    """Factors that rise or fall exponentially with depth, as in LASP: two numbers; one for one free layer."""
-    if len(space.scaled_layers) == 1:
-        return per_layer_family(space)
+    """Factors that rise or fall exponentially with depth, as in LASP: two numbers."""
     depth = np.linspace(0.0, 1.0, space.num_layers)
     return space.family(np.stack([np.ones_like(depth), depth], axis=1))
 

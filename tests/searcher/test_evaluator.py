@@ -14,6 +14,7 @@ from tiny_tokenizer import tiny_bpe
 from transformers import PreTrainedModel
 
 from peft_layerrope import LayerRopeConfig, Split, TaskError
+from peft_layerrope.scoring.batching import tokens_run
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.searcher.evaluator import (
     ModelEvaluator,
@@ -21,7 +22,6 @@ from peft_layerrope.searcher.evaluator import (
     fitness_by_context,
     probes,
     shortened,
-    tokens_run,
 )
 from peft_layerrope.searcher.space import Factors
 from peft_layerrope.tasks.kv import KeyValueMix, KeyValueRetrieval
@@ -141,4 +141,4 @@ def test_a_shortened_split_keeps_its_beginning_and_as_many_different_contexts(tm
         assert (one.query_ids, one.answer_ids) == (other.query_ids, other.answer_ids)
     distinct = {example.context_ids for example in long.examples}
     asked = {(e.context_ids, e.query_ids + e.answer_ids) for e in long.examples}
-    assert tokens_run(long) == sum(map(len, distinct)) + sum(len(tokens) - 1 for _, tokens in asked)
+    assert tokens_run(long.examples) == sum(map(len, distinct)) + sum(len(tokens) - 1 for _, tokens in asked)
