@@ -181,6 +181,7 @@ _MEANINGS = {
     "tried": "tried: distinct candidates scored on the search split",
     "KL": "KL: divergence of next-token distributions from the unscaled model's on text that it wrote, in nats",
     "text loss": "text loss: rise of the loss on people's text, in nats",
+    "kept": "kept: change of the probability of right answers on the task that is to be kept, in points",
 }
 
 

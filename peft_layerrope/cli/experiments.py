@@ -16,7 +16,7 @@ from ..base_model import ModelSource, load_tokenizer, model_fingerprint
 from ..cards import REPORT_NAME, SPECIFICATION_NAME
 from ..comparison.candidates import Candidate, parse_baseline
 from ..declaration import changed, declared, option
-from ..errors import SearchError, TaskError
+from ..errors import SearchError
 from ..experiments import (
     DEFAULT_GROUPS,
     Measuring,
@@ -25,7 +25,6 @@ from ..experiments import (
     control_points,
     default_lengths,
     factor_vector,
-    task_of_length,
     transfer,
     window_and_task,
 )
@@ -39,7 +38,7 @@ from ..searcher.result import SearchRecord, read_record
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
 from ..searcher.space import FactorGrid
 from ..tasks.base import Task
-from ..tasks.specification import TASK_NAMES, TaskName, TaskSpecification
+from ..tasks.specification import TaskSpecification, parse_place, task_elsewhere, task_of_length
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
 from . import SUMMARIES, app, err, out, resumable
@@ -324,8 +323,8 @@ def transfer_command(
     Example: `layerrope experiment transfer --adapter demo-adapter --on kv_words:256 --on kv_words:512`
     """
     candidates = [Candidate.of_adapter(adapter) for adapter in adapters]
-    asked = {cell: _parse_cell(cell) for cell in on or []}
-    cells = {cell: _cell_task(run, *parts) for cell, parts in asked.items()}
+    asked = {cell: parse_place(cell, "--on") for cell in on or []}
+    cells = {cell: task_elsewhere(run.make_task, run.specification, *place) for cell, place in asked.items()}
     if not cells:
         cells = {f"{run.specification.name}:{run.specification.length}": run.task}
     run.finish(lambda measuring: transfer.run_transfer(measuring, cells, candidates))
@@ -338,19 +337,6 @@ def _lengths(text: str | None) -> list[int]:
     if len(set(lengths)) != text.count(",") + 1:
         raise SearchError(f"--lengths {text!r} must be distinct numbers of tokens such as 4096,8192.")
     return lengths
-
-
-def _parse_cell(text: str) -> tuple[TaskName, int | None]:
-    name, _, length = text.partition(":")
-    if name not in TASK_NAMES or (text != name and not re.fullmatch("[1-9][0-9]{0,8}", length)):
-        expected = f"one of {', '.join(TASK_NAMES)}, with a length if need be, such as {TASK_NAMES[0]}:512"
-        raise TaskError(f"--on {text!r}: expected {expected}.")
-    return name, int(length) if length else None
-
-
-def _cell_task(run: Run, name: TaskName, length: int | None) -> Task:
-    specification = run.specification.of_task(name)
-    return run.make_task(specification) if length is None else task_of_length(run.make_task, specification, length)
 
 
 _NOT_FROM_A_FILE = ("device", "trust_remote_code")  # it may be a stranger's: that code may run has to be typed

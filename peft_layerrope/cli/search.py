@@ -25,6 +25,7 @@ from ..searcher.result import NONE, TIMING_NAME, SearchResult
 from ..searcher.run import plan_search
 from ..searcher.run import search as run_search
 from ..searcher.settings import SearchSettings, SearchSpecification, read_specification
+from ..tasks.specification import parse_place, task_elsewhere
 from ..tuner.artifacts import check_no_model
 from . import err, out, resumable, shell_word
 from .options import (
@@ -98,13 +99,16 @@ def search(
     task = resolve_task(specification.task, window, specification.model is None, tokenizer, to_run=True)
     specification = replace(specification, task=task)
     # what cannot work is refused before the model is loaded
-    built = build_task(replace(task, difficulty=None), tokenizer)
+    built, keep = build_task(replace(task, difficulty=None), tokenizer), None
+    if specification.keep_task is not None:
+        place = parse_place(specification.keep_task, "keep_task")
+        keep = task_elsewhere(partial(build_task, tokenizer=tokenizer), replace(task, difficulty=None), *place)
     loaded = load(specification)
     if task.difficulty is not None:
         task = with_difficulty(task, tokenizer, loaded, specification.search.batch_tokens)
         specification, built = replace(specification, task=task), build_task(task, tokenizer)
     if dry_run:
-        _tell(plan_search(loaded, built, specification.search), specification.search, out)
+        _tell(plan_search(loaded, built, specification.search, keep=keep), specification.search, out)
         return
 
     with ExitStack() as stack:
@@ -123,6 +127,7 @@ def search(
             loaded,
             built,
             specification.search,
+            keep=keep,
             folder=output / RUN_FOLDER,
             resume=resume,
             overwrite=overwrite,

@@ -7,7 +7,7 @@ for an adapter with another number of layers, a SearchError for factors or a cur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import Interval, PositionScores, mean_interval, paired_interval
 from ..searcher.plan import SearchProgress
 from ..tasks.base import Measure, Split, SplitName, Task
-from ..tasks.specification import TaskSpecification
+from ..tasks.specification import MakeTask, TaskSpecification, task_of_length
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import find_stack, trained_window
 
@@ -123,26 +123,6 @@ def tried_factors(factors: Iterable[float]) -> tuple[float, ...]:
     if not found:
         raise SearchError("a factor other than 1 must be tried: 1 is the unscaled model, to which others are compared.")
     return tuple(found)
-
-
-MakeTask = Callable[[TaskSpecification], Task]
-
-
-def task_of_length(make: MakeTask, specification: TaskSpecification, length: int) -> Task:
-    """Returns the task with prompts of up to `length` tokens: with as many items as fit. Raises TaskError if it cannot
-    be made that long, or that short.
-    """
-    task = make(replace(specification, length=length, num_keys=None, num_documents=None))
-    try:
-        probe = task.split("search", 1)
-    except TaskError:  # the contexts of its file are too long
-        if not hasattr(task, "shortened"):
-            raise
-        task = task.shortened(length)
-        probe = task.split("search", 1)
-    if probe.max_tokens < 0.7 * length:  # prompts that are much shorter than asked for are not what the length says
-        raise TaskError(f"task {task.name} cannot fill {length} tokens: its prompts have {probe.max_tokens}.")
-    return task
 
 
 def default_lengths(

@@ -22,12 +22,11 @@ from ..searcher.plan import SearchProgress
 from ..searcher.result import SearchRecord
 from ..searcher.space import default_scaled_layers
 from ..tasks.base import Task
-from ..tasks.specification import TaskSpecification
+from ..tasks.specification import MakeTask, TaskSpecification
 from ..tuner.config import LayerRopeConfig
 from ..tuner.sites import trained_window
 from . import (
     DEFAULT_GROUPS,
-    MakeTask,
     Measuring,
     attention,
     by_position,

@@ -51,8 +51,10 @@ class Preflight:
     answerable: tuple[int, ...] | None  # lines of the questions that it answers with the gold item alone
     window_share: float | None  # longest prompt, divided by the trained window; None if that is not known
 
-    def check(self, task: PromptTask) -> None:
-        """Raises TaskError unless the model answers often enough, but not always; the message shows samples."""
+    def check(self, task: PromptTask, ceiling: float = CEILING) -> None:
+        """Raises TaskError unless the model answers often enough, but not always, which is below the `ceiling` at one
+        position at least; the message shows samples.
+        """
         by_position = self.scores.accuracy_by_position
         values = " / ".join(f"{100 * value:.0f}" for value in by_position)
         start = f"the unscaled model answers {values} % of the prompts by position"
@@ -64,7 +66,7 @@ class Preflight:
                 reason = "too few right answers to learn how they are written"
             advice = f"Use fewer {size}, another form of prompt (chat_template), or another model"
             raise TaskError(f"{start}: {reason}. It wrote {shows}. {advice}.")
-        if (by_position >= CEILING).all():
+        if (by_position >= ceiling).all():
             raise TaskError(f"{start}: there is no lost middle to mend. Use more {size}.")
 
     def remarks(self) -> list[str]:

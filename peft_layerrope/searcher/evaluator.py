@@ -80,6 +80,11 @@ def densely_asked(task: Task, name: SplitName, contexts: int) -> Split:
     return task.split(name, contexts, sorted(positions))
 
 
+def kept_part(task: Task, contexts: int) -> Split:
+    """Returns contexts of the validation split of a task that is to be kept, under a name of its own."""
+    return replace(densely_asked(task, "validation", available(task, "validation", contexts)), name="kept")
+
+
 def probes(task: Task) -> tuple[Split, Split, Split]:
     """Returns contexts to plan by: the longest and one that takes about as long as most, as a search asks them, and the
     latter as a test does.

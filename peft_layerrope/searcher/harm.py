@@ -29,8 +29,9 @@ Windows = tuple[tuple[int, ...], ...]
 
 NUM_WINDOWS, NUM_WRITTEN = 4, 2
 """Of people's text, and of what the model writes."""
-MAX_END_DROP = 0.03
-"""Accuracy that may be lost where the answer stands first, and where it stands last."""
+MAX_DROP = 0.03
+"""Accuracy that may be lost where the answer stands first, and where it stands last; and of the probability of right
+answers on a task that is to be kept."""
 SAMPLE_NAME = "sample_text.txt"
 _MAX_UNKNOWN = 0.1  # share of unknown tokens from which on a text is none to the model
 _CHARACTERS_PER_TOKEN = 40  # read of a file at most, for each token that is wanted
@@ -175,6 +176,8 @@ class Harm:
     loss_rise: Interval | None = None  # on people's text, in nats; None where there is none
     # change of the accuracy at the first and at the last position; None where no answers are asked for
     ends: tuple[Interval, Interval] | None = None
+    # change of the probability of right answers on a task that is to be kept; None where that was not measured
+    kept: Interval | None = None
 
     @property
     def on_text(self) -> Interval:
@@ -190,15 +193,20 @@ class Harm:
         named = {"divergence": self.divergence, "loss_rise": self.loss_rise}
         if self.ends is not None:
             named |= {"first_position": self.ends[0], "last_position": self.ends[1]}
+        named["kept_task"] = self.kept
         return {name: interval.to_list() for name, interval in named.items() if interval is not None}
 
     def exceeds(self, bound: float | None) -> bool:
-        """Whether a bound is broken for sure: that on text, in nats, or [`MAX_END_DROP`]. No bound, none of them."""
-        if bound is None:
-            return False
-        # nothing that is not a number keeps to it
-        kept = all(np.isfinite(interval.value) and interval.low <= bound for interval in self._on_text)
-        return not (kept and all(interval.high >= -MAX_END_DROP for interval in self.ends or ()))
+        """Whether a bound is broken for sure: that on text, in nats, or [`MAX_DROP`]. No bound, none of them but that
+        of a task to be kept.
+        """
+        drops = [self.kept] if self.kept is not None else []
+        kept = True
+        if bound is not None:
+            drops += self.ends or ()
+            # nothing that is not a number keeps to it
+            kept = all(np.isfinite(interval.value) and interval.low <= bound for interval in self._on_text)
+        return not (kept and all(interval.high >= -MAX_DROP for interval in drops))
 
 
 def choose(

@@ -134,6 +134,7 @@ UNIFORM_HARM = "harm of uniform factors"
 CURVATURE = "harm of each layer"
 VALIDATION = "choice on the validation split"
 HARM = "harm to ordinary text"
+KEPT = "task that is to be kept"
 TEST = "held-out test"
 
 
@@ -172,6 +173,8 @@ CONTROLS = (FIRST_REST, DECAY)
 _NUMBERS = 2
 _PROBED = 3  # beside what is found: the unscaled model, and a uniform factor on each side
 _PROBED_SHARE = 1 / 3  # of a window, on which a layer's harm is measured
+KEPT_CONTEXTS = 6  # of a task that is to be kept
+_KEPT_VECTORS = 2  # that are usually measured there: the unscaled model, and what is chosen
 _WRITTEN_COST = 8  # what the unscaled model writes, in contexts of the same length
 
 
@@ -192,6 +195,7 @@ class Rates:
     context: float  # scoring the questions of one context
     window: float  # a pass over a window of text
     written: float  # a context of the held-out test
+    kept: float = 0.0  # scoring one of a task that is to be kept; 0: there is none
 
 
 def grown(tokens: int, measured: Sequence[tuple[int, float]]) -> float:
@@ -275,6 +279,7 @@ class Schedule:
             **{steps_of(name): control for name in CONTROLS},
             VALIDATION: finalists * self.validation_contexts * rates.context,
             HARM: finalists * checked,  # the unscaled model does none; a vector may be made smaller and measured again
+            **({KEPT: _KEPT_VECTORS * KEPT_CONTEXTS * rates.kept} if rates.kept else {}),
         }
 
     def _search(self, steps: int, population: int, rates: Rates) -> float:

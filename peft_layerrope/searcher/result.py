@@ -23,6 +23,7 @@ from ..files import public_name, read_json_object, replacing_files, to_json
 from ..hub import push_to_hub
 from ..plots import plot_by_position, plot_factors_by_depth, plot_gain_over_harm
 from ..report import (
+    ACCURACY,
     Table,
     fitness_remark,
     format_factors,
@@ -134,14 +135,18 @@ class HeldOutTables:
     def choice_table(self) -> Table:
         """Returns what each method chose on the search split, and what it does to ordinary text where that is known."""
         harmed = all(row.harm is not None for row in self.table)
+        kept = harmed and any(row.harm.kept is not None for row in self.table)
         rows = []
         for row in self.table:
             line = [row.label, str(row.evaluations), f"{row.fitness:.3f}" if math.isfinite(row.fitness) else ""]
             if harmed:
                 rise = row.harm.loss_rise
                 line += [f"{row.harm.divergence.value:.4f}", f"{rise.value:+.4f}" if rise is not None else "–"]
+            if kept:
+                line.append(ACCURACY.gain(row.harm.kept) if row.harm.kept is not None else "")
             rows.append((*line, format_factors(row.factors)))
-        header = ("candidate", "tried", "fitness", *(("KL", "text loss") if harmed else ()), "factors")
+        measured = (("KL", "text loss") if harmed else ()) + (("kept",) if kept else ())
+        header = ("candidate", "tried", "fitness", *measured, "factors")
         title = "Found on the search split"
         return Table(header, tuple(rows), title, meanings(header), (0, len(header) - 1))
 
@@ -430,7 +435,9 @@ class RecordedRow(_Checked):
     def harm(self) -> Harm | None:
         """What the factors do to ordinary text; None where that was not measured."""
         found = self.ordinary_text
-        return Harm(found["divergence"], found.get("loss_rise")) if "divergence" in found else None
+        if "divergence" not in found:
+            return None
+        return Harm(found["divergence"], found.get("loss_rise"), kept=found.get("kept_task"))
 
 
 class RecordedTask(_Checked):

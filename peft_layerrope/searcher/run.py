@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,13 +32,15 @@ from .evaluator import (
     contexts_to_ask,
     densely_asked,
     densely_scored,
+    kept_part,
     probes,
     shortened,
     times_dearer,
 )
-from .harm import SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
+from .harm import MAX_DROP, SAMPLE_NAME, Windows, read_windows, scored_positions, window_logits
 from .plan import (
     CONTROLS,
+    KEPT_CONTEXTS,
     PREFLIGHT,
     TEST,
     Plan,
@@ -58,6 +61,7 @@ from .stages import LOSSES, SIMPLEST_FIRST, UNIFORM_RANGE, Outcome, Stages, end_
 _MIN_TEST_GROUPS = 20
 _FIRST_TOKENS = 64  # of the pass that nobody times
 _TIMED_TOKENS, _PATIENCE = 1024, 5.0  # beyond twice the former, what takes more seconds is timed on fewer tokens
+_KEPT_LOOKED = 2  # contexts of a task that is to be kept, which show how its answers are written
 _HARM = Unit("harm", "nats", "nats", 1, 4)
 
 Distribute = Callable[[ModelEvaluator, Split], Evaluator]
@@ -70,6 +74,7 @@ def search(
     task: Task,
     settings: SearchSettings | None = None,
     *,
+    keep: Task | None = None,
     progress: bool | SearchProgress = True,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -93,6 +98,8 @@ def search(
         model: a transformers causal language model; left as it was found.
         task: where the examples come from; its splits must be disjoint.
         settings: see [`SearchSettings`].
+        keep: another task, or the same with other prompts. What clearly makes right answers there less likely, by more
+            than 3 points on a few contexts of its validation split, is not the result.
         progress: a progress bar (default), none (`False`), or your own.
         folder: where `journal.jsonl` keeps all that was measured; default: in memory only.
         resume: go on from what is in `folder`, if there is something; the result is the uninterrupted run's, bit for
@@ -135,7 +142,7 @@ def search(
     elif not hasattr(progress, "stage"):
         raise SearchError(f"progress={named(progress)} must be True, False or a SearchProgress.")
     kept = Path(folder) if folder is not None else None
-    with _prepared(model, task, settings) as ready, progress as audience:
+    with _prepared(model, task, settings, keep) as ready, progress as audience:
         plan = ready.plan
         settings = replace(settings, steps=plan.schedule.steps, test_groups=plan.test_groups)
         ready = replace(ready, settings=settings)
@@ -143,7 +150,7 @@ def search(
             on_plan(plan)
         audience.expect(plan.seconds)
         found = _looked(ready, kept if resume else None, audience)
-        search, *others = splits = _splits(ready, found)
+        search, *others = splits = _splits(ready, found, audience)
         ready.scorer.check(search)  # of prompts as long as these, before a candidate's factors are on the model
         identity = {
             "settings": {name: value for name, value in asdict(settings).items() if name != "minutes"},
@@ -182,9 +189,16 @@ def search(
         return _result(ready, outcome, stages, found, splits)
 
 
-def plan_search(model: nn.Module, task: Task, settings: SearchSettings | None = None, **overrides: Any) -> Plan:
+def plan_search(
+    model: nn.Module,
+    task: Task,
+    settings: SearchSettings | None = None,
+    *,
+    keep: Task | None = None,
+    **overrides: Any,
+) -> Plan:
     """Returns what [`search`] with these arguments would do, after a few timed passes. Writes nothing."""
-    with _prepared(model, task, _settings(settings, overrides)) as ready:
+    with _prepared(model, task, _settings(settings, overrides), keep) as ready:
         return ready.plan
 
 
@@ -206,6 +220,7 @@ class _Prepared:
     """A model with an adapter whose factors are all 1, and what is known of the search before the first look."""
 
     task: Task
+    keep: Task | None  # on which the result is to lose nothing
     settings: SearchSettings  # with the plan's steps and contexts, once a search begins
     scorer: Scorer
     space: FactorSpace
@@ -214,16 +229,20 @@ class _Prepared:
 
 
 @contextmanager
-def _prepared(model: nn.Module, task: Task, settings: SearchSettings) -> Iterator[_Prepared]:
+def _prepared(model: nn.Module, task: Task, settings: SearchSettings, keep: Task | None) -> Iterator[_Prepared]:
     """Checks what can be checked, injects the adapter, times a few passes, and plans the search by them."""
     started = time.perf_counter()
     check_task(task)
+    if keep is not None:
+        check_task(keep)
+        if keep.split("validation", 1).measure == "loss":
+            raise TaskError(f"keep: {keep.name} has no answers, which may be right or wrong.")
     space = settings.space(tuple(find_stack(model).key_sources))
     with adapted(model, settings.adapter_config([1.0] * space.num_layers)) as peft_model:
         scorer = Scorer(peft_model, batch_tokens=settings.batch_tokens)
         windows = _windows(scorer, task, settings)
-        plan = _plan(scorer, task, settings, space, windows, started)
-        yield _Prepared(task, settings, scorer, space, windows, plan)
+        plan = _plan(scorer, task, keep, settings, space, windows, started)
+        yield _Prepared(task, keep, settings, scorer, space, windows, plan)
 
 
 def _source(settings: SearchSettings) -> str:
@@ -250,12 +269,19 @@ def _text_tokens(model: nn.Module, probe: Split) -> int:
 
 
 def _plan(
-    scorer: Scorer, task: Task, settings: SearchSettings, space: FactorSpace, windows: Windows, started: float
+    scorer: Scorer,
+    task: Task,
+    keep: Task | None,
+    settings: SearchSettings,
+    space: FactorSpace,
+    windows: Windows,
+    started: float,
 ) -> Plan:
     spent, (longest, typical, tested) = since(started), probes(task)
     tokens = len(windows[0]) if windows else _text_tokens(scorer.model, longest)
     text = max(longest.examples, key=lambda example: example.num_tokens)
-    rates = measured_rates(scorer, typical, tested, (text.prompt_ids + text.answer_ids)[:tokens])
+    kept = kept_part(keep, 1) if keep is not None else None
+    rates = measured_rates(scorer, typical, tested, (text.prompt_ids + text.answer_ids)[:tokens], kept)
     shortest = Schedule.of(settings, settings.steps or MIN_STEPS, len(space.scaled_layers))
     before = spent + settings.preflight_groups * rates.written
     schedule = shortest if settings.steps else schedule_for(60 * settings.minutes - before, rates, shortest)
@@ -294,8 +320,8 @@ def _looked(ready: _Prepared, folder: Path | None, audience: SearchProgress) -> 
     return found
 
 
-def _splits(ready: _Prepared, found: Preflight | None) -> tuple[Split, Split, Split]:
-    """The search, the validation and the test split, which share no context."""
+def _splits(ready: _Prepared, found: Preflight | None, audience: SearchProgress) -> tuple[Split, ...]:
+    """The search, the validation and the test split, and what is to be kept, if anything is; they share no context."""
     task, schedule = ready.task, ready.plan.schedule
     searched = prepared(task, found) if found is not None else task
     made = (
@@ -303,11 +329,25 @@ def _splits(ready: _Prepared, found: Preflight | None) -> tuple[Split, Split, Sp
         densely_asked(task, "validation", available(task, "validation", schedule.validation_contexts)),
         task.split("test", ready.settings.test_groups),
     )
+    made = (*(with_targets(split, found, task) for split in made), *_kept(ready, audience))
     check_disjoint(made)
     for split in made:
         check_vocabulary(ready.scorer.model, split.examples)
-    search, validation, test = (with_targets(split, found, task) for split in made)
-    return search, validation, test
+    return made
+
+
+def _kept(ready: _Prepared, audience: SearchProgress) -> tuple[Split, ...]:
+    """Contexts of the task that is to be kept, if there is one, asked for answers as the unscaled model writes them."""
+    keep = ready.keep
+    if keep is None:
+        return ()
+    split = kept_part(keep, KEPT_CONTEXTS)
+    if not isinstance(keep, PromptTask):
+        return (split,)
+    found = preflight(ready.scorer, keep, num_groups=_KEPT_LOOKED, wanted={"validation": split.num_groups})
+    if not ready.settings.anyway:
+        found.check(keep, ceiling=math.inf)
+    return (with_targets(split, found, keep),)
 
 
 def _result(
@@ -343,6 +383,7 @@ def _result(
             "text": _source(settings) if ready.windows else None,
             "windows": len(ready.windows),
             "tokens_per_window": plan.text_tokens,
+            **({"kept": ready.keep.describe()} if ready.keep is not None else {}),
         },
         timing={
             "seconds": {k: round(v, 2) for k, v in stages.seconds.items()},
@@ -351,7 +392,21 @@ def _result(
         },
         preflight=found,
     )
-    return replace(result, notes=_notes(ready, outcome, result.label(outcome.chosen)))
+    verdict, *notes = _notes(ready, outcome, result.label(outcome.chosen))
+    return replace(result, notes=(verdict, *_told_of_kept(outcome, splits[3:]), *notes))
+
+
+def _told_of_kept(outcome: Outcome, kept: Sequence[Split]) -> Iterator[str]:
+    """What was measured on the task that is to be kept, if there is one, in a sentence."""
+    for split in kept:
+        changes = {name: change for name in SIMPLEST_FIRST if (change := outcome.harm[name].kept) is not None}
+        told = "; ".join(f'"{LABELS[name]}" {ACCURACY.change_in_words(change)}' for name, change in changes.items())
+        yield (
+            f"kept: change of the probability of right answers on {split.num_groups} contexts of up to "
+            f"{split.max_tokens} tokens that are to be kept, each asked at {len(split.positions)} positions: "
+            f"{told or 'nothing was measured'}. What clearly "
+            f"loses more than {ACCURACY.scale * MAX_DROP:g} points there is not the result."
+        )
 
 
 def _notes(ready: _Prepared, outcome: Outcome, label: str) -> tuple[str, ...]:
@@ -393,9 +448,10 @@ def _notes(ready: _Prepared, outcome: Outcome, label: str) -> tuple[str, ...]:
     return verdict, text, cost
 
 
-def measured_rates(scorer: Scorer, one: Split, tested: Split, text: Sequence[int]) -> Rates:
-    """Times the unscaled model on one context that is scored, on one that is tested, and on a window of text, after a
-    short pass that makes everything ready. What would take long is told of shorter prompts.
+def measured_rates(scorer: Scorer, one: Split, tested: Split, text: Sequence[int], kept: Split | None = None) -> Rates:
+    """Times the unscaled model on one context that is scored, on one that is tested, on a window of text, and on one of
+    a task that is to be kept, after a short pass that makes everything ready. What would take long is told of shorter
+    prompts.
     """
     lengths = _TIMED_TOKENS, 2 * _TIMED_TOKENS
 
@@ -419,15 +475,24 @@ def measured_rates(scorer: Scorer, one: Split, tested: Split, text: Sequence[int
         )
         return grown(tokens_run(split.examples), measured)
 
-    read(min(_FIRST_TOKENS, len(text)))
-    few, more = (shortened(one, tokens) for tokens in lengths)
-    if few.max_tokens < more.max_tokens < one.max_tokens:
+    def told_of_long(split: Split) -> float | None:
+        """Of scoring a context that would take long; None where it does not."""
+        few, more = (shortened(split, tokens) for tokens in lengths)
+        if not few.max_tokens < more.max_tokens < split.max_tokens:
+            return None
         first = seconds(score, few)
-        if first * tokens_run(one.examples) > _PATIENCE * tokens_run(few.examples):
-            if len(text) <= lengths[-1]:
-                window = seconds(read, len(text))
-            else:
-                window = grown(len(text), [(tokens, seconds(read, tokens)) for tokens in lengths])
-            return Rates(told(score, one, first), window, told(scorer.measure, tested))
-    scorer.check(one)  # outside of what is timed
-    return Rates(seconds(score, one), seconds(read, len(text)), seconds(scorer.measure, tested))
+        if first * tokens_run(split.examples) <= _PATIENCE * tokens_run(few.examples):
+            return None
+        return told(score, split, first)
+
+    read(min(_FIRST_TOKENS, len(text)))
+    context = told_of_long(one)
+    other = (told_of_long(kept) or seconds(score, kept)) if kept is not None else 0.0
+    if context is None:
+        scorer.check(one)  # outside of what is timed
+        return Rates(seconds(score, one), seconds(read, len(text)), seconds(scorer.measure, tested), other)
+    if len(text) <= lengths[-1]:
+        window = seconds(read, len(text))
+    else:
+        window = grown(len(text), [(tokens, seconds(read, tokens)) for tokens in lengths])
+    return Rates(context, window, told(scorer.measure, tested), other)

@@ -20,7 +20,7 @@ from ..files import parse_yaml, write_atomically
 from ..scoring.preflight import PREFLIGHT_GROUPS
 from ..scoring.scorer import DEFAULT_BATCH_TOKENS
 from ..scoring.scores import DEFAULT_WEIGHTS
-from ..tasks.specification import TaskSpecification
+from ..tasks.specification import TaskSpecification, parse_place
 from ..tuner.config import FACTOR_RANGE, LayerRopeConfig
 from ..tuner.scaling import RopeType
 from .algorithms import ELITES
@@ -198,6 +198,18 @@ class SearchSpecification(ModelSource):
         default_factory=TaskSpecification
     )
     search: Annotated[SearchSettings, Field(description="The settings.")] = field(default_factory=SearchSettings)
+    keep_task: Annotated[
+        str | None,
+        _search(
+            "Another task, or the same at another length, such as kv_retrieval:4096, on which the result does not "
+            "clearly lose more than 3 points of probability of the right answers. Default: none."
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_task is not None:
+            parse_place(self.keep_task, "keep_task")
 
     @classmethod
     def of(cls, values: Mapping[str, Any], source: str) -> SearchSpecification:

@@ -39,6 +39,7 @@ from .plan import (
     CURVATURE,
     FINALISTS,
     HARM,
+    KEPT,
     TEST,
     UNIFORM_HARM,
     VALIDATION,
@@ -51,7 +52,7 @@ from .plan import (
     since,
     steps_of,
 )
-from .result import BOUNDED, NONE, PER_LAYER, UNIFORM
+from .result import BOUNDED, LABELS, NONE, PER_LAYER, UNIFORM
 from .settings import SearchSettings
 from .space import (
     AIMED,
@@ -136,9 +137,11 @@ class Stages:
         # logits or losses of the unscaled model, by which those of every vector are judged
         self._unscaled = cache(lambda measured, *of: measured(self._ones, *of))
 
-    def run(self, schedule: Schedule, search: Split, validation: Split, test: Split) -> Outcome:
+    def run(
+        self, schedule: Schedule, search: Split, validation: Split, test: Split, kept: Split | None = None
+    ) -> Outcome:
         """Searches, measures, chooses, and has each vector tested. Contexts to search on are drawn with replacement
-        where they are fewer than the schedule has.
+        where they are fewer than the schedule has. On contexts that are `kept` the result loses nothing for sure.
         """
         self._search = search
         rng, self._contexts = np.random.default_rng(self.settings.seed), list(range(search.num_groups))
@@ -160,10 +163,28 @@ class Stages:
         scores = self._scored(VALIDATION, {name: results[name] for name in SIMPLEST_FIRST}, validation)
         harm = self._harm(results, scores)
         fitness = {name: fitness_by_context(score) for name, score in scores.items()}
-        chosen = choose(fitness, harm, SIMPLEST_FIRST, self.settings.max_harm)
+        chosen = self._chosen(results, fitness, harm, kept)
         first = {name: results[name] for name in (NONE, chosen)}  # a test that is interrupted has these
         held_out = self._scored(TEST, first | results, test, written=True)
         return Outcome(results, harm, chosen, held_out)
+
+    def _chosen(
+        self,
+        results: Mapping[str, MethodResult],
+        fitness: Mapping[str, np.ndarray],
+        harm: dict[str, Harm],
+        kept: Split | None,
+    ) -> str:
+        """The result's name. What is to be kept is measured for that alone, and added to its `harm`."""
+        while True:
+            chosen = choose(fitness, harm, SIMPLEST_FIRST, self.settings.max_harm)
+            if kept is None or chosen == NONE or harm[chosen].kept is not None:
+                return chosen
+            scores = self._scored(KEPT, {name: results[name] for name in (NONE, chosen)}, kept)
+            change = mean_interval(fitness_by_context(scores[chosen]) - fitness_by_context(scores[NONE]))
+            alike = (name for name in results if results[name].factors == results[chosen].factors)
+            harm.update((name, replace(harm[name], kept=change)) for name in list(alike))
+            self.audience.note(f"{LABELS[chosen]}: {change.value:+.3f}")
 
     def _part(self, start: int, count: int) -> Split:
         """Contexts number `start` and on, each once."""

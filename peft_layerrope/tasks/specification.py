@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -198,3 +199,42 @@ def with_chat(task: TaskSpecification, tokenizer: PreTrainedTokenizerBase) -> Ta
         return task
     chat = {name: getattr(task, name) for name in _CHAT}
     return replace(task, **PromptEncoder(tokenizer, **chat).settings())
+
+
+MakeTask = Callable[[TaskSpecification], Task]
+
+
+def parse_place(text: str, option: str) -> tuple[TaskName, int | None]:
+    """Reads which task is meant, and how many tokens its prompts may have if that is said, such as `"kv_words:512"`.
+    Raises TaskError, which names the `option`, if it says neither.
+    """
+    name, _, length = text.partition(":")
+    if name not in TASK_NAMES or (text != name and not re.fullmatch("[1-9][0-9]{0,8}", length)):
+        expected = f"one of {', '.join(TASK_NAMES)}, with a length if need be, such as {TASK_NAMES[0]}:512"
+        raise TaskError(f"{option} {text!r}: expected {expected}.")
+    return name, int(length) if length else None
+
+
+def task_elsewhere(make: MakeTask, specification: TaskSpecification, name: TaskName, length: int | None) -> Task:
+    """Returns the task of this name, with what a specification says that is not of its task alone; with `length` in
+    tokens as [`task_of_length`] makes it. Raises TaskError if it cannot be made.
+    """
+    specification = specification.of_task(name)
+    return make(specification) if length is None else task_of_length(make, specification, length)
+
+
+def task_of_length(make: MakeTask, specification: TaskSpecification, length: int) -> Task:
+    """Returns the task with prompts of up to `length` tokens: with as many items as fit. Raises TaskError if it cannot
+    be made that long, or that short.
+    """
+    task = make(replace(specification, length=length, num_keys=None, num_documents=None))
+    try:
+        probe = task.split("search", 1)
+    except TaskError:  # the contexts of its file are too long
+        if not hasattr(task, "shortened"):
+            raise
+        task = task.shortened(length)
+        probe = task.split("search", 1)
+    if probe.max_tokens < 0.7 * length:  # prompts that are much shorter than asked for are not what the length says
+        raise TaskError(f"task {task.name} cannot fill {length} tokens: its prompts have {probe.max_tokens}.")
+    return task

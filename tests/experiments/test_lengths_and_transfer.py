@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from peft_layerrope import LayerRopeConfig, demo_model_path
 from peft_layerrope.comparison.candidates import NO_SCALING, Candidate
 from peft_layerrope.errors import TaskError
-from peft_layerrope.experiments import Measuring, default_lengths, task_of_length, window_and_task
+from peft_layerrope.experiments import Measuring, default_lengths, window_and_task
 from peft_layerrope.experiments.transfer import NTK, PI, run_extrapolation, run_transfer
 from peft_layerrope.scoring.scorer import Scorer
 from peft_layerrope.tasks.perplexity import Perplexity
-from peft_layerrope.tasks.specification import TaskSpecification, make_task
+from peft_layerrope.tasks.specification import TaskSpecification, make_task, task_of_length
 from peft_layerrope.tuner.artifacts import save_adapter
 
 

@@ -318,3 +318,45 @@ def test_errors_come_before_any_work():
         search(build_model("llama"), token_task(), **SMALL, layers_to_transform=(NUM_LAYERS,))
     with pytest.raises(TaskError, match="outside the model's vocabulary"):
         search(build_model("llama"), token_task(vocab=10 * VOCAB), **SMALL)
+
+
+@pytest.mark.parametrize(("lost", "kept"), [(0.1, False), (0.01, True), (-0.1, True)])
+def test_what_clearly_loses_where_something_is_to_be_kept_is_not_the_result(task, monkeypatch, tmp_path, lost, kept):
+    """Each candidate that would be the result loses so much probability of the right answers, more or less."""
+
+    def scores(self, vectors, split, written=False):
+        contexts = 0.01 * np.sin(np.arange(split.num_groups))[:, None]  # they differ
+        found = []
+        for vector in vectors:
+            scaled = set(vector) != {1.0}
+            value = 0.5 - lost * scaled if split.name == "kept" else 0.3 + 0.2 * scaled
+            spread = np.broadcast_to(np.log(value + contexts * (1 + scaled)), (split.num_groups, len(split.positions)))
+            found.append(PositionScores(split.positions, spread > -1, spread))
+        return found
+
+    monkeypatch.setattr(ModelEvaluator, "scores", scores)
+    plain = search(build_model("llama"), task, **SMALL, max_harm=None)
+    assert plain.chosen != "none"
+    found = search(build_model("llama"), task, **SMALL, max_harm=None, keep=token_task(groups=60, length=40, seed=7))
+    assert found.chosen == (plain.chosen if kept else "none")
+    assert found.history == plain.history
+    change = found.table[plain.chosen].harm.kept
+    assert change.low < -lost < change.high
+    assert change.value == pytest.approx(-lost, abs=0.005)
+    assert found.table["none"].harm.kept is None
+    assert [split["name"] for split in found.splits] == ["search", "validation", "test", "kept"]
+    found.save_pretrained(tmp_path)
+    assert read_record(tmp_path).choice_table() == found.choice_table()
+    assert "kept" in found.choice_table().header
+    assert "kept" not in plain.choice_table().header
+    assert sum(line.startswith("kept: ") for line in found.remarks()) == 1
+
+
+def test_a_task_without_answers_cannot_be_kept(task):
+    class Loss(TokenTask):
+        def split(self, name: str, num_groups: int) -> Split:
+            return replace(super().split(name, num_groups), measure="loss")
+
+    examples = [example for some in token_task()._groups.values() for group in some for example in group]
+    with pytest.raises(TaskError, match="keep"):
+        search(build_model("llama"), task, **SMALL, keep=Loss(examples))
