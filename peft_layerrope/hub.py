@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
@@ -115,15 +115,21 @@ def push_to_hub(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     card = cards.merged(own_card, cards.model_card(base_model, config, files=files, adapter=repo_id, earlier=own_card))
     licensed = license or card.data.license
-    published = _fetch(api, api.model_info(repo_id, revision=revision, files_metadata=True), cards.CARD_NAME)
+    info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    published = _fetch(api, info, cards.CARD_NAME)
     if published is not None and not cards.has_own_text(own_card):  # else what was written here is the newer one
         card = cards.merged(cards.read_card(published), card)
     card.data.license = licensed or card.data.license
     files[cards.CARD_NAME] = str(card).encode()
+    # what an earlier adapter's search wrote would be taken for this one's
+    earlier = PUBLISHED.keys() & {sibling.rfilename for sibling in info.siblings} - files.keys()
     try:
         return api.create_commit(  # not upload_folder, which may make several
             repo_id,
-            [CommitOperationAdd(name, content) for name, content in files.items()],
+            [
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+                *map(CommitOperationDelete, sorted(earlier)),
+            ],
             commit_message=commit_message or "Upload LAYER_ROPE adapter",
             revision=revision,
             create_pr=create_pr,
@@ -184,7 +190,7 @@ def pull(
         for name in PUBLISHED.keys() - {path.name for path in found}:
             (target / name).unlink(missing_ok=True)
     _write_record(target, record)
-    return Path(local_dir)
+    return target
 
 
 def check_repo_id(name: str, repo_id: str) -> None:

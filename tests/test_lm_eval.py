@@ -226,6 +226,16 @@ def test_prompts_that_lm_eval_would_cut_are_refused(harness, missing, data, spli
     assert f"add max_length={needed} to --model_args" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["max_length", "max_model_len", "context_length"])
+def test_what_cuts_prompts_goes_by_the_names_of_all_backends(harness, name):
+    from peft_layerrope.lm_eval_tasks.position_curve import check_length
+
+    arguments = {"pretrained": peft_layerrope.demo_model_path()}
+    with pytest.raises(TaskError, match="max_length=20"):
+        check_length(["word " * 30], {**arguments, name: 20}, 1)
+    check_length(["word " * 300], {**arguments, name: 5000}, 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "gets_text"),
     [

@@ -28,7 +28,7 @@ from ..comparison import (
     summary_table,
     written_table,
 )
-from ..comparison.candidates import BASELINES, Candidate, parse_baseline
+from ..comparison.candidates import BASELINES, Candidate, of_adapters, parse_baseline
 from ..errors import TaskError
 from ..files import public_name, to_json, write_atomically, writing
 from ..report import fitness_remark, position_table
@@ -240,13 +240,7 @@ def _draw(comparison: Comparison, name: str, image: Path) -> None:
 
 def _candidates(adapters: list[str], baselines: list[str]) -> list[Candidate]:
     """What is compared, each adapter's files read once: a wrong one is to fail before the model is loaded."""
-    loaded = [Candidate.of_adapter(adapter) for adapter in adapters]
-    names = [candidate.label for candidate in loaded]
-    for index, candidate in enumerate(loaded):
-        if names.count(candidate.label) > 1:
-            path = Path(candidate.adapter).expanduser().resolve()
-            loaded[index] = Candidate.of_adapter(candidate.adapter, f"{path.parent.name}/{path.name}")
-    candidates = [*map(parse_baseline, baselines or ["none"]), *loaded]
+    candidates = [*map(parse_baseline, baselines or ["none"]), *of_adapters(adapters)]
     labels = [candidate.label for candidate in candidates]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:

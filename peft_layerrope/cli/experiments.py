@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import ModelSource, load_tokenizer, model_fingerprint
 from ..cards import REPORT_NAME, SPECIFICATION_NAME
-from ..comparison.candidates import Candidate, parse_baseline
+from ..comparison.candidates import Candidate, of_adapters, parse_baseline
 from ..declaration import changed, declared, option
-from ..errors import SearchError
+from ..errors import SearchError, TaskError
 from ..experiments import (
     DEFAULT_GROUPS,
     Measuring,
@@ -139,8 +139,10 @@ class Run:
     def make_task(self, specification: TaskSpecification) -> Task:
         return build_task(specification, self.tokenizer)
 
-    def finish(self, experiment: Callable[[Measuring], Section]) -> None:
-        """Runs the experiment unless a resumed run had ended, prints its section, and writes it to `--output`."""
+    def finish(self, experiment: Callable[[Measuring], Section], adapters: Sequence[str] = ()) -> None:
+        """Runs the experiment, of `adapters` if it is of any, unless a resumed run had ended, prints its section, and
+        writes it to `--output`.
+        """
         model, folder, resume = self.model, self.kept.output, self.kept.resume
 
         def made(work: Path | None = None) -> Section:
@@ -155,6 +157,9 @@ class Run:
             keep_date(self.specification, folder)
             dtype = self.compute.source.dtype
             asked = {"command": self.command, "model": model_fingerprint(model), "dtype": dtype}
+            # the command has the names of files alone
+            asked["adapters"] = [Candidate.of_adapter(adapter).identity() for adapter in adapters]
+            asked["data"] = self.specification.data_digest
             section = kept_section(folder, self.name, asked, resume, made)
         out.print(to_rich(section))
         err.print(f"written: {folder / self.name}.json, .md and plots", soft_wrap=True)
@@ -246,7 +251,7 @@ def halves_command(run: Run, adapter: AdapterOption) -> None:
     Example: `layerrope experiment halves --adapter demo-adapter`
     """
     config = load_adapter_config(adapter)
-    run.finish(lambda measuring: by_position.run_halves(measuring, run.task, config))
+    run.finish(lambda measuring: by_position.run_halves(measuring, run.task, config), [adapter])
 
 
 @experiment(control_points.NAME)
@@ -259,12 +264,14 @@ def control_points_command(
 ) -> None:
     """Move each coordinate of an adapter's Bézier curve up and down: which of them matter?
 
-    Example: `layerrope experiment control-points --adapter demo-adapter`
+    The curve is one that `layerrope search --algorithm paper` found.
+
+    Example: `layerrope experiment control-points --adapter curve-adapter`
     """
     config, record = load_adapter_config(adapter), read_record(AdapterFiles(adapter).find(REPORT_NAME).parent)
     control_points.genes_of(record.control_points)  # before a model is loaded
     curve = record.control_points, record.settings.layers_to_transform, changed(record.grid, grid)
-    run.finish(lambda measuring: control_points.run_control_points(measuring, run.task, config, *curve, by))
+    run.finish(lambda measuring: control_points.run_control_points(measuring, run.task, config, *curve, by), [adapter])
 
 
 @experiment(attention.NAME)
@@ -276,7 +283,7 @@ def attention_command(run: Run, adapter: AdapterOption) -> None:
     Example: `layerrope experiment attention --adapter demo-adapter`
     """
     config = load_adapter_config(adapter)
-    run.finish(lambda measuring: attention.run_attention(measuring, run.task, config))
+    run.finish(lambda measuring: attention.run_attention(measuring, run.task, config), [adapter])
 
 
 @experiment(transfer.EXTRAPOLATION)
@@ -284,7 +291,10 @@ def extrapolation_command(
     run: Run,
     adapters: AdaptersOption,
     lengths: Annotated[
-        str | None, typer.Option(help="Prompt lengths such as 4096,8192. Default: 1, 2 and 4 times the window.")
+        str | None,
+        typer.Option(
+            help="Prompt lengths such as 4096,8192, as many items as fit. Default: --length, or 1, 2 and 4 windows."
+        ),
     ] = None,
     baselines: Annotated[
         list[str] | None,
@@ -298,15 +308,15 @@ def extrapolation_command(
     Example: `layerrope experiment extrapolation --adapter demo-adapter --task perplexity --data book.txt --baseline
     yarn:2`
     """
-    wanted = _lengths(lengths)
+    wanted = _lengths(lengths) or ([run.asked.length] if run.asked.length is not None else [])
     further = [parse_baseline(text) for text in baselines or []]
-    tested = [Candidate.of_adapter(adapter) for adapter in adapters]
+    tested = of_adapters(adapters)
     tasks = {length: task_of_length(run.make_task, run.specification, length) for length in wanted}
     if not wanted and run.window is not None:
         tasks, refused = default_lengths(run.make_task, run.specification, run.window)
         for length, reason in refused.items():
             err.print(f"left out {length} tokens: {reason}")
-    run.finish(lambda measuring: transfer.run_extrapolation(measuring, tasks, tested, further))
+    run.finish(lambda measuring: transfer.run_extrapolation(measuring, tasks, tested, further), adapters)
 
 
 @experiment(transfer.TRANSFER)
@@ -322,12 +332,12 @@ def transfer_command(
 
     Example: `layerrope experiment transfer --adapter demo-adapter --on kv_words:256 --on kv_words:512`
     """
-    candidates = [Candidate.of_adapter(adapter) for adapter in adapters]
+    candidates = of_adapters(adapters)
     asked = {cell: parse_place(cell, "--on") for cell in on or []}
     cells = {cell: task_elsewhere(run.make_task, run.specification, *place) for cell, place in asked.items()}
     if not cells:
         cells = {f"{run.specification.name}:{run.specification.length}": run.task}
-    run.finish(lambda measuring: transfer.run_transfer(measuring, cells, candidates))
+    run.finish(lambda measuring: transfer.run_transfer(measuring, cells, candidates), adapters)
 
 
 def _lengths(text: str | None) -> list[int]:
@@ -385,6 +395,8 @@ def report_command(
     compute = Compute.of(model, computing, known)
     # another task has few of the settings of the one that was searched on
     task = searched.task.of_task(asked["name"]) if "name" in asked else searched.task
+    if task.data is not None and "data" not in asked:  # a stranger's file does not say which of yours is read
+        raise TaskError(f"{folder}: the search read {Path(task.data).name}: pass --data with that file.")
     tokenizer, loaded = load_tokenizer(compute.source), load(compute.source)
     factor_vector(loaded, config)
     window = trained_window(loaded)
@@ -418,13 +430,11 @@ def report_command(
 
 
 def _searched(folder: Path, record: SearchRecord) -> SearchSpecification:
-    """The search that is reported on; a file that its task read is named by whoever asks for the report."""
+    """The search that is reported on."""
     path, known = folder / SPECIFICATION_NAME, record.task
     if path.is_file():
         found = SearchSpecification.of(read_specification(path), str(path))
-        task = replace(found.task, length=found.task.length or known.length, data=None)
+        task = replace(found.task, length=found.task.length or known.length)
     else:
-        found = SearchSpecification()
-        positions = len(known.positions) if known.name != "perplexity" else 0
-        task = TaskSpecification(known.name, known.length, positions or None, known.seed)
+        found, task = SearchSpecification(), known.specification()
     return replace(found, model=None if record.model == DEMO_NAME else record.model, task=task)

@@ -61,6 +61,7 @@ from .options import (
     task_option,
     window_of,
     with_defaults,
+    with_difficulty,
     write_json,
 )
 
@@ -135,7 +136,8 @@ def sensitivity_command(
     """Scale one layer at a time: which layers are worth searching, and is a range beyond 2 worth it?
 
     Prints context utilisation and the change of the gold log-probability for each layer and factor, with a star where
-    its 95 % interval excludes 0, and says what to pass to `layerrope search`. Takes a fraction of a search.
+    its 95 % interval excludes 0, and says what to pass to `layerrope search`. Without a size, prompts are those of a
+    search.
 
     Example: `layerrope sensitivity --plot sensitivity.png`
 
@@ -147,8 +149,12 @@ def sensitivity_command(
     check_plot(plot)
     compute, specification = Compute.of(model, computing), TaskSpecification(**asked)
     source, tokenizer = compute.source, load_tokenizer(compute.source)
-    specification = resolve_task(specification, window_of(source), source.model is None, tokenizer)
-    task, loaded = build_task(specification, tokenizer), load(source)
+    specification = resolve_task(specification, window_of(source), source.model is None, tokenizer, to_run=True)
+    task = build_task(replace(specification, difficulty=None), tokenizer)
+    loaded = load(source)
+    if specification.difficulty is not None:
+        specification = with_difficulty(specification, tokenizer, loaded, compute.batch_tokens)
+        task = build_task(specification, tokenizer)
     with RichProgress(err) as audience:
         measuring = Measuring(loaded, groups, compute.batch_tokens, audience=audience)
         result = sensitivity(measuring, task, config, factors or DEFAULT_FACTORS, layers_to_transform)
@@ -209,8 +215,7 @@ def prompts_command(
         raise TaskError(f"--targets shows written answers at the task's own positions: {reason}.")
     wanted = built.positions if position is None else (position,)
     num_groups = -(-limit // len(wanted))
-    if "length" in asked:
-        built.split(split, num_groups)  # refuses what is longer
+    built.split(split, num_groups)  # refuses what is longer
     lines = []
     for prompt in built.prompts(split, num_groups, None if position is None else wanted)[:limit]:
         text = built.as_sent(prompt) if isinstance(built, PromptTask) else prompt.text
@@ -347,7 +352,7 @@ def export_command(
     config = load_adapter_config(adapter)
     source = _source_of(model, loading, config)
     loaded, tokenizer = load(source), load_tokenizer(source)
-    if max_distinct is not None:
+    if max_distinct is not None and config.layer_factors is not None:
         merged = replace(config, layer_factors=merged_factors(config.layer_factors, max_distinct))
         apart = divergence_between(loaded, config, merged, probe_prompts(loaded, tokenizer))
         out.print(f"{max_distinct} different factors at most: divergence {apart:.2g} nats on text")

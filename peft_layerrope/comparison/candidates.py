@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,17 @@ class Candidate:
                 "position, so it cannot be compared by position."
             )
         return config
+
+
+def of_adapters(adapters: Iterable[str]) -> list[Candidate]:
+    """Returns adapters of any PEFT method; where two have one last name, the label has the folder above it too."""
+    found = [Candidate.of_adapter(adapter) for adapter in adapters]
+    labels = [candidate.label for candidate in found]
+    for index, candidate in enumerate(found):
+        if labels.count(candidate.label) > 1:
+            path = Path(candidate.adapter).expanduser().resolve()
+            found[index] = replace(candidate, label=f"{path.parent.name}/{path.name}")
+    return found
 
 
 def parse_baseline(text: str) -> Candidate:

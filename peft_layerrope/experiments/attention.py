@@ -11,15 +11,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..base_model import keeping_modes
 from ..comparison.candidates import NO_SCALING, Candidate, candidate_on
 from ..errors import TaskError, UnsupportedModelError
 from ..plots import COLORS, GRAY, draw_line, new_figure, to_png
 from ..report import Table, Unit
 from ..scoring.batching import rotation_depends_on_length, whole_rows
+from ..scoring.preflight import preflight, with_targets
 from ..scoring.scorer import Scorer
 from ..scoring.scores import mean_interval
 from ..searcher.space import format_layers
 from ..tasks.base import Split, Task
+from ..tasks.prompts import PromptTask
 from ..tuner.config import LayerRopeConfig
 from ..tuner.frequencies import without_memory
 from ..tuner.sites import find_stack, model_type, text_config
@@ -137,14 +140,18 @@ _LEGEND = (
 
 
 def run_attention(measuring: Measuring, task: Task, config: LayerRopeConfig) -> Section:
-    """Reads the attention of the last prompt token with the gold first, in the middle and last. One prompt runs at a
-    time, and nothing is kept.
+    """Reads the attention of the token before the answer, as the unscaled model opens one, with the gold first, in the
+    middle and last. One prompt runs at a time, and nothing is kept.
     """
     factor_vector(measuring.model, config)
     split = measuring.split_by_position(task, NAME)
     if any(example.gold_span is None for example in split.examples):
         raise TaskError(f"{NAME} needs to know where the gold stands in the prompt; task {task.name} does not say.")
-    Scorer(measuring.model, batch_tokens=measuring.batch_tokens).check(split)
+    scorer = Scorer(measuring.model, batch_tokens=measuring.batch_tokens)
+    scorer.check(split)
+    if isinstance(task, PromptTask):
+        with keeping_modes(measuring.model):
+            split = with_targets(split, preflight(scorer, task, wanted={split.name: split.num_groups}), task)
     candidates = [Candidate(NO_SCALING), Candidate.of_config(ADAPTER, config)]
     measuring.audience.stage(NAME, len(candidates) * len(PLACES) * split.num_groups)
     found, whole = [], False
@@ -181,7 +188,7 @@ def _read(reader: AttentionReader, split: Split, measuring: Measuring) -> dict[s
     for place, position in enumerate((0, len(split.positions) // 2, len(split.positions) - 1)):
         examples = [example for example in split.examples if example.position == position]
         for group, example in enumerate(examples):
-            prompt = example.context_ids + example.query_ids
+            prompt = example.context_ids + example.asked_ids
             rows = reader.read(prompt)
             visible = [visible_tokens(reader.model, layer, len(prompt)) for layer in reader.layers]
             found["mass"][place, group] = gold_mass(rows, example.gold_span)

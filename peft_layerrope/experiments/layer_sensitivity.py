@@ -283,8 +283,8 @@ def change_style(cell: str) -> str:
 
 def _legend(result: Sensitivity) -> str:
     what = (
-        f"U: context utilisation of the accuracies in %, {100 * result.accuracy:.1f} unscaled. Δ: change of the gold "
-        f"log-prob's U in nats, from {result.log_prob:.3f} unscaled."
+        f"U: context utilisation of the accuracies in % (teacher-forced exact match), {100 * result.accuracy:.1f} "
+        f"unscaled. Δ: change of the gold log-prob's U in nats, from {result.log_prob:.3f} unscaled."
     )
     if result.measure == "loss":
         what = f"loss: in nats per token, {-result.accuracy:.3f} unscaled. Δ: nats saved."

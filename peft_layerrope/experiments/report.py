@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import __version__
 from ..base_model import ModelSource, format_model_args, model_fingerprint
-from ..comparison.candidates import Candidate
+from ..comparison.candidates import Candidate, of_adapters
 from ..declaration import as_options
 from ..errors import LayerRopeError
 from ..files import last_component, write_atomically, writing
@@ -46,9 +46,9 @@ Pairs = list[tuple[str, str]]
 def facts(record: SearchRecord, config: LayerRopeConfig) -> Pairs:
     """What was searched, as names and values."""
     task = record.task.name
-    if record.task.length is not None:
-        window = times_window(record.task.length, record.model_window)
-        task += f", prompts of up to {record.task.length} tokens{window}"
+    length = record.test.max_tokens if record.test is not None else record.task.length
+    if length is not None:
+        task += f", prompts of up to {length} tokens{times_window(length, record.model_window)}"
     scaling = config.rope_type if config.rope_type == "default" else f"{config.rope_type}, factor {config.factor:g}"
     found = [
         ("base model", record.model),
@@ -189,6 +189,7 @@ class ReportRequest:
             "command": self.command(step),
             "model": model_fingerprint(self.model),
             "adapters": [candidate.identity() for candidate in candidates],
+            "data": self.specification.data_digest,
             "control_points": self.record.control_points,
             "layers_to_transform": self.record.settings.layers_to_transform,
             "grid": list(self.record.grid.values),
@@ -228,7 +229,7 @@ def report_steps(request: ReportRequest) -> tuple[list[Step], Pairs]:
         tasks, refused = default_lengths(make, specification, window)
         skipped += [(f"{transfer.EXTRAPOLATION} at {length} tokens", reason) for length, reason in refused.items()]
     adapters = [request.adapter, *request.others]
-    candidates = list(map(Candidate.of_adapter, adapters))
+    candidates = of_adapters(adapters)
     if tasks:
         options = ("--adapter", adapters), ("--lengths", ",".join(map(str, tasks)))
         steps.append(

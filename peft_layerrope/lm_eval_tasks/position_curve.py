@@ -21,6 +21,7 @@ from ..tasks import metrics
 from ..tasks.prompts import Record, Text, read_records
 
 SPLIT = "test"
+_LENGTHS = ("max_length", "max_model_len", "context_length")  # as lm_eval's backends call it
 _NO_BACKEND = ("None", "none")  # lm_eval's words for a server that gets text
 
 
@@ -50,7 +51,8 @@ def check_length(prompts: Sequence[str], model_args: dict[str, Any], max_gen_tok
     revision, own = model_args.get("revision"), model_args.get("tokenizer")
     tokenizer = load_tokenizer(ModelSource(own or name, revision=None if own else revision))
     config = AutoConfig.from_pretrained(name, revision=revision)
-    limit = model_args.get("max_length") or resolve_max_length(config, tokenizer)
+    given = (model_args.get(setting) for setting in _LENGTHS)
+    limit = next(filter(None, given), None) or resolve_max_length(config, tokenizer)
     longest = max(map(len, tokenizer(list(prompts))["input_ids"]))
     if longest + max_gen_toks > limit:
         raise TaskError(

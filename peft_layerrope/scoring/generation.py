@@ -36,9 +36,9 @@ class Written:
 
 
 def writing_model(model: nn.Module) -> nn.Module:
-    """Returns the model whose `generate()` writes, by settings of its own: the one whose layers hold an adapter."""
-    if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
-        return model.get_base_model()
+    """Returns the model whose `generate()` writes, by settings of its own: the one whose layers hold the adapters."""
+    while isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
+        model = model.get_base_model()
     return model
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -37,6 +37,7 @@ from ..report import (
 from ..scoring.preflight import Preflight
 from ..scoring.scores import Interval, PositionScores
 from ..tasks.base import Measure
+from ..tasks.specification import TaskSpecification
 from ..tuner.artifacts import check_no_model, save_adapter
 from ..tuner.config import MAX_LAYERS, LayerRopeConfig
 from .harm import Harm
@@ -447,6 +448,22 @@ class RecordedTask(_Checked):
     length: int | None = None
     seed: int = 0
     positions: Annotated[list[int], Field(max_length=_MAX_POSITIONS)] = []
+    num_keys: int | None = None
+    keys: _Text | None = None
+    num_documents: int | None = None
+    data: _Text | None = None  # the name of a file
+    stride: int | None = None
+    chat_template: bool | None = None
+    chat_template_args: dict[str, Any] | None = None
+    system_prompt: str | None = None
+    chat_date: _Text | None = None
+    max_new_tokens: int | None = None
+
+    def specification(self) -> TaskSpecification:
+        """Returns the settings of that task; raises TaskError if there is no such task."""
+        own = {one.name: getattr(self, one.name) for one in fields(TaskSpecification) if hasattr(self, one.name)}
+        positions = len(self.positions) if self.name != "perplexity" else 0
+        return TaskSpecification(**own, num_positions=positions or None, task_seed=self.seed)
 
 
 class RecordedSplit(_Checked):

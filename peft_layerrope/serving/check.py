@@ -36,7 +36,14 @@ class ServerCheck:
     apart: float  # between those two
 
     def raise_unless_scaled(self) -> None:
-        """Raises LayerRopeError of a server that does not answer as the scaled model does."""
+        """Raises LayerRopeError of a server that does not answer as the scaled model does, or where nothing tells that
+        from the unscaled one.
+        """
+        if not self.apart > 0:
+            raise LayerRopeError(
+                f"prompts of {_TOKENS} tokens do not tell the scaled model from the unscaled one: their "
+                "log-probabilities are the same, so no server could show which it is."
+            )
         if self.to_scaled < _NEARER * self.apart and self.to_scaled < self.to_unscaled:
             return
         nearer = "answers as the unscaled model" if self.to_unscaled < _NEARER * self.apart else "answers as neither"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import ModelSource, adapted, empty_model, load_base
@@ -20,6 +22,7 @@ from ..tuner.config import LayerRopeConfig
 from ..tuner.injection import layer_frequencies, scaling_for
 from ..tuner.scaling import plain_rope
 from ..tuner.sites import find_stack, table_types, text_config, trained_window
+from ..tuner.tables import family_table, table_parts
 from . import modeling_layer_rope
 
 _PROBE_TOKENS = 256
@@ -51,7 +54,8 @@ def export(
     written.generation_config = model.generation_config
     is_remote = form == "remote-code"
     with replacing_files(Path(folder), "config.json") as staging:
-        written.save_pretrained(staging)
+        # as the model's own type is written in other names, which are not known of the type that the code has
+        written.save_pretrained(staging, save_original_format=not is_remote)
         tokenizer.save_pretrained(staging)
         if is_remote:
             _add_code(staging, model)
@@ -184,9 +188,28 @@ def _remote_code(model: PreTrainedModel, config: LayerRopeConfig) -> _Checkpoint
     scaling = scaling_for(config, model, stack)
     if len(stack.sites) > 1 or any(table_types(model, len(stack.layers))):
         raise AdapterMismatchError("remote-code takes models whose layers share one rotary table.")
+    if getattr(transformers, type(model).__name__, None) is not type(model):
+        raise AdapterMismatchError(f"remote-code takes models of transformers, and this is a {type(model).__name__}.")
+    if not (hasattr(model.base_model, "layers") and _has_angles_twice(stack.sites[0].original)):
+        raise AdapterMismatchError(
+            "remote-code takes models with `layers`, and a table of cosines and sines of all angles, twice side by "
+            f"side: {model.config.model_type} has another."
+        )
     made = copy.deepcopy(model.config)
     made.layer_rope_scaling = scaling.to_plain()
     return made, {}
+
+
+@torch.no_grad()
+def _has_angles_twice(rotary: nn.Module) -> bool:
+    """Whether the table is one that the code can make."""
+    device = rotary.inv_freq.device
+    positions = torch.arange(3, device=device)[None]
+    table = family_table(rotary, lambda _, frequencies: frequencies, torch.zeros(1, 3, 1, device=device), positions)
+    angles = positions[..., None] * rotary.inv_freq.float()
+    expected = torch.cat([angles, angles], dim=-1).cos() * rotary.attention_scaling
+    first = table_parts(table)[0]
+    return first.shape == expected.shape and torch.allclose(first, expected, atol=1e-5)
 
 
 FORMATS: dict[str, Callable[[PreTrainedModel, LayerRopeConfig], _Checkpoint]] = {

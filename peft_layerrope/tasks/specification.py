@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..declaration import declared, option
 from ..errors import TaskError
+from ..files import digest
 from .base import MAX_LENGTH, Task
 from .kv import KeyStyle, KeyValueMix, KeyValueRetrieval, KeyValueWords
 from .multi_doc_qa import MultiDocumentQA
@@ -156,6 +158,11 @@ class TaskSpecification:
             raise TaskError(
                 "difficulty='auto' finds the number of pairs or documents: leave num_keys, num_documents out."
             )
+
+    @property
+    def data_digest(self) -> str | None:
+        """SHA-256 of the file that is read; None if there is none."""
+        return digest(Path(self.data)) if self.data is not None and Path(self.data).is_file() else None
 
     def of_task(self, name: TaskName) -> TaskSpecification:
         """Returns the specification; where it is of another task than `name`, of that one, with the length, the seed,

@@ -192,6 +192,8 @@ def _why_not_one(stacks: list[DecoderStack], has_layers: bool, model: nn.Module)
     if len(stacks) > 1:
         names = ", ".join(stack.sites[0].name for stack in stacks)
         return f"has several stacks of decoder layers with a rotary ({names})."
+    if len(set(stacks[0].layers)) < len(stacks[0].layers):
+        return "a decoder layer stands at several places of its list, of which each would have a factor of its own."
     for index, layer in enumerate(stacks[0].layers if stacks[0].has_shared else ()):
         parameters = inspect.signature(layer.forward).parameters
         takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import VOCAB, build_model
 from fakes import LimitedMemory
+from families import build_tiny, model_types
 from peft import get_peft_model
 from test_scorer import one_by_one
 
@@ -165,6 +166,15 @@ def test_a_model_whose_state_cannot_be_copied_is_not_cached():
 
     model.get_base_model().forward = stateless
     assert not can_cache_contexts(model)
+
+
+@pytest.mark.skipif("falcon_h1" not in model_types(), reason="this transformers has no Falcon-H1")
+def test_states_that_do_not_follow_their_rows_are_not_cached():
+    """Of its Mamba layers, whose states stay in the order of the contexts."""
+    model, split = build_tiny("falcon_h1").eval(), split_of()
+    assert not can_cache_contexts(model)
+    expected = Scorer(model, cache_contexts=False).score(split).log_prob
+    np.testing.assert_allclose(Scorer(model).score(split).log_prob, expected, atol=5e-5)
 
 
 def test_only_a_context_that_is_asked_twice_is_shared():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_model
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from test_scorer import random_split, with_greedy_answers
 
 from peft_layerrope import Example, KeyValueWords, LayerRopeConfig, PositionScores, Split, TaskError
@@ -90,6 +90,17 @@ def test_the_models_own_generation_settings_do_not_matter_and_stay(demo_model, b
     np.testing.assert_array_equal(found.correct, Scorer(demo_model).score(beyond).correct)
     assert demo_model.generation_config is settings
     assert settings.to_dict() == before
+
+
+def test_the_settings_of_a_model_below_a_lora_stay_too(demo_model, beyond):
+    settings = demo_model.generation_config
+    lora = get_peft_model(demo_model, LoraConfig(target_modules=["q_proj"]))
+    rope = get_peft_model(lora, LayerRopeConfig(layer_factors=[1.2] * 6), adapter_name="rope")
+    written = [answer.ids for answer in Scorer(rope).write(beyond)]
+    assert demo_model.generation_config is settings
+    assert "generation_config" not in vars(lora)
+    plain = get_peft_model(rope.unload().unload(), LayerRopeConfig(layer_factors=[1.2] * 6))
+    assert written == [answer.ids for answer in Scorer(plain).write(beyond)]
 
 
 def answered(split: Split, tokenizer, wrong: bool = False) -> Split:

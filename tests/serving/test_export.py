@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import IS_OLDER, NUM_LAYERS, VOCAB, build_model, logits
+from families import build_tiny
 from peft import get_peft_model
 from scipy.special import rel_entr
 from test_rope_scaling import gemma3
@@ -95,6 +96,25 @@ def test_what_a_form_cannot_say_is_refused_with_the_layers(tmp_path, demo_tokeni
     with pytest.raises(AdapterMismatchError) as caught:
         export(build_model(family), demo_tokenizer, LayerRopeConfig(**fields), form, tmp_path / "out")
     assert told in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_neox"])
+def test_weights_that_have_other_names_on_disk_reach_the_exported_model(tmp_path, demo_tokenizer, family):
+    """transformers knows those names of the family's type, and the export has a type of its own."""
+    model = build_tiny(family).eval()
+    config = LayerRopeConfig(layer_factors=[1.0, *[1.5] * (model.config.num_hidden_layers - 1)])
+    wanted = logits(get_peft_model(build_tiny(family), config).eval(), ids := torch.arange(3, 40)[None])
+    export(model, demo_tokenizer, config, "remote-code", tmp_path / "out")
+    torch.testing.assert_close(logits(reopened(tmp_path / "out", "remote-code"), ids), wanted, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "falcon", "cohere"])
+def test_tables_that_the_code_cannot_make_are_refused_before_weights_are_written(tmp_path, demo_tokenizer, family):
+    model = build_tiny(family).eval()
+    config = LayerRopeConfig(layer_factors=[1.5] * model.config.num_hidden_layers)
+    with pytest.raises(AdapterMismatchError, match=family):
+        export(model, demo_tokenizer, config, "remote-code", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
