@@ -215,7 +215,8 @@ def prompts_command(
         raise TaskError(f"--targets shows written answers at the task's own positions: {reason}.")
     wanted = built.positions if position is None else (position,)
     num_groups = -(-limit // len(wanted))
-    built.split(split, num_groups)  # refuses what is longer
+    if "length" in asked:
+        built.split(split, num_groups)  # refuses what is longer
     lines = []
     for prompt in built.prompts(split, num_groups, None if position is None else wanted)[:limit]:
         text = built.as_sent(prompt) if isinstance(built, PromptTask) else prompt.text

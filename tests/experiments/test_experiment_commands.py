@@ -52,6 +52,28 @@ def test_help_teaches_with_an_example(name):
     assert "--output" in text
 
 
+def test_another_adapter_of_the_same_name_is_measured(tmp_path):
+    """Their command has the last names of folders alone."""
+    save_adapter(LayerRopeConfig(layer_factors=[1.0] * 5 + [1.1]), tmp_path / "a" / "mine")
+    save_adapter(LayerRopeConfig(layer_factors=[3.0] * 6), tmp_path / "b" / "mine")
+    found = []
+    for folder in ("a", "b"):
+        call = ("experiment", "halves", "--adapter", str(tmp_path / folder / "mine"), *TINY)
+        assert run(*call, "--output", str(tmp_path / "out"), "--resume").exit_code == 0
+        found.append(load_section(tmp_path / "out", "halves"))
+    assert found[0].command == found[1].command
+    assert found[0].tables != found[1].tables
+
+
+def test_adapters_of_the_same_name_are_told_apart(tmp_path):
+    for folder in ("a", "b"):
+        save_adapter(LayerRopeConfig(layer_factors=[1.2] * 6), tmp_path / folder / "mine")
+    adapters = [word for folder in ("a", "b") for word in ("--adapter", str(tmp_path / folder / "mine"))]
+    result = run("experiment", "transfer", *adapters, *TINY, "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0
+    assert {"a/mine", "b/mine"} <= {row[0] for row in load_section(tmp_path / "out", "transfer").tables[0].rows}
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -243,7 +265,7 @@ def test_a_file_that_a_search_read_is_not_opened_unasked(tmp_path, adapter):
     (adapter / "search.yaml").write_text(f"task: {{name: perplexity, length: 192, data: {secret}}}")
     result = run("report", str(adapter))
     assert result.exit_code == 2
-    assert "perplexity needs data" in result.stderr
+    assert "--data" in result.stderr
 
 
 def test_a_report_on_running_text_skips_what_needs_positions(tmp_path, quick_report):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny_tokenizer import tiny_bpe
 
 from peft_layerrope.errors import SearchError
 from peft_layerrope.searcher.result import read_record
 from peft_layerrope.searcher.space import FactorGrid
+from peft_layerrope.tasks.specification import TaskSpecification, make_task
 
 
 def record_values() -> dict:
@@ -132,3 +134,20 @@ def test_a_message_carries_no_control_characters(tmp_path):
     with pytest.raises(SearchError) as caught:
         read_record(tmp_path)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        TaskSpecification("kv_words", 320, num_positions=4, task_seed=3),
+        TaskSpecification("kv_retrieval", 2000, num_keys=9, keys="syllables", num_positions=4, max_new_tokens=30),
+        TaskSpecification("kv_mix", 2000, keys="syllables", task_seed=2),
+    ],
+)
+def test_the_task_of_a_record_is_the_one_that_was_searched(tmp_path, demo_tokenizer, asked):
+    tokenizer = demo_tokenizer if asked.name == "kv_words" else tiny_bpe()
+    task = make_task(asked, tokenizer, None)
+    (tmp_path / "search.json").write_text(json.dumps({**record_values(), "task": task.describe()}))
+    again = make_task(read_record(tmp_path).task.specification(), tokenizer, None)
+    assert again.describe() == task.describe()
+    assert again.split("test", 2) == task.split("test", 2)

@@ -161,6 +161,18 @@ def test_pushing_the_same_again_changes_nothing(alice, folder):
     assert push_to_hub(folder, "alice/adapter").oid == first.oid
 
 
+def test_what_an_earlier_adapters_search_wrote_does_not_stay_beside_another(alice, folder, tmp_path):
+    repo = push_to_hub(folder, "alice/adapter").repo_url.repo_id
+    before = set(alice.repos[repo].files("main"))
+    config = LayerRopeConfig(layer_factors=OTHER, task_type="CAUSAL_LM")
+    config.base_model_name_or_path = "owner/base"
+    save_adapter(config, tmp_path / "other")
+    push_to_hub(tmp_path / "other", "alice/adapter")
+    assert "search.json" in before
+    kept = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert set(alice.repos[repo].files("main")) == kept | {name for name in before if name.startswith(".git")}
+
+
 @pytest.mark.parametrize("private", [True, False])
 def test_visibility(alice, folder, private):
     push_to_hub(folder, "alice/adapter", private=private)

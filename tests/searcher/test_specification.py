@@ -30,6 +30,7 @@ FULL = SearchSpecification(
         full_controls=True,
         steps=7,
     ),
+    keep_task="kv_retrieval:4096",
 )
 
 
@@ -53,6 +54,7 @@ def test_what_is_left_out_has_its_default():
     ("values", "message"),
     [
         ({"serch": {}}, "serch is unknown; did you mean search?"),
+        ({"keep_task": "kv_retrieval:0"}, "keep_task 'kv_retrieval:0': expected one of kv_words"),
         ({"search": {"minute": 3}}, "search.minute is unknown; did you mean search.minutes?"),
         ({"search": {"grid": {"max": 3}}}, "search.grid.max is unknown; did you mean search.grid.max_factor?"),
         ({"task": {"nam": "kv", "length": -1}}, "task.nam is unknown; did you mean task.name?"),

@@ -240,6 +240,14 @@ def test_wrong_number_of_factors_names_both_and_changes_nothing(ids):
     assert torch.equal(logits(model, ids), expected)
 
 
+def test_a_layer_that_stands_at_two_places_is_refused():
+    """It has one table at a time."""
+    model = build_model("llama")
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(UnsupportedModelError, match="several places"):
+        roped(model)
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "reason"),
     [
