@@ -342,9 +342,11 @@ def _kept(ready: _Prepared, audience: SearchProgress) -> tuple[Split, ...]:
     if keep is None:
         return ()
     split = kept_part(keep, KEPT_CONTEXTS)
+    ready.scorer.check(split)
     if not isinstance(keep, PromptTask):
         return (split,)
-    found = preflight(ready.scorer, keep, num_groups=_KEPT_LOOKED, wanted={"validation": split.num_groups})
+    contexts = {"validation": split.num_groups}
+    found = preflight(ready.scorer, keep, num_groups=_KEPT_LOOKED, wanted=contexts, tell=audience.note)
     if not ready.settings.anyway:
         found.check(keep, ceiling=math.inf)
     return (with_targets(split, found, keep),)
@@ -404,8 +406,8 @@ def _told_of_kept(outcome: Outcome, kept: Sequence[Split]) -> Iterator[str]:
         yield (
             f"kept: change of the probability of right answers on {split.num_groups} contexts of up to "
             f"{split.max_tokens} tokens that are to be kept, each asked at {len(split.positions)} positions: "
-            f"{told or 'nothing was measured'}. What clearly "
-            f"loses more than {ACCURACY.scale * MAX_DROP:g} points there is not the result."
+            f"{told or 'nothing was measured'}. What clearly loses more than {ACCURACY.scale * MAX_DROP:g} points there "
+            "is not the result."
         )
 
 
