@@ -406,8 +406,8 @@ def _told_of_kept(outcome: Outcome, kept: Sequence[Split]) -> Iterator[str]:
         yield (
             f"kept: change of the probability of right answers on {split.num_groups} contexts of up to "
             f"{split.max_tokens} tokens that are to be kept, each asked at {len(split.positions)} positions: "
-            f"{told or 'nothing was measured'}. What clearly loses more than {ACCURACY.scale * MAX_DROP:g} points there "
-            "is not the result."
+            f"{told or 'nothing was measured'}. What clearly loses more than {ACCURACY.scale * MAX_DROP:g} points "
+            "there is not the result."
         )
 
 
