@@ -80,9 +80,13 @@ def contents(folder, *names):
 RESULTS = ("adapter_config.json", "adapter_model.safetensors", "search.json", "search.yaml", "README.md")
 
 
-def test_a_search_is_repeated_by_its_file_and_resumed_by_its_folder(tmp_path):
+@pytest.mark.parametrize("more", [(), ("--keep-task", "kv_words:96")])
+def test_a_search_is_repeated_by_its_file_and_resumed_by_its_folder(tmp_path, more):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert run("search", "--output", str(first), *TINY_SEARCH, "--seed", "4").exit_code == 0
+    assert run("search", "--output", str(first), *TINY_SEARCH, "--seed", "4", *more).exit_code == 0
+    splits = json.loads((first / "search.json").read_text())["splits"]
+    assert [split["name"] for split in splits] == ["search", "validation", "test", *(["kept"] if more else [])]
+    assert all((split["max_tokens"] <= 96) == (split["name"] == "kept") for split in splits)
     assert run("search", "--output", str(second), "--config", str(first / "search.yaml")).exit_code == 0
     assert contents(first, *RESULTS) == contents(second, *RESULTS)
     journal = journal_of(first / "run")
