@@ -155,11 +155,14 @@ class Run:
             return
         with resumable("the same command and --resume."):
             keep_date(self.specification, folder)
-            dtype = self.compute.source.dtype
-            asked = {"command": self.command, "model": model_fingerprint(model), "dtype": dtype}
-            # the command has the names of files alone
-            asked["adapters"] = [Candidate.of_adapter(adapter).identity() for adapter in adapters]
-            asked["data"] = self.specification.data_digest
+            asked = {
+                "command": self.command,
+                "model": model_fingerprint(model),
+                "dtype": self.compute.source.dtype,
+                # of files the command has the names alone
+                "adapters": [Candidate.of_adapter(adapter).identity() for adapter in adapters],
+                "data": self.specification.data_digest,
+            }
             section = kept_section(folder, self.name, asked, resume, made)
         out.print(to_rich(section))
         err.print(f"written: {folder / self.name}.json, .md and plots", soft_wrap=True)
